@@ -1,0 +1,112 @@
+"""Every error that qwen-onnx raises on purpose.
+
+QwenOnnxError                      exit 1
+├── ConfigError                    exit 2   recipe, pipeline or command line: all faults at once
+├── EnvironmentFault               exit 3   missing extra, package versions that do not fit, full disk
+├── SourceError                    exit 4   the weights cannot be had or cannot be trusted
+│   ├── ChecksumError                       bytes differ from the pinned SHA-256
+│   └── UnsupportedModelError               not a checkpoint that a recipe can build
+├── ExportError                    exit 5   Olive failed, or the graph is not what was asked for
+├── ArtifactError                  exit 6   missing, altered or foreign artifact
+│   └── BuildLockedError                    another process builds the same artifact
+├── VerificationError              exit 7   a check could not be carried out
+│   └── VerdictError                        the verdict is FAIL or INCONCLUSIVE
+└── RequestError                   exit 8   the runtime refuses this input (HTTP 400)
+    ├── PromptTooLongError                  prompt plus answer do not fit the context
+    └── TemplateError                       the chat template refuses these messages
+
+Each message says what happened, where, and the next command (``hint``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class QwenOnnxError(Exception):
+    """Root of all deliberate errors.
+
+    Args:
+        what: one sentence: what went wrong.
+        where: file, key, layer or field concerned.
+        hint: what the user should do next, a command when there is one.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        parts = [what, f"  where: {where}" if where else "", f"  next:  {hint}" if hint else ""]
+        super().__init__("\n".join(part for part in parts if part))
+
+
+class ConfigError(QwenOnnxError):
+    """A recipe, pipeline or option is wrong; carries every fault found."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[str], *, hint: str | None = None) -> None:
+        self.faults = list(faults)
+        count = len(self.faults)
+        listing = "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(f"{count} fault{'s' if count != 1 else ''} in the configuration:\n{listing}", hint=hint)
+
+
+class EnvironmentFault(QwenOnnxError):
+    """This machine lacks something: an extra, a version, memory, disk."""
+
+    exit_code = 3
+
+
+class SourceError(QwenOnnxError):
+    """The source checkpoint cannot be had."""
+
+    exit_code = 4
+
+
+class ChecksumError(SourceError):
+    """Bytes differ from the pinned SHA-256."""
+
+
+class UnsupportedModelError(SourceError):
+    """The checkpoint is complete, but no recipe can build it."""
+
+
+class ExportError(QwenOnnxError):
+    """The export failed or gave something other than what the plan asked for."""
+
+    exit_code = 5
+
+
+class ArtifactError(QwenOnnxError):
+    """The artifact is missing, altered, or not ours."""
+
+    exit_code = 6
+
+
+class BuildLockedError(ArtifactError):
+    """Another process is building the same artifact."""
+
+
+class VerificationError(QwenOnnxError):
+    """A check could not be carried out."""
+
+    exit_code = 7
+
+
+class VerdictError(VerificationError):
+    """The artifact was measured and is not proven: FAIL or INCONCLUSIVE."""
+
+
+class RequestError(QwenOnnxError):
+    """The runtime refuses this input; the server answers 400."""
+
+    exit_code = 8
+
+
+class PromptTooLongError(RequestError):
+    """Prompt plus answer do not fit into the model's context."""
+
+
+class TemplateError(RequestError):
+    """The chat template cannot render, or refuses, these messages."""
