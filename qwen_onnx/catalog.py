@@ -1,0 +1,161 @@
+"""Walk ``recipes/`` and ``pipelines/``, check every file, and find models and targets.
+
+All faults of all files are reported together, each with its file and key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from qwen_onnx.errors import ConfigError
+from qwen_onnx.schema import Family, Pipeline, Record, Row
+
+R = TypeVar("R", bound=Record)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; here that is a fault."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All families and pipelines of one checkout.
+
+    Attributes:
+        root: folder that holds ``recipes/`` and ``pipelines/``.
+        families: by file path relative to the root.
+        pipelines: by target name.
+    """
+
+    root: Path
+    families: dict[str, Family]
+    pipelines: dict[str, Pipeline]
+
+    @property
+    def rows(self) -> dict[str, tuple[Family, Row]]:
+        """Every size by its id."""
+        return {row.id: (family, row) for family in self.families.values() for row in family.sizes}
+
+    def row(self, model: str) -> tuple[Family, Row]:
+        """The row of ``model``.
+
+        Raises:
+            ConfigError: no recipe has that id; the message names the nearest ones.
+        """
+        if model not in self.rows:
+            raise ConfigError([f"recipes/: no model {model!r}{_nearest(model, self.rows)}"], hint="qwen-onnx list")
+        return self.rows[model]
+
+    def pipeline(self, target: str) -> Pipeline:
+        """The pipeline of ``target``; ConfigError when there is none."""
+        if target not in self.pipelines:
+            raise ConfigError(
+                [f"pipelines/: no target {target!r}{_nearest(target, self.pipelines)}"], hint="qwen-onnx list"
+            )
+        return self.pipelines[target]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The checkout: the first folder with recipes and pipelines, upwards from ``start`` or the working
+    directory, then beside this package."""
+    begin = (start or Path.cwd()).resolve()
+    for folder in (begin, *begin.parents, Path(__file__).resolve().parent.parent):
+        if (folder / "recipes").is_dir() and (folder / "pipelines").is_dir():
+            return folder
+    raise ConfigError([f"{begin}: no recipes/ and pipelines/ here or above"], hint="run inside a qwen-onnx checkout")
+
+
+def load_catalog(root: Path) -> Catalog:
+    """Read and check every recipe and pipeline below ``root``.
+
+    Raises:
+        ConfigError: with every fault of every file.
+    """
+    faults: list[str] = []
+    families = _load_folder(root, "recipes", Family, faults)
+    by_file = _load_folder(root, "pipelines", Pipeline, faults)
+    pipelines: dict[str, Pipeline] = {}
+    for file, pipeline in by_file.items():
+        if pipeline.target != Path(file).stem:
+            faults.append(f"{file}: target: is {pipeline.target!r}, but the file is named {Path(file).stem!r}")
+        pipelines[pipeline.target] = pipeline
+    owner: dict[str, str] = {}
+    for file, family in families.items():
+        for row in family.sizes:
+            if row.id in owner:
+                faults.append(f"{file}: sizes.{row.id}: id already used in {owner[row.id]}")
+            owner[row.id] = file
+            unknown = sorted(set(row.targets) - set(pipelines)) if len(pipelines) == len(by_file) else []
+            faults += [f"{file}: sizes.{row.id}.targets.{name}: no such pipeline" for name in unknown]
+    if faults:
+        raise ConfigError(faults, hint="correct these keys; recipes/*.schema.json describes them")
+    return Catalog(root, families, pipelines)
+
+
+def _load_folder(root: Path, folder: str, record: type[R], faults: list[str]) -> dict[str, R]:
+    found: dict[str, R] = {}
+    for path in sorted((root / folder).glob("*.y*ml")):
+        file = f"{folder}/{path.name}"
+        loaded = _load(path, file, record, faults)
+        if loaded is not None:
+            found[file] = loaded
+    return found
+
+
+def _load(path: Path, file: str, record: type[R], faults: list[str]) -> R | None:
+    try:
+        # the loader is a SafeLoader with one more check
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        faults.append(f"{file}: not valid YAML: {' '.join(str(error).split())}")
+        return None
+    try:
+        return record.model_validate(data)
+    except ValidationError as error:
+        faults += describe(file, error, data)
+        return None
+
+
+def describe(file: str, error: ValidationError, data: Any = None) -> list[str]:
+    """One line per fault: file, key path, what is wrong."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(_name(part, data, item["loc"][:index]) for index, part in enumerate(item["loc"]))
+        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
+        lines.append(f"{file}: {key or '(top level)'}: {message}")
+    return lines
+
+
+def _name(part: str | int, data: Any, path: tuple[str | int, ...]) -> str:
+    """List positions read better by the id or name of what stands there."""
+    if isinstance(part, str):
+        return part
+    for step in (*path, part):
+        try:
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
+            return str(part)
+    label = data.get("id") or data.get("name") if isinstance(data, dict) else None
+    return str(label or part)
