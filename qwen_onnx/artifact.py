@@ -1,0 +1,263 @@
+"""An artifact is a value: a folder, whole or absent, that says what it is and how it was made.
+
+``manifest.json`` lists every file with its SHA-256, the plan, the source and the versions that shaped it.
+Builders write into a hidden folder beside the target; ``publish`` swaps it in by one rename.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from qwen_onnx import __version__
+from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault
+from qwen_onnx.files import file_checksums
+from qwen_onnx.plan import Plan, digest_of
+from qwen_onnx.schema import Record
+
+MANIFEST = "manifest.json"
+# what these packages do ends up in the bytes of the graph or of the tokenizer
+SHAPING_PACKAGES = [
+    "olive-ai",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "numpy",
+]
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+class SourceRecord(Record):
+    """Where the weights came from; ``files`` are SHA-256 by name."""
+
+    origin: str
+    revision: str
+    files: dict[str, str]
+
+
+class Manifest(Record):
+    """Everything about an artifact but its bytes.
+
+    Attributes:
+        key: digest of plan, source revision and package versions; equal keys mean equal artifacts.
+        plan: complete plan and ``plan_digest`` its digest.
+        packages: versions of what shaped the bytes.
+        files: SHA-256 by relative name, the manifest itself apart.
+        size_bytes: sum over all files.
+        readback: options that were found in the finished graph.
+        verdict: of the verification; UNVERIFIED when it was not asked for.
+    """
+
+    schema_version: Literal[1] = 1
+    key: str
+    plan: Plan
+    plan_digest: str
+    source: SourceRecord
+    packages: dict[str, str]
+    python: str
+    files: dict[str, str]
+    size_bytes: int
+    readback: dict[str, Any]
+    verdict: Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
+    built_seconds: float
+
+
+class Artifact(Record):
+    """A folder whose files match its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the shaping packages and of qwen-onnx itself.
+
+    Raises:
+        EnvironmentFault: the export extra is not installed.
+    """
+    versions = {"qwen-onnx": __version__}
+    missing = []
+    for name in SHAPING_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise EnvironmentFault(f"not installed: {', '.join(missing)}", hint="pip install 'qwen-onnx[export]'")
+    return versions
+
+
+def build_key(plan: Plan, source_revision: str, packages: dict[str, str], exporter: str) -> str:
+    """The cache key. ``exporter`` is the digest of our own export code."""
+    return digest_of([plan.digest, source_revision, packages, platform.machine(), exporter])
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json``; ArtifactError when it is missing or not ours."""
+    path = folder / MANIFEST
+    hint = "build it: make optimize TARGET=cpu"
+    if not folder.is_dir():
+        raise ArtifactError("there is no artifact", where=str(folder), hint=hint)
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"no {MANIFEST}: not an artifact of qwen-onnx", where=str(folder), hint=hint) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{MANIFEST} is damaged: {place}: {first['msg']}", where=str(path), hint=hint) from error
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Read the manifest and compare the SHA-256 of every file.
+
+    Raises:
+        ArtifactError: a file is missing, altered, or was added.
+    """
+    manifest = read_manifest(folder)
+    found = file_checksums(folder, without=MANIFEST)
+    faults = [f"{name} is missing" for name in sorted(set(manifest.files) - set(found))]
+    faults += [f"{name} was added" for name in sorted(set(found) - set(manifest.files))]
+    faults += [f"{name} was altered" for name in sorted(found) if manifest.files.get(name, found[name]) != found[name]]
+    if faults:
+        raise ArtifactError("; ".join(faults), where=str(folder), hint="build it again: make optimize TARGET=cpu")
+    return Artifact(path=folder, manifest=manifest)
+
+
+def cached(folder: Path, key: str) -> Artifact | None:
+    """The published artifact if it was built with ``key`` and is whole, else None: build it again."""
+    if not (folder / MANIFEST).exists():
+        return None
+    try:
+        return open_artifact(folder) if read_manifest(folder).key == key else None
+    except ArtifactError:
+        return None
+
+
+@contextmanager
+def build_lock(target: Path, *, wait: bool, waiting: Any = None) -> Iterator[None]:
+    """Only one process builds ``target``. The kernel frees the lock when its holder dies.
+
+    Args:
+        wait: wait for the other build instead of failing.
+        waiting: called once, without arguments, when there is something to wait for.
+
+    Raises:
+        BuildLockedError: another process holds it and ``wait`` is false.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        if not wait:
+            raise BuildLockedError(
+                "another process is building this artifact", where=str(target), hint="wait for it, or drop --no-wait"
+            ) from error
+        if waiting:
+            waiting()
+        lock.acquire()
+    try:
+        _recover(target)
+        yield
+    finally:
+        lock.release()
+
+
+def _recover(target: Path) -> None:
+    """Under the lock: what a killed build left behind goes; an old artifact set aside comes back."""
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        os.rename(aside, target)
+    for leftover in target.parent.glob(f".{target.name}.staging-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside ``target``; removed on the way out, so a failure leaves nothing behind.
+
+    Raises:
+        EnvironmentFault: the disk is full.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise full_disk(target.parent) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def full_disk(folder: Path) -> EnvironmentFault:
+    """The error for a disk that ran full under ``folder``."""
+    return EnvironmentFault("the disk is full", where=str(folder), hint="free space; qwen-onnx doctor says how much")
+
+
+def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:
+    """Write the manifest, flush everything to disk and rename ``staged`` to ``target``.
+
+    An artifact already there is exchanged in the same system call where the kernel can; elsewhere it is
+    set aside first, and ``build_lock`` restores it if we die in between.
+    """
+    (staged / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    for path in sorted(staged.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    os.chmod(staged, 0o755)
+    if not target.exists():
+        os.rename(staged, target)
+    elif not _exchange(staged, target):
+        os.rename(target, _aside(target))
+        os.rename(staged, target)
+        shutil.rmtree(_aside(target))
+    return Artifact(path=target, manifest=manifest)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders atomically: Linux renameat2(2) with RENAME_EXCHANGE; false where it is not known."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    done: int = renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+    return done == 0
+
+
+def staged_manifest(staged: Path, **fields: Any) -> Manifest:
+    """The manifest of a finished staging folder; checksums and size are taken from the files."""
+    files = file_checksums(staged, without=MANIFEST)
+    size = sum((staged / name).stat().st_size for name in files)
+    return Manifest(files=files, size_bytes=size, python=platform.python_version(), **fields)
+
+
+def replace_verdict(artifact: Artifact, staged: Path, verdict: str) -> Artifact:
+    """Publish ``staged``, a copy of ``artifact`` with a new report, under a new verdict."""
+    old = json.loads(artifact.manifest.model_dump_json(exclude={"files", "size_bytes", "python", "verdict"}))
+    return publish(staged, artifact.path, staged_manifest(staged, **old, verdict=verdict))

@@ -1,0 +1,321 @@
+"""The command line. Verbs import what they need when they run: ``--help`` loads no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qwen_onnx.plan import Plan
+    from qwen_onnx.runtime.service import GenerationConfig, QwenService
+
+app = typer.Typer(
+    name="qwen-onnx",
+    help="Any Qwen model, any target: an ONNX artifact that is proven, packaged and served.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="id of a recipe, see `qwen-onnx list`")]
+Target = Annotated[str, typer.Option(help="a pipeline: cpu")]
+ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]
+SourceOption = Annotated[
+    Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of onnxruntime; default: its own choice")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="most new tokens to generate")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy")]
+
+
+def _progress(message: str) -> None:
+    err.print(f"[cyan]›[/] {escape(message)}")
+
+
+def _plan(model: str, target: str) -> Plan:
+    from qwen_onnx.catalog import find_root, load_catalog
+    from qwen_onnx.plan import make_plan
+
+    return make_plan(load_catalog(find_root()), model, target)
+
+
+def _root() -> Path:
+    from qwen_onnx.catalog import find_root
+
+    return find_root()
+
+
+@app.command("list")
+def list_models() -> None:
+    """Models and targets that recipes exist for."""
+    from qwen_onnx.catalog import load_catalog
+
+    catalog = load_catalog(_root())
+    table = Table("model", "title", "weights", "license", "targets", "sources")
+    for _, row in catalog.rows.values():
+        kinds = ", ".join(source.kind for source in row.sources)
+        size = f"{row.parameters / 1e6:,.0f} M"
+        table.add_row(row.id, row.title, size, row.license, ", ".join(catalog.pipelines), kinds)
+    out.print(table)
+
+
+@app.command()
+def plan(model: Model, target: Target = "cpu", full: bool = typer.Option(False, help="the whole plan")) -> None:
+    """Print the complete Olive config of MODEL on a target as JSON; nothing runs."""
+    made = _plan(model, target)
+    print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
+
+
+@app.command()
+def plans(
+    check: bool = typer.Option(False, "--check", help="fail when recipes/plans.lock or the schemas are stale"),
+) -> None:
+    """Check every recipe on every target and write recipes/plans.lock, golden plans and JSON Schemas."""
+    from qwen_onnx.catalog import load_catalog
+    from qwen_onnx.plan import committed_files
+
+    catalog = load_catalog(_root())
+    stale = []
+    for name, text in committed_files(catalog).items():
+        path = catalog.root / name
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            out.print(f"wrote {name}")
+    if check and stale:
+        raise ConfigError([f"{name}: stale" for name in stale], hint="make plans, then commit")
+    if not stale:
+        out.print("plans, golden plans and schemas are up to date")
+
+
+@app.command()
+def fetch(
+    model: Model,
+    source: SourceOption = None,
+    dither: int | None = typer.Option(None, help="seed: copy with noise of half a 4-bit step, to test quantisers"),
+    output: Path | None = typer.Option(None, help="folder for the dithered copy"),
+) -> None:
+    """Fetch and verify the checkpoint of MODEL; prints its folder."""
+    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources import fetch as fetch_source
+
+    checkpoint = fetch_source(_plan(model, "cpu"), cache_root(_root()), local=source, progress=_progress)
+    if dither is None:
+        print(checkpoint.path)
+        return
+    if output is None or output.exists():
+        raise ConfigError(["--output: --dither needs a folder that does not exist yet"])
+    from qwen_onnx.gguf_import import write_dithered_checkpoint
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".dither-") as staging:
+        write_dithered_checkpoint(checkpoint.path, Path(staging), dither)
+        os.chmod(staging, 0o755)
+        os.rename(staging, output)
+        Path(staging).mkdir()
+    print(output)
+
+
+@app.command()
+def optimize(
+    model: Model,
+    target: Target = "cpu",
+    source: SourceOption = None,
+    output: Path | None = typer.Option(None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION"),
+    verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
+    wait: bool = typer.Option(True, help="wait when another build of the same artifact runs"),
+    force: bool = typer.Option(False, help="build even when the same artifact exists"),
+) -> None:
+    """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
+    from qwen_onnx.optimize import Job
+    from qwen_onnx.optimize import optimize as run
+    from qwen_onnx.sources import cache_root
+
+    made = _plan(model, target)
+    where = output or _root() / "artifacts" / made.name
+    job = Job(made, where.resolve(), cache_root(_root()), source, verify=verify, wait=wait, force=force)
+    outcome = run(job, _progress)
+    manifest = outcome.artifact.manifest
+    if outcome.hit:
+        _progress(f"already built with the same recipe, source and packages: {_shown(outcome.artifact.path)}")
+    else:
+        _progress(f"published {_shown(outcome.artifact.path)} ({manifest.size_bytes / 1e6:.1f} MB)")
+    _show_report(outcome.artifact.path, manifest.verdict)
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _show_report(artifact: Path, verdict: str) -> None:
+    """Table, place of the report, one line of JSON; a verdict other than PASS is an error."""
+    if verdict == "UNVERIFIED":
+        out.print(f"not verified: qwen-onnx verify {_shown(artifact)}")
+        return
+    from qwen_onnx.verify.report import load_report, print_report
+
+    report = load_report(artifact)
+    print_report(report, out)
+    out.print(f"report: {_shown(artifact / 'report.html')}")
+    print(report.json_line(), flush=True)
+    if verdict != "PASS":
+        raise VerdictError(
+            f"the verdict is {verdict}", where=_shown(artifact), hint=f"open {_shown(artifact / 'report.html')}"
+        )
+
+
+@app.command()
+def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
+    """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
+    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.optimize import verify_published
+    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources import fetch as fetch_source
+
+    opened = open_artifact(artifact.resolve())
+    made = opened.manifest.plan
+    checkpoint = fetch_source(made, cache_root(_root()), local=source, progress=_progress)
+    recorded = opened.manifest.source.files.get("model.safetensors")
+    if checkpoint.revision != opened.manifest.source.revision and checkpoint.files.get("model.safetensors") != recorded:
+        raise ArtifactError(
+            "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
+        )
+    report = verify_published(opened, checkpoint, _progress)
+    _show_report(opened.path, report.verdict)
+
+
+def _service(artifact: Path, threads: int | None) -> QwenService:
+    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.runtime.service import QwenService
+
+    return QwenService(open_artifact(artifact.resolve()).path, threads=threads)
+
+
+def _config(max_tokens: int, temperature: float, stop: list[str] | None = None) -> GenerationConfig:
+    from qwen_onnx.runtime.service import GenerationConfig
+
+    return GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
+
+
+@app.command()
+def generate(
+    artifact: ArtifactPath,
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="stop string, may be given more than once")] = None,
+    threads: Threads = None,
+) -> None:
+    """Continue PROMPT as plain text, streaming; prints prompt and continuation."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    config = _config(max_tokens, temperature, stop)
+    service = _service(artifact, threads)
+    sys.stdout.write(text)
+    _write(delta.text for delta in service.stream(text, config))
+    sys.stdout.write("\n")
+
+
+def _write(pieces: Iterator[str]) -> str:
+    written = []
+    for piece in pieces:
+        written.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    return "".join(written)
+
+
+@app.command()
+def chat(
+    artifact: ArtifactPath,
+    system: str | None = typer.Option(None, help="system message"),
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    threads: Threads = None,
+) -> None:
+    """Chat in the terminal. An empty line or Ctrl-D ends it."""
+    from qwen_onnx.errors import PromptTooLongError
+
+    service = _service(artifact, threads)
+    start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            said = input("you> ") if sys.stdin.isatty() else input()
+        except EOFError:
+            break
+        if not said.strip():
+            break
+        messages.append({"role": "user", "content": said})
+        try:
+            answer = _write(delta.text for delta in service.stream(messages, _config(max_tokens, temperature)))
+        except PromptTooLongError:
+            err.print("[yellow]the conversation no longer fits into the context; it starts anew[/]")
+            messages = list(start)
+            continue
+        sys.stdout.write("\n")
+        messages.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def serve(
+    artifact: ArtifactPath,
+    host: str = typer.Option("127.0.0.1", help="address to listen on"),
+    port: int = typer.Option(8000, min=0, max=65535),
+    name: str | None = typer.Option(None, help="model name in the API; default: the recipe's id"),
+    threads: Threads = None,
+) -> None:
+    """Serve the artifact at an OpenAI-compatible /v1/chat/completions."""
+    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.runtime.server import serve as run
+
+    opened = open_artifact(artifact.resolve())
+    run(opened.path, host=host, port=port, model_name=name or opened.manifest.plan.model, threads=threads)
+
+
+@app.command()
+def doctor(model: Model = "starter", target: Target = "cpu") -> None:
+    """Check this machine: versions, extras, memory and disk against what a recipe needs."""
+    from qwen_onnx.doctor import examine
+
+    findings = examine(_plan(model, target), _root())
+    table = Table("check", "", "found", "what mends it")
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.ok else "[red]fault[/]"
+        table.add_row(finding.name, mark, escape(finding.found), escape(finding.remedy))
+    out.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(3)
+
+
+def main() -> None:
+    """Entry point: deliberate errors become one message and their exit code."""
+    try:
+        app()
+    except QwenOnnxError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # the reader went away, as `| head` does: not a fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

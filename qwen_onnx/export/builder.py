@@ -1,0 +1,55 @@
+"""Our Olive pass: drives the model builder of today's onnxruntime-genai.
+
+Olive 0.13's own ModelBuilder pass calls an interface that genai dropped in 0.15 (Olive #2665).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from olive.hardware.accelerator import AcceleratorSpec
+from olive.model import HfModelHandler, ONNXModelHandler
+from olive.passes import Pass
+from olive.passes.pass_config import BasePassConfig, PassConfigParam
+
+from qwen_onnx.passes import GenAIModelBuilderConfig
+
+MODEL_FILE = "model.onnx"
+
+
+class GenAIModelBuilder(Pass):  # type: ignore[misc]
+    """Build an ONNX model and its genai files from a Hugging Face checkpoint."""
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
+        return {
+            name: PassConfigParam(type_=Any, default_value=field.get_default(), description=f"genai builder: {name}")
+            for name, field in GenAIModelBuilderConfig.model_fields.items()
+        }
+
+    def _run_for_config(
+        self, model: HfModelHandler, config: BasePassConfig, output_model_path: str
+    ) -> ONNXModelHandler:
+        given = {name: getattr(config, name) for name in GenAIModelBuilderConfig.model_fields}
+        options = {name: value for name, value in given.items() if value is not None}
+        build(Path(model.model_name_or_path), Path(output_model_path), GenAIModelBuilderConfig.model_validate(options))
+        return ONNXModelHandler(output_model_path, onnx_file_name=MODEL_FILE)
+
+
+def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> None:
+    """Run genai's builder for the CPU provider.
+
+    Args:
+        checkpoint: Hugging Face folder, quantised by an Olive pass or not.
+        output: folder for ``model.onnx``, its data, ``genai_config.json`` and the tokenizer.
+        config: options; those that are None keep the builder's default.
+    """
+    from onnxruntime_genai.models import builder
+
+    options = config.model_dump(exclude_none=True, exclude={"precision"})
+    flags = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
+    cache = output / ".builder-cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    common = ("", str(checkpoint), str(output), config.precision, "cpu", str(cache))
+    builder.create_model(*common, **builder.parse_extra_options(*common, flags))

@@ -1,0 +1,105 @@
+"""Run a plan through Olive in a child process and judge what came out.
+
+Olive exits 0 when it failed, so its word is not enough: the child must report an output model, and the
+files of a genai model must be there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen_onnx.artifact import full_disk
+from qwen_onnx.errors import ExportError
+from qwen_onnx.files import file_checksums
+from qwen_onnx.plan import digest_of
+
+Progress = Callable[[str], None]
+REQUIRED = ("genai_config.json", "model.onnx", "tokenizer.json")
+RUNNING_PASS = re.compile(r"Running pass (\S+)")
+
+
+def exporter_digest() -> str:
+    """Digest of our own export code: an edit of it makes other artifacts."""
+    return digest_of(file_checksums(Path(__file__).parent, without="")) if Path(__file__).exists() else ""
+
+
+def run_olive(config: dict[str, Any], checkpoint: Path, work: Path, log: Path, progress: Progress) -> Path:
+    """Run an Olive config.
+
+    Args:
+        config: complete Olive run config; it reads ``checkpoint`` and writes below ``work``.
+        checkpoint: folder that becomes ``work/checkpoint``.
+        work: scratch folder of this build.
+        log: file that takes everything that Olive says.
+
+    Returns:
+        Folder with the model.
+
+    Raises:
+        ExportError: Olive failed or gave no model; carries the last error of its log.
+        EnvironmentFault: the disk ran full.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "checkpoint").symlink_to(checkpoint.resolve(), target_is_directory=True)
+    (work / "olive.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    command = [sys.executable, "-m", "qwen_onnx.export.worker", "olive.json", "result.json"]
+    environment = {**os.environ, "OLIVE_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    with log.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen(
+            command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            for line in child.stdout or ():
+                file.write(line)
+                started = RUNNING_PASS.search(line)
+                if started:
+                    progress(f"Olive: {started.group(1).split(':')[0]}")
+            code = child.wait()
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+    return _judge(code, work, log)
+
+
+def _judge(code: int, work: Path, log: Path) -> Path:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    result = work / "result.json"
+    if code != 0 or not result.exists():
+        if "No space left on device" in text:
+            raise full_disk(work)
+        raise ExportError(f"Olive failed (exit {code}): {_last_error(text)}", where=str(log), hint="read that log")
+    folder = work / json.loads(result.read_text(encoding="utf-8"))["model_path"]
+    folder = folder if folder.is_dir() else folder.parent
+    missing = [name for name in REQUIRED if not (folder / name).exists()]
+    if missing:
+        raise ExportError(f"Olive's output lacks {', '.join(missing)}", where=str(log), hint="read that log")
+    return folder
+
+
+def _last_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"^[\w.]*(Error|Exception|Fault)\b", line)]
+    return (errors or lines or ["no message"])[-1][:500]
+
+
+def collect(model: Path, artifact: Path) -> None:
+    """Move the files of a genai model into the artifact; Olive's own bookkeeping stays behind."""
+    artifact.mkdir(exist_ok=True)
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path.name != "model_config.json":
+            shutil.move(path, artifact / path.name)
+
+
+def reference_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The same run, but one fp32 export: what graph and tokenizer do without quantisation."""
+    return {**config, "passes": {"reference": {"type": "GenAIModelBuilder", "precision": "fp32"}}}

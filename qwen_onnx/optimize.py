@@ -1,0 +1,215 @@
+"""The main job: plan → checkpoint → Olive → readback → smoke → verify → publish.
+
+Everything happens in a hidden folder beside the target. What is published was built whole, was loaded by
+onnxruntime-genai, generated text, and carries its verdict.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_onnx.artifact import (
+    Artifact,
+    SourceRecord,
+    build_key,
+    build_lock,
+    cached,
+    package_versions,
+    publish,
+    replace_verdict,
+    staged_manifest,
+    staging_folder,
+)
+from qwen_onnx.errors import EnvironmentFault, ExportError
+from qwen_onnx.plan import Plan
+from qwen_onnx.sources import Checkpoint, expected_revision, fetch
+
+if TYPE_CHECKING:
+    from qwen_onnx.verify.report import Report
+
+Progress = Callable[[str], None]
+LOG_FILE = "build.log"
+SMOKE_PROMPT = "The capital of France is"
+# fp32 checkpoint, fp32 reference export, and Olive's intermediate copies, per weight
+SCRATCH_BYTES_PER_PARAMETER = 18
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to build and where.
+
+    Attributes:
+        source: local checkpoint folder, GGUF or wheel instead of the recipe's sources.
+        target: folder of the artifact.
+        cache: downloads and checkpoints.
+        verify: measure against PyTorch before publishing.
+        wait: wait when another process builds the same artifact.
+    """
+
+    plan: Plan
+    target: Path
+    cache: Path
+    source: Path | None = None
+    verify: bool = True
+    wait: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished job; ``report`` is None for a cache hit or without verification."""
+
+    artifact: Artifact
+    hit: bool
+    report: Report | None = None
+
+
+def optimize(job: Job, progress: Progress = print) -> Outcome:
+    """Build, verify and publish an artifact, or find it in place.
+
+    A failed verification still publishes: beside the target, under ``<target>.rejected``, so that it can
+    be looked at and the last good artifact stays.
+
+    Raises:
+        QwenOnnxError: any stage failed; nothing was published.
+    """
+    from qwen_onnx.export.olive import exporter_digest
+
+    packages = package_versions()
+    with build_lock(
+        job.target, wait=job.wait, waiting=lambda: progress("another build of this artifact runs: waiting")
+    ):
+        revision = expected_revision(job.plan, job.source)
+        key = build_key(job.plan, revision, packages, exporter_digest())
+        hit = None if job.force else cached(job.target, key)
+        if hit and (hit.manifest.verdict != "UNVERIFIED" or not job.verify):
+            return Outcome(hit, hit=True)
+        _require_disk(job)
+        checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
+        with staging_folder(job.target) as staging:
+            return _build(job, key, packages, checkpoint, staging, progress)
+
+
+def _build(
+    job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, progress: Progress
+) -> Outcome:
+    from qwen_onnx.export.olive import collect, run_olive
+    from qwen_onnx.export.readback import compare, read_graph
+
+    begin = time.monotonic()
+    folder = staging / "artifact"
+    folder.mkdir()
+    log = staging / LOG_FILE
+    try:
+        model = run_olive(job.plan.olive, checkpoint.path, staging / "work", log, progress)
+    except ExportError as error:
+        raise _with_kept_log(error, log, job) from error
+    collect(model, folder)
+    shutil.move(log, folder / LOG_FILE)
+    readback = compare(read_graph(folder / "model.onnx"), job.plan.readback)
+    progress("loading the artifact and generating")
+    smoke(folder, job.plan)
+    built = time.monotonic() - begin
+    report = _verified(job, checkpoint, folder, staging, progress) if job.verify else None
+    verdict = report.verdict if report else "UNVERIFIED"
+    manifest = staged_manifest(
+        folder,
+        key=key,
+        plan=job.plan,
+        plan_digest=job.plan.digest,
+        source=SourceRecord(origin=checkpoint.origin, revision=checkpoint.revision, files=checkpoint.files),
+        packages=packages,
+        readback=readback,
+        verdict=verdict,
+        built_seconds=round(built, 1),
+    )
+    passed = report is None or verdict == "PASS"
+    target = job.target if passed else job.target.with_name(job.target.name + ".rejected")
+    return Outcome(publish(folder, target, manifest), hit=False, report=report)
+
+
+def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, progress: Progress) -> Report:
+    from qwen_onnx.verify import verify_artifact
+
+    reference = export_reference(job.plan, checkpoint.path, staging, progress)
+    report = verify_artifact(folder, checkpoint.path, reference, job.plan.limits, progress=progress)
+    report.save(folder)
+    return report
+
+
+def export_reference(plan: Plan, checkpoint: Path, staging: Path, progress: Progress) -> Path:
+    """An fp32 export of the same checkpoint by the same builder, for export parity."""
+    from qwen_onnx.export.olive import reference_config, run_olive
+
+    progress("exporting the fp32 reference")
+    return run_olive(
+        reference_config(plan.olive), checkpoint, staging / "reference", staging / "reference.log", lambda _: None
+    )
+
+
+def verify_published(artifact: Artifact, checkpoint: Checkpoint, progress: Progress = print) -> Report:
+    """Verify an artifact again and publish it with the new report and verdict."""
+    from qwen_onnx.verify import verify_artifact
+
+    with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
+        plan = artifact.manifest.plan
+        reference = export_reference(plan, checkpoint.path, staging, progress)
+        report = verify_artifact(artifact.path, checkpoint.path, reference, plan.limits, progress=progress)
+        folder = staging / "artifact"
+        shutil.copytree(artifact.path, folder, copy_function=os.link)
+        for name in ("report.json", "report.html", "manifest.json"):
+            # a hard link: writing through it would alter the published file
+            (folder / name).unlink(missing_ok=True)
+        report.save(folder)
+        replace_verdict(artifact, folder, report.verdict)
+    return report
+
+
+def smoke(folder: Path, plan: Plan) -> None:
+    """Load with onnxruntime-genai and generate.
+
+    Raises:
+        ExportError: it does not load, gives no token, or its context is shorter than the plan's.
+    """
+    from qwen_onnx.errors import ArtifactError
+    from qwen_onnx.runtime.engine import Engine
+    from qwen_onnx.runtime.tokenizer import TextTokenizer
+
+    try:
+        engine = Engine(folder)
+        ids = TextTokenizer(folder).encode(SMOKE_PROMPT)
+        tokens = list(engine.generate(ids, max_new_tokens=8, stop_on_eos=False))
+    except ArtifactError as error:
+        raise ExportError(f"the export does not load: {error.what}", where=str(folder)) from error
+    if len(tokens) != 8:
+        raise ExportError(f"the export generated {len(tokens)} of 8 tokens", where=str(folder))
+    if engine.context_length < plan.context:
+        raise ExportError(
+            f"the export accepts {engine.context_length} tokens, the recipe promises {plan.context}", where=plan.model
+        )
+
+
+def _with_kept_log(error: ExportError, log: Path, job: Job) -> ExportError:
+    """The staging folder goes away; its log is what the user needs next."""
+    kept = job.cache / "logs" / f"{job.plan.name.replace('/', '-')}.log"
+    if log.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, kept)
+    return ExportError(error.what, where=str(kept), hint=error.hint)
+
+
+def _require_disk(job: Job) -> None:
+    needed = job.plan.parameters * SCRATCH_BYTES_PER_PARAMETER
+    free = shutil.disk_usage(job.target.parent).free
+    if free < needed:
+        raise EnvironmentFault(
+            f"building {job.plan.model} needs about {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
+            where=str(job.target.parent),
+            hint="free space, or build elsewhere: qwen-onnx optimize ... --output FOLDER",
+        )
