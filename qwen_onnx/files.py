@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+# our own list of checksums beside a checkpoint
+CHECKSUMS = "checksums.json"
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""

@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
-from qwen_onnx.files import file_checksums, sha256_of
+from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.plan import Plan, digest_of
 from qwen_onnx.schema import HubSource, Record, WheelSource
 
 Progress = Callable[[str], None]
-CHECKSUMS = "checksums.json"
 
 
 class Checkpoint(Record):

@@ -1,0 +1,54 @@
+# make optimize TARGET=cpu            the starter model: environment, build, proof, report
+# make optimize MODEL=qwen3-0.6b      another recipe; SOURCE=path takes local weights
+MODEL  ?= starter
+TARGET ?= cpu
+SOURCE ?=
+OUTPUT ?=
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup optimize verify serve chat plans test test-slow lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(READY)  ## create the environment in .venv
+
+# the stamp comes last, so that an interrupted set-up is done again
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-int4
+	@$(BIN)/qwen-onnx optimize $(MODEL) --target $(TARGET) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)')
+
+verify: $(READY)  ## measure the artifact against PyTorch again
+	@$(BIN)/qwen-onnx verify artifacts/$(MODEL)/$(TARGET)-int4 $(if $(SOURCE),--source '$(SOURCE)')
+
+serve: $(READY)  ## OpenAI-compatible server on port 8000
+	@$(BIN)/qwen-onnx serve artifacts/$(MODEL)/$(TARGET)-int4
+
+chat: $(READY)  ## chat in the terminal
+	@$(BIN)/qwen-onnx chat artifacts/$(MODEL)/$(TARGET)-int4
+
+plans: $(READY)  ## check all recipes, write plans.lock, golden plans and schemas
+	@$(BIN)/qwen-onnx plans
+
+test: $(READY)  ## the quick tests
+	@$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: $(READY)  ## the tests that build or measure
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)  ## linter, formatter and type checker
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:  ## remove the environment and the caches, keep the artifacts
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache
