@@ -1,0 +1,121 @@
+"""Recipes and pipelines: what is wrong is named, all of it, and nothing runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from qwen_onnx.catalog import load_catalog
+from qwen_onnx.errors import ConfigError
+from qwen_onnx.plan import committed_files, make_all_plans, make_plan
+from tests.conftest import edit_yaml
+
+
+def test_every_recipe_has_a_plan_on_every_target(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    assert {"starter", "qwen2.5-0.5b-instruct", "qwen3-0.6b"} <= set(catalog.rows)
+    assert len(make_all_plans(catalog)) == len(catalog.rows) * len(catalog.pipelines)
+
+
+def test_generated_files_are_not_stale(repository: Path) -> None:
+    for name, text in committed_files(load_catalog(repository)).items():
+        assert (repository / name).read_text() == text, f"{name} is stale: make plans"
+
+
+def test_an_edit_of_a_pipeline_makes_the_lock_stale(checkout: Path) -> None:
+    before = committed_files(load_catalog(checkout))["recipes/plans.lock"]
+    edit_yaml(checkout / "pipelines/cpu.yaml", lambda d: d["limits"].update(kld_mean=0.17))
+    after = committed_files(load_catalog(checkout))["recipes/plans.lock"]
+    assert all(old != new for old, new in zip(before.splitlines(), after.splitlines(), strict=True))
+
+
+def test_all_faults_are_reported_together_with_file_and_key(checkout: Path) -> None:
+    def break_row(data: dict) -> None:
+        data["sizes"][0]["licence"] = "MIT"
+        data["sizes"][0]["parameters"] = "many"
+
+    edit_yaml(checkout / "recipes/qwen3.yaml", break_row)
+    edit_yaml(checkout / "pipelines/cpu.yaml", lambda d: d.update(stepz=[]))
+    with pytest.raises(ConfigError) as caught:
+        load_catalog(checkout)
+    text = "\n".join(caught.value.faults)
+    assert "recipes/qwen3.yaml: sizes.qwen3-0.6b.licence: unknown key" in text
+    assert "recipes/qwen3.yaml: sizes.qwen3-0.6b.parameters" in text
+    assert "pipelines/cpu.yaml: stepz: unknown key" in text
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_pass_option_and_pass_are_faults(checkout: Path) -> None:
+    def break_steps(data: dict) -> None:
+        data["steps"][-1]["config"]["int4_block_size"] = 32
+        data["steps"].append({"name": "magic", "type": "Magic"})
+
+    edit_yaml(checkout / "pipelines/cpu.yaml", break_steps)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(load_catalog(checkout), "starter", "cpu")
+    text = "\n".join(caught.value.faults)
+    assert "int4_block_size: unknown key" in text
+    assert "steps.magic.type: no pass 'Magic'" in text
+
+
+@pytest.mark.parametrize("address", ["steps.bild.block_size", "steps.build.blocksize", "limits.kld", "build", "a.b.c"])
+def test_an_override_that_matches_nothing_is_a_fault(checkout: Path, address: str) -> None:
+    override = {"cpu": {"why": "a reason that is long enough", "set": {address: 64}}}
+    edit_yaml(checkout / "recipes/starter.yaml", lambda d: d["sizes"][0].update(targets=override))
+    with pytest.raises(ConfigError, match="matches nothing"):
+        make_plan(load_catalog(checkout), "starter", "cpu")
+
+
+def test_an_override_is_applied_and_checked(checkout: Path) -> None:
+    override = {"cpu": {"why": "a reason that is long enough", "set": {"limits.kld_mean": 0.1}}}
+    edit_yaml(checkout / "recipes/starter.yaml", lambda d: d["sizes"][0].update(targets=override))
+    assert make_plan(load_catalog(checkout), "starter", "cpu").limits.kld_mean == 0.1
+    override["cpu"]["set"] = {"limits.kld_mean": -1}
+    edit_yaml(checkout / "recipes/starter.yaml", lambda d: d["sizes"][0].update(targets=override))
+    with pytest.raises(ConfigError, match="kld_mean"):
+        make_plan(load_catalog(checkout), "starter", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("family: [", "not valid YAML"),
+        ("family: a\nfamily: b\n", "appears twice"),
+        ("", "valid dictionary"),
+        ("- 1\n", "valid dictionary"),
+        ("family: x\narchitecture: Qwen9\nsizes: []\n", "architecture"),
+    ],
+)
+def test_files_that_are_no_recipes(checkout: Path, text: str, expected: str) -> None:
+    (checkout / "recipes/new.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_catalog(checkout)
+
+
+def test_unknown_names_suggest_the_nearest(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    with pytest.raises(ConfigError, match=r"did you mean .*qwen3-0.6b"):
+        make_plan(catalog, "qwen3-0.6", "cpu")
+    with pytest.raises(ConfigError, match="no target 'cuda9'"):
+        make_plan(catalog, "starter", "cuda9")
+
+
+def test_json_schemas_accept_what_is_committed_and_reject_typos(repository: Path) -> None:
+    for folder, name in (("recipes", "recipe"), ("pipelines", "pipeline")):
+        schema = json.loads((repository / f"recipes/{name}.schema.json").read_text())
+        for path in sorted((repository / folder).glob("*.yaml")):
+            data = yaml.safe_load(path.read_text())
+            jsonschema.validate(data, schema)
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(data | {"typo": 1}, schema)
+
+
+def test_the_plan_holds_a_complete_olive_config(repository: Path) -> None:
+    plan = make_plan(load_catalog(repository), "starter", "cpu")
+    assert set(plan.olive) >= {"input_model", "systems", "passes", "output_dir", "cache_dir"}
+    assert all("type" in step for step in plan.olive["passes"].values())
+    assert str(repository) not in json.dumps(plan.model_dump(mode="json"))
