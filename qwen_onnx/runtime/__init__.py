@@ -1,0 +1,19 @@
+"""Runtime: serves an exported model with onnxruntime-genai. Imports neither torch nor Olive."""
+
+from qwen_onnx.runtime.engine import Engine, RemoteEngine, SamplingOptions
+from qwen_onnx.runtime.service import Completion, Delta, GenerationConfig, QwenService
+from qwen_onnx.runtime.template import ChatTemplate
+from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "Completion",
+    "Delta",
+    "Engine",
+    "GenerationConfig",
+    "QwenService",
+    "RemoteEngine",
+    "SamplingOptions",
+    "StreamDecoder",
+    "TextTokenizer",
+]

@@ -1,0 +1,330 @@
+"""Token ids in, token ids out. Text is the business of ``tokenizer`` and ``template``.
+
+``Engine`` holds a genai ``Generator``, which keeps Python's GIL while it computes. ``RemoteEngine`` is the same
+engine in a process of its own, for programs whose event loop must stay free.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime_genai as og
+
+from qwen_onnx.errors import ArtifactError, PromptTooLongError, QwenOnnxError, RequestError
+
+CONFIG_FILE = "genai_config.json"
+# a prompt goes in by pieces, so that a cancelled request stops within one of them
+PREFILL_CHUNK = 512
+
+Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen. Temperature 0 is greedy and ignores the rest but the penalty; top_k 0 is off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def search_options(self) -> dict[str, Any]:
+        """The names that genai gives them."""
+        if self.temperature == 0:
+            return {"do_sample": False, "repetition_penalty": self.repetition_penalty}
+        options: dict[str, Any] = {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        return options if self.seed is None else {**options, "random_seed": self.seed}
+
+
+GREEDY = SamplingOptions()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a request is checked against."""
+
+    context_length: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def read(cls, folder: Path) -> Shape:
+        """From ``genai_config.json``; ArtifactError when it is missing or damaged."""
+        path = folder / CONFIG_FILE
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            eos = model["eos_token_id"]
+            ids = frozenset(eos if isinstance(eos, list) else [eos])
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ids)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{CONFIG_FILE} cannot be read: {error}",
+                where=str(path),
+                hint="build it again: make optimize TARGET=cpu",
+            ) from error
+
+    def check(self, prompt_ids: Sequence[int], new_tokens: int) -> None:
+        """Refuse what genai would accept in silence.
+
+        Raises:
+            RequestError: no ids, ids out of the vocabulary, no token to generate.
+            PromptTooLongError: prompt plus ``new_tokens`` exceed the context.
+        """
+        if not prompt_ids:
+            raise RequestError("the prompt is empty", where="prompt", hint="send some text")
+        if new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {new_tokens}, the least is 1", where="max_new_tokens")
+        wrong = next((token for token in prompt_ids if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"token id {wrong} is outside [0, {self.vocab_size})", where="prompt")
+        if len(prompt_ids) + new_tokens > self.context_length:
+            raise PromptTooLongError(
+                f"{len(prompt_ids)} prompt and {new_tokens} new tokens exceed the context of {self.context_length}",
+                where="prompt",
+                hint="shorten the prompt or lower max_tokens",
+            )
+
+
+class TokenEngine(Protocol):
+    """What a service needs of an engine, in this process or another."""
+
+    shape: Shape
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        options: SamplingOptions = ...,
+        stop_on_eos: bool = ...,
+        cancelled: Cancelled | None = ...,
+    ) -> Iterator[int]:
+        """Yield new token ids one by one."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class Engine:
+    """One exported model in this process.
+
+    Args:
+        folder: flat folder with ``genai_config.json`` and ``model.onnx``.
+        threads: threads within an operator; None leaves it to onnxruntime.
+
+    Raises:
+        ArtifactError: the folder holds no model that genai loads.
+    """
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        self.shape = Shape.read(folder)
+        self.context_length = self.shape.context_length
+        self.vocab_size = self.shape.vocab_size
+        self.eos_token_ids = self.shape.eos_token_ids
+        try:
+            config = og.Config(str(folder))
+            if threads is not None:
+                session = {"intra_op_num_threads": threads}
+                config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            self._model = og.Model(config)
+        # genai raises bare RuntimeError, and OrtException derived from it, for whatever it cannot load
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"onnxruntime-genai cannot load the model: {error}", where=str(folder), hint="build it again"
+            ) from error
+
+    def _generator(self, max_length: int, options: SamplingOptions, min_length: int) -> Any:
+        params = og.GeneratorParams(self._model)
+        # genai allocates the KV cache for max_length at once: it is never left at the context's default
+        params.set_search_options(max_length=max_length, min_length=min_length, **options.search_options())
+        return og.Generator(self._model, params)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        options: SamplingOptions = GREEDY,
+        stop_on_eos: bool = True,
+        cancelled: Cancelled | None = None,
+    ) -> Iterator[int]:
+        """Yield new token ids one by one; EOS ends it and is not yielded.
+
+        Args:
+            prompt_ids: ids in [0, vocab_size), at least one.
+            max_new_tokens: most tokens to yield.
+            options: sampling.
+            stop_on_eos: false suppresses EOS, to measure a fixed number of tokens.
+            cancelled: asked between tokens and between pieces of the prompt.
+
+        Raises:
+            RequestError, PromptTooLongError: see ``Shape.check``; raised at the call, not at the first token.
+        """
+        ids = list(prompt_ids)
+        self.shape.check(ids, max_new_tokens)
+        return self._tokens(ids, max_new_tokens, options, stop_on_eos, cancelled or (lambda: False))
+
+    def _tokens(
+        self, ids: list[int], max_new_tokens: int, options: SamplingOptions, stop_on_eos: bool, cancelled: Cancelled
+    ) -> Iterator[int]:
+        length = len(ids) + max_new_tokens
+        generator = self._generator(length, options, 0 if stop_on_eos else length)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            if cancelled():
+                return
+            generator.append_tokens(np.asarray(ids[start : start + PREFILL_CHUNK], dtype=np.int32))
+        for _ in range(max_new_tokens):
+            if cancelled():
+                return
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if stop_on_eos and token in self.eos_token_ids:
+                return
+            yield token
+            if generator.is_done():
+                return
+
+    def forced_logits(self, prompt_ids: Sequence[int], continuation_ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Logits after the prompt and after each continuation token, which goes through the KV cache alone.
+
+        Returns:
+            float32 [len(continuation_ids) + 1, vocab_size].
+        """
+        prompt, continuation = list(prompt_ids), list(continuation_ids)
+        self.shape.check([*prompt, *continuation], 1)
+        generator = self._generator(len(prompt) + len(continuation) + 1, GREEDY, 0)
+        rows = []
+        for piece in (prompt, *([token] for token in continuation)):
+            generator.append_tokens(np.asarray(piece, dtype=np.int32))
+            rows.append(np.array(generator.get_logits(), dtype=np.float32).reshape(-1, self.vocab_size)[-1])
+        return np.stack(rows)
+
+    def close(self) -> None:
+        """Free the model; the engine cannot be used afterwards."""
+        del self._model
+
+
+class RemoteEngine:
+    """An ``Engine`` in a child process: while it computes, this process is free.
+
+    Args and errors are those of ``Engine``. One request at a time; callers wait for each other.
+    """
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        self.shape = Shape.read(folder)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._child = context.Process(target=_child_main, args=(theirs, folder, threads), daemon=True)
+        self._child.start()
+        theirs.close()
+        self._turn = threading.Lock()
+        self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            message = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            raise ArtifactError("the engine's process died", hint="is there enough memory? qwen-onnx doctor") from error
+        if isinstance(message, QwenOnnxError):
+            raise message
+        return message
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        options: SamplingOptions = GREEDY,
+        stop_on_eos: bool = True,
+        cancelled: Cancelled | None = None,
+    ) -> Iterator[int]:
+        """See ``Engine.generate``."""
+        ids = list(prompt_ids)
+        self.shape.check(ids, max_new_tokens)
+        return self._tokens((ids, max_new_tokens, options, stop_on_eos), cancelled or (lambda: False))
+
+    def _tokens(self, request: tuple[Any, ...], cancelled: Cancelled) -> Iterator[int]:
+        with self._turn:
+            if cancelled():
+                return
+            self._pipe.send(request)
+            finished = False
+            try:
+                while True:
+                    while not self._pipe.poll(0.05):
+                        if cancelled():
+                            return
+                    token = self._receive()
+                    if token is None:
+                        finished = True
+                        return
+                    yield token
+                    if cancelled():
+                        return
+            finally:
+                if not finished and self._child.is_alive():
+                    self._pipe.send("cancel")
+                    while self._receive() is not None:
+                        pass
+
+    def close(self) -> None:
+        """End the child process."""
+        self._pipe.close()
+        self._child.join(timeout=5)
+        if self._child.is_alive():
+            self._child.kill()
+
+
+def _child_main(pipe: Connection, folder: Path, threads: int | None) -> None:
+    """Serve requests until the parent closes its end. After None comes the next request."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        engine = Engine(folder, threads=threads)
+    except QwenOnnxError as error:
+        pipe.send(Refusal.of(error))
+        return
+    pipe.send("ready")
+    while True:
+        try:
+            request = pipe.recv()
+            if request == "cancel":
+                continue
+            ids, count, options, stop_on_eos = request
+            for token in engine.generate(
+                ids, max_new_tokens=count, options=options, stop_on_eos=stop_on_eos, cancelled=pipe.poll
+            ):
+                pipe.send(token)
+            pipe.send(None)
+        except (EOFError, ConnectionError):
+            return
+
+
+class Refusal(ArtifactError):
+    """An error that survives the pipe: pickle calls an exception's class with its ``args`` alone."""
+
+    @classmethod
+    def of(cls, error: QwenOnnxError) -> Refusal:
+        return cls(error.what, where=error.where, hint=error.hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _refusal, (self.what, self.where, self.hint)
+
+
+def _refusal(what: str, where: str | None, hint: str | None) -> Refusal:
+    return Refusal(what, where=where, hint=hint)

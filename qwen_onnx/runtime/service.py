@@ -1,0 +1,268 @@
+"""Text in, text out: one core generator beneath the synchronous, asynchronous and batch forms."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError
+from qwen_onnx.runtime.engine import Cancelled, Engine, RemoteEngine, SamplingOptions, TokenEngine
+from qwen_onnx.runtime.template import ChatTemplate, Message
+from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer, check_size
+
+FinishReason = Literal["stop", "length"]
+Prompt = str | Sequence[Message]
+
+RANGES: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 2**31 - 1),
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "repetition_penalty": (0.1, 10.0),
+    "seed": (0, 2**31 - 1),
+}
+MOST_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to answer. Temperature 0 is greedy; top_k 0 is off.
+
+    Raises:
+        RequestError: a value out of its range, naming field and range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            whole = isinstance(value, int) or isinstance(least, float)
+            if not number or not whole or not least <= value <= most:
+                kind = "a number" if isinstance(least, float) else "a whole number"
+                raise RequestError(f"{name} is {value!r}, not {kind} from {least} to {most}", where=name)
+        if self.top_p == 0:
+            raise RequestError("top_p is 0: no token is left", where="top_p", hint="use temperature 0 for greedy")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise RequestError("stop holds an empty string or no strings", where="stop")
+        if len(self.stop) > MOST_STOP_STRINGS:
+            raise RequestError(f"{len(self.stop)} stop strings, the most is {MOST_STOP_STRINGS}", where="stop")
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """The part that the engine needs."""
+        return SamplingOptions(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
+
+
+DEFAULT = GenerationConfig()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer. The last one alone has a ``finish_reason``; counts are those so far."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class QwenService:
+    """An artifact that answers.
+
+    Args:
+        folder: flat folder of an exported model.
+        threads: threads of onnxruntime; None leaves it to onnxruntime.
+        isolated: run the engine in a child process, so that this one's event loop stays free.
+
+    Raises:
+        ArtifactError: the folder holds no model that loads.
+    """
+
+    def __init__(self, folder: Path, *, threads: int | None = None, isolated: bool = False) -> None:
+        self.tokenizer = TextTokenizer(folder)
+        self.template = ChatTemplate(folder)
+        self.engine: TokenEngine = (RemoteEngine if isolated else Engine)(folder, threads=threads)
+        self._turn = threading.Lock()
+
+    def format_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt that the template makes of ``messages``; TemplateError when it refuses them."""
+        return self.template.render(messages)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of that prompt; special tokens that users typed stay text."""
+        return self.template.encode(messages, self.tokenizer, self.engine.shape.context_length)
+
+    def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
+        """Token ids of ``prompt``, checked against the context.
+
+        Raises:
+            RequestError, PromptTooLongError, TemplateError.
+        """
+        context = self.engine.shape.context_length
+        if isinstance(prompt, str):
+            check_size(len(prompt), context)
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = self.encode_chat(prompt)
+        room = context - len(ids)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, the context holds {context}", where="prompt", hint="shorten it"
+            )
+        self.engine.shape.check(ids, 1)
+        return ids
+
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig = DEFAULT, *, cancelled: Cancelled | None = None
+    ) -> Iterator[Delta]:
+        """Yield the answer piece by piece; the last piece tells why it ended.
+
+        ``max_new_tokens`` is bounded by what the context leaves. Faulty input raises at the call.
+        """
+        return self._deltas(self.prepare(prompt, config), config, cancelled)
+
+    def _deltas(self, ids: list[int], config: GenerationConfig, cancelled: Cancelled | None) -> Iterator[Delta]:
+        most = min(config.max_new_tokens, self.engine.shape.context_length - len(ids))
+        decoder, stopper = StreamDecoder(self.tokenizer), StopStrings(config.stop)
+        count, reason = 0, "stop"
+        with self._turn:
+            tokens = self.engine.generate(ids, max_new_tokens=most, options=config.sampling, cancelled=cancelled)
+            for token in tokens:
+                count += 1
+                text = stopper.push(decoder.push(token))
+                if text:
+                    yield Delta(text, len(ids), count)
+                if stopper.hit:
+                    break
+            close = getattr(tokens, "close", None)
+            if close:
+                close()
+        if not stopper.hit:
+            reason = "length" if count == most else "stop"
+            rest = stopper.push(decoder.flush()) + stopper.flush()
+            reason = "stop" if stopper.hit else reason
+            if rest:
+                yield Delta(rest, len(ids), count)
+        yield Delta("", len(ids), count, "length" if reason == "length" else "stop")
+
+    def generate(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> Completion:
+        """The whole answer at once."""
+        return _joined(list(self.stream(prompt, config)))
+
+    async def generate_async(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> AsyncIterator[Delta]:
+        """Like ``stream``, for an event loop. Closing the iterator stops the generation.
+
+        The work is done by a thread; with ``isolated`` the thread only waits, so the loop is free throughout.
+        """
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        stopped = threading.Event()
+
+        def hand_over(item: Delta | BaseException | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        def work() -> None:
+            try:
+                for delta in self.stream(prompt, config, cancelled=stopped.is_set):
+                    hand_over(delta)
+                    if stopped.is_set():
+                        return
+                hand_over(None)
+            # the consumer raises it: a thread has nobody to tell
+            except Exception as error:  # noqa: BLE001
+                hand_over(error)
+
+        worker = loop.run_in_executor(None, work)
+        try:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            await asyncio.shield(worker)
+
+    def generate_batch(self, prompts: Sequence[Prompt], config: GenerationConfig = DEFAULT) -> list[Completion]:
+        """Answers in the order of ``prompts``, one after the other: each equals that of ``generate``.
+
+        All prompts are checked before the first is answered.
+        """
+        for index, prompt in enumerate(prompts):
+            try:
+                self.prepare(prompt, config)
+            except QwenOnnxError as error:
+                error.add_note(f"prompt {index} of the batch")
+                raise
+        return [self.generate(prompt, config) for prompt in prompts]
+
+    def close(self) -> None:
+        """Free the model."""
+        self.engine.close()
+
+
+def _joined(deltas: list[Delta]) -> Completion:
+    last = deltas[-1]
+    text = "".join(delta.text for delta in deltas)
+    return Completion(text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens)
+
+
+class StopStrings:
+    """Cuts text at the first stop string, also one that spans tokens; the stop string itself is dropped."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that can no longer become a stop string."""
+        if self.hit:
+            return ""
+        self._held += text
+        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        if found:
+            self.hit = True
+            return self._release(min(found))
+        return self._release(len(self._held) - self._longest_prefix())
+
+    def _longest_prefix(self) -> int:
+        """Length of the longest tail that a stop string begins with."""
+        tails = (len(stop[:size]) for stop in self._stops for size in range(1, len(stop)) if self._ends(stop[:size]))
+        return max(tails, default=0)
+
+    def _ends(self, prefix: str) -> bool:
+        return self._held.endswith(prefix)
+
+    def _release(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back when no stop string came."""
+        return "" if self.hit else self._release(len(self._held))
