@@ -173,9 +173,8 @@ def _show_report(artifact: Path, verdict: str) -> None:
     from qwen_onnx.verify.report import load_report, print_report
 
     report = load_report(artifact)
-    print_report(report, out)
     out.print(f"report: {_shown(artifact / 'report.html')}")
-    print(report.json_line(), flush=True)
+    print_report(report, out)
     if verdict != "PASS":
         raise VerdictError(
             f"the verdict is {verdict}", where=_shown(artifact), hint=f"open {_shown(artifact / 'report.html')}"

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from qwen_onnx.catalog import load_catalog
+from qwen_onnx.plan import make_plan
+from qwen_onnx.sources import cache_root, fetch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -83,3 +90,46 @@ def broken_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def rewrite_json(path: Path, **changes: object) -> None:
     """Change top-level keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint built to int4 by the genai builder, in a process of its own as in a real build."""
+    folder = tmp_path_factory.mktemp("artifact") / "int4"
+    code = (
+        "import sys; from pathlib import Path; from qwen_onnx.export.builder import build\n"
+        "from qwen_onnx.passes import GenAIModelBuilderConfig as Config\n"
+        "config = Config(precision='int4', block_size=32, is_symmetric=False, accuracy_level=4, algo_config='k_quant_mixed')\n"
+        "build(Path(sys.argv[1]), Path(sys.argv[2]), config)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def artifact_dir() -> Path:
+    """The starter's artifact, as `make optimize TARGET=cpu` leaves it."""
+    folder = REPOSITORY / "artifacts/starter/cpu-int4"
+    if not folder.exists():
+        pytest.fail("the starter's artifact is missing: make optimize TARGET=cpu")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def starter_checkpoint() -> Path:
+    """The starter's checkpoint in the cache; fetched when it is not there."""
+    catalog = load_catalog(REPOSITORY)
+    return fetch(make_plan(catalog, "starter", "cpu"), cache_root(REPOSITORY)).path
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_cli(*arguments: object, cwd: Path = REPOSITORY, **options: object) -> subprocess.CompletedProcess[str]:
+    """``qwen-onnx`` as users run it; never raises for an exit code."""
+    command = [sys.executable, "-m", "qwen_onnx.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]

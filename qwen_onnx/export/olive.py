@@ -78,7 +78,7 @@ def _judge(code: int, work: Path, log: Path) -> Path:
         if "No space left on device" in text:
             raise full_disk(work)
         raise ExportError(f"Olive failed (exit {code}): {_last_error(text)}", where=str(log), hint="read that log")
-    folder = work / json.loads(result.read_text(encoding="utf-8"))["model_path"]
+    folder = Path(work, json.loads(result.read_text(encoding="utf-8"))["model_path"])
     folder = folder if folder.is_dir() else folder.parent
     missing = [name for name in REQUIRED if not (folder / name).exists()]
     if missing:

@@ -236,11 +236,17 @@ class RemoteEngine:
         self._turn = threading.Lock()
         self._receive()
 
+    def _send(self, message: Any) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError as error:
+            raise _died() from error
+
     def _receive(self) -> Any:
         try:
             message = self._pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            raise ArtifactError("the engine's process died", hint="is there enough memory? qwen-onnx doctor") from error
+        except (EOFError, OSError) as error:
+            raise _died() from error
         if isinstance(message, QwenOnnxError):
             raise message
         return message
@@ -263,23 +269,24 @@ class RemoteEngine:
         with self._turn:
             if cancelled():
                 return
-            self._pipe.send(request)
-            finished = False
+            self._send(request)
+            running = True
             try:
-                while True:
+                while running:
                     while not self._pipe.poll(0.05):
                         if cancelled():
                             return
+                    running = False
                     token = self._receive()
                     if token is None:
-                        finished = True
                         return
+                    running = True
                     yield token
                     if cancelled():
                         return
             finally:
-                if not finished and self._child.is_alive():
-                    self._pipe.send("cancel")
+                if running:
+                    self._send("cancel")
                     while self._receive() is not None:
                         pass
 
@@ -289,6 +296,10 @@ class RemoteEngine:
         self._child.join(timeout=5)
         if self._child.is_alive():
             self._child.kill()
+
+
+def _died() -> ArtifactError:
+    return ArtifactError("the engine's process died", hint="is there enough memory? qwen-onnx doctor")
 
 
 def _child_main(pipe: Connection, folder: Path, threads: int | None) -> None:

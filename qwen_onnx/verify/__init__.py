@@ -1,0 +1,68 @@
+"""Verification: proves an artifact against the checkpoint it came from, or says why it does not.
+
+What is measured is what is served: the artifact runs through ``qwen_onnx.runtime``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen_onnx.errors import VerificationError
+from qwen_onnx.schema import Limits
+from qwen_onnx.verify.checks import CHECKS, run_check
+from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions, worst
+from qwen_onnx.verify.report import Report, environment, print_report
+
+__all__ = ["CheckResult", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]
+
+DEFAULT_OPTIONS = VerifyOptions()
+
+
+def _silent(message: str) -> None:
+    """Progress for nobody."""
+
+
+def verify_artifact(
+    artifact: Path,
+    checkpoint: Path,
+    reference: Path | None,
+    limits: Limits,
+    *,
+    options: VerifyOptions = DEFAULT_OPTIONS,
+    progress: Callable[[str], None] = _silent,
+) -> Report:
+    """Run every check on ``artifact``.
+
+    Args:
+        artifact: flat folder that the runtime serves.
+        checkpoint: Hugging Face folder that the artifact was made from.
+        reference: fp32 ONNX export of the same checkpoint; without it the verdict is at best INCONCLUSIVE.
+        limits: what the artifact must reach.
+        options: how much is measured.
+        progress: called with one line at the start of each part.
+
+    Raises:
+        VerificationError: a folder is missing or a check has no such name. Checks that fail do not raise.
+    """
+    unknown = sorted(set(options.checks) - set(CHECKS))
+    if unknown:
+        raise VerificationError(f"No check is called {', '.join(unknown)}.", hint=f"choose from {', '.join(CHECKS)}")
+    for folder in filter(None, (artifact, checkpoint, reference)):
+        if not folder.is_dir():
+            raise VerificationError("The folder to verify with does not exist.", where=str(folder))
+    started = time.perf_counter()
+    context = Context(artifact, checkpoint, reference, limits, options, progress)
+    results = tuple(run_check(name, context) for name in CHECKS)
+    context.release()
+    return Report(
+        verdict=worst(item.verdict for item in results),
+        checks=results,
+        drift=context.drift,
+        latency=context.latency,
+        limits=limits,
+        options=options,
+        environment={**environment(), "seconds": round(time.perf_counter() - started, 1)},
+    )

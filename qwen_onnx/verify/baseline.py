@@ -1,0 +1,98 @@
+"""The checkpoint itself: PyTorch in fp32 and the tokenizer that the model was trained with.
+
+The only module that imports torch and transformers, and only inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_onnx.errors import VerificationError
+from qwen_onnx.verify.corpus import Message
+from qwen_onnx.verify.scoring import Logits
+
+
+class TorchBaseline:
+    """The checkpoint as a PyTorch model in fp32 on the CPU.
+
+    Raises:
+        VerificationError: transformers cannot load the folder.
+    """
+
+    def __init__(self, checkpoint: Path, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise VerificationError(f"PyTorch cannot load the checkpoint: {error}", where=str(checkpoint)) from error
+        self._model = model.eval()
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Logits of shape [tokens, vocabulary] for one sequence."""
+        import torch
+
+        with torch.inference_mode():
+            found: Logits = self._model(torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
+        return found
+
+    def generate(self, ids: Sequence[int], count: int) -> Iterator[int]:
+        """Greedy continuation of ``count`` tokens through the KV cache, without a stop token."""
+        import torch
+
+        tokens, cache = torch.tensor([list(ids)]), None
+        for _ in range(count):
+            with torch.inference_mode():
+                # logits_to_keep: an engine that serves needs the last position only
+                out = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            yield int(tokens.item())
+
+
+class CheckpointTokenizer:
+    """The checkpoint's own ``tokenizer.json`` and chat template, as transformers runs them.
+
+    ``AutoTokenizer`` is not the judge where that file exists: transformers 5 rebuilds a Qwen2
+    tokenizer from ``config.json`` and then splits ``\\n\\n`` and NFD otherwise than the file says.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        try:
+            self._auto: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+            saved = (checkpoint / "tokenizer.json").is_file()
+            self._own: Any = PreTrainedTokenizerFast.from_pretrained(checkpoint) if saved else self._auto
+        except (OSError, ValueError, KeyError) as error:
+            raise VerificationError(
+                f"The checkpoint's tokenizer does not load: {error}", where=str(checkpoint)
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text: nothing is added, special tokens in it are recognised."""
+        return list(self._own.encode(text, add_special_tokens=False))
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a user's words: what looks like a special token in them stays text."""
+        return list(self._own.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def auto_encode(self, text: str) -> list[int]:
+        """What ``AutoTokenizer`` makes of the same text."""
+        return list(self._auto.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens included, spaces untouched."""
+        return str(self._own.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """The conversation in the chat template; ``prompt`` adds the opening of an answer."""
+        try:
+            return str(self._own.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        except ValueError as error:
+            raise VerificationError(f"The checkpoint's chat template does not render: {error}") from error

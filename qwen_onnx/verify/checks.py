@@ -1,0 +1,217 @@
+"""The checks, in the order in which they run. A new one is a function with ``@check("name")``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.verify import latency
+from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.drift import judge
+from qwen_onnx.verify.parity import CONVERSATIONS, NASTY, Mismatch, decode_positions, mismatches
+from qwen_onnx.verify.records import CheckResult, Estimate, Verdict, worst
+from qwen_onnx.verify.scoring import Positions
+from qwen_onnx.verify.statistics import at_least, at_most
+
+Check = Callable[[Context], CheckResult]
+CHECKS: dict[str, Check] = {}
+
+# Kernels that quantise activations (accuracy level 4) sum in another order for one token than for
+# many, so that the two paths of one artifact differ by rounding: about a tenth of the drift allowed.
+DECODE_KLD = 1e-2
+DECODE_TOP1 = 0.97
+CONTROL_WIDTH = 0.05  # an A/A comparison whose bounds lie further than 5 % from 1 says the machine is too noisy
+
+
+def check(name: str) -> Callable[[Check], Check]:
+    """Register a check under ``name``."""
+
+    def register(function: Check) -> Check:
+        if name in CHECKS:
+            raise ValueError(f"two checks are called {name}")
+        CHECKS[name] = function
+        return function
+
+    return register
+
+
+def run_check(name: str, context: Context) -> CheckResult:
+    """Run one check; one that cannot be carried out has failed."""
+    chosen = context.options.checks
+    if chosen and name not in chosen:
+        return CheckResult(name=name, verdict=Verdict.INCONCLUSIVE, detail="not run: left out by the options")
+    context.progress(f"check: {name}")
+    started = time.perf_counter()
+    try:
+        result = CHECKS[name](context)
+    except (QwenOnnxError, OSError, ValueError, RuntimeError) as error:
+        result = CheckResult(name=name, verdict=Verdict.FAIL, detail=f"could not be carried out: {error}")
+    return result.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
+
+
+def _parity_result(name: str, cases: int, wrong: Sequence[Mismatch], extra: dict[str, float | str]) -> CheckResult:
+    return CheckResult(
+        name=name,
+        verdict=Verdict.FAIL if wrong else Verdict.PASS,
+        measured={"cases": cases, "mismatches": len(wrong), **extra},
+        limit={"mismatches": 0},
+        detail="; ".join(str(item) for item in wrong[:3]),
+    )
+
+
+@check("tokenizer")
+def tokenizer_parity(context: Context) -> CheckResult:
+    """The runtime encodes and decodes every text like the checkpoint's tokenizer."""
+    truth, served = context.truth, context.tokenizer
+    texts = [*NASTY, *(doc.text for docs in context.documents.values() for doc in docs[:2])]
+    wrong = mismatches(texts, truth.encode_plain, lambda text: list(served.encode(text)))
+    wrong += mismatches(
+        texts,
+        lambda text: truth.decode(truth.encode_plain(text)),
+        lambda text: served.decode(truth.encode_plain(text)),
+    )
+    differs = len(mismatches(NASTY, truth.encode, truth.auto_encode))
+    return _parity_result("tokenizer", 2 * len(texts), wrong, {"AutoTokenizer_differs": differs})
+
+
+@check("chat_template")
+def template_parity(context: Context) -> CheckResult:
+    """The runtime renders every conversation like transformers."""
+    wrong = mismatches(
+        CONVERSATIONS,
+        lambda messages: context.truth.render(messages, prompt=True),
+        lambda messages: context.template.render([dict(message) for message in messages]),
+    )
+    return _parity_result("chat_template", len(CONVERSATIONS), wrong, {})
+
+
+@check("fp32_export")
+def export_parity(context: Context) -> CheckResult:
+    """The unquantised export computes what PyTorch computes: the graph is right."""
+    limits = context.limits
+    bounds: dict[str, float | str] = {"max_diff": limits.fp32_max_diff, "kld_mean": limits.fp32_kld}
+    if context.reference is None:
+        return CheckResult(
+            name="fp32_export", verdict=Verdict.INCONCLUSIVE, limit=bounds, detail="no fp32 export was given"
+        )
+    found = Positions.join(context.study.reference_parts)
+    diff, kld = float(found.diff.max()), float(found.kld.mean())
+    return CheckResult(
+        name="fp32_export",
+        verdict=worst([at_most(_exact(diff), limits.fp32_max_diff), at_most(_exact(kld), limits.fp32_kld)]),
+        measured={"max_diff": diff, "kld_mean": kld, "positions": len(found.kld)},
+        limit=bounds,
+    )
+
+
+def _exact(value: float) -> Estimate:
+    """A value without sampling error: both bounds are the value."""
+    return Estimate(value=value, lower=value, upper=value)
+
+
+@check("drift")
+def teacher_forced_drift(context: Context) -> CheckResult:
+    """The quantised model predicts what PyTorch predicts, in every domain."""
+    study, limits = context.study, context.limits
+    bounds: dict[str, float | str] = {
+        "kld_mean": limits.kld_mean,
+        "kld_p99": limits.kld_p99,
+        "top1": limits.top1,
+        "ppl_ratio": limits.ppl_ratio,
+        "worst_domain": limits.domain_factor * limits.kld_mean,
+    }
+    if study.finite and Verdict.INCONCLUSIVE in judge(study.estimates(), limits).values():
+        study.double(context.progress)
+    if not study.finite:
+        return CheckResult(name="drift", verdict=Verdict.FAIL, limit=bounds, detail="a logit is NaN or infinite")
+    found = study.estimates()
+    verdicts = judge(found, limits)
+    context.drift = study.summary(found, context.documents)
+    name, domain = max(found.domains.items(), key=lambda item: item[1].value)
+    measured: dict[str, float | str] = {"worst_domain_name": name, "positions": context.drift.positions}
+    for key, item in {**_overall(context), "worst_domain": domain}.items():
+        measured |= {key: item.value, f"{key}_lower": item.lower, f"{key}_upper": item.upper}
+    broken = [f"{key} {verdict}" for key, verdict in verdicts.items() if verdict is not Verdict.PASS]
+    return CheckResult(
+        name="drift", verdict=worst(verdicts.values()), measured=measured, limit=bounds, detail=", ".join(broken)
+    )
+
+
+def _overall(context: Context) -> dict[str, Estimate]:
+    drift = context.drift
+    names = ("kld_mean", "kld_p99", "top1", "ppl_ratio")
+    return {name: getattr(drift, name) for name in names}
+
+
+@check("kv_decode")
+def decode_parity(context: Context) -> CheckResult:
+    """Token by token through the KV cache gives the logits of one run over all tokens."""
+    prompts = {name: pool[0].ids[: context.options.decode_tokens] for name, pool in context.pools.items() if pool}
+    found = decode_positions(lambda ids: context.engine.forced_logits(ids[:1], ids[1:]), context.scorer.logits, prompts)
+    kld, top1 = float(found.kld.mean()), float(found.agree.mean())
+    return CheckResult(
+        name="kv_decode",
+        verdict=worst([at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]),
+        measured={"kld_mean": kld, "top1": top1, "positions": len(found.kld)},
+        limit={"kld_mean": DECODE_KLD, "top1": DECODE_TOP1},
+    )
+
+
+@check("greedy")
+def greedy_generation(context: Context) -> CheckResult:
+    """Greedy answers have the length asked for, stay in the vocabulary, and their logits are finite."""
+    count, wrong, tokens = context.options.greedy_tokens, [], 0
+    for messages in CONVERSATIONS[:2]:
+        prompt = context.truth.encode(context.truth.render(messages, prompt=True))
+        answer = list(context.engine.generate(prompt, max_new_tokens=count, stop_on_eos=False))
+        logits = context.scorer.logits([*prompt, *answer])
+        tokens += len(answer)
+        if len(answer) != count or not all(0 <= token < logits.shape[-1] for token in answer):
+            wrong.append(f"{len(answer)} tokens of {count}, or one outside the vocabulary")
+        if not bool((abs(logits) < float("inf")).all()):
+            wrong.append("a logit is NaN or infinite")
+    return CheckResult(
+        name="greedy",
+        verdict=Verdict.FAIL if wrong else Verdict.PASS,
+        measured={"tokens": tokens, "faults": len(wrong)},
+        limit={"faults": 0},
+        detail="; ".join(wrong),
+    )
+
+
+@check("latency")
+def paired_latency(context: Context) -> CheckResult:
+    """The artifact is as much faster than PyTorch as the limits ask, measured side by side."""
+    prompt = _long_prompt(context)
+    context.release()
+    found = latency.measure(context.artifact, context.checkpoint, prompt, context.options, context.progress)
+    context.latency = found
+    asked = {"decode_speedup": context.limits.decode_speedup, "prefill_speedup": context.limits.prefill_speedup}
+    bounds: dict[str, float | str] = {name: limit for name, limit in asked.items() if limit is not None}
+    verdicts = [at_least(getattr(found, name), limit) for name, limit in asked.items() if limit is not None]
+    noisy = found.control.lower < 1 - CONTROL_WIDTH or found.control.upper > 1 + CONTROL_WIDTH
+    verdict = worst(verdicts) if verdicts else Verdict.PASS
+    if noisy and verdict is Verdict.PASS and verdicts:
+        verdict = Verdict.INCONCLUSIVE
+    measured: dict[str, float | str] = {}
+    for key in ("decode_speedup", "prefill_speedup", "control"):
+        item: Estimate = getattr(found, key)
+        measured |= {key: item.value, f"{key}_lower": item.lower, f"{key}_upper": item.upper}
+    detail = "the artifact against itself differs by more than 5 %: too noisy a machine" if noisy else ""
+    return CheckResult(name="latency", verdict=verdict, measured=measured, limit=bounds, detail=detail)
+
+
+def _long_prompt(context: Context) -> list[int]:
+    ids = [token for pool in context.pools.values() for window in pool for token in window.ids]
+    return ids[: context.options.prompt_tokens]
+
+
+@check("size")
+def size_on_disk(context: Context) -> CheckResult:
+    """All files of the artifact together keep to the limit in bytes."""
+    total, allowed = sum(f.stat().st_size for f in context.artifact.rglob("*") if f.is_file()), context.limits.max_bytes
+    if allowed is None:
+        return CheckResult(name="size", verdict=Verdict.PASS, measured={"bytes": total}, detail="no limit set")
+    verdict = Verdict.PASS if total <= allowed else Verdict.FAIL
+    return CheckResult(name="size", verdict=verdict, measured={"bytes": total}, limit={"bytes": allowed})

@@ -1,0 +1,94 @@
+"""What the checks share: everything is loaded when first asked for, and once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_onnx.schema import Limits
+from qwen_onnx.verify import corpus
+from qwen_onnx.verify.baseline import CheckpointTokenizer, TorchBaseline
+from qwen_onnx.verify.drift import DriftStudy
+from qwen_onnx.verify.records import Drift, Latency, VerifyOptions
+from qwen_onnx.verify.scoring import OnnxScorer
+
+if TYPE_CHECKING:
+    from qwen_onnx.runtime.engine import Engine
+    from qwen_onnx.runtime.template import ChatTemplate
+    from qwen_onnx.runtime.tokenizer import TextTokenizer
+
+
+class Context:
+    """One verification. ``drift`` and ``latency`` are filled in by the checks that measure them."""
+
+    def __init__(
+        self,
+        artifact: Path,
+        checkpoint: Path,
+        reference: Path | None,
+        limits: Limits,
+        options: VerifyOptions,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
+        self.limits, self.options, self.progress = limits, options, progress
+        self.drift: Drift | None = None
+        self.latency: Latency | None = None
+
+    @cached_property
+    def truth(self) -> CheckpointTokenizer:
+        """The checkpoint's tokenizer and template."""
+        return CheckpointTokenizer(self.checkpoint)
+
+    @cached_property
+    def documents(self) -> dict[str, list[corpus.Document]]:
+        """Evaluation texts by domain."""
+        return corpus.domains(self.truth.render)
+
+    @cached_property
+    def pools(self) -> dict[str, list[corpus.Window]]:
+        """Windows of token ids by domain; the checkpoint's tokenizer gives the ids for both sides."""
+        size = self.options.window
+        return {name: corpus.windows(name, docs, self.truth.encode, size) for name, docs in self.documents.items()}
+
+    @cached_property
+    def scorer(self) -> OnnxScorer:
+        """The artifact on a plain ``InferenceSession``."""
+        return OnnxScorer(self.artifact, self.options.threads)
+
+    @cached_property
+    def study(self) -> DriftStudy:
+        """The first sample of teacher-forced positions, with those of the reference export."""
+        self.progress("drift: loading PyTorch fp32")
+        baseline = TorchBaseline(self.checkpoint, self.options.threads)
+        study = DriftStudy(baseline, self.scorer, self.reference, self.pools, self.options)
+        study.start(self.progress)
+        return study
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that serves."""
+        from qwen_onnx.runtime.engine import Engine
+
+        return Engine(self.artifact, threads=self.options.threads)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer that serves."""
+        from qwen_onnx.runtime.tokenizer import TextTokenizer
+
+        return TextTokenizer(self.artifact)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template that serves."""
+        from qwen_onnx.runtime.template import ChatTemplate
+
+        return ChatTemplate(self.artifact)
+
+    def release(self) -> None:
+        """Drop models and sessions, so that the latency check has the machine to itself."""
+        for name in ("study", "scorer", "engine"):
+            self.__dict__.pop(name, None)

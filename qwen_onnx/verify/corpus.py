@@ -1,0 +1,150 @@
+"""Texts for verification, taken from the running Python and from one text of our own.
+
+Nothing is downloaded. The quantiser calibrates on other files: it has the packages
+``CALIBRATION_PACKAGES`` and the topics of even rank; verification has
+``EVALUATION_SOURCES`` and the topics of odd rank.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice, zip_longest
+from pathlib import Path
+
+from qwen_onnx.errors import VerificationError
+
+CALIBRATION_PACKAGES = ("email", "unittest", "xml", "concurrent", "asyncio", "json")
+CODE_MODULES = ("argparse", "http.client", "tarfile", "statistics", "difflib", "inspect", "configparser", "ipaddress")
+DOCUMENTED_MODULES = ("optparse", "_pydecimal", "pickletools", "subprocess", "typing", "zipfile", "doctest", "random")
+CHAT_MODULES = ("shutil", "textwrap", "posixpath", "tempfile", "calendar", "bisect", "heapq", "functools", "string")
+EVALUATION_SOURCES = (*CODE_MODULES, *DOCUMENTED_MODULES, *CHAT_MODULES)
+"""Standard-library modules whose text is used here and therefore never for calibration."""
+
+Message = Mapping[str, str]
+RenderChat = Callable[[Sequence[Message]], str]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a domain; ``source`` names where it comes from."""
+
+    source: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the text's UTF-8 bytes."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids of one stretch of text, at most ``VerifyOptions.window`` of them."""
+
+    domain: str
+    source: str
+    ids: tuple[int, ...]
+
+
+def module_source(name: str) -> str:
+    """Python source of a standard-library module, without running the module.
+
+    Raises:
+        VerificationError: this Python was installed without sources.
+    """
+    # not find_spec: it gives no file for the frozen modules of 3.11 and newer
+    path = Path(sysconfig.get_path("stdlib"), *name.split(".")).with_suffix(".py")
+    if not path.is_file():
+        raise VerificationError(
+            f"The source of the standard library's module {name} is missing, and verification reads it.",
+            where=str(path),
+            hint="run with a CPython that has its .py files",
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def docstrings(source: str) -> Iterator[tuple[str, str]]:
+    """(name, docstring) of the public functions and classes in ``source``, in order."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            text = ast.get_docstring(node)
+            if text:
+                yield node.name, text
+
+
+def topics() -> dict[str, str]:
+    """Sections of Python's language reference with odd rank in alphabetical order."""
+    from pydoc_data.topics import topics as every
+
+    return {name: every[name] for name in sorted(every)[1::2]}
+
+
+def _reference() -> list[Document]:
+    long_first = sorted(topics().items(), key=lambda item: (-len(item[1]), item[0]))
+    return [Document(f"pydoc_data.topics:{name}", text) for name, text in long_first[:10]]
+
+
+def _documentation() -> list[Document]:
+    return [
+        Document(
+            f"{name} (docstrings)", "\n\n".join(f"{item}: {text}" for item, text in docstrings(module_source(name)))
+        )
+        for name in DOCUMENTED_MODULES
+    ]
+
+
+def _code() -> list[Document]:
+    return [Document(f"{name} (source)", module_source(name)) for name in CODE_MODULES]
+
+
+def _conversation(name: str) -> list[Message]:
+    turns: list[Message] = []
+    for item, text in docstrings(module_source(name)):
+        turns += [
+            {"role": "user", "content": f"What does `{item}` in Python's module {name.lstrip('_')} do?"},
+            {"role": "assistant", "content": text},
+        ]
+    return turns
+
+
+def _multilingual() -> list[Document]:
+    text = resources.files("qwen_onnx.verify").joinpath("texts/multilingual.txt").read_text(encoding="utf-8")
+    return [Document("texts/multilingual.txt", text)]
+
+
+def domains(render_chat: RenderChat) -> dict[str, list[Document]]:
+    """The evaluation texts by domain; ``render_chat`` applies the checkpoint's chat template."""
+    chats = [Document(f"{name} (chat)", render_chat(_conversation(name))) for name in CHAT_MODULES]
+    return {
+        "code": _code(),
+        "reference": _reference(),
+        "docstrings": _documentation(),
+        "chat": chats,
+        "multilingual": _multilingual(),
+    }
+
+
+def _windows_of(domain: str, document: Document, ids: Sequence[int], size: int) -> Iterator[Window]:
+    for start in range(0, max(len(ids) - size, 0) + 1, size):
+        yield Window(domain, document.source, tuple(ids[start : start + size]))
+
+
+def windows(domain: str, documents: Sequence[Document], encode: Callable[[str], list[int]], size: int) -> list[Window]:
+    """Every window of a domain: the first of each document, then the second of each, and so on.
+
+    A document shorter than ``size`` tokens counts only when no document is longer.
+    """
+    rows = [list(_windows_of(domain, doc, encode(doc.text), size)) for doc in documents]
+    mixed = [window for turn in zip_longest(*rows) for window in turn if window is not None]
+    full = [window for window in mixed if len(window.ids) == size]
+    return full or [window for window in mixed if len(window.ids) >= 2]
+
+
+def take(pool: Sequence[Window], start: int, stop: int) -> list[Window]:
+    """Windows ``start`` to ``stop`` of a domain's pool, fewer when the text ends."""
+    return list(islice(pool, start, stop))

@@ -1,0 +1,123 @@
+"""Teacher-forced drift: the artifact and PyTorch read the same tokens, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from qwen_onnx.schema import Limits
+from qwen_onnx.verify.corpus import Document, Window, take
+from qwen_onnx.verify.records import DomainDrift, Drift, Verdict, VerifyOptions, worst
+from qwen_onnx.verify.scoring import Logits, OnnxScorer, Positions, compare
+from qwen_onnx.verify.statistics import DriftEstimates, at_least, at_most, bootstrap, tail
+
+PLOT_POINTS = 200
+
+
+class Scorer(Protocol):
+    """Anything that gives logits [tokens, vocabulary] for token ids."""
+
+    def logits(self, ids: Sequence[int]) -> Logits: ...
+
+
+class DriftStudy:
+    """Collects statistics window by window; logits are dropped as soon as they are compared.
+
+    Args:
+        baseline: PyTorch fp32.
+        artifact: the quantised model.
+        reference: folder of the fp32 export, compared on the first window of each domain.
+        pools: all windows of each domain in the order of use.
+    """
+
+    def __init__(
+        self,
+        baseline: Scorer,
+        artifact: Scorer,
+        reference: Path | None,
+        pools: Mapping[str, Sequence[Window]],
+        options: VerifyOptions,
+    ) -> None:
+        self.pools = {name: pool for name, pool in pools.items() if pool}
+        self.parts: dict[str, list[Positions]] = {name: [] for name in self.pools}
+        self.reference_parts: list[Positions] = []
+        self.used: list[Window] = []
+        self.doubled = False
+        self._baseline, self._artifact, self._reference, self._options = baseline, artifact, reference, options
+
+    def start(self, progress: Callable[[str], None]) -> None:
+        """First sample, together with the reference export, which is then released."""
+        reference = OnnxScorer(self._reference, self._options.threads) if self._reference else None
+        self._measure(0, self._options.windows_per_domain, reference, progress)
+
+    def double(self, progress: Callable[[str], None]) -> None:
+        """As many windows again, where the texts hold them."""
+        self._measure(self._options.windows_per_domain, 2 * self._options.windows_per_domain, None, progress)
+        self.doubled = True
+
+    def _measure(self, start: int, stop: int, reference: Scorer | None, progress: Callable[[str], None]) -> None:
+        for name, pool in self.pools.items():
+            chosen = take(pool, start, stop)
+            progress(f"drift: {len(chosen)} windows of {name}")
+            for index, window in enumerate(chosen):
+                baseline = self._baseline.logits(window.ids)
+                self.parts[name].append(compare(baseline, self._artifact.logits(window.ids), window.ids))
+                if reference and index == 0:
+                    self.reference_parts.append(compare(baseline, reference.logits(window.ids), window.ids))
+                self.used.append(window)
+
+    @property
+    def finite(self) -> bool:
+        """False when the artifact or the baseline gave a logit that is no number."""
+        return all(part.finite for parts in self.parts.values() for part in parts)
+
+    def estimates(self) -> DriftEstimates:
+        """Bounds of everything collected so far; only for finite statistics."""
+        options = self._options
+        return bootstrap(self.parts, block=options.block, resamples=options.resamples, seed=options.seed)
+
+    def summary(self, found: DriftEstimates, documents: Mapping[str, Sequence[Document]]) -> Drift:
+        """The record for the report."""
+        everything = Positions.join([part for parts in self.parts.values() for part in parts])
+        steps = np.linspace(0.0, 1.0, PLOT_POINTS + 1)
+        used = {window.source for window in self.used}
+        return Drift(
+            positions=len(everything.kld),
+            windows=len(self.used),
+            doubled=self.doubled,
+            kld_mean=found.kld_mean,
+            kld_p99=found.kld_p99,
+            top1=found.top1,
+            ppl_ratio=found.ppl_ratio,
+            baseline_ppl=float(np.exp(everything.nll_baseline.mean())),
+            domains=tuple(_domain(name, parts, found) for name, parts in self.parts.items()),
+            quantiles=tuple(zip(steps.tolist(), np.quantile(everything.kld, steps).tolist(), strict=True)),
+            sources={doc.source: doc.sha256 for docs in documents.values() for doc in docs if doc.source in used},
+        )
+
+
+def _domain(name: str, parts: Sequence[Positions], found: DriftEstimates) -> DomainDrift:
+    joined = Positions.join(parts)
+    return DomainDrift(
+        name=name,
+        tokens=len(joined.kld),
+        kld_mean=found.domains[name],
+        kld_p99=tail(joined.kld),
+        top1=float(joined.agree.mean()),
+        ppl_ratio=float(np.exp((joined.nll_candidate - joined.nll_baseline).mean())),
+    )
+
+
+def judge(found: DriftEstimates, limits: Limits) -> dict[str, Verdict]:
+    """One verdict per limit; the worst domain is judged by its own mean KLD."""
+    allowed = limits.domain_factor * limits.kld_mean
+    return {
+        "kld_mean": at_most(found.kld_mean, limits.kld_mean),
+        "kld_p99": at_most(found.kld_p99, limits.kld_p99),
+        "top1": at_least(found.top1, limits.top1),
+        "ppl_ratio": at_most(found.ppl_ratio, limits.ppl_ratio),
+        "worst_domain": worst(at_most(domain, allowed) for domain in found.domains.values()),
+    }

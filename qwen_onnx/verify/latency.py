@@ -1,0 +1,151 @@
+"""Paired latency: both engines live in processes of their own and take turns every few tokens.
+
+Turns follow the pattern A B B A, so that whatever else the machine does slows both alike.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_onnx.errors import VerificationError
+from qwen_onnx.verify.records import EngineLatency, Latency, Spread, VerifyOptions
+from qwen_onnx.verify.statistics import median_ratio
+
+
+@dataclass
+class Timings:
+    """Seconds measured so far: prefills, decoded segments per token, and tokens per run in sum."""
+
+    prefill: list[float] = field(default_factory=list)
+    per_token: list[float] = field(default_factory=list)
+
+
+class Worker:
+    """A child process with one engine. It obeys one JSON line with one JSON line.
+
+    Raises:
+        VerificationError: the child died; its last words are in the message.
+    """
+
+    def __init__(self, engine: str, folder: Path, threads: int) -> None:
+        self.engine, self.timings = engine, Timings()
+        command = [sys.executable, "-m", "qwen_onnx.verify.latency_worker", engine, str(folder), str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.load_s = float(self._reply()["load_s"])
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        reply: dict[str, Any] = json.loads(line) if line else {"error": f"exit code {self._process.wait()}"}
+        if "error" in reply:
+            raise VerificationError(f"The latency worker for {self.engine} stopped: {reply['error']}")
+        return reply
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Send one command and wait for its answer."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return self._reply()
+        return self._reply()
+
+    def prefill(self, ids: Sequence[int], new_tokens: int) -> None:
+        """Read the prompt up to the first new token."""
+        self.timings.prefill.append(float(self.ask(do="prefill", ids=list(ids), new_tokens=new_tokens)["seconds"]))
+
+    def decode(self, count: int) -> None:
+        """Give the next ``count`` tokens."""
+        self.timings.per_token.append(float(self.ask(do="decode", count=count)["seconds"]) / count)
+
+    def close(self) -> None:
+        """End the child."""
+        self._process.kill()
+        self._process.communicate()
+
+    def record(self, prompt_tokens: int, new_tokens: int) -> EngineLatency:
+        """Everything measured, with the child's peak memory."""
+        timings = self.timings
+        return EngineLatency(
+            name=self.engine,
+            load_s=self.load_s,
+            peak_rss=int(self.ask(do="memory")["peak_rss"]),
+            ttft_s=spread(timings.prefill),
+            tpot_s=spread(timings.per_token),
+            prefill_tok_s=spread([prompt_tokens / seconds for seconds in timings.prefill]),
+            decode_tok_s=spread([1 / seconds for seconds in timings.per_token]),
+        )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles."""
+    q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75])
+    return Spread(median=float(median), q1=float(q1), q3=float(q3), count=len(values))
+
+
+def _pairs(artifact: Worker, baseline: Worker, count: int, step: Callable[[Worker], None]) -> None:
+    """``count`` turns for each in the order A B, B A, A B, …"""
+    for index in range(count):
+        for worker in (artifact, baseline) if index % 2 == 0 else (baseline, artifact):
+            step(worker)
+
+
+def _play(artifact: Worker, baseline: Worker, ids: Sequence[int], options: VerifyOptions) -> None:
+    segments = max((options.new_tokens - 1) // options.segment, 1)
+    size = min(options.segment, options.new_tokens - 1)
+    for _ in range(options.rounds):
+        _pairs(artifact, baseline, 1, lambda worker: worker.prefill(ids, options.new_tokens))
+        _pairs(artifact, baseline, segments, lambda worker: worker.decode(size))
+    _pairs(artifact, baseline, options.prefill_pairs, lambda worker: worker.prefill(ids, 1))
+
+
+def _warm_up(worker: Worker, ids: Sequence[int]) -> None:
+    for _ in range(2):
+        worker.prefill(ids, 9)
+        worker.decode(8)
+    worker.timings = Timings()
+
+
+def measure(
+    artifact: Path, checkpoint: Path, ids: Sequence[int], options: VerifyOptions, progress: Callable[[str], None]
+) -> Latency:
+    """Latency of the artifact and of PyTorch fp32 on the prompt ``ids``."""
+    workers: list[Worker] = []
+    try:
+        for engine, folder in (("artifact", artifact), ("pytorch", checkpoint)):
+            progress(f"latency: loading {engine}")
+            workers.append(Worker(engine, folder, options.threads))
+            _warm_up(workers[-1], ids)
+        progress(f"latency: {options.rounds} rounds of {len(ids)} + {options.new_tokens} tokens")
+        _play(workers[0], workers[1], ids, options)
+        return _summary(workers[0], workers[1], len(ids), options)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _summary(artifact: Worker, baseline: Worker, prompt_tokens: int, options: VerifyOptions) -> Latency:
+    ours, theirs, seed = artifact.timings, baseline.timings, options.seed
+    even = len(ours.per_token) // 2 * 2
+    return Latency(
+        prompt_tokens=prompt_tokens,
+        new_tokens=options.new_tokens,
+        threads=options.threads,
+        artifact=artifact.record(prompt_tokens, options.new_tokens),
+        baseline=baseline.record(prompt_tokens, options.new_tokens),
+        decode_speedup=median_ratio(theirs.per_token, ours.per_token, seed=seed),
+        prefill_speedup=median_ratio(theirs.prefill, ours.prefill, seed=seed),
+        control=median_ratio(ours.per_token[:even:2], ours.per_token[1:even:2], seed=seed),
+        pairs=tuple((1 / a, 1 / b) for a, b in zip(ours.per_token, theirs.per_token, strict=True)),
+    )

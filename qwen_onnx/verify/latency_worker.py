@@ -1,0 +1,90 @@
+"""Child of ``latency.py``: ``python -m qwen_onnx.verify.latency_worker ENGINE FOLDER THREADS``.
+
+Reads JSON lines (``prefill``, ``decode``, ``memory``) and answers each with one JSON line.
+Only the clock of this process counts, so that pipes and JSON are not part of the measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+Generate = Callable[[list[int], int], Iterator[int]]
+
+
+def load(engine: str, folder: Path, threads: int) -> Generate:
+    """The engine's greedy generation: (prompt ids, count) to an iterator of ids."""
+    if engine == "pytorch":
+        from qwen_onnx.verify.baseline import TorchBaseline
+
+        return TorchBaseline(folder, threads).generate
+    from qwen_onnx.runtime.engine import Engine
+
+    served = Engine(folder, threads=threads)
+    return lambda ids, count: iter(served.generate(ids, max_new_tokens=count, stop_on_eos=False))
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def timed(tokens: Iterator[int], count: int) -> dict[str, float]:
+    """Draw ``count`` tokens.
+
+    Raises:
+        RuntimeError: the engine ended early; a speed from fewer tokens would be wrong.
+    """
+    started = time.perf_counter()
+    drawn = len(list(islice(tokens, count)))
+    seconds = time.perf_counter() - started
+    if drawn != count:
+        raise RuntimeError(f"{drawn} tokens instead of {count}")
+    return {"seconds": seconds}
+
+
+def serve(generate: Generate) -> None:
+    """Obey until standard input ends."""
+    tokens: Iterator[int] = iter(())
+    for line in sys.stdin:
+        command: dict[str, Any] = json.loads(line)
+        if command["do"] == "prefill":
+            # The old run must give back its memory and threads before the new one is timed.
+            tokens = iter(())
+            tokens = generate(command["ids"], command["new_tokens"])
+            reply = timed(tokens, 1)
+        elif command["do"] == "decode":
+            reply = timed(tokens, int(command["count"]))
+        else:
+            reply = {"peak_rss": peak_rss()}
+        print(json.dumps(reply), flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Load, say how long it took, then obey; a fault becomes a JSON line and exit code 1."""
+    engine, folder, threads = arguments
+    try:
+        started = time.perf_counter()
+        generate = load(engine, Path(folder), int(threads))
+        print(json.dumps({"load_s": time.perf_counter() - started}), flush=True)
+        serve(generate)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

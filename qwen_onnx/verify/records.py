@@ -1,0 +1,142 @@
+"""What a verification is given and what it hands back, except the report itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Frozen(BaseModel):
+    """Frozen and strict about keys; NaN and infinity survive a trip through JSON as strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Verdict(StrEnum):
+    """Only ``PASS`` proves anything; ``INCONCLUSIVE`` counts as not passed."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """FAIL before INCONCLUSIVE before PASS; nothing at all proves nothing."""
+    found = set(verdicts)
+    if Verdict.FAIL in found:
+        return Verdict.FAIL
+    return Verdict.PASS if found == {Verdict.PASS} else Verdict.INCONCLUSIVE
+
+
+class VerifyOptions(Frozen):
+    """How much is measured; the defaults take about two minutes for 135 M parameters on two cores.
+
+    ``checks`` names the checks to run, empty for all; a check left out is INCONCLUSIVE.
+    Lengths are tokens. ``seed`` fixes the bootstrap, so that the same data gives the same verdict.
+    """
+
+    checks: tuple[str, ...] = ()
+    threads: int = Field(default=2, ge=1)
+    seed: int = 20261123
+    window: int = Field(default=512, ge=16)
+    windows_per_domain: int = Field(default=3, ge=1)
+    block: int = Field(default=64, ge=1)
+    resamples: int = Field(default=2000, ge=100)
+    decode_tokens: int = Field(default=96, ge=8)
+    greedy_tokens: int = Field(default=32, ge=1)
+    prompt_tokens: int = Field(default=512, ge=1)
+    new_tokens: int = Field(default=128, ge=2)
+    segment: int = Field(default=16, ge=1, description="tokens decoded by one engine before the other takes over")
+    rounds: int = Field(default=3, ge=1)
+    prefill_pairs: int = Field(default=4, ge=0, description="prefills measured beyond those of the rounds")
+
+
+class Estimate(Frozen):
+    """A measured value with its one-sided 95 % bounds on either side."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+class CheckResult(Frozen):
+    """What one check found. ``measured`` and ``limit`` share their keys where a limit applies."""
+
+    name: str
+    verdict: Verdict
+    measured: dict[str, float | str] = Field(default_factory=dict)
+    limit: dict[str, float | str] = Field(default_factory=dict)
+    detail: str = ""
+    seconds: float = 0.0
+
+
+class DomainDrift(Frozen):
+    """Drift within one kind of text. KLD in nats per token, ``top1`` a fraction."""
+
+    name: str
+    tokens: int
+    kld_mean: Estimate
+    kld_p99: float
+    top1: float
+    ppl_ratio: float
+
+
+class Drift(Frozen):
+    """Teacher-forced drift of the artifact from PyTorch fp32 on identical token ids.
+
+    ``quantiles`` holds (fraction of positions, KLD in nats) for the plot;
+    ``sources`` maps each text to the SHA-256 of what was used of it.
+    """
+
+    positions: int
+    windows: int
+    doubled: bool
+    kld_mean: Estimate
+    kld_p99: Estimate
+    top1: Estimate
+    ppl_ratio: Estimate
+    baseline_ppl: float
+    domains: tuple[DomainDrift, ...]
+    quantiles: tuple[tuple[float, float], ...]
+    sources: dict[str, str]
+
+
+class Spread(Frozen):
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    q1: float
+    q3: float
+    count: int
+
+
+class EngineLatency(Frozen):
+    """One engine in a process of its own: seconds, tokens per second, bytes."""
+
+    name: str
+    load_s: float
+    peak_rss: int
+    ttft_s: Spread
+    tpot_s: Spread
+    prefill_tok_s: Spread
+    decode_tok_s: Spread
+
+
+class Latency(Frozen):
+    """Paired speeds; a speed-up above 1 means that the artifact is faster.
+
+    ``control`` compares the artifact with itself and should be 1; ``pairs`` holds
+    (artifact, PyTorch) decode tokens per second, measured next to each other.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+    artifact: EngineLatency
+    baseline: EngineLatency
+    decode_speedup: Estimate
+    prefill_speedup: Estimate
+    control: Estimate
+    pairs: tuple[tuple[float, float], ...]

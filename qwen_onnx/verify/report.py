@@ -1,0 +1,149 @@
+"""The report: a record for machines, a page for people, a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from qwen_onnx.errors import ArtifactError
+from qwen_onnx.schema import Limits
+from qwen_onnx.verify import plots
+from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, Verdict, VerifyOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PACKAGES = ("onnxruntime", "onnxruntime-genai", "tokenizers", "torch", "transformers", "numpy", "qwen-onnx")
+STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE: "yellow"}
+
+
+class Report(Frozen):
+    """Everything that a verification found. ``verdict`` is the worst of the checks'."""
+
+    verdict: Verdict
+    checks: tuple[CheckResult, ...]
+    drift: Drift | None = None
+    latency: Latency | None = None
+    limits: Limits
+    options: VerifyOptions
+    environment: dict[str, str | float] = Field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """True only for PASS: what could not be decided has not passed."""
+        return self.verdict is Verdict.PASS
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write ``report.json`` and ``report.html`` into ``folder`` and return their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        record, page = folder / "report.json", folder / "report.html"
+        record.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        page.write_text(self.html(), encoding="utf-8")
+        return record, page
+
+    def json_line(self) -> str:
+        """One line of JSON: the verdict, what did not pass, and the main figures."""
+        line: dict[str, object] = {
+            "verdict": self.verdict,
+            "not_passed": [item.name for item in self.checks if item.verdict is not Verdict.PASS],
+        }
+        if self.drift:
+            names = ("kld_mean", "kld_p99", "top1", "ppl_ratio")
+            line |= {name: getattr(self.drift, name).value for name in names}
+        if self.latency:
+            line["decode_speedup"] = self.latency.decode_speedup.value
+            line["prefill_speedup"] = self.latency.prefill_speedup.value
+            line["decode_tok_s"] = self.latency.artifact.decode_tok_s.median
+        return json.dumps(line)
+
+    def html(self) -> str:
+        """The page: one file, no script, nothing loaded from elsewhere."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        environment = Environment(
+            loader=PackageLoader("qwen_onnx", "verify"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        )
+        environment.filters["number"] = shown
+        drift, limits = self.drift, self.limits
+        return environment.get_template("report.html.j2").render(
+            report=self,
+            plots=plots,
+            compared=compared,
+            kld=plots.kld_chart(drift, limits.kld_mean, limits.kld_p99) if drift else None,
+            bars=plots.domain_bars(drift, limits.domain_factor * limits.kld_mean) if drift else None,
+            pairs=plots.paired_chart(self.latency) if self.latency else None,
+        )
+
+
+def load_report(folder: Path) -> Report:
+    """The report inside an artifact; ArtifactError when it is missing or damaged."""
+    path = folder / "report.json"
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"the report cannot be read: {error}", where=str(path), hint=f"qwen-onnx verify {folder}"
+        ) from error
+
+
+def shown(value: float | str) -> str:
+    """A figure for people; text stays as it is."""
+    return value if isinstance(value, str) else plots.number(value)
+
+
+def environment() -> dict[str, str | float]:
+    """Machine and package versions, which every figure depends on."""
+    found: dict[str, str | float] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count() or 0,
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def compared(item: CheckResult) -> list[tuple[str, str, str]]:
+    """(name, measured, limit) of a check: first what is limited, then what else was measured, without the bounds."""
+    plain = [name for name in item.measured if not name.endswith(("_lower", "_upper"))]
+    ordered = sorted(plain, key=lambda name: name not in item.limit)
+    return [(name, _with_bounds(item, name), shown(item.limit[name]) if name in item.limit else "") for name in ordered]
+
+
+def _with_bounds(item: CheckResult, name: str) -> str:
+    text = shown(item.measured[name])
+    if f"{name}_lower" not in item.measured:
+        return text
+    return f"{text} [{shown(item.measured[f'{name}_lower'])}, {shown(item.measured[f'{name}_upper'])}]"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """A table for people, then one line of JSON for programs."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"verification: {report.verdict}", title_style=STYLES[report.verdict])
+    for column in ("check", "verdict", "measured [bounds]", "limit", "seconds"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for item in report.checks:
+        rows = compared(item)
+        measured = "\n".join([f"{name} {value}" for name, value, _ in rows] + ([item.detail] if item.detail else []))
+        table.add_row(
+            item.name,
+            f"[{STYLES[item.verdict]}]{item.verdict}[/]",
+            escape(measured),
+            "\n".join(limit for _, _, limit in rows),
+            f"{item.seconds:.1f}",
+        )
+    console.print(table)
+    console.print(report.json_line(), markup=False, highlight=False, soft_wrap=True)

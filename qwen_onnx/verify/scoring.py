@@ -1,0 +1,146 @@
+"""Logits of an ONNX folder at all positions at once, and what they differ by from others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_onnx.errors import VerificationError
+
+Floats = npt.NDArray[np.float64]
+Logits = npt.NDArray[np.float32]
+
+ROWS = 32  # vocabulary rows per step: float64 copies then stay within a few tens of megabytes
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Statistics per predicted token, each array of shape [positions].
+
+    ``kld`` in nats, KL(baseline ‖ candidate); ``agree`` 1.0 where both rank the same token first;
+    ``nll_*`` in nats of the token that follows; ``diff`` the largest absolute difference of logits.
+    """
+
+    kld: Floats
+    agree: Floats
+    nll_baseline: Floats
+    nll_candidate: Floats
+    diff: Floats
+
+    @property
+    def finite(self) -> bool:
+        """False when any logit behind these figures was NaN or infinite."""
+        return all(bool(np.isfinite(array).all()) for array in vars(self).values())
+
+    @classmethod
+    def join(cls, parts: Sequence[Positions]) -> Positions:
+        """All positions of ``parts`` in order."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
+def _compare_rows(baseline: Logits, candidate: Logits, following: npt.NDArray[np.int64]) -> list[Floats]:
+    p, q = baseline.astype(np.float64), candidate.astype(np.float64)
+    rows = np.arange(len(following))
+    diff = np.abs(p - q).max(axis=-1)
+    agree = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(np.float64)
+    p -= p.max(axis=-1, keepdims=True)
+    q -= q.max(axis=-1, keepdims=True)
+    weights = np.exp(p)
+    total = weights.sum(axis=-1)
+    log_p, log_q = np.log(total), np.log(np.exp(q).sum(axis=-1))
+    kld = (weights * (p - q)).sum(axis=-1) / total - log_p + log_q
+    return [kld, agree, log_p - p[rows, following], log_q - q[rows, following], diff]
+
+
+def compare(baseline: Logits, candidate: Logits, ids: Sequence[int]) -> Positions:
+    """Statistics of ``candidate`` against ``baseline``.
+
+    Args:
+        baseline: logits of shape [tokens, vocabulary].
+        candidate: the same shape; columns beyond the smaller vocabulary are padding and dropped.
+        ids: the tokens that both were given.
+
+    Returns:
+        ``len(ids) - 1`` positions: the last one has no token that follows.
+    """
+    if len(baseline) != len(ids) or len(candidate) != len(ids):
+        raise VerificationError(f"Logits for {len(baseline)} and {len(candidate)} positions, {len(ids)} tokens given.")
+    width = min(baseline.shape[-1], candidate.shape[-1])
+    following = np.asarray(ids[1:], dtype=np.int64)
+    parts = []
+    # A non-finite logit gives NaN, which the verdict rejects; numpy's warning would only repeat it.
+    with np.errstate(all="ignore"):
+        for start in range(0, len(following), ROWS):
+            rows = slice(start, min(start + ROWS, len(following)))
+            parts.append(_compare_rows(baseline[rows, :width], candidate[rows, :width], following[rows]))
+    return Positions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+
+class OnnxScorer:
+    """A plain ``InferenceSession`` with an empty KV cache: one run gives the logits of all positions.
+
+    Raises:
+        VerificationError: the folder holds no model that ONNX Runtime loads.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime as ort
+
+        self.folder = folder
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+            self._cache = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
+            path = str(folder / decoder["filename"])
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except _faults() as error:
+            raise VerificationError(f"The model cannot be loaded: {error}", where=str(folder)) from error
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Logits of shape [tokens, vocabulary] for one sequence."""
+        try:
+            (found,) = self._session.run(["logits"], self._feeds(np.asarray([ids])))
+        except _faults() as error:
+            raise VerificationError(f"The model does not run: {error}", where=str(self.folder)) from error
+        logits: Logits = found[0].astype(np.float32, copy=False)
+        return logits
+
+    def _feeds(self, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        known = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "position_ids": np.arange(ids.shape[1])[None],
+        }
+        feeds = {}
+        for spec in self._session.get_inputs():
+            if spec.name not in known and not spec.name.startswith("past_key_values."):
+                raise VerificationError(
+                    f"The model wants an input that no Qwen has: {spec.name}", where=str(self.folder)
+                )
+            value = known.get(spec.name, np.zeros(self._cache))
+            feeds[spec.name] = value.astype(_DTYPES[spec.type])
+        return feeds
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What a bad folder raises; ONNX Runtime's own exceptions share no base but ``Exception``."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    found = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
+    return (OSError, KeyError, ValueError, RuntimeError, *(item for item in found if item is not Exception))
