@@ -99,7 +99,8 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     code = (
         "import sys; from pathlib import Path; from qwen_onnx.export.builder import build\n"
         "from qwen_onnx.passes import GenAIModelBuilderConfig as Config\n"
-        "config = Config(precision='int4', block_size=32, is_symmetric=False, accuracy_level=4, algo_config='k_quant_mixed')\n"
+        "options = dict(block_size=32, is_symmetric=False, accuracy_level=4, algo_config='k_quant_mixed')\n"
+        "config = Config(precision='int4', **options)\n"
         "build(Path(sys.argv[1]), Path(sys.argv[2]), config)"
     )
     subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint), str(folder)], check=True, capture_output=True)
