@@ -88,7 +88,7 @@ def test_damaged_artifacts_are_refused_and_never_a_cache_hit(plan: Plan, tmp_pat
     assert cached(target, "k")
     assert not cached(target, "other key")
     damage = {
-        "missing": lambda: (target / "model.onnx").unlink(),
+        "missing": (target / "model.onnx").unlink,
         "altered": lambda: (target / "model.onnx").write_text("onE"),
         "added": lambda: (target / "extra").write_text("x"),
         "no manifest": (target / "manifest.json").unlink,
