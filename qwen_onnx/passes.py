@@ -23,4 +23,21 @@ class GenAIModelBuilderConfig(Record):
     algo_config: Literal["default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"] | None = None
 
 
-STEP_CONFIGS: dict[str, type[Record]] = {"GenAIModelBuilder": GenAIModelBuilderConfig}
+class CalibratedGptqConfig(Record):
+    """Options of ``qwen_onnx.export.quantize.CalibratedGptq``."""
+
+    bits: Literal[4] = 4
+    head_bits: Literal[4, 8] = Field(default=8, description="bits of lm_head and of the embedding that it shares")
+    group_size: Literal[16, 32, 64, 128] = Field(default=32, description="weights that share a scale")
+    int8_share: float = Field(default=0.0, ge=0, le=1, description="part of the body's weights that may have 8 bits")
+    windows: int = Field(default=24, ge=4, description="calibration windows")
+    window: int = Field(default=512, ge=32, description="tokens in a calibration window")
+    sensitivity_windows: int = Field(default=8, ge=1, description="windows that choose the 8-bit matrices")
+    damp: float = Field(default=0.01, gt=0, lt=1, description="GPTQ damping, fraction of the mean diagonal")
+    seed: int = 0
+
+
+STEP_CONFIGS: dict[str, type[Record]] = {
+    "CalibratedGptq": CalibratedGptqConfig,
+    "GenAIModelBuilder": GenAIModelBuilderConfig,
+}

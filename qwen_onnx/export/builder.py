@@ -53,3 +53,29 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
     cache.mkdir(parents=True, exist_ok=True)
     common = ("", str(checkpoint), str(output), config.precision, "cpu", str(cache))
     builder.create_model(*common, **builder.parse_extra_options(*common, flags))
+    repair_shared_head(output / MODEL_FILE)
+
+
+def repair_shared_head(model: Path) -> None:
+    """Give the scales and zero points of a shared, already quantised lm_head their two dimensions.
+
+    genai 0.18 writes them flat, which MatMulNBits takes and the embedding's GatherBlockQuantized refuses: the
+    model would not load. Only the declared shape changes, the bytes are row-major already.
+    """
+    import onnx
+
+    graph_file = onnx.load(str(model), load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in graph_file.graph.initializer}
+    flat = [
+        tensors[name]
+        for node in graph_file.graph.node
+        if node.op_type == "GatherBlockQuantized"
+        for name in node.input[2:]
+        if len(tensors[name].dims) == 1
+    ]
+    if not flat:
+        return
+    rows = next(tensor.dims[0] for name, tensor in tensors.items() if name.endswith("lm_head.MatMulNBits.qweight"))
+    for tensor in flat:
+        tensor.dims[:] = [rows, tensor.dims[0] // rows]
+    onnx.save(graph_file, str(model))

@@ -16,6 +16,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PASS_MODULES = {
+    "CalibratedGptq": "qwen_onnx.export.quantize.CalibratedGptq",
     "GenAIModelBuilder": "qwen_onnx.export.builder.GenAIModelBuilder",
 }
 

@@ -1,0 +1,75 @@
+"""Calibration text: from Python's own library, and disjoint from what verification reads.
+
+Verification owns the modules of ``verify.corpus.EVALUATION_SOURCES`` and the topics of odd rank; a test
+compares the two lists.
+"""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from qwen_onnx.errors import EnvironmentFault
+
+CALIBRATION_PACKAGES = ("email", "unittest", "xml", "concurrent", "asyncio", "json")
+LONGEST_ANSWER = 1500  # characters
+
+
+def code() -> str:
+    """Source of the calibration packages, one after the other.
+
+    Raises:
+        EnvironmentFault: this Python was installed without sources.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [path for name in CALIBRATION_PACKAGES for path in sorted((library / name).rglob("*.py"))]
+    if not files:
+        raise EnvironmentFault(
+            "calibration reads sources of Python's library and there are none",
+            where=str(library),
+            hint="use a Python that has its .py files",
+        )
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def topics() -> dict[str, str]:
+    """Sections of Python's language reference of even rank in alphabetical order."""
+    from pydoc_data.topics import topics as every
+
+    return {name: every[name] for name in sorted(every)[::2]}
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    """One question and answer for each topic."""
+    return [
+        [
+            {"role": "user", "content": f"What does Python's reference say about {name.lower()}?"},
+            {"role": "assistant", "content": text[:LONGEST_ANSWER]},
+        ]
+        for name, text in topics().items()
+    ]
+
+
+def calibration_ids(tokenizer: Any, windows: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Token ids to calibrate on: half prose, a quarter code, a quarter conversations.
+
+    Args:
+        tokenizer: of transformers; its chat template, if it has one, renders the conversations.
+        windows: how many.
+        length: tokens of each; fewer when the texts are shorter.
+        seed: of the places where the windows begin.
+    """
+    prose = tokenizer("\n\n".join(topics().values())).input_ids
+    if tokenizer.chat_template:
+        rendered = (tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations())
+        chats = tokenizer("\n".join(rendered)).input_ids
+    else:
+        chats = prose
+    streams = (prose, tokenizer(code()).input_ids, chats, prose)
+    draw = random.Random(seed)
+    chosen = islice(cycle(streams), windows)
+    begins = ((stream, draw.randrange(max(len(stream) - length, 1))) for stream in chosen)
+    return [stream[begin : begin + length] for stream, begin in begins]

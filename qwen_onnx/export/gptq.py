@@ -1,0 +1,145 @@
+"""GPTQ with searched asymmetric grids, as plain functions on tensors.
+
+GPTQ: Frantar et al. 2022, arXiv:2210.17323. The grid of each block is searched for the least error weighted by
+the Hessian's diagonal, since min-max grids spend their range on weights that hardly matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SHRINK_STEPS = 20
+SHRINK = 0.02
+SMALLEST_SCALE = 1e-9
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix on its grid; ``(codes - zeros) * scales`` gives the weights.
+
+    Attributes:
+        codes: [out, in] whole numbers below ``2**bits``.
+        scales: [out, in / block].
+        zeros: [out, in / block], whole numbers below ``2**bits``.
+        bits: 4 or 8.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bits: int
+
+    def dequantize(self) -> torch.Tensor:
+        """Weights [out, in] in float32."""
+        block = self.codes.shape[1] // self.scales.shape[1]
+        grid = self.codes.reshape(*self.scales.shape, block).float() - self.zeros[..., None]
+        return (grid * self.scales[..., None]).reshape(self.codes.shape)
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """``qweight``, ``scales`` and ``qzeros`` as Olive stores them: uint8, low nibble first, along the input."""
+        return {"qweight": _pack(self.codes, self.bits), "scales": self.scales, "qzeros": _pack(self.zeros, self.bits)}
+
+
+def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    codes = values.to(torch.uint8)
+    if bits == 8:
+        return codes.contiguous()
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).contiguous()
+
+
+def search_grid(
+    weights: torch.Tensor, bits: int, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row.
+
+    Args:
+        weights: [rows, block].
+        bits: 4 or 8.
+        importance: [block], weight of each column's squared error; None counts all alike.
+
+    Returns:
+        scales [rows, 1] and zeros [rows, 1].
+    """
+    top = 2**bits - 1
+    high, low = weights.amax(1, keepdim=True).clamp(min=0), weights.amin(1, keepdim=True).clamp(max=0)
+    scale = zero = torch.zeros_like(high)
+    least = torch.full_like(high, torch.inf)
+    for step in range(SHRINK_STEPS):
+        kept = 1 - SHRINK * step
+        scales = ((high - low) * kept / top).clamp(min=SMALLEST_SCALE)
+        zeros = torch.round(-low * kept / scales).clamp(0, top)
+        error = (_on_grid(weights, scales, zeros, top)[1] - weights) ** 2
+        total = (error if importance is None else error * importance).sum(1, keepdim=True)
+        better = total < least
+        least = torch.where(better, total, least)
+        scale, zero = torch.where(better, scales, scale), torch.where(better, zeros, zero)
+    return scale, zero
+
+
+def _on_grid(
+    weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = (torch.round(weights / scales) + zeros).clamp(0, top)
+    return codes, (codes - zeros) * scales
+
+
+def round_to_nearest(weight: torch.Tensor, bits: int, block: int) -> Quantized:
+    """Quantise a matrix [out, in] without calibration, on searched grids."""
+    rows = weight.reshape(-1, block)
+    scales, zeros = search_grid(rows, bits)
+    codes, _ = _on_grid(rows, scales, zeros, 2**bits - 1)
+    shape = (weight.shape[0], -1)
+    return Quantized(codes.reshape(weight.shape), scales.reshape(shape), zeros.reshape(shape), bits)
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, damp: float) -> Quantized:
+    """Quantise a matrix so that its outputs on the calibration text change least.
+
+    Args:
+        weight: [out, in]; ``in`` is a multiple of ``block``.
+        hessian: [in, in], sum of x·xᵀ over the calibration tokens.
+        bits: 4 or 8.
+        block: weights that share a scale.
+        damp: added to the diagonal, as a fraction of its mean.
+    """
+    weight, hessian = weight.clone(), hessian.clone()
+    dead = torch.diag(hessian) == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    importance = hessian.diagonal()
+    codes, scales, zeros = torch.empty_like(weight), [], []
+    for begin in range(0, weight.shape[1], block):
+        end = begin + block
+        scale, zero = search_grid(weight[:, begin:end], bits, importance[begin:end])
+        error = _solve_block(
+            weight[:, begin:end], inverse[begin:end, begin:end], scale, zero, codes[:, begin:end], bits
+        )
+        weight[:, end:] -= error @ inverse[begin:end, end:]
+        scales.append(scale)
+        zeros.append(zero)
+    return Quantized(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits)
+
+
+def _solve_block(
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    codes: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """Quantise column by column, push each error on; fills ``codes``, returns the errors [out, block]."""
+    weight, errors = weight.clone(), torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        now = weight[:, column : column + 1]
+        codes[:, column : column + 1], value = _on_grid(now, scale, zero, 2**bits - 1)
+        error = (now - value) / inverse[column, column]
+        weight[:, column:] -= error * inverse[column, column:]
+        errors[:, column : column + 1] = error
+    return errors
