@@ -108,6 +108,15 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def tiny_build(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint through the whole main job but for the verification, by the command line."""
+    target = tmp_path_factory.mktemp("built") / "int4"
+    done = run_cli("optimize", "starter", "--source", tiny_checkpoint, "--output", target, "--no-verify")
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="session")
 def artifact_dir() -> Path:
     """The starter's artifact, as `make optimize TARGET=cpu` leaves it."""
     folder = REPOSITORY / "artifacts/starter/cpu-int4"

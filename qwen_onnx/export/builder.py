@@ -5,6 +5,7 @@ Olive 0.13's own ModelBuilder pass calls an interface that genai dropped in 0.15
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.checkpoint import TOKENIZER_FILE
 from qwen_onnx.passes import GenAIModelBuilderConfig
 
 MODEL_FILE = "model.onnx"
@@ -54,6 +56,8 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
     common = ("", str(checkpoint), str(output), config.precision, "cpu", str(cache))
     builder.create_model(*common, **builder.parse_extra_options(*common, flags))
     repair_shared_head(output / MODEL_FILE)
+    # transformers 5 rebuilds a Qwen2 tokenizer when the builder saves it, and then splits "\n\n" otherwise
+    shutil.copyfile(checkpoint / TOKENIZER_FILE, output / TOKENIZER_FILE)
 
 
 def repair_shared_head(model: Path) -> None:

@@ -1,13 +1,14 @@
-"""Calibration text: from Python's own library, and disjoint from what verification reads.
+"""Calibration text: from Python's own library and our own ``calibration.txt``, disjoint from what verification reads.
 
-Verification owns the modules of ``verify.corpus.EVALUATION_SOURCES`` and the topics of odd rank; a test
-compares the two lists.
+Verification owns the modules of ``verify.corpus.EVALUATION_SOURCES``, the topics of odd rank and its own
+multilingual text; a test compares.
 """
 
 from __future__ import annotations
 
 import random
 import sysconfig
+from importlib import resources
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,13 @@ def conversations() -> list[list[dict[str, str]]]:
     ]
 
 
+def multilingual() -> str:
+    """Short everyday texts in sixteen languages, written for this project."""
+    return resources.files("qwen_onnx.export").joinpath("calibration.txt").read_text(encoding="utf-8")
+
+
 def calibration_ids(tokenizer: Any, windows: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Token ids to calibrate on: half prose, a quarter code, a quarter conversations.
+    """Token ids to calibrate on: in turn prose, code, conversations and sixteen languages.
 
     Args:
         tokenizer: of transformers; its chat template, if it has one, renders the conversations.
@@ -68,7 +74,7 @@ def calibration_ids(tokenizer: Any, windows: int, length: int, seed: int = 0) ->
         chats = tokenizer("\n".join(rendered)).input_ids
     else:
         chats = prose
-    streams = (prose, tokenizer(code()).input_ids, chats, prose)
+    streams = (prose, tokenizer(code()).input_ids, chats, tokenizer(multilingual()).input_ids)
     draw = random.Random(seed)
     chosen = islice(cycle(streams), windows)
     begins = ((stream, draw.randrange(max(len(stream) - length, 1))) for stream in chosen)

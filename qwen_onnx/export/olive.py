@@ -23,6 +23,7 @@ from qwen_onnx.plan import digest_of
 
 Progress = Callable[[str], None]
 REQUIRED = ("genai_config.json", "model.onnx", "tokenizer.json")
+PROGRESS = "progress: "
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
 
 
@@ -63,6 +64,8 @@ def run_olive(config: dict[str, Any], checkpoint: Path, work: Path, log: Path, p
                 started = RUNNING_PASS.search(line)
                 if started:
                     progress(f"Olive: {started.group(1).split(':')[0]}")
+                elif line.startswith(PROGRESS):
+                    progress(line.removeprefix(PROGRESS).strip())
             code = child.wait()
         except BaseException:
             child.kill()

@@ -20,6 +20,7 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.export.gptq import Quantized, gptq, round_to_nearest
+from qwen_onnx.export.olive import PROGRESS
 from qwen_onnx.passes import CalibratedGptqConfig
 
 # matrices with the same input share a Hessian; genai fuses q, k and v, so these share their bits too
@@ -50,12 +51,13 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig) -> No
     Raises:
         ExportError: a matrix does not divide into blocks.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(config.seed)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     model.config.use_cache = False
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     _require_blocks(model, config.group_size)
     ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
     precise = choose_int8(model, ids[: config.sensitivity_windows], config)
@@ -63,6 +65,11 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig) -> No
     head = model.get_output_embeddings().weight
     matrices["lm_head"] = round_to_nearest(head.detach(), config.head_bits, config.group_size)
     _save(model, checkpoint, output, matrices, config)
+
+
+def _progress(message: str) -> None:
+    """The parent process shows lines with this prefix."""
+    print(f"{PROGRESS}{message}", flush=True)
 
 
 def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -125,7 +132,8 @@ def _fisher(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     for module in linears.values():
         module.weight.requires_grad_(True)
     fisher = {name: torch.zeros_like(module.weight) for name, module in linears.items()}
-    for window in ids:
+    for index, window in enumerate(ids):
+        _progress(f"sensitivity of the weights: window {index + 1} of {len(ids)}")
         logits = model(window[None]).logits[0]
         sampled = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, sampled, reduction="sum")
@@ -159,7 +167,7 @@ def quantize_layers(
             matrices[full] = gptq(module.weight, hessian, bits, config.group_size, config.damp)
             module.weight.data = matrices[full].dequantize()
         states = [_run(layer, state, arguments) for state in states]
-        print(f"quantised layer {index + 1} of {len(model.model.layers)}", flush=True)
+        _progress(f"quantised layer {index + 1} of {len(model.model.layers)}")
     return matrices
 
 

@@ -1,7 +1,6 @@
 """Texts for verification, taken from the running Python and from one text of our own.
 
-Nothing is downloaded. The quantiser calibrates on other files: it has the packages
-``CALIBRATION_PACKAGES`` and the topics of even rank; verification has
+Nothing is downloaded. The quantiser calibrates on other files (``export.calibration``): verification has
 ``EVALUATION_SOURCES`` and the topics of odd rank.
 """
 
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from qwen_onnx.errors import VerificationError
 
-CALIBRATION_PACKAGES = ("email", "unittest", "xml", "concurrent", "asyncio", "json")
 CODE_MODULES = ("argparse", "http.client", "tarfile", "statistics", "difflib", "inspect", "configparser", "ipaddress")
 DOCUMENTED_MODULES = ("optparse", "_pydecimal", "pickletools", "subprocess", "typing", "zipfile", "doctest", "random")
 CHAT_MODULES = ("shutil", "textwrap", "posixpath", "tempfile", "calendar", "bisect", "heapq", "functools", "string")

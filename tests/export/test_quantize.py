@@ -1,0 +1,149 @@
+"""The quantiser on a random model: its mathematics, its budget and what genai makes of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qwen_onnx.errors import ExportError
+from qwen_onnx.export import calibration
+from qwen_onnx.export.gptq import gptq, round_to_nearest, search_grid
+from qwen_onnx.export.quantize import choose_int8, quantize
+from qwen_onnx.passes import CalibratedGptqConfig
+from qwen_onnx.verify import corpus
+
+SMALL = CalibratedGptqConfig(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)
+
+
+@pytest.fixture
+def correlated() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [48, 64] and inputs [2048, 64] whose columns depend on each other, as activations do."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2048, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(2048, 64)
+    return torch.randn(48, 64), inputs
+
+
+def test_gptq_changes_the_outputs_less_than_rounding(correlated: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, inputs = correlated
+    rounded = round_to_nearest(weight, 4, 32).dequantize()
+    solved = gptq(weight, inputs.T @ inputs, 4, 32, 0.01).dequantize()
+
+    def error(candidate: torch.Tensor) -> float:
+        return float(((candidate - weight) @ inputs.T).norm() / (weight @ inputs.T).norm())
+
+    assert error(solved) < 0.5 * error(rounded)
+
+
+def test_gptq_leaves_its_arguments_alone(correlated: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, inputs = correlated
+    hessian = inputs.T @ inputs
+    kept = weight.clone(), hessian.clone()
+    gptq(weight, hessian, 4, 32, 0.01)
+    assert torch.equal(weight, kept[0])
+    assert torch.equal(hessian, kept[1])
+
+
+def test_gptq_survives_an_input_that_is_always_zero(correlated: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, inputs = correlated
+    inputs[:, 3] = 0
+    assert torch.isfinite(gptq(weight, inputs.T @ inputs, 4, 32, 0.01).dequantize()).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_on_a_grid_come_back_exactly(bits: int) -> None:
+    torch.manual_seed(1)
+    codes = torch.randint(0, 2**bits, (8, 64)).float()
+    codes[:, ::32], codes[:, 1::32] = 0, 2**bits - 1
+    weight = (codes - 2 ** (bits - 1)) * 0.03125
+    found = round_to_nearest(weight, bits, 32)
+    assert torch.equal(found.codes, codes)
+    torch.testing.assert_close(found.dequantize(), weight)
+
+
+def test_the_searched_grid_is_never_worse_than_min_max() -> None:
+    torch.manual_seed(2)
+    rows = torch.randn(64, 32) ** 3
+    scales, zeros = search_grid(rows, 4)
+    span = rows.amax(1, keepdim=True).clamp(min=0) - rows.amin(1, keepdim=True).clamp(max=0)
+    plain = span / 15
+    plain_zeros = torch.round(-rows.amin(1, keepdim=True).clamp(max=0) / plain)
+
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        grid = (torch.round(rows / scale) + zero).clamp(0, 15)
+        return (((grid - zero) * scale - rows) ** 2).sum(1)
+
+    assert (error(scales, zeros) <= error(plain, plain_zeros) + 1e-6).all()
+    assert error(scales, zeros).sum() < error(plain, plain_zeros).sum()
+
+
+def test_packing_puts_the_first_code_into_the_low_nibble() -> None:
+    found = round_to_nearest(torch.linspace(-1, 1, 32)[None], 4, 32)
+    packed = found.packed()
+    assert packed["qweight"].shape == (1, 16)
+    unpacked = torch.stack([packed["qweight"] & 15, packed["qweight"] >> 4], -1).reshape(1, 32)
+    assert torch.equal(unpacked.float(), found.codes)
+    # an odd number of zero points is padded to whole bytes
+    assert packed["qzeros"].shape == (1, 1)
+
+
+def test_int8_keeps_to_its_share_and_to_whole_attention_inputs(tiny_checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    ids = torch.randint(2, 200, (2, 64))
+    total = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    chosen = choose_int8(model, ids, SMALL)
+    weights = sum(model.get_submodule(name).weight.numel() for name in chosen)
+    assert 0 < weights <= SMALL.int8_share * total
+    for layer in range(2):
+        together = {f"model.layers.{layer}.self_attn.{p}_proj" for p in "qkv"}
+        assert not chosen & together or together <= chosen
+    assert not choose_int8(model, ids, SMALL.model_copy(update={"int8_share": 0.0}))
+
+
+def test_the_checkpoint_that_it_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "out", SMALL)
+    settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    eight = {name for name, override in settings["overrides"].items() if override["bits"] == 8}
+    assert "lm_head" in eight
+    shape = tensors["model.layers.0.mlp.down_proj.qweight"].shape
+    assert shape == (64, 128 if "model.layers.0.mlp.down_proj" in eight else 64)
+    assert "model.layers.0.mlp.down_proj.weight" not in tensors
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tiny_checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_a_matrix_that_does_not_divide_into_blocks_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no multiple of the block size 128"):
+        quantize(tiny_checkpoint, tmp_path / "out", SMALL.model_copy(update={"group_size": 128}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_is_disjoint_from_evaluation(tiny_checkpoint: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
+    documents = corpus.domains(lambda turns: str(tokenizer.apply_chat_template(list(turns), tokenize=False)))
+    read = [line for docs in documents.values() for doc in docs for line in doc.text.splitlines() if len(line) > 90]
+    assert len(read) > 200
+    learnt = "\n".join([calibration.code(), *calibration.topics().values(), calibration.multilingual()])
+    assert [line for line in read if line in learnt] == []
+    packages = {name.partition(".")[0] for name in corpus.EVALUATION_SOURCES}
+    assert not packages & set(calibration.CALIBRATION_PACKAGES)
+
+
+def test_calibration_is_the_same_for_the_same_seed(tiny_checkpoint: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
+    first = calibration.calibration_ids(tokenizer, 5, 64, seed=3)
+    assert [len(window) for window in first] == [64] * 5
+    assert first == calibration.calibration_ids(tokenizer, 5, 64, seed=3)
+    assert first != calibration.calibration_ids(tokenizer, 5, 64, seed=4)
+
+
+def test_the_shared_head_of_the_artifact_has_two_dimensions(tiny_build: Path) -> None:
+    graph = onnx.load(str(tiny_build / "model.onnx"), load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    gather = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    assert [len(tensors[name].dims) for name in gather.input[2:]] == [2, 2]

@@ -1,0 +1,168 @@
+"""The main job as users run it, on a tiny model: built whole, found again, or nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_onnx.artifact import build_lock, open_artifact
+from tests.conftest import edit_yaml, rewrite_json, run_cli
+
+
+def optimize(source: Path, target: Path, *more: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return run_cli("optimize", "starter", "--source", source, "--output", target, *more, **options)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What lies beside an artifact; the empty lock file may stay."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_the_built_artifact(tiny_build: Path) -> None:
+    manifest = open_artifact(tiny_build).manifest
+    assert manifest.verdict == "UNVERIFIED"
+    assert {row["block_size"] for row in manifest.readback["matrices"]} == {64}
+    assert manifest.packages["onnxruntime-genai"]
+    assert {"model.onnx", "genai_config.json", "tokenizer.json", "build.log"} <= set(manifest.files)
+    assert leftovers(tiny_build.parent) == [tiny_build.name]
+
+
+def test_the_same_job_again_is_a_cache_hit(tiny_build: Path, tiny_checkpoint: Path) -> None:
+    before = (tiny_build / "manifest.json").stat().st_mtime_ns
+    again = optimize(tiny_checkpoint, tiny_build, "--no-verify")
+    assert again.returncode == 0, again.stderr
+    assert "already built" in again.stderr
+    assert (tiny_build / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_an_altered_artifact_is_refused_then_built_again(
+    tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(tiny_build), str(target)], check=True)
+    rewrite_json(target / "genai_config.json", extra=1)
+    refused = run_cli("generate", target, "Hello")
+    assert refused.returncode == 6
+    assert "genai_config.json was altered" in refused.stderr
+    assert optimize(tiny_checkpoint, target, "--no-verify").returncode == 0
+    open_artifact(target)
+
+
+def test_a_verdict_other_than_pass_publishes_beside_the_target(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A random model has near-uniform predictions and gains no speed: it cannot pass."""
+    target = tmp_path / "int4"
+    done = optimize(tiny_checkpoint, target)
+    assert done.returncode == 7, done.stderr
+    assert "the verdict is FAIL" in done.stderr
+    assert "report.html" in done.stderr
+    assert leftovers(tmp_path) == ["int4.rejected"]
+    assert open_artifact(tmp_path / "int4.rejected").manifest.verdict == "FAIL"
+    assert (tmp_path / "int4.rejected/report.html").stat().st_size > 10_000
+
+
+def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def wider(pipeline: dict) -> None:  # type: ignore[type-arg]
+        pipeline["steps"][0]["config"]["group_size"] = 128
+        pipeline["readback"]["block_size"] = 128
+
+    edit_yaml(checkout / "pipelines/cpu.yaml", wider)
+    target = tmp_path / "out/int4"
+    done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
+    assert done.returncode == 5
+    assert "no multiple of the block size 128" in done.stderr
+    log = Path(done.stderr.split("where: ")[1].splitlines()[0])
+    assert "Traceback" in log.read_text()
+    assert leftovers(target.parent) == []
+
+
+def test_a_graph_that_is_not_what_was_asked_for_is_refused(
+    checkout: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    edit_yaml(checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["readback"].update(block_size=32))
+    target = tmp_path / "out/int4"
+    done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
+    assert done.returncode == 5
+    assert "block_size" in done.stderr
+    assert leftovers(target.parent) == []
+
+
+def test_a_second_build_fails_clearly_or_waits(tiny_build: Path, tiny_checkpoint: Path) -> None:
+    with build_lock(tiny_build, wait=False):
+        refused = optimize(tiny_checkpoint, tiny_build, "--no-verify", "--no-wait")
+        assert refused.returncode == 6
+        assert "another process is building" in refused.stderr
+        command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
+        command += ["--source", str(tiny_checkpoint), "--output", str(tiny_build)]
+        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr
+        assert "waiting" in waiting.stderr.readline()
+        assert waiting.poll() is None
+    _, said = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0
+    assert "already built" in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_too_small_a_disk_is_refused_before_any_work(small_disk: Path, tiny_checkpoint: Path) -> None:
+    done = optimize(tiny_checkpoint, small_disk / "int4", "--no-verify")
+    assert done.returncode == 3
+    assert "GB of disk" in done.stderr
+    assert "--output" in done.stderr
+
+
+def test_a_disk_that_runs_full_leaves_nothing(small_disk: Path, checkout: Path, tiny_checkpoint: Path) -> None:
+    edit_yaml(checkout / "recipes/starter.yaml", _claim_to_be_small)
+    done = optimize(tiny_checkpoint, small_disk / "int4", "--no-verify", cwd=checkout)
+    assert done.returncode == 3, done.stderr
+    assert "the disk is full" in done.stderr
+    assert leftovers(small_disk) == []
+
+
+def _claim_to_be_small(recipe: dict) -> None:  # type: ignore[type-arg]
+    for row in recipe["sizes"]:
+        row["parameters"] = 1000
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Twenty kills, spread over the length of a build by a seeded generator."""
+    target = tmp_path / "int4"
+    command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify", "--force"]
+    command += ["--source", str(tiny_checkpoint), "--output", str(target)]
+    started = time.monotonic()
+    subprocess.run([*command[:-1], str(tmp_path / "measured")], check=True, capture_output=True)
+    length = time.monotonic() - started
+    draw = random.Random(20261124)
+    whole = 0
+    for _ in range(20):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            child.wait(timeout=draw.uniform(0.05, 1.05) * length)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+        child.wait()
+        if target.exists():
+            open_artifact(target)
+            whole += 1
+    subprocess.run(command, check=True, capture_output=True)
+    open_artifact(target)
+    assert sorted(leftovers(tmp_path)) == ["int4", "measured"]
+    assert whole < 20, "no kill came before the first artifact was whole: the test tests nothing"
