@@ -55,16 +55,19 @@ def test_an_altered_artifact_is_refused_then_built_again(
     open_artifact(target)
 
 
-def test_a_verdict_other_than_pass_publishes_beside_the_target(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A random model has near-uniform predictions and gains no speed: it cannot pass."""
-    target = tmp_path / "int4"
-    done = optimize(tiny_checkpoint, target)
+@pytest.mark.slow
+def test_a_verdict_other_than_pass_publishes_beside_the_target(
+    checkout: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    edit_yaml(checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["limits"].update(decode_speedup=1000.0))
+    target = tmp_path / "out/int4"
+    done = optimize(tiny_checkpoint, target, cwd=checkout)
     assert done.returncode == 7, done.stderr
     assert "the verdict is FAIL" in done.stderr
     assert "report.html" in done.stderr
-    assert leftovers(tmp_path) == ["int4.rejected"]
-    assert open_artifact(tmp_path / "int4.rejected").manifest.verdict == "FAIL"
-    assert (tmp_path / "int4.rejected/report.html").stat().st_size > 10_000
+    assert leftovers(target.parent) == ["int4.rejected"]
+    assert open_artifact(tmp_path / "out/int4.rejected").manifest.verdict == "FAIL"
+    assert (tmp_path / "out/int4.rejected/report.html").stat().st_size > 10_000
 
 
 def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from qwen_onnx.errors import EnvironmentFault
 
 CALIBRATION_PACKAGES = ("email", "unittest", "xml", "concurrent", "asyncio", "json")
 LONGEST_ANSWER = 1500  # characters
+LONG_LINE = 50  # characters; what is shorter repeats by chance
 
 
 def code() -> str:
@@ -37,10 +38,16 @@ def code() -> str:
 
 
 def topics() -> dict[str, str]:
-    """Sections of Python's language reference of even rank in alphabetical order."""
+    """Sections of Python's language reference of even rank, without those that repeat a section of odd rank."""
     from pydoc_data.topics import topics as every
 
-    return {name: every[name] for name in sorted(every)[::2]}
+    names = sorted(every)
+    others = {line for name in names[1::2] for line in _long_lines(every[name])}
+    return {name: every[name] for name in names[::2] if not others.intersection(_long_lines(every[name]))}
+
+
+def _long_lines(text: str) -> set[str]:
+    return {line for line in text.splitlines() if len(line) > LONG_LINE}
 
 
 def conversations() -> list[list[dict[str, str]]]:

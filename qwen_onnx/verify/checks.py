@@ -18,10 +18,10 @@ from qwen_onnx.verify.statistics import at_least, at_most
 Check = Callable[[Context], CheckResult]
 CHECKS: dict[str, Check] = {}
 
-# Kernels that quantise activations (accuracy level 4) sum in another order for one token than for
-# many, so that the two paths of one artifact differ by rounding: about a tenth of the drift allowed.
-DECODE_KLD = 1e-2
-DECODE_TOP1 = 0.97
+# Kernels that quantise activations (accuracy level 4) compute otherwise for one token than for many. Both
+# paths lie equally near PyTorch; between them lies about a tenth of the drift allowed (docs/lab-log.md).
+DECODE_KLD = 2e-2
+DECODE_TOP1 = 0.90
 CONTROL_WIDTH = 0.15  # an A/A comparison with bounds further from 1 than this says that the machine is too noisy
 
 
@@ -147,16 +147,23 @@ def _overall(context: Context) -> dict[str, Estimate]:
 
 @check("kv_decode")
 def decode_parity(context: Context) -> CheckResult:
-    """Token by token through the KV cache gives the logits of one run over all tokens."""
+    """Token by token through the KV cache gives the logits of one run over all tokens.
+
+    The fp32 export shows that graph and cache are right, the artifact that its kernels stay near each other.
+    """
     prompts = {name: pool[0].ids[: context.options.decode_tokens] for name, pool in context.pools.items() if pool}
     found = decode_positions(lambda ids: context.engine.forced_logits(ids[:1], ids[1:]), context.scorer.logits, prompts)
     kld, top1 = float(found.kld.mean()), float(found.agree.mean())
-    return CheckResult(
-        name="kv_decode",
-        verdict=worst([at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]),
-        measured={"kld_mean": kld, "top1": top1, "positions": len(found.kld)},
-        limit={"kld_mean": DECODE_KLD, "top1": DECODE_TOP1},
-    )
+    verdicts = [at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]
+    measured: dict[str, float | str] = {"kld_mean": kld, "top1": top1, "positions": len(found.kld)}
+    limit: dict[str, float | str] = {"kld_mean": DECODE_KLD, "top1": DECODE_TOP1}
+    if context.reference is None:
+        verdicts.append(Verdict.INCONCLUSIVE)
+    else:
+        exact = context.reference_decode(prompts)
+        verdicts.append(at_most(_exact(exact), context.limits.fp32_kld))
+        measured["fp32_kld"], limit["fp32_kld"] = exact, context.limits.fp32_kld
+    return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=limit)
 
 
 @check("greedy")

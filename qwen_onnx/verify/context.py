@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from qwen_onnx.schema import Limits
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer, TorchBaseline
 from qwen_onnx.verify.drift import DriftStudy
+from qwen_onnx.verify.parity import decode_positions
 from qwen_onnx.verify.records import Drift, Latency, VerifyOptions
 from qwen_onnx.verify.scoring import OnnxScorer
 
@@ -73,6 +74,19 @@ class Context:
         from qwen_onnx.runtime.engine import Engine
 
         return Engine(self.artifact, threads=self.options.threads)
+
+    def reference_decode(self, prompts: Mapping[str, Sequence[int]]) -> float:
+        """Mean KLD of the fp32 export's decode path to its own prefill, in nats, on the first of ``prompts``."""
+        from qwen_onnx.runtime.engine import Engine
+
+        assert self.reference is not None
+        first = dict(list(prompts.items())[:1])
+        engine, scorer = (
+            Engine(self.reference, threads=self.options.threads),
+            OnnxScorer(self.reference, self.options.threads),
+        )
+        found = decode_positions(lambda ids: engine.forced_logits(ids[:1], ids[1:]), scorer.logits, first)
+        return float(found.kld.mean())
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
