@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
@@ -66,7 +66,7 @@ def list_models() -> None:
     from qwen_onnx.catalog import load_catalog
 
     catalog = load_catalog(_root())
-    table = Table("model", "title", "weights", "license", "targets", "sources")
+    table = Table(Column("model", no_wrap=True), "title", "weights", "license", "targets", "sources")
     for _, row in catalog.rows.values():
         kinds = ", ".join(source.kind for source in row.sources)
         size = f"{row.parameters / 1e6:,.0f} M"

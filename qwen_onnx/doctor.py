@@ -42,7 +42,8 @@ def examine(plan: Plan, root: Path) -> list[Finding]:
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("Python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+    ok = sys.version_info >= (3, 11)
+    return Finding("Python", ok, version, "" if ok else "install Python 3.11 or newer")
 
 
 def _amount(name: str, available: int, needed: int, remedy: str) -> Finding:

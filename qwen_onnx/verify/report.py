@@ -134,16 +134,16 @@ def print_report(report: Report, console: Console) -> None:
 
     table = Table(title=f"verification: {report.verdict}", title_style=STYLES[report.verdict])
     for column in ("check", "verdict", "measured [bounds]", "limit", "seconds"):
-        table.add_column(column, justify="right" if column == "seconds" else "left")
+        table.add_column(column, justify="right" if column in ("limit", "seconds") else "left")
     for item in report.checks:
-        rows = compared(item)
-        measured = "\n".join([f"{name} {value}" for name, value, _ in rows] + ([item.detail] if item.detail else []))
-        table.add_row(
-            item.name,
-            f"[{STYLES[item.verdict]}]{item.verdict}[/]",
-            escape(measured),
-            "\n".join(limit for _, _, limit in rows),
-            f"{item.seconds:.1f}",
-        )
+        head = [item.name, f"[{STYLES[item.verdict]}]{item.verdict}[/]"]
+        rows = [(f"{name} {value}", limit) for name, value, limit in compared(item)]
+        rows += [(item.detail, "")] if item.detail else []
+        for index, (measured, limit) in enumerate(rows):
+            first = index == 0
+            table.add_row(
+                *(head if first else ("", "")), escape(measured), limit, f"{item.seconds:.1f}" if first else ""
+            )
+        table.add_section()
     console.print(table)
     console.print(report.json_line(), markup=False, highlight=False, soft_wrap=True)
