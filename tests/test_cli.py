@@ -1,0 +1,105 @@
+"""The command line as users meet it: what it prints, what it refuses, how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from tests.conftest import edit_yaml, free_port, run_cli
+
+VERBS = ("list", "plan", "plans", "fetch", "optimize", "verify", "generate", "chat", "serve", "doctor")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    done = run_cli(verb, "--help")
+    assert done.returncode == 0
+    assert f"qwen_onnx.cli {verb}" in done.stdout or f"qwen-onnx {verb}" in done.stdout
+
+
+def test_list_shows_whole_names() -> None:
+    said = run_cli("list").stdout
+    assert all(name in said for name in ("starter", "qwen2.5-0.5b-instruct", "qwen3-0.6b"))
+
+
+def test_plan_prints_the_complete_olive_config() -> None:
+    config = json.loads(run_cli("plan", "starter", "--target", "cpu").stdout)
+    assert [step["type"] for step in config["passes"].values()] == ["CalibratedGptq", "GenAIModelBuilder"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["plan", "startr"], 2, ["startr", "starter"]),
+        (["plan", "starter", "--target", "cpuu"], 2, ["cpuu"]),
+        (["generate", "artifacts/none", "Hi"], 6, ["there is no artifact", "make optimize TARGET=cpu"]),
+        (["optimize", "starter", "--source", "/nonexistent"], 4, ["/nonexistent"]),
+        (["generate"], 2, ["ARTIFACT"]),
+    ],
+)
+def test_bad_input_is_one_clear_message(arguments: list[str], code: int, words: list[str]) -> None:
+    done = run_cli(*arguments)
+    assert done.returncode == code, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_with_typos_names_them_all_and_runs_nothing(checkout: Path) -> None:
+    def spoil(pipeline: dict) -> None:  # type: ignore[type-arg]
+        pipeline["steps"][0]["config"]["int4_block_size"] = 32
+        pipeline["limits"]["top1"] = "high"
+
+    edit_yaml(checkout / "pipelines/cpu.yaml", spoil)
+    done = run_cli("optimize", "starter", cwd=checkout)
+    assert done.returncode == 2
+    assert "int4_block_size" in done.stderr
+    assert "top1" in done.stderr
+    assert "cpu.yaml" in done.stderr
+    assert not (checkout / "artifacts").exists()
+
+
+def test_doctor_says_what_is_there() -> None:
+    done = run_cli("doctor", "starter")
+    assert "extra serve" in done.stdout
+    assert "memory for starter" in done.stdout
+
+
+def test_generate_reads_standard_input_and_bounds_the_prompt(tiny_build: Path) -> None:
+    done = run_cli("generate", tiny_build, "-", "--max-tokens", "4", input="Hello")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Hello")
+    long = run_cli("generate", tiny_build, "-", input="word " * 4000)
+    assert long.returncode == 8
+    assert "context" in long.stderr
+
+
+def test_chat_answers_each_line_and_ends_with_the_input(tiny_build: Path) -> None:
+    done = run_cli("chat", tiny_build, "--max-tokens", "4", input="one\ntwo\n")
+    assert done.returncode == 0, done.stderr
+
+
+def test_serve_answers_the_openai_client_and_ends_on_sigterm(tiny_build: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "qwen_onnx.cli", "serve", str(tiny_build), "--port", str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr
+        while "running on" not in (line := server.stderr.readline()):
+            assert line, "the server ended early"
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(
+            model="starter", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+        )
+        assert answer.usage
+        assert answer.usage.completion_tokens == 4
+    finally:
+        server.terminate()
+        begin = time.monotonic()
+        server.communicate(timeout=30)
+    assert time.monotonic() - begin < 20

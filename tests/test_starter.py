@@ -1,0 +1,118 @@
+"""The starter's artifact, as `make optimize TARGET=cpu` leaves it: it answers, and the verdict is no rubber stamp."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+from onnx import numpy_helper
+
+from qwen_onnx.artifact import open_artifact
+from qwen_onnx.runtime import GenerationConfig, QwenService
+from qwen_onnx.verify import Verdict, VerifyOptions, verify_artifact
+from tests.conftest import run_cli
+
+pytestmark = pytest.mark.slow
+ONLY_DRIFT = VerifyOptions(checks=("drift",))
+
+
+def test_the_published_artifact_passed(artifact_dir: Path) -> None:
+    manifest = open_artifact(artifact_dir).manifest
+    assert manifest.verdict == "PASS"
+    assert manifest.size_bytes <= 115_000_000
+    report = json.loads((artifact_dir / "report.json").read_text())
+    assert {item["verdict"] for item in report["checks"]} == {"PASS"}
+    assert report["drift"]["positions"] >= 6000
+    assert len(report["drift"]["domains"]) >= 3
+
+
+def test_it_knows_paris(artifact_dir: Path) -> None:
+    done = run_cli("generate", artifact_dir, "The capital of France is")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    with QwenService(artifact_dir) as model:
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        assert "Paris" in model.generate(chat, GenerationConfig(max_new_tokens=16)).text
+
+
+def test_the_same_build_again_is_found(artifact_dir: Path) -> None:
+    done = run_cli("optimize", "starter", "--target", "cpu", "--no-wait")
+    assert done.returncode == 0, done.stderr
+    assert "already built" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["verdict"] == "PASS"
+
+
+def test_corrupted_scales_of_one_layer_fail(artifact_dir: Path, starter_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact_dir, tmp_path / "corrupted"))
+    path = folder / "model.onnx"
+    model = onnx.load(str(path))
+    scales = next(
+        t for t in model.graph.initializer if "layers.15." in t.name and "down_proj" in t.name and "scales" in t.name
+    )
+    values = np.random.default_rng(0).permutation(numpy_helper.to_array(scales).ravel()).reshape(tuple(scales.dims))
+    scales.CopyFrom(numpy_helper.from_array(values, scales.name))
+    (folder / "model.onnx.data").unlink()
+    onnx.save(model, str(path), save_as_external_data=True, location="model.onnx.data")
+    limits = open_artifact(artifact_dir).manifest.plan.limits
+    report = verify_artifact(folder, starter_checkpoint, None, limits, options=ONLY_DRIFT)
+    assert report.verdict is Verdict.FAIL
+
+
+def test_plain_rounding_fails(artifact_dir: Path, starter_checkpoint: Path, tmp_path: Path) -> None:
+    """What `builder -p int4` gives by default: symmetric round-to-nearest."""
+    code = (
+        "import sys; from pathlib import Path; from qwen_onnx.export.builder import build\n"
+        "from qwen_onnx.passes import GenAIModelBuilderConfig as Config\n"
+        "options = dict(block_size=32, is_symmetric=True, accuracy_level=4, algo_config='rtn')\n"
+        "build(Path(sys.argv[1]), Path(sys.argv[2]), Config(precision='int4', **options))"
+    )
+    folder = tmp_path / "rtn"
+    subprocess.run([sys.executable, "-c", code, str(starter_checkpoint), str(folder)], check=True, capture_output=True)
+    limits = open_artifact(artifact_dir).manifest.plan.limits
+    report = verify_artifact(folder, starter_checkpoint, None, limits, options=ONLY_DRIFT)
+    assert report.verdict is Verdict.FAIL
+    assert report.drift
+    assert report.drift.kld_mean.lower > limits.kld_mean
+
+
+def test_verify_again_keeps_the_artifact(artifact_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(artifact_dir, tmp_path / "copy"))
+    done = run_cli("verify", copy)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert open_artifact(copy).manifest.verdict == "PASS"
+    assert json.loads(done.stdout.splitlines()[-1])["verdict"] == "PASS"
+
+
+@pytest.fixture(scope="module")
+def dithered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dither") / "dithered"
+    assert run_cli("fetch", "starter", "--dither", "0", "--output", folder).returncode == 0
+    return folder
+
+
+def test_dithered_weights_are_other_weights(artifact_dir: Path, dithered: Path) -> None:
+    refused = run_cli("verify", artifact_dir, "--source", dithered)
+    assert refused.returncode == 6
+    assert "other weights" in refused.stderr
+
+
+def test_the_default_recipe_passes_on_dithered_weights(dithered: Path) -> None:
+    """No 4-bit grid fits these by luck, as it may fit the starter's own, which once were 4-bit."""
+    target = dithered.parent / "int4"
+    done = run_cli("optimize", "starter", "--source", dithered, "--output", target)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_serving_keeps_to_600_mb(artifact_dir: Path) -> None:
+    """Memory of the engine's process after a long prompt, as the kernel counts it."""
+    with QwenService(artifact_dir, threads=2, isolated=True) as model:
+        model.generate("word " * 2000, GenerationConfig(max_new_tokens=64))
+        children = [child.memory_info().rss for child in psutil.Process().children(recursive=True)]
+    assert 100e6 < max(children) <= 600e6

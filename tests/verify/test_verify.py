@@ -1,0 +1,125 @@
+"""Verification of a tiny artifact: each check passes on it, and fails on what was broken for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from qwen_onnx.errors import VerificationError
+from qwen_onnx.schema import Limits
+from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
+
+# a random model's predictions are nearly uniform, so that its top-1 says little
+LIMITS = Limits(kld_mean=0.18, kld_p99=1.5, top1=0.01, ppl_ratio=1.18)
+FAST = {"window": 64, "windows_per_domain": 1, "decode_tokens": 16, "greedy_tokens": 8, "block": 16, "resamples": 100}
+
+
+def verdicts(artifact: Path, checkpoint: Path, *checks: str) -> Report:
+    return verify_artifact(artifact, checkpoint, None, LIMITS, options=VerifyOptions(checks=checks, **FAST))
+
+
+def result(report: Report, name: str) -> Verdict:
+    return next(item.verdict for item in report.checks if item.name == name)
+
+
+@pytest.fixture
+def broken(tiny_build: Path, tmp_path: Path) -> Path:
+    """A copy of the artifact that a test may break."""
+    return Path(shutil.copytree(tiny_build, tmp_path / "broken"))
+
+
+def test_a_sound_artifact_passes_and_what_was_not_run_is_inconclusive(tiny_build: Path, tiny_checkpoint: Path) -> None:
+    report = verdicts(tiny_build, tiny_checkpoint, "tokenizer", "chat_template", "drift", "greedy")
+    assert {result(report, name) for name in ("tokenizer", "chat_template", "drift", "greedy")} == {Verdict.PASS}
+    assert result(report, "latency") is Verdict.INCONCLUSIVE
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert not report.passed
+
+
+def _lower_case(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(settings))
+
+
+def _other_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def _noisy_scales(folder: Path) -> None:
+    _edit(folder, "scales", lambda values: values * np.random.default_rng(0).uniform(-9, 9, values.shape))
+
+
+def _not_a_number(folder: Path) -> None:
+    _edit(folder, "scales", lambda values: values * np.nan)
+
+
+def _edit(folder: Path, part: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change a tensor of one layer in ``model.onnx``."""
+    path = folder / "model.onnx"
+    model = onnx.load(str(path))
+    tensor = next(
+        t for t in model.graph.initializer if "layers.1" in t.name and "down_proj" in t.name and part in t.name
+    )
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), tensor.name))
+    (folder / "model.onnx.data").unlink(missing_ok=True)
+    onnx.save(model, str(path), save_as_external_data=True, location="model.onnx.data")
+
+
+@pytest.mark.parametrize(
+    ("breaks", "check"),
+    [
+        (_lower_case, "tokenizer"),
+        (_other_template, "chat_template"),
+        (_noisy_scales, "drift"),
+        (_not_a_number, "drift"),
+        (_not_a_number, "greedy"),
+    ],
+)
+def test_what_is_broken_fails(broken: Path, tiny_checkpoint: Path, breaks: Callable[[Path], None], check: str) -> None:
+    breaks(broken)
+    report = verdicts(broken, tiny_checkpoint, check)
+    assert result(report, check) is Verdict.FAIL
+    assert report.verdict is Verdict.FAIL
+
+
+def test_an_artifact_that_does_not_load_fails(broken: Path, tiny_checkpoint: Path) -> None:
+    (broken / "model.onnx").write_bytes(b"no graph")
+    report = verdicts(broken, tiny_checkpoint, "drift", "greedy")
+    assert result(report, "drift") is result(report, "greedy") is Verdict.FAIL
+
+
+def test_the_fp32_export_is_held_against_pytorch(tiny_build: Path, tiny_checkpoint: Path) -> None:
+    """The INT4 artifact in the place of the fp32 export must be found out."""
+    options = VerifyOptions(checks=("fp32_export",), **FAST)
+    report = verify_artifact(tiny_build, tiny_checkpoint, tiny_build, LIMITS, options=options)
+    assert result(report, "fp32_export") is Verdict.FAIL
+
+
+def test_unknown_checks_and_missing_folders_are_errors(tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="No check is called driftt"):
+        verdicts(tiny_build, tiny_checkpoint, "driftt")
+    with pytest.raises(VerificationError, match="does not exist"):
+        verdicts(tmp_path / "nothing", tiny_checkpoint)
+
+
+def test_the_report_is_one_file_that_loads_nothing(tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = verdicts(tiny_build, tiny_checkpoint, "drift")
+    record, page = report.save(tmp_path)
+    assert Report.model_validate_json(record.read_bytes()) == report
+    html = page.read_text()
+    assert "<svg" in html
+    for outside in ("http://", "https://", "<script", "src=", "@import"):
+        assert outside not in html.replace("http://www.w3.org/2000/svg", "")
+    line = json.loads(report.json_line())
+    assert line["verdict"] == "INCONCLUSIVE"
+    assert line["kld_mean"] == report.drift.kld_mean.value
