@@ -55,6 +55,7 @@ class Readback(Record):
     block_size: int = Field(gt=0)
     symmetric: bool
     accuracy_level: int = Field(ge=0, le=4)
+    prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
 
 
 class Pipeline(Record):

@@ -17,7 +17,8 @@ def read_graph(model: Path) -> dict[str, Any]:
 
     Returns:
         ``nodes``: one entry per MatMulNBits with bits, block_size, accuracy_level, symmetric (no zero points);
-        ``counts``: operator counts; ``float_matmuls``: names of MatMul nodes with a constant float weight.
+        ``counts``: operator counts; ``float_matmuls``: names of MatMul nodes with a constant float weight;
+        ``prune_lm_head``: whether the logits have one position, whatever the length of the input.
     """
     import onnx
 
@@ -35,7 +36,13 @@ def read_graph(model: Path) -> dict[str, Any]:
                 "symmetric": not zero_points,
             }
     floats = [n.name for n in graph.node if n.op_type == "MatMul" and any(name in constants for name in n.input)]
-    return {"nodes": nodes, "counts": dict(Counter(n.op_type for n in graph.node)), "float_matmuls": floats}
+    logits = next(output for output in graph.output if output.name == "logits")
+    return {
+        "nodes": nodes,
+        "counts": dict(Counter(n.op_type for n in graph.node)),
+        "float_matmuls": floats,
+        "prune_lm_head": logits.type.tensor_type.shape.dim[1].dim_value == 1,
+    }
 
 
 def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
@@ -55,6 +62,8 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     body = [node["bits"] for name, node in facts["nodes"].items() if HEAD_NODE not in name]
     if body and asked.body_bits not in body:
         faults.append(f"no matrix of the body has {asked.body_bits} bits")
+    if facts["prune_lm_head"] != asked.prune_lm_head:
+        faults.append(f"prune_lm_head is {facts['prune_lm_head']}, asked {asked.prune_lm_head}")
     if faults:
         shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
         raise ExportError(f"the graph is not what the plan asked for: {shown}", hint="qwen-onnx plan shows the request")
@@ -62,6 +71,7 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     return {
         "matrices": [{**dict(kind), "count": count} for kind, count in sorted(kinds.items(), key=str)],
         "operators": facts["counts"],
+        "prune_lm_head": facts["prune_lm_head"],
     }
 
 

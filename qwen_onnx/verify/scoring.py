@@ -16,6 +16,7 @@ from qwen_onnx.errors import VerificationError
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
 
+HEADS = ("MatMulNBits", "MatMul")
 ROWS = 32  # vocabulary rows per step: float64 copies then stay within a few tens of megabytes
 
 
@@ -82,6 +83,28 @@ def compare(baseline: Logits, candidate: Logits, ids: Sequence[int]) -> Position
     return Positions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+def with_every_position(model: Path) -> bytes:
+    """The graph with logits of all positions: what ``prune_lm_head`` cut to the last one is joined again.
+
+    Weights and kernels stay those of the artifact; only the Gather and Unsqueeze before the head are passed by.
+    """
+    import onnx
+
+    loaded = onnx.load(str(model), load_external_data=False)
+    graph = loaded.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        # [batch, tokens, hidden] - Gather(last) - Unsqueeze - head
+        cut = makers.get(node.input[0]) if node.op_type in HEADS and node.input else None
+        last = makers.get(cut.input[0]) if cut is not None and cut.op_type == "Unsqueeze" else None
+        if last is not None and last.op_type == "Gather" and "logits" in node.output:
+            node.input[0] = last.input[0]
+            dim = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape.dim[1]
+            dim.dim_param = "sequence_length"
+    serialized: bytes = loaded.SerializeToString()
+    return serialized
+
+
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -107,8 +130,9 @@ class OnnxScorer:
         try:
             decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
             self._cache = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
-            path = str(folder / decoder["filename"])
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            graph = with_every_position(folder / decoder["filename"])
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _faults() as error:
             raise VerificationError(f"The model cannot be loaded: {error}", where=str(folder)) from error
 
