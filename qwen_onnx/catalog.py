@@ -15,9 +15,10 @@ import yaml
 from pydantic import ValidationError
 
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.schema import Family, Pipeline, Record, Row
+from qwen_onnx.schema import Family, Pipeline, Record, Row, Variants
 
 R = TypeVar("R", bound=Record)
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -26,6 +27,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 mark = key_node.start_mark
@@ -112,6 +115,22 @@ def load_catalog(root: Path) -> Catalog:
     if faults:
         raise ConfigError(faults, hint="correct these keys; recipes/*.schema.json describes them")
     return Catalog(root, families, pipelines)
+
+
+def load_variants(root: Path, target: str) -> Variants:
+    """The variants of ``target``.
+
+    Raises:
+        ConfigError: there are none, or with every fault of their file.
+    """
+    file = f"pipelines/variants/{target}.yaml"
+    if not (root / file).exists():
+        raise ConfigError([f"{file}: no such file"], hint="write one after pipelines/variants/cpu.yaml")
+    faults: list[str] = []
+    loaded = _load(root / file, file, Variants, faults)
+    if loaded is None:
+        raise ConfigError(faults, hint="correct these keys; recipes/variants.schema.json describes them")
+    return loaded
 
 
 def _load_folder(root: Path, folder: str, record: type[R], faults: list[str]) -> dict[str, R]:

@@ -201,6 +201,38 @@ def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
     _show_report(opened.path, report.verdict)
 
 
+@app.command()
+def compare(
+    model: Model,
+    target: Target = "cpu",
+    source: SourceOption = None,
+    only: Annotated[list[str] | None, typer.Option(help="a variant's name, may be given more than once")] = None,
+    speed: bool = typer.Option(True, help="measure latency too"),
+) -> None:
+    """Build each variant of pipelines/variants/TARGET.yaml and measure size, drift and speed."""
+    from qwen_onnx.catalog import load_catalog, load_variants
+    from qwen_onnx.compare import measure, print_comparison
+    from qwen_onnx.plan import make_variant_plan
+    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources import fetch as fetch_source
+
+    catalog = load_catalog(_root())
+    variants = load_variants(catalog.root, target).variants
+    unknown = sorted(set(only or ()) - {variant.name for variant in variants})
+    if unknown:
+        known = ", ".join(variant.name for variant in variants)
+        raise ConfigError([f"--only {name}: no such variant; known: {known}" for name in unknown])
+    chosen = [variant for variant in variants if not only or variant.name in only]
+    plans = {variant.name: make_variant_plan(catalog, model, target, variant) for variant in chosen}
+    scratch = cache_root(catalog.root)
+    checkpoint = fetch_source(next(iter(plans.values())), scratch, local=source, progress=_progress)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, made in plans.items():
+        _progress(f"variant {len(rows) + 1} of {len(plans)}: {name}")
+        rows[name] = measure(made, checkpoint, scratch, speed=speed, progress=_progress)
+    print_comparison(rows, out)
+
+
 def _service(artifact: Path, threads: int | None) -> QwenService:
     from qwen_onnx.artifact import open_artifact
     from qwen_onnx.runtime.service import QwenService

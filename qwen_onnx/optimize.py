@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_onnx.artifact import (
     Artifact,
@@ -99,20 +99,13 @@ def optimize(job: Job, progress: Progress = print) -> Outcome:
 def _build(
     job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, progress: Progress
 ) -> Outcome:
-    from qwen_onnx.export.olive import collect, run_olive
-    from qwen_onnx.export.readback import compare, read_graph
-
     begin = time.monotonic()
-    folder = staging / "artifact"
-    folder.mkdir()
     log = staging / LOG_FILE
     try:
-        model = run_olive(job.plan.olive, checkpoint.path, staging / "work", log, progress)
+        folder, readback = build_model(job.plan, checkpoint, staging, log, progress)
     except ExportError as error:
         raise _with_kept_log(error, log, job) from error
-    collect(model, folder)
     shutil.move(log, folder / LOG_FILE)
-    readback = compare(read_graph(folder / "model.onnx"), job.plan.readback)
     progress("loading the artifact and generating")
     smoke(folder, job.plan)
     built = time.monotonic() - begin
@@ -132,6 +125,25 @@ def _build(
     passed = report is None or verdict == "PASS"
     target = job.target if passed else job.target.with_name(job.target.name + ".rejected")
     return Outcome(publish(folder, target, manifest), hit=False, report=report)
+
+
+def build_model(
+    plan: Plan, checkpoint: Checkpoint, staging: Path, log: Path, progress: Progress
+) -> tuple[Path, dict[str, Any]]:
+    """Run the plan through Olive and read the graph back.
+
+    Returns:
+        Folder with the model below ``staging``, and what was found in its graph.
+
+    Raises:
+        ExportError: Olive failed, or the graph is not what the plan asked for.
+    """
+    from qwen_onnx.export.olive import collect, run_olive
+    from qwen_onnx.export.readback import compare, read_graph
+
+    folder = staging / "artifact"
+    collect(run_olive(plan.olive, checkpoint.path, staging / "work", log, progress), folder)
+    return folder, compare(read_graph(folder / "model.onnx"), plan.readback)
 
 
 def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, progress: Progress) -> Report:

@@ -21,7 +21,9 @@ class GenAIModelBuilderConfig(Record):
     is_symmetric: bool | None = None
     accuracy_level: int | None = Field(default=None, ge=0, le=4)
     algo_config: Literal["default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"] | None = None
-    prune_lm_head: bool | None = Field(default=None, description="logits of the last position only: prefill needs no other")
+    prune_lm_head: bool | None = Field(
+        default=None, description="logits of the last position only: prefill needs no other"
+    )
 
 
 class CalibratedGptqConfig(Record):

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from qwen_onnx.catalog import Catalog, describe
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.passes import STEP_CONFIGS
-from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Source, json_schemas
+from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Source, Variant, json_schemas
 
 LOCK_FILE = "recipes/plans.lock"
 GOLDEN_MODEL = "starter"
@@ -67,6 +67,19 @@ def make_plan(catalog: Catalog, model: str, target: str) -> Plan:
     return _compose(family, row, catalog.pipeline(target), _file_of(catalog, family))
 
 
+def make_variant_plan(catalog: Catalog, model: str, target: str, variant: Variant) -> Plan:
+    """The plan of ``model`` with the steps of ``variant``; ConfigError with every fault."""
+    family, row = catalog.row(model)
+    pipeline = catalog.pipeline(target)
+    file = f"pipelines/variants/{target}.yaml"
+    try:
+        readback = Readback.model_validate(pipeline.readback.model_dump() | variant.readback)
+    except ValidationError as error:
+        raise ConfigError(describe(f"{file}: variants.{variant.name}.readback", error)) from error
+    changed = pipeline.model_copy(update={"steps": variant.steps, "readback": readback})
+    return _compose(family, row, changed, _file_of(catalog, family), pipeline_file=f"{file}: variants.{variant.name}")
+
+
 def make_all_plans(catalog: Catalog) -> list[Plan]:
     """The plan of every (model, target); ConfigError with the faults of all of them."""
     plans, faults = [], []
@@ -90,7 +103,7 @@ def _file_of(catalog: Catalog, family: Family) -> str:
     return next(file for file, known in catalog.families.items() if known is family)
 
 
-def _compose(family: Family, row: Row, pipeline: Pipeline, file: str) -> Plan:
+def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_file: str | None = None) -> Plan:
     faults: list[str] = []
     steps: dict[str, dict[str, Any]] = {s.name: {"type": s.type, **s.config} for s in pipeline.steps}
     layers: dict[str, Any] = {
@@ -99,8 +112,7 @@ def _compose(family: Family, row: Row, pipeline: Pipeline, file: str) -> Plan:
         "limits": pipeline.limits.model_dump(),
     }
     _apply_override(layers, row, pipeline.target, file, faults)
-    pipeline_file = f"pipelines/{pipeline.target}.yaml"
-    _check_steps(steps, pipeline_file, faults)
+    _check_steps(steps, pipeline_file or f"pipelines/{pipeline.target}.yaml", faults)
     for name, record in (("readback", Readback), ("limits", Limits)):
         try:
             record.model_validate(layers[name])

@@ -78,6 +78,21 @@ class Pipeline(Record):
         return self
 
 
+class Variant(Record):
+    """Other steps for a pipeline, to be measured beside it; ``readback`` changes fields of the pipeline's."""
+
+    name: Name
+    about: str = Field(min_length=1)
+    steps: tuple[Step, ...] = Field(min_length=1)
+    readback: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Variants(Record):
+    """The variants of one target: ``pipelines/variants/<target>.yaml``."""
+
+    variants: tuple[Variant, ...] = Field(min_length=1)
+
+
 class HubSource(Record):
     """A checkpoint on Hugging Face Hub or ModelScope, pinned by revision."""
 
@@ -129,4 +144,5 @@ class Family(Record):
 
 def json_schemas() -> dict[str, dict[str, Any]]:
     """JSON Schemas for editors, by file name."""
-    return {"recipe.schema.json": Family.model_json_schema(), "pipeline.schema.json": Pipeline.model_json_schema()}
+    records: dict[str, type[Record]] = {"recipe": Family, "pipeline": Pipeline, "variants": Variants}
+    return {f"{name}.schema.json": record.model_json_schema() for name, record in records.items()}
