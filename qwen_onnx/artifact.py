@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -143,12 +143,12 @@ def open_artifact(folder: Path) -> Artifact:
     return Artifact(path=folder, manifest=manifest)
 
 
-def cached(folder: Path, key: str) -> Artifact | None:
-    """The published artifact if it was built with ``key`` and is whole, else None: build it again."""
+def cached(folder: Path, keys: Collection[str]) -> Artifact | None:
+    """The published artifact if it was built with one of ``keys`` and is whole, else None: build it again."""
     if not (folder / MANIFEST).exists():
         return None
     try:
-        return open_artifact(folder) if read_manifest(folder).key == key else None
+        return open_artifact(folder) if read_manifest(folder).key in keys else None
     except ArtifactError:
         return None
 

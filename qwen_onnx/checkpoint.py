@@ -7,15 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.errors import SourceError, UnsupportedModelError
+from qwen_onnx.schema import Shape
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def check_checkpoint(folder: Path, architecture: str) -> None:
-    """Config, architecture, tokenizer, every shard whole, every weight finite.
+# names in config.json of what a recipe's shape says
+CONFIG_KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "tied": "tie_word_embeddings",
+    "experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+}
+
+
+def check_checkpoint(folder: Path, architecture: str, shape: Shape) -> None:
+    """Config, architecture, sizes, tokenizer, every shard whole, every weight finite.
 
     Raises:
-        UnsupportedModelError: another architecture, no tokenizer, NaN or infinite weights.
+        UnsupportedModelError: another architecture or other sizes than the recipe's, no tokenizer, NaN or infinite
+            weights.
         SourceError: a file is missing, truncated or not readable.
     """
     config = _read_json(folder / "config.json")
@@ -26,6 +41,13 @@ def check_checkpoint(folder: Path, architecture: str) -> None:
             where=str(folder / "config.json"),
             hint="choose the recipe that fits: qwen-onnx list",
         )
+    faults = contradictions(config, shape)
+    if faults:
+        raise UnsupportedModelError(
+            f"the checkpoint contradicts its recipe: {'; '.join(faults)}",
+            where=str(folder / "config.json"),
+            hint="choose the recipe that fits (qwen-onnx list), or correct the row's shape",
+        )
     if not (folder / TOKENIZER_FILE).exists():
         raise UnsupportedModelError(
             "the checkpoint has no tokenizer.json",
@@ -35,6 +57,22 @@ def check_checkpoint(folder: Path, architecture: str) -> None:
     _read_json(folder / TOKENIZER_FILE)
     for shard in _shards(folder):
         _check_shard(shard)
+
+
+def contradictions(config: dict[str, Any], shape: Shape) -> list[str]:
+    """What ``config.json`` says otherwise than the recipe; facts that either side lacks are not compared."""
+    settings = config.get("text_config") or config
+    known = {name: value for name, value in shape.model_dump().items() if value is not None and name in CONFIG_KEYS}
+    faults = [
+        f"{CONFIG_KEYS[name]} is {settings[CONFIG_KEYS[name]]}, the recipe says {value}"
+        for name, value in known.items()
+        if settings.get(CONFIG_KEYS[name], value) != value
+    ]
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if known and kind != "default":
+        faults.append(f"rope scaling is {kind}, the recipe is for the native context")
+    return faults
 
 
 def _read_json(path: Path) -> dict[str, Any]:

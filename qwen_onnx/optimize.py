@@ -28,7 +28,7 @@ from qwen_onnx.artifact import (
 )
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.plan import Plan
-from qwen_onnx.sources import Checkpoint, expected_revision, fetch
+from qwen_onnx.sources import Checkpoint, expected_revisions, fetch
 
 if TYPE_CHECKING:
     from qwen_onnx.verify.report import Report
@@ -85,13 +85,15 @@ def optimize(job: Job, progress: Progress = print) -> Outcome:
     with build_lock(
         job.target, wait=job.wait, waiting=lambda: progress("another build of this artifact runs: waiting")
     ):
-        revision = expected_revision(job.plan, job.source)
-        key = build_key(job.plan, revision, packages, exporter_digest())
-        hit = None if job.force else cached(job.target, key)
+        exporter = exporter_digest()
+        pins = expected_revisions(job.plan, job.cache, job.source)
+        keys = [build_key(job.plan, pin, packages, exporter) for pin in pins]
+        hit = None if job.force else cached(job.target, keys)
         if hit and (hit.manifest.verdict != "UNVERIFIED" or not job.verify):
             return Outcome(hit, hit=True)
         _require_disk(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
+        key = build_key(job.plan, checkpoint.revision, packages, exporter)
         with staging_folder(job.target) as staging:
             return _build(job, key, packages, checkpoint, staging, progress)
 

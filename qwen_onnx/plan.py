@@ -15,10 +15,7 @@ from pydantic import Field, ValidationError
 from qwen_onnx.catalog import Catalog, describe
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.passes import STEP_CONFIGS
-from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Source, Variant, json_schemas
-
-LOCK_FILE = "recipes/plans.lock"
-GOLDEN_MODEL = "starter"
+from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Shape, Source, Variant
 
 
 class Plan(Record):
@@ -34,7 +31,8 @@ class Plan(Record):
     architecture: str
     parameters: int = Field(gt=0)
     context: int = Field(gt=0)
-    license: str
+    license: str | None
+    shape: Shape
     sources: tuple[Source, ...]
     olive: dict[str, Any]
     readback: Readback
@@ -81,9 +79,9 @@ def make_variant_plan(catalog: Catalog, model: str, target: str, variant: Varian
 
 
 def make_all_plans(catalog: Catalog) -> list[Plan]:
-    """The plan of every (model, target); ConfigError with the faults of all of them."""
+    """The plan of every (model, target) that can be built; ConfigError with the faults of all of them."""
     plans, faults = [], []
-    for family, row in catalog.rows.values():
+    for family, row in (found for found in catalog.rows.values() if not found[1].planned):
         for pipeline in catalog.pipelines.values():
             try:
                 plans.append(_compose(family, row, pipeline, _file_of(catalog, family)))
@@ -94,16 +92,13 @@ def make_all_plans(catalog: Catalog) -> list[Plan]:
     return plans
 
 
-def lock_text(plans: list[Plan]) -> str:
-    """Content of ``recipes/plans.lock``: model, target and digest, one line each, sorted."""
-    return "".join(f"{plan.model} {plan.target} {plan.digest}\n" for plan in sorted(plans, key=lambda p: p.name))
-
-
 def _file_of(catalog: Catalog, family: Family) -> str:
     return next(file for file, known in catalog.families.items() if known is family)
 
 
 def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_file: str | None = None) -> Plan:
+    if row.planned or row.parameters is None or row.context is None:
+        raise ConfigError([f"{file}: {row.id} cannot be built yet: {row.planned}"], hint="qwen-onnx list")
     faults: list[str] = []
     steps: dict[str, dict[str, Any]] = {s.name: {"type": s.type, **s.config} for s in pipeline.steps}
     layers: dict[str, Any] = {
@@ -111,6 +106,7 @@ def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_f
         "readback": pipeline.readback.model_dump(),
         "limits": pipeline.limits.model_dump(),
     }
+    _apply_size(layers, row, pipeline, faults)
     _apply_override(layers, row, pipeline.target, file, faults)
     _check_steps(steps, pipeline_file or f"pipelines/{pipeline.target}.yaml", faults)
     for name, record in (("readback", Readback), ("limits", Limits)):
@@ -129,11 +125,20 @@ def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_f
         parameters=row.parameters,
         context=row.context,
         license=row.license,
+        shape=row.shape,
         sources=row.sources,
         olive=_olive_config(steps, pipeline),
         readback=Readback.model_validate(layers["readback"]),
         limits=Limits.model_validate(layers["limits"]),
     )
+
+
+def _apply_size(layers: dict[str, Any], row: Row, pipeline: Pipeline, faults: list[str]) -> None:
+    for entry in pipeline.larger:
+        unknown = sorted(set(entry.limits) - set(layers["limits"]))
+        faults += [f"pipelines/{pipeline.target}.yaml: larger.limits.{name}: unknown key" for name in unknown]
+        if row.parameters and row.parameters >= entry.parameters:
+            layers["limits"] |= entry.limits
 
 
 def _apply_override(layers: dict[str, Any], row: Row, target: str, file: str, faults: list[str]) -> None:
@@ -175,15 +180,3 @@ def _olive_config(steps: dict[str, dict[str, Any]], pipeline: Pipeline) -> dict[
         "output_dir": "model",
         "log_severity_level": 1,
     }
-
-
-def committed_files(catalog: Catalog) -> dict[str, str]:
-    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas."""
-    files = {LOCK_FILE: lock_text(make_all_plans(catalog))}
-    model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
-    for target in catalog.pipelines:
-        plan = make_plan(catalog, model, target).model_dump(mode="json")
-        files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
-    schemas = json_schemas()
-    files |= {f"recipes/{name}": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
-    return files

@@ -6,10 +6,13 @@ A *pipeline* (one file per target) holds Olive passes as named steps; a *family*
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+COMMIT = r"[0-9a-f]{40}"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -37,6 +40,13 @@ class Limits(Record):
     decode_speedup: float | None = Field(default=None, gt=0)
     prefill_speedup: float | None = Field(default=None, gt=0)
     max_bytes: int | None = Field(default=None, gt=0)
+
+
+class Larger(Record):
+    """Other limits for models from a number of weights on: large models lose less to quantisation."""
+
+    parameters: int = Field(gt=0)
+    limits: dict[str, JsonValue] = Field(min_length=1)
 
 
 class Step(Record):
@@ -68,6 +78,7 @@ class Pipeline(Record):
     steps: tuple[Step, ...] = Field(min_length=1)
     readback: Readback
     limits: Limits
+    larger: tuple[Larger, ...] = Field(default=(), description="by rising number of weights; the last that fits counts")
 
     @model_validator(mode="after")
     def _steps_have_one_name_each(self) -> Pipeline:
@@ -98,7 +109,22 @@ class HubSource(Record):
 
     kind: Literal["huggingface", "modelscope"]
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    revision: str = Field(min_length=1, description="commit id, tag or branch; a commit id is reproducible")
+    revision: str | None = Field(
+        default=None, description="commit id; absent when none was looked up, then only a local SOURCE can be built"
+    )
+
+    @model_validator(mode="after")
+    def _revision_is_a_commit(self) -> HubSource:
+        # ModelScope publishes no commit ids with its listings: its branch is taken, each file's SHA-256 recorded
+        branch = self.kind == "modelscope" and self.revision == "master"
+        if self.revision is not None and not branch and not re.fullmatch(COMMIT, self.revision):
+            raise ValueError(f"revision: {self.revision!r} is not a commit id of 40 hex digits")
+        return self
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision names one state of the repository for ever."""
+        return self.revision is not None and re.fullmatch(COMMIT, self.revision) is not None
 
 
 class WheelSource(Record):
@@ -122,24 +148,74 @@ class Override(Record):
     set: dict[str, JsonValue] = Field(min_length=1)
 
 
+class ExtendedContext(Record):
+    """A context beyond the native one, and how it is reached."""
+
+    tokens: int = Field(gt=0)
+    method: str | None = Field(default=None, description="yarn, dynamic-ntk, …")
+    factor: float | None = Field(default=None, gt=1)
+
+
+class Shape(Record):
+    """Sizes from the model's ``config.json``; a checkpoint that contradicts them is refused."""
+
+    layers: int | None = Field(default=None, gt=0)
+    hidden_size: int | None = Field(default=None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    heads: int | None = Field(default=None, gt=0)
+    kv_heads: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
+    vocab_size: int | None = Field(default=None, gt=0)
+    tied: bool | None = Field(default=None, description="whether the head shares the embedding's weights")
+    experts: int | None = Field(default=None, gt=0)
+    experts_per_token: int | None = Field(default=None, gt=0)
+    moe_intermediate_size: int | None = Field(default=None, gt=0)
+    shared_expert_intermediate_size: int | None = Field(default=None, gt=0)
+
+
 class Row(Record):
-    """One size of a family."""
+    """One size of a family. A fact that was not looked up is absent; ``read_in`` says where the others were read."""
 
     id: Name
     title: str = Field(min_length=1)
-    parameters: int = Field(gt=0, description="number of weights")
+    kind: Literal["base", "chat", "thinking", "hybrid"] | None = None
+    parameters: int | None = Field(default=None, gt=0, description="number of weights")
+    active_parameters: int | None = Field(default=None, gt=0, description="weights that one token uses, of a MoE")
+    license: str | None = Field(default=None, min_length=1, description="SPDX identifier of the weights")
+    context: int | None = Field(default=None, gt=0, description="native context: tokens that the artifact accepts")
+    extended_context: ExtendedContext | None = None
+    languages: int | tuple[str, ...] | None = Field(default=None, description="ISO 639-1 codes, or how many")
+    modality: str = "text"
+    tasks: tuple[Literal["general", "coding", "math"], ...] = ()
+    released: str | None = Field(default=None, pattern=r"^20\d\d-\d\d$")
+    shape: Shape = Shape()
     sources: tuple[Source, ...] = Field(min_length=1)
-    license: str = Field(min_length=1, description="SPDX identifier of the weights")
-    context: int = Field(gt=0, description="tokens that the artifact accepts")
+    planned: str | None = Field(default=None, min_length=10, description="why this size cannot be exported yet")
+    read_in: dict[str, str] = Field(default_factory=dict, description="where each fact was read; default: the rest")
     targets: dict[Name, Override] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _can_be_built_or_says_why_not(self) -> Row:
+        missing = [name for name in ("parameters", "context") if getattr(self, name) is None]
+        if missing and not self.planned:
+            raise ValueError(f"{' and '.join(missing)} missing: without them the row needs `planned` with the reason")
+        return self
 
 
 class Family(Record):
     """One Qwen generation."""
 
     family: Name
-    architecture: Literal["Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+    architecture: str = Field(min_length=1, description="as in the checkpoint's config.json")
     sizes: tuple[Row, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _architecture_is_known(self) -> Family:
+        buildable = any(row.planned is None for row in self.sizes)
+        if buildable and self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"architecture: {self.architecture!r} cannot be exported; known: {known}")
+        return self
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:

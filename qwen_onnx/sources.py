@@ -21,7 +21,7 @@ from pathlib import Path
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.plan import Plan, digest_of
-from qwen_onnx.schema import HubSource, Record, WheelSource
+from qwen_onnx.schema import HubSource, Record, Source, WheelSource
 
 Progress = Callable[[str], None]
 
@@ -47,19 +47,30 @@ def cache_root(root: Path) -> Path:
     return Path(os.environ.get("QWEN_ONNX_CACHE") or root / ".cache")
 
 
-def expected_revision(plan: Plan, local: Path | None) -> str:
-    """What identifies the weights, without fetching them: enough to find a finished artifact.
+def expected_revisions(plan: Plan, cache: Path, local: Path | None) -> list[str]:
+    """What may identify the weights, without fetching them: enough to find a finished artifact.
 
-    The pin of the recipe's first source, or the digest of a local source's bytes.
+    The pins of the recipe's sources, or the digest of a local source's bytes.
     """
     if local is None:
-        first = plan.sources[0]
-        return first.sha256 if isinstance(first, WheelSource) else first.revision
+        pins = [_pin(source, cache) for source in plan.sources]
+        return [pin for pin in pins if pin]
     if local.is_dir():
-        return digest_of(folder_checksums(local))
+        return [digest_of(folder_checksums(local))]
     if not local.is_file():
         raise SourceError("the source does not exist", where=str(local), hint="give a checkpoint folder, .gguf or .whl")
-    return sha256_of(local)
+    return [sha256_of(local)]
+
+
+def _pin(source: Source, cache: Path) -> str | None:
+    if isinstance(source, WheelSource):
+        return source.sha256
+    from qwen_onnx.hub import recorded
+
+    if source.is_pinned:
+        return source.revision
+    files = recorded(source, cache)
+    return digest_of(files) if files else None
 
 
 def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progress = print) -> Checkpoint:
@@ -73,7 +84,7 @@ def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progr
     from qwen_onnx.checkpoint import check_checkpoint
 
     checkpoint = _local(local, cache, progress) if local else _first(plan, cache, progress)
-    check_checkpoint(checkpoint.path, plan.architecture)
+    check_checkpoint(checkpoint.path, plan.architecture, plan.shape)
     return checkpoint
 
 
@@ -111,8 +122,12 @@ def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
 def _from_hub(source: HubSource, cache: Path, progress: Progress) -> Checkpoint:
     from qwen_onnx.hub import download
 
+    if source.revision is None:
+        raise SourceError(f"{source.repo}: the recipe has no pinned revision")
     folder, files = download(source, cache, progress)
-    return Checkpoint(path=folder, origin=f"{source.kind}:{source.repo}", revision=source.revision, files=files)
+    # a branch moves: what identifies its weights is their content
+    revision = source.revision if source.is_pinned else digest_of(files)
+    return Checkpoint(path=folder, origin=f"{source.kind}:{source.repo}", revision=revision, files=files)
 
 
 def _from_wheel(source: WheelSource, cache: Path, progress: Progress) -> Checkpoint:
@@ -222,6 +237,11 @@ def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:
         shutil.rmtree(folder)
         return None
     return Checkpoint(path=folder, origin=origin, revision=digest, files=recorded)
+
+
+def weights_of(files: dict[str, str]) -> dict[str, str]:
+    """The part of a checkpoint's checksums that are its weights."""
+    return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:

@@ -13,7 +13,20 @@ from openai import OpenAI
 
 from tests.conftest import edit_yaml, free_port, run_cli
 
-VERBS = ("list", "plan", "plans", "fetch", "optimize", "verify", "generate", "chat", "serve", "doctor")
+VERBS = (
+    "list",
+    "select",
+    "compare",
+    "plan",
+    "plans",
+    "fetch",
+    "optimize",
+    "verify",
+    "generate",
+    "chat",
+    "serve",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

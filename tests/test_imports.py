@@ -12,13 +12,14 @@ LAYERS = [
     {"errors", "files"},
     {"schema"},
     {"catalog", "passes"},
-    {"plan"},
+    {"plan", "select"},
+    {"committed"},
     {"artifact", "hub", "checkpoint", "gguf_import", "sources"},
     {"export", "runtime"},
     {"verify"},
     {"package"},
     {"optimize"},
-    {"doctor"},
+    {"doctor", "compare"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -103,7 +103,8 @@ class QwenService:
         ArtifactError: the folder holds no model that loads.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None, isolated: bool = False) -> None:
+    def __init__(self, folder: Path | str, *, threads: int | None = None, isolated: bool = False) -> None:
+        folder = Path(folder)
         self.tokenizer = TextTokenizer(folder)
         self.template = ChatTemplate(folder)
         self.engine: TokenEngine = (RemoteEngine if isolated else Engine)(folder, threads=threads)
