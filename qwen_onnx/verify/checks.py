@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.runtime.template import has_template
 from qwen_onnx.schema import Limits
 from qwen_onnx.verify import latency
 from qwen_onnx.verify.context import Context
@@ -15,6 +16,7 @@ from qwen_onnx.verify.records import CheckResult, Estimate, Latency, Verdict, wo
 from qwen_onnx.verify.scoring import Positions
 from qwen_onnx.verify.statistics import at_least, at_most
 
+PLAIN_PROMPTS = ["The capital of France is", "def main():"]
 Check = Callable[[Context], CheckResult]
 CHECKS: dict[str, Check] = {}
 
@@ -78,7 +80,14 @@ def tokenizer_parity(context: Context) -> CheckResult:
 
 @check("chat_template")
 def template_parity(context: Context) -> CheckResult:
-    """The runtime renders every conversation like transformers."""
+    """The runtime renders every conversation like transformers; without a template, neither has one."""
+    if not context.truth.chats:
+        invented = has_template(context.artifact)
+        return CheckResult(
+            name="chat_template",
+            verdict=Verdict.FAIL if invented else Verdict.PASS,
+            detail="the checkpoint has no chat template" + (", the artifact has one" if invented else ""),
+        )
     wrong = mismatches(
         CONVERSATIONS,
         lambda messages: context.truth.render(messages, prompt=True),
@@ -170,8 +179,10 @@ def decode_parity(context: Context) -> CheckResult:
 def greedy_generation(context: Context) -> CheckResult:
     """Greedy answers have the length asked for, stay in the vocabulary, and their logits are finite."""
     count, wrong, tokens = context.options.greedy_tokens, [], 0
-    for messages in CONVERSATIONS[:2]:
-        prompt = context.truth.encode(context.truth.render(messages, prompt=True))
+    truth = context.truth
+    texts = [truth.render(messages, prompt=True) for messages in CONVERSATIONS[:2]] if truth.chats else PLAIN_PROMPTS
+    for text in texts:
+        prompt = truth.encode(text)
         answer = list(context.engine.generate(prompt, max_new_tokens=count, stop_on_eos=False))
         logits = context.scorer.logits([*prompt, *answer])
         tokens += len(answer)

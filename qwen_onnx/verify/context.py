@@ -46,7 +46,7 @@ class Context:
     @cached_property
     def documents(self) -> dict[str, list[corpus.Document]]:
         """Evaluation texts by domain."""
-        return corpus.domains(self.truth.render)
+        return corpus.domains(self.truth.render if self.truth.chats else None)
 
     @cached_property
     def pools(self) -> dict[str, list[corpus.Window]]:

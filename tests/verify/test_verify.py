@@ -75,6 +75,17 @@ def _edit(folder: Path, part: str, change: Callable[[np.ndarray], np.ndarray]) -
     onnx.save(model, str(path), save_as_external_data=True, location="model.onnx.data")
 
 
+def test_a_base_model_without_a_chat_template_is_verified_all_the_same(
+    broken: Path, broken_checkpoint: Path, tiny_build: Path
+) -> None:
+    for folder in (broken, broken_checkpoint):
+        (folder / "chat_template.jinja").unlink()
+    names = ("tokenizer", "chat_template", "drift", "greedy")
+    report = verdicts(broken, broken_checkpoint, *names)
+    assert {result(report, name) for name in names} == {Verdict.PASS}
+    assert result(verdicts(tiny_build, broken_checkpoint, "chat_template"), "chat_template") is Verdict.FAIL
+
+
 @pytest.mark.parametrize(
     ("breaks", "check"),
     [
