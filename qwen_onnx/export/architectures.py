@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxruntime_genai.models import builder
-
 from qwen_onnx.errors import ExportError, UnsupportedModelError
-from qwen_onnx.export import moe
+from qwen_onnx.export import moe, qwen3_next
+from qwen_onnx.export.stock import builder
 from qwen_onnx.passes import CALIBRATED
 
 
@@ -48,6 +47,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     # stock: "not currently supported"
     "Qwen2MoeForCausalLM": Architecture("Qwen2ForCausalLM", "QwenModel", moe.Qwen2MoEModel),
     "Qwen3MoeForCausalLM": Architecture("Qwen3ForCausalLM", "Qwen3Model", moe.Qwen3MoEModel),
+    "Qwen3NextForCausalLM": Architecture(
+        "Qwen3_5MoeForConditionalGeneration", "Qwen35MoEModel", qwen3_next.Qwen3NextModel, NO_DRAFT
+    ),
+    "Qwen3_5ForConditionalGeneration": Architecture("Qwen3_5ForConditionalGeneration", options=NO_DRAFT),
+    "Qwen3_5MoeForConditionalGeneration": Architecture(
+        "Qwen3_5MoeForConditionalGeneration", "Qwen35MoEModel", moe.Qwen35MoEFloatRouting, NO_DRAFT
+    ),
 }
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# this import puts genai's own ``builders`` on the path: the classes must be those that create_model dispatches to
-from onnxruntime_genai.models import builder  # noqa: F401  isort: skip
-from builders.qwen import Qwen3Model, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
-
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.stock import Qwen3Model, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
 
 
 class FloatRouting:

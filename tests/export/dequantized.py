@@ -21,12 +21,16 @@ MODULES = {
     "attn/k_proj": ("self_attn.k_proj",),
     "attn/v_proj": ("self_attn.v_proj",),
     "attn/o_proj": ("self_attn.o_proj",),
+    "linear_attn/qkv_proj": ("linear_attn.in_proj_qkv",),
+    "linear_attn/z_proj": ("linear_attn.in_proj_z",),
+    "linear_attn/out_proj": ("linear_attn.out_proj",),
     "mlp/gate_proj": ("mlp.gate_proj", "mlp.shared_expert.gate_proj"),
     "mlp/up_proj": ("mlp.up_proj", "mlp.shared_expert.up_proj"),
     "mlp/down_proj": ("mlp.down_proj", "mlp.shared_expert.down_proj"),
 }
 
 
+@torch.no_grad()
 def with_weights_of(model: Any, onnx_file: Path) -> int:
     """Replace the weights of a transformers ``model`` by those of the graph; returns how many matrices there were."""
     loaded = onnx.load(str(onnx_file))
@@ -36,7 +40,9 @@ def with_weights_of(model: Any, onnx_file: Path) -> int:
     for node in loaded.graph.node:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "MatMulNBits":
-            _put_matrix(parameters, node.name, _matrix(node, attributes, arrays))
+            matrix = _matrix(node, attributes, arrays)
+            if not _put_grouped(parameters, node.name, matrix, getattr(model.config, "linear_num_key_heads", 1)):
+                _put_matrix(parameters, node.name, matrix)
             count += 1
         elif node.op_type == "QMoE":
             count += _put_experts(parameters, node, attributes, arrays)
@@ -60,6 +66,27 @@ def _matrix(node: Any, attributes: dict[str, Any], arrays: dict[str, np.ndarray]
         zeros = _codes(arrays[node.input[3]].reshape(rows, -1), bits)[:, : scales.shape[1]]
     wide = [np.repeat(part, block, axis=1)[:, :columns] for part in (zeros, scales)]
     return torch.tensor((codes - wide[0]) * wide[1])
+
+
+def _put_grouped(parameters: dict[str, torch.Tensor], name: str, matrix: torch.Tensor, groups: int) -> bool:
+    """Qwen3-Next keeps query, key, value and gate of a key head together: put two matrices of Qwen3.5 back in there."""
+    layer = re.search(r"layers\.(\d+)/linear_attn/(qkv|z)_proj", name)
+    fused = parameters.get(f"model.layers.{layer[1]}.linear_attn.in_proj_qkvz.weight") if layer else None
+    if layer is None or fused is None:
+        return False
+    # as many value channels as gate channels, so the gate is as wide as the value
+    total = len(fused) // groups
+    wide = len(matrix) // groups if layer[2] == "z" else total - len(matrix) // groups
+    narrow = (total - 2 * wide) // 2
+    rows = fused.view(groups, total, -1)
+    if layer[2] == "z":
+        rows[:, total - wide :] = matrix.view(groups, wide, -1)
+        return True
+    start = 0
+    for first, size in ((0, narrow), (narrow, narrow), (2 * narrow, wide)):
+        rows[:, first : first + size] = matrix[start : start + groups * size].view(groups, size, -1)
+        start += groups * size
+    return True
 
 
 def _put_matrix(parameters: dict[str, torch.Tensor], name: str, matrix: torch.Tensor) -> None:

@@ -31,11 +31,28 @@ from tests.fixtures_qwen1 import PublishedQwen1, make_qwen1_checkpoint
 FP32 = GenAIModelBuilderConfig(precision="fp32")
 # level 1 keeps the activations in fp32: what is left is the arithmetic of the operators
 INT4 = GenAIModelBuilderConfig(
-    precision="int4", block_size=32, is_symmetric=True, accuracy_level=1, algo_config="rtn_last", qmoe_block_size=32
+    precision="int4",
+    block_size=32,
+    is_symmetric=True,
+    accuracy_level=1,
+    algo_config="rtn_last",
+    qmoe_block_size=32,
+    prune_lm_head=True,
 )
 # longer than one piece of the runtime's prefill, so that all states go from one piece to the next
 PROMPT = np.random.default_rng(0).integers(2, 256, 150).tolist()
 CONTINUATION = np.random.default_rng(1).integers(2, 256, 8).tolist()
+
+
+ASKED = {
+    "body_bits": 4,
+    "head_bits": 8,
+    "block_size": 32,
+    "symmetric": True,
+    "accuracy_level": 1,
+    "prune_lm_head": True,
+}
+EXPERTS = {"bits": 4, "block_size": 32, "symmetric": True}
 
 
 class Case(NamedTuple):
@@ -110,6 +127,14 @@ def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     assert_same(case.int4, model, 1e-4)
 
 
+def test_every_graph_holds_what_was_asked_for(case: Case) -> None:
+    facts = read_graph(case.int4 / "model.onnx")
+    sparse = "moe" in case.architecture.lower() or "Next" in case.architecture
+    found = compare(facts, Readback.model_validate(ASKED | ({"experts": EXPERTS} if sparse else {})))
+    layers = case.model().config.get_text_config().num_hidden_layers
+    assert found["experts"] == ([{"accuracy_level": 1, **EXPERTS, "count": layers}] if sparse else [])
+
+
 def rewrite_graph(folder: Path, copy: Path, change: Callable[[Any], None]) -> Path:
     """A copy of an export whose graph ``change`` edited; the weights stay as they are."""
     shutil.copytree(folder, copy)
@@ -140,11 +165,7 @@ def test_without_the_repair_qmoe_normalises_what_it_must_not(case: Case, tmp_pat
 
 @pytest.mark.parametrize("case", ["Qwen2MoeForCausalLM"], indirect=True)
 def test_experts_are_read_back_and_compared_with_the_plan(case: Case) -> None:
-    facts = read_graph(case.int4 / "model.onnx")
-    asked = {"body_bits": 4, "head_bits": 8, "block_size": 32, "symmetric": True, "accuracy_level": 1}
-    experts = {"bits": 4, "block_size": 32, "symmetric": True}
-    found = compare(facts, Readback.model_validate(asked | {"experts": experts}))
-    assert found["experts"] == [{"accuracy_level": 1, **experts, "count": 2}]
+    facts, asked, experts = read_graph(case.int4 / "model.onnx"), ASKED, EXPERTS
     wrong = [
         ({"experts": experts | {"block_size": 64}}, "QMoE: block_size is 32, asked 64"),
         ({"experts": experts | {"symmetric": False}}, "QMoE: symmetric is True, asked False"),
@@ -176,6 +197,22 @@ def test_experts_are_read_back_and_compared_with_the_plan(case: Case) -> None:
 def test_checkpoints_that_cannot_be_built_are_refused(
     case: Case, tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    refused(case, tmp_path, change, error, message)
+
+
+@pytest.mark.parametrize("case", ["Qwen3NextForCausalLM"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"norm_topk_prob": False}, "normalised routing weights"), ({"mlp_only_layers": [0]}, "mixes dense and sparse")],
+)
+def test_a_qwen3_next_of_another_form_is_refused(
+    case: Case, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    refused(case, tmp_path, change, ExportError, message)
+
+
+def refused(case: Case, tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    """The case's checkpoint with other facts in its config is not built."""
     broken = Path(shutil.copytree(case.checkpoint, tmp_path / "broken"))
     rewrite_json(broken / "config.json", **change)
     with pytest.raises(error, match=message):
