@@ -10,7 +10,9 @@ from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.schema import Shape
 
 TOKENIZER_FILE = "tokenizer.json"
-
+# other files that an architecture has instead; sources.py converts them
+TOKENIZER_FILES = {"QWenLMHeadModel": "qwen.tiktoken"}
+INDEX_FILE = "model.safetensors.index.json"
 
 # names in config.json of what a recipe's shape says
 CONFIG_KEYS = {
@@ -33,7 +35,7 @@ def check_checkpoint(folder: Path, architecture: str, shape: Shape) -> None:
             weights.
         SourceError: a file is missing, truncated or not readable.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     found = (config.get("architectures") or ["none"])[0]
     if found != architecture:
         raise UnsupportedModelError(
@@ -48,14 +50,16 @@ def check_checkpoint(folder: Path, architecture: str, shape: Shape) -> None:
             where=str(folder / "config.json"),
             hint="choose the recipe that fits (qwen-onnx list), or correct the row's shape",
         )
-    if not (folder / TOKENIZER_FILE).exists():
+    tokenizer = TOKENIZER_FILES.get(architecture, TOKENIZER_FILE)
+    if not (folder / tokenizer).exists():
         raise UnsupportedModelError(
-            "the checkpoint has no tokenizer.json",
+            f"the checkpoint has no {tokenizer}",
             where=str(folder),
             hint="save one beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
         )
-    _read_json(folder / TOKENIZER_FILE)
-    for shard in _shards(folder):
+    if tokenizer == TOKENIZER_FILE:
+        read_json(folder / tokenizer)
+    for shard in shards(folder):
         _check_shard(shard)
 
 
@@ -75,7 +79,8 @@ def contradictions(config: dict[str, Any], shape: Shape) -> list[str]:
     return faults
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; SourceError when it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -89,10 +94,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def shards(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, whether they exist or not."""
+    index = folder / INDEX_FILE
     if index.exists():
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map", {})
         return [folder / name for name in sorted(set(weight_map.values()))]
     return [folder / "model.safetensors"]
 

@@ -26,7 +26,7 @@ from qwen_onnx.schema import HubSource
 
 Progress = Callable[[str], None]
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "vocab.json", "merges.txt")
-WANTED_TOO = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "LICENSE*")
+WANTED_TOO = ("*.tiktoken", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "LICENSE*")
 HUGGINGFACE = "https://huggingface.co"
 MODELSCOPE = "https://www.modelscope.cn"
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)

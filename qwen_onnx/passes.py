@@ -21,6 +21,10 @@ class GenAIModelBuilderConfig(Record):
     is_symmetric: bool | None = None
     accuracy_level: int | None = Field(default=None, ge=0, le=4)
     algo_config: Literal["default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"] | None = None
+    moe_quant_type: Literal["int4", "int8"] | None = Field(
+        default=None, description="experts of a mixture; QMoE on the CPU takes symmetric weights from the builder"
+    )
+    qmoe_block_size: Literal[32, 64, 128] | None = Field(default=None, description="weights of an expert per scale")
     prune_lm_head: bool | None = Field(
         default=None, description="logits of the last position only: prefill needs no other"
     )
@@ -39,6 +43,10 @@ class CalibratedGptqConfig(Record):
     damp: float = Field(default=0.01, gt=0, lt=1, description="GPTQ damping, fraction of the mean diagonal")
     seed: int = 0
 
+
+# What CalibratedGptq can quantise: models whose weights are all linear layers, which genai's builder then reads back.
+# transformers 5 keeps experts as fused tensors, and genai wants the gates of linear attention unquantised.
+CALIBRATED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "QWenLMHeadModel")
 
 STEP_CONFIGS: dict[str, type[Record]] = {
     "CalibratedGptq": CalibratedGptqConfig,

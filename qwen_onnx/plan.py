@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from qwen_onnx.catalog import Catalog, describe
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.passes import STEP_CONFIGS
+from qwen_onnx.passes import CALIBRATED, STEP_CONFIGS
 from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Shape, Source, Variant
 
 
@@ -109,6 +109,7 @@ def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_f
     _apply_size(layers, row, pipeline, faults)
     _apply_override(layers, row, pipeline.target, file, faults)
     _check_steps(steps, pipeline_file or f"pipelines/{pipeline.target}.yaml", faults)
+    _check_quantiser(steps, family.architecture, f"{file}: sizes.{row.id}.targets.{pipeline.target}", faults)
     for name, record in (("readback", Readback), ("limits", Limits)):
         try:
             record.model_validate(layers[name])
@@ -145,13 +146,39 @@ def _apply_override(layers: dict[str, Any], row: Row, target: str, file: str, fa
     override = row.targets.get(target)
     for address, value in (override.set if override else {}).items():
         *path, field = address.split(".")
+        if path == ["steps"] and field in layers["steps"] and value is None:
+            del layers["steps"][field]
+            continue
+        if _is_option(layers["steps"], path, field):
+            layers["steps"][path[1]][field] = value
+            continue
         node: Any = layers
         for part in path:
             node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or field not in node or not path:
+        # a whole step cannot be set, only left out: what it would become is the pipeline's business
+        if not isinstance(node, dict) or field not in node or path in ([], ["steps"]):
             faults.append(f"{file}: sizes.{row.id}.targets.{target}.set.{address}: matches nothing in the pipeline")
         else:
             node[field] = value
+
+
+def _is_option(steps: dict[str, dict[str, Any]], path: list[str], field: str) -> bool:
+    """Whether the address is an option of a step, given in the pipeline or left at its default there."""
+    step = steps.get(path[1]) if len(path) == 2 and path[0] == "steps" else None
+    record = STEP_CONFIGS.get(step["type"]) if step else None
+    return record is not None and field in record.model_fields
+
+
+def _check_quantiser(steps: dict[str, dict[str, Any]], architecture: str, row: str, faults: list[str]) -> None:
+    """What the step cannot quantise is known before anything is downloaded."""
+    names = [name for name, step in steps.items() if step["type"] == "CalibratedGptq"]
+    if architecture not in CALIBRATED:
+        faults += [
+            f"{row}: the step {name} (CalibratedGptq) cannot quantise a {architecture}; set: {{steps.{name}: null}}"
+            for name in names
+        ]
+    if not steps:
+        faults.append(f"{row}: no step is left")
 
 
 def _check_steps(steps: dict[str, dict[str, Any]], file: str, faults: list[str]) -> None:

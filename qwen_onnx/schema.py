@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# as config.json names them; what each needs of the exporter: export/architectures.py
+ARCHITECTURES = (
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
 COMMIT = r"[0-9a-f]{40}"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -57,6 +67,14 @@ class Step(Record):
     config: dict[str, JsonValue] = Field(default_factory=dict)
 
 
+class ExpertReadback(Record):
+    """What the finished graph must hold in every QMoE node."""
+
+    bits: Literal[4, 8]
+    block_size: int = Field(gt=0)
+    symmetric: bool
+
+
 class Readback(Record):
     """What the finished graph must hold; compared with the graph itself, never with the request."""
 
@@ -66,6 +84,7 @@ class Readback(Record):
     symmetric: bool
     accuracy_level: int = Field(ge=0, le=4)
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
+    experts: ExpertReadback | None = Field(default=None, description="of a mixture of experts; null: there are none")
 
 
 class Pipeline(Record):
@@ -142,7 +161,7 @@ Source = Annotated[HubSource | WheelSource, Field(discriminator="kind")]
 
 class Override(Record):
     """A change for one size on one target; ``set`` addresses ``steps.<name>.<field>``, ``limits.<field>``
-    or ``readback.<field>``."""
+    or ``readback.<field>``. ``steps.<name>: null`` leaves the step out."""
 
     why: str = Field(min_length=10)
     set: dict[str, JsonValue] = Field(min_length=1)

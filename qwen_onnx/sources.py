@@ -21,6 +21,8 @@ from pathlib import Path
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.plan import Plan, digest_of
+from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
+from qwen_onnx.qwen1_import import write_qwen2_form
 from qwen_onnx.schema import HubSource, Record, Source, WheelSource
 
 Progress = Callable[[str], None]
@@ -85,7 +87,7 @@ def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progr
 
     checkpoint = _local(local, cache, progress) if local else _first(plan, cache, progress)
     check_checkpoint(checkpoint.path, plan.architecture, plan.shape)
-    return checkpoint
+    return _qwen2_form(checkpoint, cache, progress) if plan.architecture == QWEN1 else checkpoint
 
 
 def _first(plan: Plan, cache: Path, progress: Progress) -> Checkpoint:
@@ -208,11 +210,26 @@ def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Check
     if ready:
         return ready
     progress("converting GGUF to a Qwen2ForCausalLM checkpoint")
+    files = _store(cache, digest, lambda folder: write_qwen2_checkpoint(gguf, folder))
+    return Checkpoint(path=_folder(cache, digest), origin=origin, revision=digest, files=files)
+
+
+def _qwen2_form(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Checkpoint:
+    """A Qwen 1.0 in the form that everything after can read; its name stays that of what was fetched."""
+    digest = digest_of(checkpoint.files)
+    if not _stored(cache, digest, checkpoint.origin):
+        progress("converting Qwen 1.0 to a Qwen2ForCausalLM checkpoint")
+        _store(cache, digest, lambda folder: write_qwen2_form(checkpoint.path, folder))
+    return checkpoint.model_copy(update={"path": _folder(cache, digest)})
+
+
+def _store(cache: Path, digest: str, write: Callable[[Path], None]) -> dict[str, str]:
+    """Put what ``write`` makes into the cache by one rename; returns its checksums."""
     final = _folder(cache, digest)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
     try:
-        write_qwen2_checkpoint(gguf, staging)
+        write(staging)
         files = folder_checksums(staging)
         (staging / CHECKSUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
         if final.exists():
@@ -220,7 +237,7 @@ def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Check
         os.replace(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Checkpoint(path=final, origin=origin, revision=digest, files=files)
+    return files
 
 
 def _folder(cache: Path, digest: str) -> Path:

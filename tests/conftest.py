@@ -46,13 +46,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
-def make_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """Write a random Qwen2 checkpoint of 64 dimensions and two layers."""
-    import torch
+def byte_tokenizer():  # type: ignore[no-untyped-def]
+    """A tokenizer of 256 bytes and the two tokens of ChatML, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|im_start|>", "<|im_end|>"]
     vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
@@ -64,8 +62,18 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    return tokenizer
+
+
+def make_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Write a random Qwen2 checkpoint of 64 dimensions and two layers."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
     config = Qwen2Config(
-        vocab_size=len(vocabulary) + (-len(vocabulary)) % 32,
+        vocab_size=len(tokenizer) + (-len(tokenizer)) % 32,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -130,7 +130,9 @@ def test_unknown_pass_option_and_pass_are_faults(checkout: Path) -> None:
     assert "steps.magic.type: no pass 'Magic'" in text
 
 
-@pytest.mark.parametrize("address", ["steps.bild.block_size", "steps.build.blocksize", "limits.kld", "build", "a.b.c"])
+@pytest.mark.parametrize(
+    "address", ["steps.bild.block_size", "steps.build.blocksize", "steps.build", "limits.kld", "build", "a.b.c"]
+)
 def test_an_override_that_matches_nothing_is_a_fault(checkout: Path, address: str) -> None:
     override = {"cpu": {"why": "a reason that is long enough", "set": {address: 64}}}
     edit_yaml(checkout / "recipes/starter.yaml", lambda d: d["sizes"][0].update(targets=override))
@@ -146,6 +148,47 @@ def test_an_override_is_applied_and_checked(checkout: Path) -> None:
     edit_yaml(checkout / "recipes/starter.yaml", lambda d: d["sizes"][0].update(targets=override))
     with pytest.raises(ConfigError, match="kld_mean"):
         make_plan(load_catalog(checkout), "starter", "cpu")
+
+
+def override_starter(checkout: Path, changes: dict, **family: str) -> None:
+    """Give the starter's row an override for cpu, and its family other facts."""
+    override = {"cpu": {"why": "a reason that is long enough", "set": changes}}
+
+    def change(data: dict) -> None:
+        data.update(family)
+        data["sizes"][0].update(targets=override)
+
+    edit_yaml(checkout / "recipes/starter.yaml", change)
+
+
+def test_an_override_may_leave_a_step_out(checkout: Path) -> None:
+    override_starter(checkout, {"steps.quantize": None, "steps.build.block_size": 64})
+    passes = make_plan(load_catalog(checkout), "starter", "cpu").olive["passes"]
+    assert list(passes) == ["build"]
+    assert passes["build"]["block_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps.quantise": None}, "steps.quantise: matches nothing"),
+        ({"limits": None}, "limits: matches nothing"),
+        ({"steps.quantize": None, "steps.build": None}, "no step is left"),
+        ({"steps.quantize": None, "steps.quantize.bits": 8}, "steps.quantize.bits: matches nothing"),
+    ],
+)
+def test_a_step_that_is_not_there_cannot_be_left_out(checkout: Path, changes: dict, message: str) -> None:
+    override_starter(checkout, changes)
+    with pytest.raises(ConfigError, match=message):
+        make_plan(load_catalog(checkout), "starter", "cpu")
+
+
+def test_a_quantiser_that_cannot_see_the_experts_is_a_fault(checkout: Path) -> None:
+    override_starter(checkout, {"limits.kld_mean": 0.1}, architecture="Qwen3MoeForCausalLM")
+    with pytest.raises(ConfigError, match=r"cannot quantise a Qwen3MoeForCausalLM; set: \{steps.quantize: null\}"):
+        make_plan(load_catalog(checkout), "starter", "cpu")
+    override_starter(checkout, {"steps.quantize": None}, architecture="Qwen3MoeForCausalLM")
+    assert list(make_plan(load_catalog(checkout), "starter", "cpu").olive["passes"]) == ["build"]
 
 
 @pytest.mark.parametrize(

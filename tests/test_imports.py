@@ -14,7 +14,7 @@ LAYERS = [
     {"catalog", "passes"},
     {"plan", "select"},
     {"committed"},
-    {"artifact", "hub", "checkpoint", "gguf_import", "sources"},
+    {"artifact", "hub", "checkpoint", "gguf_import", "qwen1_import", "tiktoken_import", "sources"},
     {"export", "runtime"},
     {"verify"},
     {"package"},

@@ -10,6 +10,9 @@ from qwen_onnx.errors import ExportError
 from qwen_onnx.schema import Readback
 
 HEAD_NODE = "lm_head"
+# matrices that stay float in an int4 graph: what chooses experts, and the gates of linear attention
+ROUTING = ("/moe/router/", "/shared_expert_gate/", "/linear_attn/a_proj/", "/linear_attn/b_proj/")
+FC1_ZERO_POINTS = 11  # input of QMoE
 
 
 def read_graph(model: Path) -> dict[str, Any]:
@@ -17,31 +20,45 @@ def read_graph(model: Path) -> dict[str, Any]:
 
     Returns:
         ``nodes``: one entry per MatMulNBits with bits, block_size, accuracy_level, symmetric (no zero points);
-        ``counts``: operator counts; ``float_matmuls``: names of MatMul nodes with a constant float weight;
-        ``prune_lm_head``: whether the logits have one position, whatever the length of the input.
+        ``experts``: the same per QMoE; ``counts``: operator counts; ``float_matmuls``: names of MatMul nodes with a
+        constant float weight; ``float_experts``: names of MoE nodes; ``prune_lm_head``: whether the logits have one
+        position, whatever the length of the input.
     """
     import onnx
 
     graph = onnx.load(str(model), load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer}
-    nodes = {}
-    for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            attributes = {a.name: a.i for a in node.attribute}
-            zero_points = len(node.input) > 3 and bool(node.input[3])
-            nodes[node.name] = {
-                "bits": attributes["bits"],
-                "block_size": attributes["block_size"],
-                "accuracy_level": attributes.get("accuracy_level", 0),
-                "symmetric": not zero_points,
-            }
+    nodes = {node.name: _matrix(node) for node in graph.node if node.op_type == "MatMulNBits"}
+    experts = {node.name: _experts(node) for node in graph.node if node.op_type == "QMoE"}
     floats = [n.name for n in graph.node if n.op_type == "MatMul" and any(name in constants for name in n.input)]
     logits = next(output for output in graph.output if output.name == "logits")
     return {
         "nodes": nodes,
+        "experts": experts,
         "counts": dict(Counter(n.op_type for n in graph.node)),
         "float_matmuls": floats,
+        "float_experts": [n.name for n in graph.node if n.op_type == "MoE"],
         "prune_lm_head": logits.type.tensor_type.shape.dim[1].dim_value == 1,
+    }
+
+
+def _matrix(node: Any) -> dict[str, Any]:
+    attributes = {a.name: a.i for a in node.attribute}
+    return {
+        "bits": attributes["bits"],
+        "block_size": attributes["block_size"],
+        "accuracy_level": attributes.get("accuracy_level", 0),
+        "symmetric": not (len(node.input) > 3 and bool(node.input[3])),
+    }
+
+
+def _experts(node: Any) -> dict[str, Any]:
+    attributes = {a.name: a.i for a in node.attribute}
+    return {
+        "bits": attributes.get("expert_weight_bits", 4),
+        "block_size": attributes.get("block_size", 0),
+        "accuracy_level": attributes.get("accuracy_level", 0),
+        "symmetric": not any(node.input[FC1_ZERO_POINTS : FC1_ZERO_POINTS + 2]),
     }
 
 
@@ -49,16 +66,23 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     """Compare the graph with the plan.
 
     Returns:
-        A summary for the manifest: number of matrices by (bits, block size, symmetry, accuracy level).
+        A summary for the manifest: number of matrices, and of layers of experts, by (bits, block size, symmetry,
+        accuracy level).
 
     Raises:
         ExportError: naming every kind of difference and one node that shows it.
     """
-    faults = [f"{name} is a float MatMul" for name in facts["float_matmuls"][:3]]
+    unexpected = [name for name in facts["float_matmuls"] if not any(part in name for part in ROUTING)]
+    faults = [f"{name} is a float MatMul" for name in unexpected[:3]]
+    faults += [f"{name} has float experts" for name in facts["float_experts"][:3]]
     if not facts["nodes"]:
         faults.append("the graph holds no MatMulNBits")
     for name, node in facts["nodes"].items():
         faults += _differences(name, node, asked)
+    for name, node in facts["experts"].items():
+        faults += _expert_differences(name, node, asked)
+    if asked.experts and not facts["experts"]:
+        faults.append("the graph holds no QMoE")
     body = [node["bits"] for name, node in facts["nodes"].items() if HEAD_NODE not in name]
     if body and asked.body_bits not in body:
         faults.append(f"no matrix of the body has {asked.body_bits} bits")
@@ -67,12 +91,24 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     if faults:
         shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
         raise ExportError(f"the graph is not what the plan asked for: {shown}", hint="qwen-onnx plan shows the request")
-    kinds = Counter(tuple(sorted(node.items())) for node in facts["nodes"].values())
     return {
-        "matrices": [{**dict(kind), "count": count} for kind, count in sorted(kinds.items(), key=str)],
+        "matrices": _kinds(facts["nodes"]),
+        "experts": _kinds(facts["experts"]),
         "operators": facts["counts"],
         "prune_lm_head": facts["prune_lm_head"],
     }
+
+
+def _kinds(nodes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    kinds = Counter(tuple(sorted(node.items())) for node in nodes.values())
+    return [{**dict(kind), "count": count} for kind, count in sorted(kinds.items(), key=str)]
+
+
+def _expert_differences(name: str, node: dict[str, Any], asked: Readback) -> list[str]:
+    if asked.experts is None:
+        return [f"{name} is a mixture of experts, the plan says nothing of one"]
+    wanted = {**asked.experts.model_dump(), "accuracy_level": asked.accuracy_level}
+    return [f"{name}: {key} is {node[key]}, asked {value}" for key, value in wanted.items() if node[key] != value]
 
 
 def _differences(name: str, node: dict[str, Any], asked: Readback) -> list[str]:
