@@ -15,6 +15,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.checkpoint import TOKENIZER_FILE
+from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.passes import GenAIModelBuilderConfig
 
 MODEL_FILE = "model.onnx"
@@ -40,7 +41,7 @@ class GenAIModelBuilder(Pass):  # type: ignore[misc]
 
 
 def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> None:
-    """Run genai's builder for the CPU provider.
+    """Run genai's builder for an execution provider; that provider need not be on this machine.
 
     Args:
         checkpoint: Hugging Face folder, quantised by an Olive pass or not.
@@ -49,13 +50,15 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
     """
     from onnxruntime_genai.models import builder
 
-    options = config.model_dump(exclude_none=True, exclude={"precision"})
+    options = config.model_dump(exclude_none=True, exclude={"precision", "execution_provider"})
     flags = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
     cache = output / ".builder-cache"
     cache.mkdir(parents=True, exist_ok=True)
-    common = ("", str(checkpoint), str(output), config.precision, "cpu", str(cache))
+    common = ("", str(checkpoint), str(output), config.precision, config.execution_provider, str(cache))
     builder.create_model(*common, **builder.parse_extra_options(*common, flags))
     repair_shared_head(output / MODEL_FILE)
+    if config.execution_provider == "NvTensorRtRtx":
+        write_signed(output / MODEL_FILE)
     # transformers 5 rebuilds a Qwen2 tokenizer when the builder saves it, and then splits "\n\n" otherwise
     shutil.copyfile(checkpoint / TOKENIZER_FILE, output / TOKENIZER_FILE)
 

@@ -128,18 +128,21 @@ class Engine:
     Args:
         folder: flat folder with ``genai_config.json`` and ``model.onnx``.
         threads: threads within an operator; None leaves it to onnxruntime.
+        on_cpu: run on the CPU whatever provider the artifact was built for.
 
     Raises:
         ArtifactError: the folder holds no model that genai loads.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, *, threads: int | None = None, on_cpu: bool = False) -> None:
         self.shape = Shape.read(folder)
         self.context_length = self.shape.context_length
         self.vocab_size = self.shape.vocab_size
         self.eos_token_ids = self.shape.eos_token_ids
         try:
             config = og.Config(str(folder))
+            if on_cpu:
+                config.clear_providers()
             if threads is not None:
                 session = {"intra_op_num_threads": threads}
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
