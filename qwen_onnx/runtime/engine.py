@@ -58,11 +58,12 @@ GREEDY = SamplingOptions()
 
 @dataclass(frozen=True)
 class Shape:
-    """What a request is checked against."""
+    """What a request is checked against, and the execution provider that the model was built for."""
 
     context_length: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    provider: str = "cpu"
 
     @classmethod
     def read(cls, folder: Path) -> Shape:
@@ -72,7 +73,9 @@ class Shape:
             model = json.loads(path.read_text(encoding="utf-8"))["model"]
             eos = model["eos_token_id"]
             ids = frozenset(eos if isinstance(eos, list) else [eos])
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ids)
+            options = model["decoder"]["session_options"]["provider_options"]
+            provider = next((name for entry in options for name in entry), "cpu")
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ids, provider)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{CONFIG_FILE} cannot be read: {error}",
@@ -149,8 +152,12 @@ class Engine:
             self._model = og.Model(config)
         # genai raises bare RuntimeError, and OrtException derived from it, for whatever it cannot load
         except RuntimeError as error:
+            needed = self.shape.provider
+            hint = f"serve it where onnxruntime-genai has {needed}; here: make optimize TARGET=cpu"
             raise ArtifactError(
-                f"onnxruntime-genai cannot load the model: {error}", where=str(folder), hint="build it again"
+                f"onnxruntime-genai cannot load the model: {error}",
+                where=str(folder),
+                hint="build it again" if on_cpu or needed == "cpu" else hint,
             ) from error
 
     def _generator(self, max_length: int, options: SamplingOptions, min_length: int) -> Any:

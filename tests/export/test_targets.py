@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from qwen_onnx.catalog import load_catalog
-from qwen_onnx.errors import ExportError
+from qwen_onnx.errors import ArtifactError, ExportError
 from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.readback import compare, read_graph
 from qwen_onnx.plan import Plan, make_plan
+from qwen_onnx.runtime.engine import Engine
 from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 from tests.conftest import REPOSITORY, make_tiny_checkpoint
@@ -138,6 +139,13 @@ def test_tensorrt_gets_signed_codes(built: Callable[[str, str], Path], tiny_chec
     assert write_signed(folder / "model.onnx") > 0  # once more: back to what genai wrote
     report = judged(folder, tiny_checkpoint, "drift")
     assert next(item.verdict for item in report.checks if item.name == "drift") is Verdict.FAIL
+
+
+def test_without_its_provider_an_artifact_says_what_it_needs(built: Callable[[str, str], Path]) -> None:
+    with pytest.raises(ArtifactError, match="serve it where onnxruntime-genai has cuda"):
+        Engine(built("cuda", "int4"))
+    tokens = Engine(built("cuda", "int4"), on_cpu=True).generate([3, 4, 5], max_new_tokens=3, stop_on_eos=False)
+    assert len(list(tokens)) == 3
 
 
 def test_directml_has_no_operator_that_it_lacks(built: Callable[[str, str], Path]) -> None:
