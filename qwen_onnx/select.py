@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.schema import Family, Row
+from qwen_onnx.schema import Family, Row, Verification
 
 # licences whose text allows commercial use without asking, up to their own limits of users
 COMMERCIAL = frozenset({"Apache-2.0", "LicenseRef-Tongyi-Qianwen", "LicenseRef-Qwen"})
@@ -146,9 +146,12 @@ def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
     Raises:
         ConfigError: there is no such target, or nothing can be built for it.
     """
-    build = catalog.pipeline(target).precisions[catalog.precision(target)]
+    pipeline = catalog.pipeline(target)
+    kv_bytes = pipeline.precisions[catalog.precision(target)].readback.io_bits // 8
+    # the formula was measured on the CPU, and so was everything else
+    note = () if pipeline.verification is Verification.RUN else (f"on {target}: {pipeline.verification.text}",)
     rows = [row for _, row in catalog.rows.values() if target in catalog.targets_of(row)]
-    found = [choice for row in rows if (choice := _judged(row, wish, build.readback.io_bits // 8))]
+    found = [choice for row in rows if (choice := _judged(row, wish, kv_bytes, note))]
     return sorted(found, key=lambda choice: _rank(choice.row, wish), reverse=True)
 
 
@@ -158,7 +161,7 @@ def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
     return (made_for, answers, row.parameters or 0, row.released or "")
 
 
-def _judged(row: Row, wish: Wish, kv_bytes: int) -> Choice | None:
+def _judged(row: Row, wish: Wish, kv_bytes: int, note: tuple[str, ...]) -> Choice | None:
     needed = bytes_needed(row, wish.context, kv_bytes)
     reach = row.context or 0
     fits = needed is not None and needed <= wish.ram and reach >= wish.context and not row.planned
@@ -177,7 +180,7 @@ def _judged(row: Row, wish: Wish, kv_bytes: int) -> Choice | None:
         )
     if wish.commercial:
         reasons.append(f"{row.license}")
-    return Choice(row, needed, tuple(reasons))
+    return Choice(row, needed, (*reasons, *note))
 
 
 def _speaks(row: Row, language: str | None) -> bool:
