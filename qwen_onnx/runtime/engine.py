@@ -25,6 +25,8 @@ CONFIG_FILE = "genai_config.json"
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
 # whole piece: 128 tokens prefill as fast as 512 and need 80 MB less (docs/lab-log.md)
 PREFILL_CHUNK = 128
+# weights in QDQ form become floats when the model is loaded: a CPU would unpack all of them for every token
+UNPACK_QDQ = {"session.disable_quant_qdq": "1"}
 
 Cancelled = Callable[[], bool]
 
@@ -144,11 +146,11 @@ class Engine:
         self.eos_token_ids = self.shape.eos_token_ids
         try:
             config = og.Config(str(folder))
+            session: dict[str, Any] = {} if threads is None else {"intra_op_num_threads": threads}
             if on_cpu:
                 config.clear_providers()
-            if threads is not None:
-                session = {"intra_op_num_threads": threads}
-                config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+                session |= UNPACK_QDQ
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = og.Model(config)
         # genai raises bare RuntimeError, and OrtException derived from it, for whatever it cannot load
         except RuntimeError as error:

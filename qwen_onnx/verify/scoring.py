@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.runtime.engine import UNPACK_QDQ
 
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
@@ -131,6 +132,8 @@ class OnnxScorer:
             decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
             self._cache = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            for name, value in UNPACK_QDQ.items():
+                options.add_session_config_entry(name, value)
             graph = with_every_position(folder / decoder["filename"])
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _faults() as error:
