@@ -53,7 +53,7 @@ def test_plan_prints_the_complete_olive_config() -> None:
         (["plan", "starter", "--target", "cpuu"], 2, ["cpuu"]),
         (["generate", "artifacts/none", "Hi"], 6, ["there is no artifact", "make optimize TARGET=cpu"]),
         (["optimize", "starter", "--source", "/nonexistent"], 4, ["/nonexistent"]),
-        (["generate"], 2, ["ARTIFACT"]),
+        (["generate"], 2, ["artifact"]),
     ],
 )
 def test_bad_input_is_one_clear_message(arguments: list[str], code: int, words: list[str]) -> None:

@@ -21,10 +21,10 @@ def catalog(repository: Path) -> Catalog:
 
 
 def test_the_formula_is_that_of_the_starter(catalog: Catalog) -> None:
-    """The starter serves 640 tokens with a measured peak of 293 MB."""
+    """The starter serves 640 tokens with a measured peak of 362 MB."""
     shape = Shape(layers=30, hidden_size=576, heads=9, kv_heads=3, vocab_size=49152, tied=True)
     needed = bytes_needed(catalog.rows["starter"][1].model_copy(update={"shape": shape}), 640)
-    assert needed == pytest.approx(293e6, rel=0.05)
+    assert needed == pytest.approx(362e6, rel=0.05)
 
 
 def test_coders_come_first_and_all_fit(catalog: Catalog) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
 from qwen_onnx.runtime.engine import Cancelled, Engine, RemoteEngine, SamplingOptions, TokenEngine
@@ -231,6 +231,12 @@ class QwenService:
     def close(self) -> None:
         """Free the model."""
         self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _joined(deltas: list[Delta]) -> Completion:

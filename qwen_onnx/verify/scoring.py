@@ -179,7 +179,15 @@ class OnnxScorer:
 
 def _faults() -> tuple[type[Exception], ...]:
     """What a bad folder raises; ONNX Runtime's own exceptions share no base but ``Exception``."""
+    from google.protobuf.message import DecodeError
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     found = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
-    return (OSError, KeyError, ValueError, RuntimeError, *(item for item in found if item is not Exception))
+    return (
+        OSError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        DecodeError,
+        *(item for item in found if item is not Exception),
+    )
