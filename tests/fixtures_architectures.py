@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
     "eos_token_id": 1,
 }
 EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-SHARED: dict[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 96}
+SHARED: dict[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 128}
 
 
 def qwen2() -> Any:

@@ -84,7 +84,7 @@ def test_one_id_in_two_families_is_a_fault(checkout: Path) -> None:
 
 def test_a_row_for_an_architecture_that_nobody_exports_is_a_fault(checkout: Path) -> None:
     edit_yaml(checkout / "recipes/qwen3.yaml", lambda d: d.update(architecture="Qwen9ForCausalLM"))
-    with pytest.raises(ConfigError, match="'Qwen9ForCausalLM' cannot be exported; known: QWenLMHeadModel, Qwen2ForCausalLM"):
+    with pytest.raises(ConfigError, match=r"'Qwen9ForCausalLM' cannot be exported; known: .*Qwen2ForCausalLM"):
         load_catalog(checkout)
 
 

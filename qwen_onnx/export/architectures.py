@@ -40,17 +40,20 @@ class Architecture:
 # The multi-token-prediction head excludes prune_lm_head, and our runtime does not draft.
 NO_DRAFT = ("exclude_mtp=true",)
 
+# What genai 0.18 makes of each; figures are in tests/export/test_architectures.py.
 ARCHITECTURES: dict[str, Architecture] = {
-    # stock: right
+    # right. A Qwen 1.0 arrives as one: sources.py converts it, since PyTorch and the quantiser have to read it, too
     "Qwen2ForCausalLM": Architecture("Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": Architecture("Qwen3ForCausalLM"),
-    # stock: "not currently supported"
+    # "not currently supported". The operators that the export needs are there
     "Qwen2MoeForCausalLM": Architecture("Qwen2ForCausalLM", "QwenModel", moe.Qwen2MoEModel),
     "Qwen3MoeForCausalLM": Architecture("Qwen3ForCausalLM", "Qwen3Model", moe.Qwen3MoEModel),
     "Qwen3NextForCausalLM": Architecture(
         "Qwen3_5MoeForConditionalGeneration", "Qwen35MoEModel", qwen3_next.Qwen3NextModel, NO_DRAFT
     ),
+    # right
     "Qwen3_5ForConditionalGeneration": Architecture("Qwen3_5ForConditionalGeneration", options=NO_DRAFT),
+    # right, but rounds the routers to int4 and lets the experts' accuracy level be
     "Qwen3_5MoeForConditionalGeneration": Architecture(
         "Qwen3_5MoeForConditionalGeneration", "Qwen35MoEModel", moe.Qwen35MoEFloatRouting, NO_DRAFT
     ),

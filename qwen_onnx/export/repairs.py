@@ -22,11 +22,19 @@ def repair(model: Path, accuracy_level: int | None) -> None:
     graph_file = onnx.load(str(model), load_external_data=False)
     repair_shared_head(graph_file.graph)
     for node in [node for node in graph_file.graph.node if node.op_type == "QMoE"]:
-        # genai 0.18 writes the level that was asked for to MatMulNBits only
         if accuracy_level is not None:
-            node.attribute.append(onnx.helper.make_attribute("accuracy_level", accuracy_level))
+            set_accuracy_level(node, accuracy_level)
         keep_routing_mass(graph_file.graph, node)
     onnx.save(graph_file, str(model))
+
+
+def set_accuracy_level(node: Any, level: int) -> None:
+    """Give QMoE the level that was asked for: genai 0.18 writes it to MatMulNBits only."""
+    from onnx import helper
+
+    kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute("accuracy_level", level)])
 
 
 def repair_shared_head(graph: Any) -> None:

@@ -17,6 +17,7 @@ from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.builder import build
 from qwen_onnx.export.readback import compare, read_graph
 from qwen_onnx.export.repairs import ROUTER_WEIGHTS
+from qwen_onnx.export.stock import builder
 from qwen_onnx.passes import GenAIModelBuilderConfig
 from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
 from qwen_onnx.qwen1_import import write_qwen2_form
@@ -217,3 +218,11 @@ def refused(case: Case, tmp_path: Path, change: dict[str, Any], error: type[Exce
     rewrite_json(broken / "config.json", **change)
     with pytest.raises(error, match=message):
         build(broken, tmp_path / "out", FP32)
+
+
+@pytest.mark.parametrize("case", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM"], indirect=True)
+def test_the_stock_builder_does_not_know_these(case: Case, tmp_path: Path) -> None:
+    """When this fails, genai has learnt an architecture, and our class for it may go."""
+    common = ("", str(case.checkpoint), str(tmp_path / "out"), "fp32", "cpu", str(tmp_path / "cache"))
+    with pytest.raises(NotImplementedError, match="not currently supported"):
+        builder.create_model(*common, **builder.parse_extra_options(*common, []))
