@@ -25,8 +25,9 @@ def lock_text(catalog: Catalog) -> str:
     for name, pipeline in catalog.pipelines.items():
         lines += [f"* {name} {precision} - {reason}\n" for precision, reason in pipeline.unavailable.items()]
     for _, row in catalog.rows.values():
-        excluded = ((name, override.excluded) for name, override in row.targets.items() if override.excluded)
-        lines += [f"{row.id} {name} - {reason}\n" for name, reason in excluded]
+        for name, override in row.targets.items() if not row.planned else ():
+            lines += [f"{row.id} {name} - {override.excluded}\n"] if override.excluded else []
+            lines += [f"{row.id} {name} {precision} - {reason}\n" for precision, reason in override.without.items()]
     return "".join(sorted(lines))
 
 

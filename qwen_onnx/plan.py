@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from qwen_onnx.catalog import Catalog, describe
+from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.faults import describe
 from qwen_onnx.passes import CALIBRATED, PROVIDERS, STEP_CONFIGS, GenAIModelBuilderConfig
 from qwen_onnx.schema import (
     Build,
@@ -103,7 +104,7 @@ def make_all_plans(catalog: Catalog) -> list[Plan]:
     for family, row in (found for found in catalog.rows.values() if not found[1].planned):
         file = _file_of(catalog, family)
         for pipeline in (catalog.pipelines[name] for name in catalog.targets_of(row)):
-            for precision in pipeline.precisions:
+            for precision in catalog.precisions_of(row, pipeline.target):
                 try:
                     plans.append(_compose(family, row, pipeline, precision, file))
                 except ConfigError as error:
@@ -125,6 +126,9 @@ def _compose(
     override = row.targets.get(pipeline.target)
     if override and override.excluded:
         fault = f"{file}: {row.id} is not built for {pipeline.target}: {override.excluded}"
+        raise ConfigError([fault], hint="qwen-onnx list")
+    if override and precision in override.without:
+        fault = f"{file}: {row.id} has no {precision} for {pipeline.target}: {override.without[precision]}"
         raise ConfigError([fault], hint="qwen-onnx list")
     faults: list[str] = []
     build = pipeline.precisions[precision]
@@ -188,7 +192,10 @@ def _apply_override(
     for address, value in override.set.items():
         *path, field = address.split(".")
         node = _node(layers, path, field, value)
-        if all(_node(_layers(build), path, field, value) is None for build in builds):
+        matching = [build for build in builds if _node(_layers(build), path, field, value) is not None]
+        # a build that has it, but no longer: the step was left out by an address before this one
+        gone = node is None and pipeline.precisions[precision] in matching
+        if not matching or gone:
             place = f"{file}: sizes.{row.id}.targets.{pipeline.target}.set.{address}"
             faults.append(f"{place}: matches nothing in the pipeline")
         elif node is not None and precision in override.precisions:

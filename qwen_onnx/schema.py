@@ -230,16 +230,19 @@ class Override(Record):
     """
 
     excluded: Reason | None = None
+    without: dict[Precision, Reason] = Field(default_factory=dict, description="precisions that this size has not")
     why: Reason | None = None
     precisions: tuple[Precision, ...] = get_args(Precision)
     set: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _changes_or_excludes(self) -> Override:
-        if self.excluded and (self.why or self.set):
-            raise ValueError("excluded: a target that is excluded takes no `why` and no `set`")
-        if not self.excluded and not (self.why and self.set):
-            raise ValueError("either `set` with its `why`, or `excluded`")
+        if self.excluded and (self.why or self.set or self.without):
+            raise ValueError("excluded: a target that is excluded takes no `why`, `set` or `without`")
+        if not self.excluded and not self.without and not self.set:
+            raise ValueError("either `set` with its `why`, `without`, or `excluded`")
+        if bool(self.why) != bool(self.set):
+            raise ValueError("`set` and `why` go together")
         return self
 
 
@@ -302,6 +305,7 @@ class Family(Record):
 
     family: Name
     architecture: str = Field(min_length=1, description="as in the checkpoint's config.json")
+    targets: dict[Name, Override] = Field(default_factory=dict, description="of every size that has none of its own")
     sizes: tuple[Row, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tests.conftest import edit_int4, free_port, run_cli
+from tests.conftest import edit_int4, edit_yaml, free_port, run_cli
 
 VERBS = (
     "list",
@@ -86,6 +86,28 @@ def test_a_recipe_with_typos_names_them_all_and_runs_nothing(checkout: Path) -> 
     assert "topp1" in done.stderr
     assert "cpu.yaml" in done.stderr
     assert not (checkout / "artifacts").exists()
+
+
+def test_faults_of_every_kind_and_file_are_told_together(checkout: Path) -> None:
+    """An unknown key, a wrong type, an option that no pass has, an address that matches nothing: one run, all four."""
+
+    def spoil(recipe: dict) -> None:  # type: ignore[type-arg]
+        recipe["sizes"][0] |= {"licence": "MIT", "parameters": "many"}
+        recipe["sizes"][0]["targets"] = {"cpu": {"why": "a reason that is long enough", "set": {"limits.kldd": 1}}}
+
+    edit_yaml(checkout / "recipes/qwen3.yaml", spoil)
+    edit_int4(checkout / "pipelines/cpu.yaml", lambda build: build["steps"][0]["config"].update(int4_block_size=32))
+    edit_yaml(checkout / "pipelines/cuda.yaml", lambda pipeline: pipeline.update(verification="none"))
+    done = run_cli("plan", "starter", "--target", "cpu", cwd=checkout)
+    assert done.returncode == 2
+    for fault in (
+        "recipes/qwen3.yaml: sizes.qwen3-0.6b.licence: unknown key",
+        "recipes/qwen3.yaml: sizes.qwen3-0.6b.parameters",
+        "recipes/qwen3.yaml: sizes.qwen3-0.6b.targets.cpu.set.limits.kldd: matches nothing",
+        "pipelines/cpu.yaml: precisions.int4: steps.quantize.config: int4_block_size: unknown key",
+        "pipelines/cuda.yaml: verification",
+    ):
+        assert fault in done.stderr, done.stderr
 
 
 def test_doctor_says_what_is_there() -> None:
