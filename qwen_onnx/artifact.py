@@ -65,6 +65,7 @@ class Manifest(Record):
         size_bytes: sum over all files.
         readback: options that were found in the finished graph.
         verdict: of the verification; UNVERIFIED when it was not asked for.
+        claim: what that verdict proves at the target's verification level.
     """
 
     schema_version: Literal[1] = 1
@@ -78,6 +79,7 @@ class Manifest(Record):
     size_bytes: int
     readback: dict[str, Any]
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
+    claim: str
     built_seconds: float
 
 
@@ -250,14 +252,21 @@ def _exchange(one: Path, other: Path) -> bool:
     return done == 0
 
 
-def staged_manifest(staged: Path, **fields: Any) -> Manifest:
+def staged_manifest(staged: Path, *, plan: Plan, verdict: str, **fields: Any) -> Manifest:
     """The manifest of a finished staging folder; checksums and size are taken from the files."""
     files = file_checksums(staged, without=MANIFEST)
-    size = sum((staged / name).stat().st_size for name in files)
-    return Manifest(files=files, size_bytes=size, python=platform.python_version(), **fields)
+    found = {
+        "files": files,
+        "size_bytes": sum((staged / name).stat().st_size for name in files),
+        "python": platform.python_version(),
+        "claim": plan.verification.claim(verdict),
+    }
+    return Manifest.model_validate({"plan": plan, "verdict": verdict, **found, **fields})
 
 
 def replace_verdict(artifact: Artifact, staged: Path, verdict: str) -> Artifact:
     """Publish ``staged``, a copy of ``artifact`` with a new report, under a new verdict."""
-    old = json.loads(artifact.manifest.model_dump_json(exclude={"files", "size_bytes", "python", "verdict"}))
-    return publish(staged, artifact.path, staged_manifest(staged, **old, verdict=verdict))
+    found_anew = {"plan", "files", "size_bytes", "python", "verdict", "claim"}
+    old = json.loads(artifact.manifest.model_dump_json(exclude=found_anew))
+    manifest = staged_manifest(staged, plan=artifact.manifest.plan, verdict=verdict, **old)
+    return publish(staged, artifact.path, manifest)

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.schema import Family, Pipeline, Record, Row, Variants
+from qwen_onnx.schema import Family, Pipeline, Precision, Record, Row, Variants
 
 R = TypeVar("R", bound=Record)
 MERGE = "tag:yaml.org,2002:merge"
@@ -74,6 +74,27 @@ class Catalog:
             )
         return self.pipelines[target]
 
+    def precision(self, target: str, precision: str | None = None) -> Precision:
+        """``precision``, or the target's default one.
+
+        Raises:
+            ConfigError: no such target or precision, or the target cannot be built in it; then with the reason.
+        """
+        pipeline = self.pipeline(target)
+        wanted = precision or pipeline.default
+        if reason := next((why for name, why in pipeline.unavailable.items() if name == wanted), None):
+            raise ConfigError([f"pipelines/{target}.yaml: {wanted} is unavailable: {reason}"], hint="qwen-onnx list")
+        found = next((name for name in pipeline.precisions if name == wanted), None)
+        if found is None:
+            known = ", ".join(pipeline.precisions)
+            raise ConfigError([f"pipelines/{target}.yaml: no precision {wanted!r}; known: {known}"])
+        return found
+
+    def targets_of(self, row: Row) -> list[str]:
+        """Targets that ``row`` can be built for."""
+        excluded = {name for name, override in row.targets.items() if override.excluded}
+        return [name for name, pipeline in self.pipelines.items() if pipeline.precisions and name not in excluded]
+
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
@@ -104,13 +125,15 @@ def load_catalog(root: Path) -> Catalog:
         if pipeline.target != Path(file).stem:
             faults.append(f"{file}: target: is {pipeline.target!r}, but the file is named {Path(file).stem!r}")
         pipelines[pipeline.target] = pipeline
+    # of a file that cannot be read its own faults are enough
+    unread = {path.stem for path in (root / "pipelines").glob("*.y*ml") if f"pipelines/{path.name}" not in by_file}
     owner: dict[str, str] = {}
     for file, family in families.items():
         for row in family.sizes:
             if row.id in owner:
                 faults.append(f"{file}: sizes.{row.id}: id already used in {owner[row.id]}")
             owner[row.id] = file
-            unknown = sorted(set(row.targets) - set(pipelines)) if len(pipelines) == len(by_file) else []
+            unknown = sorted(set(row.targets) - set(pipelines) - unread)
             faults += [f"{file}: sizes.{row.id}.targets.{name}: no such pipeline" for name in unknown]
     if faults:
         raise ConfigError(faults, hint="correct these keys; recipes/*.schema.json describes them")

@@ -33,7 +33,8 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="id of a recipe, see `qwen-onnx list`")]
-Target = Annotated[str, typer.Option(help="a pipeline: cpu")]
+Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
+Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
 ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]
 SourceOption = Annotated[
     Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
@@ -48,11 +49,11 @@ def _progress(message: str) -> None:
     err.print(f"[cyan]›[/] {escape(message)}")
 
 
-def _plan(model: str, target: str) -> Plan:
+def _plan(model: str, target: str, precision: str | None = None) -> Plan:
     from qwen_onnx.catalog import find_root, load_catalog
     from qwen_onnx.plan import make_plan
 
-    return make_plan(load_catalog(find_root()), model, target)
+    return make_plan(load_catalog(find_root()), model, target, precision)
 
 
 def _root() -> Path:
@@ -67,7 +68,7 @@ def list_models(
 ) -> None:
     """Models and the targets that recipes exist for; what cannot be built yet says why."""
     from qwen_onnx.catalog import load_catalog
-    from qwen_onnx.select import HEADERS, columns, reasons
+    from qwen_onnx.select import HEADERS, columns, reasons, target_lines
 
     catalog = load_catalog(_root())
     shown = [row for _, row in catalog.rows.values() if text.lower() in row.id]
@@ -75,17 +76,19 @@ def list_models(
         raise ConfigError([f"recipes/: no model's id contains {text!r}"], hint="qwen-onnx list")
     table = Table(*(Column(name, no_wrap=index == 0, overflow="fold") for index, name in enumerate(HEADERS)), box=None)
     for row in shown:
-        table.add_row(*(escape(cell) for cell in columns(row, catalog.pipelines)))
+        table.add_row(*(escape(cell) for cell in columns(row, catalog.targets_of(row))))
     out.print(table)
     for line in reasons(shown):
         out.print(escape(line))
+    for line in target_lines(catalog):
+        out.print(escape(line), highlight=False)
 
 
 @app.command("select")
 def select_models(
     ram: Annotated[str, typer.Option(help="memory that the served model may take, e.g. 8GB")],
     task: Annotated[str, typer.Option(help="general, coding or math")] = "general",
-    device: Annotated[str, typer.Option(help="a target: cpu")] = "cpu",
+    device: Annotated[str, typer.Option(help="a target, see `qwen-onnx list`")] = "cpu",
     context: Annotated[str, typer.Option(help="tokens of prompt and answer, e.g. 32k")] = "4k",
     language: Annotated[str | None, typer.Option(help="ISO 639-1 code, e.g. pl")] = None,
     license: Annotated[str | None, typer.Option(help="commercial: only licences that allow it")] = None,
@@ -112,9 +115,15 @@ def select_models(
 
 
 @app.command()
-def plan(model: Model, target: Target = "cpu", full: bool = typer.Option(False, help="the whole plan")) -> None:
+def plan(
+    model: Model,
+    target: Target = "cpu",
+    precision: Precision = None,
+    full: bool = typer.Option(False, help="the whole plan"),
+) -> None:
     """Print the complete Olive config of MODEL on a target as JSON; nothing runs."""
-    made = _plan(model, target)
+    made = _plan(model, target, precision)
+    _progress(f"{made.name}: verification level: {made.verification.text}")
     print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
 
 
@@ -175,6 +184,7 @@ def fetch(
 def optimize(
     model: Model,
     target: Target = "cpu",
+    precision: Precision = None,
     source: SourceOption = None,
     output: Path | None = typer.Option(None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION"),
     verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
@@ -186,7 +196,7 @@ def optimize(
     from qwen_onnx.optimize import optimize as run
     from qwen_onnx.sources import cache_root
 
-    made = _plan(model, target)
+    made = _plan(model, target, precision)
     where = output or _root() / "artifacts" / made.name
     job = Job(made, where.resolve(), cache_root(_root()), source, verify=verify, wait=wait, force=force)
     outcome = run(job, _progress)
@@ -358,11 +368,11 @@ def serve(
 
 
 @app.command()
-def doctor(model: Model = "starter", target: Target = "cpu") -> None:
+def doctor(model: Model = "starter", target: Target = "cpu", precision: Precision = None) -> None:
     """Check this machine: versions, extras, memory and disk against what a recipe needs."""
     from qwen_onnx.doctor import examine
 
-    findings = examine(_plan(model, target), _root())
+    findings = examine(_plan(model, target, precision), _root())
     table = Table("check", "", "found", "what mends it")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]fault[/]"

@@ -16,9 +16,17 @@ MATRIX_BEGIN, MATRIX_END = "<!-- matrix: make plans -->", "<!-- end of matrix --
 
 
 def lock_text(catalog: Catalog) -> str:
-    """Content of ``recipes/plans.lock``: model, target and digest, or the reason why there is none; sorted."""
-    lines = [f"{plan.model} {plan.target} {plan.digest}\n" for plan in make_all_plans(catalog)]
+    """Content of ``recipes/plans.lock``: model, target, precision and digest, sorted.
+
+    Where there is no plan, a hyphen and the reason stand for it; ``*`` is every model.
+    """
+    lines = [f"{plan.model} {plan.target} {plan.precision} {plan.digest}\n" for plan in make_all_plans(catalog)]
     lines += [f"{row.id} - {row.planned}\n" for _, row in catalog.rows.values() if row.planned]
+    for name, pipeline in catalog.pipelines.items():
+        lines += [f"* {name} {precision} - {reason}\n" for precision, reason in pipeline.unavailable.items()]
+    for _, row in catalog.rows.values():
+        excluded = ((name, override.excluded) for name, override in row.targets.items() if override.excluded)
+        lines += [f"{row.id} {name} - {reason}\n" for name, reason in excluded]
     return "".join(sorted(lines))
 
 
@@ -26,7 +34,7 @@ def committed_files(catalog: Catalog) -> dict[str, str]:
     """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas."""
     files = {LOCK_FILE: lock_text(catalog)}
     model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
-    for target in catalog.pipelines:
+    for target in catalog.targets_of(catalog.row(model)[1]):
         plan = make_plan(catalog, model, target).model_dump(mode="json")
         files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
     schemas = json_schemas()

@@ -28,6 +28,7 @@ from qwen_onnx.artifact import (
 )
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.plan import Plan
+from qwen_onnx.schema import Verification
 from qwen_onnx.sources import Checkpoint, expected_revisions, fetch
 
 if TYPE_CHECKING:
@@ -152,7 +153,9 @@ def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, pro
     from qwen_onnx.verify import verify_artifact
 
     reference = export_reference(job.plan, checkpoint.path, staging, progress)
-    report = verify_artifact(folder, checkpoint.path, reference, job.plan.limits, progress=progress)
+    report = verify_artifact(
+        folder, checkpoint.path, reference, job.plan.limits, level=job.plan.verification, progress=progress
+    )
     report.save(folder)
     return report
 
@@ -174,7 +177,9 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, progress: Progr
     with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
         plan = artifact.manifest.plan
         reference = export_reference(plan, checkpoint.path, staging, progress)
-        report = verify_artifact(artifact.path, checkpoint.path, reference, plan.limits, progress=progress)
+        report = verify_artifact(
+            artifact.path, checkpoint.path, reference, plan.limits, level=plan.verification, progress=progress
+        )
         folder = staging / "artifact"
         shutil.copytree(artifact.path, folder, copy_function=os.link)
         for name in ("report.json", "report.html", "manifest.json"):
@@ -186,7 +191,7 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, progress: Progr
 
 
 def smoke(folder: Path, plan: Plan) -> None:
-    """Load with onnxruntime-genai and generate.
+    """Load with onnxruntime-genai and generate, unless the target is known by its structure alone.
 
     Raises:
         ExportError: it does not load, gives no token, or its context is shorter than the plan's.
@@ -195,8 +200,10 @@ def smoke(folder: Path, plan: Plan) -> None:
     from qwen_onnx.runtime.engine import Engine
     from qwen_onnx.runtime.tokenizer import TextTokenizer
 
+    if plan.verification is Verification.STRUCTURE:
+        return
     try:
-        engine = Engine(folder)
+        engine = Engine(folder, on_cpu=plan.verification is Verification.NUMERICS_ON_CPU)
         ids = TextTokenizer(folder).encode(SMOKE_PROMPT)
         tokens = list(engine.generate(ids, max_new_tokens=8, stop_on_eos=False))
     except ArtifactError as error:

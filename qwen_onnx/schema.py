@@ -7,7 +7,8 @@ A *pipeline* (one file per target) holds Olive passes as named steps; a *family*
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
@@ -24,6 +25,8 @@ ARCHITECTURES = (
 )
 COMMIT = r"[0-9a-f]{40}"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+Reason = Annotated[str, StringConstraints(min_length=10)]
+Precision = Literal["int4", "int8", "fp16", "fp32"]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -59,6 +62,29 @@ class Larger(Record):
     limits: dict[str, JsonValue] = Field(min_length=1)
 
 
+class Verification(StrEnum):
+    """How the artifacts of a target are judged here; a report claims no more."""
+
+    RUN = "run"
+    SIMULATOR = "simulator"
+    NUMERICS_ON_CPU = "numerics-on-cpu"
+    STRUCTURE = "structure"
+
+    @property
+    def text(self) -> str:
+        """What is then known, and what is not."""
+        return {
+            Verification.RUN: "run here by the target's own execution provider",
+            Verification.SIMULATOR: "run on the vendor's simulator; not run on the device",
+            Verification.NUMERICS_ON_CPU: "numerics on the CPU execution provider; not run on the device",
+            Verification.STRUCTURE: "structure of the graph; never run",
+        }[self]
+
+    def claim(self, verdict: str) -> str:
+        """What a report or manifest may say of an artifact with ``verdict``."""
+        return f"proven: {self.text}" if verdict == "PASS" else f"not proven ({verdict}); judged by: {self.text}"
+
+
 class Step(Record):
     """One Olive pass. ``config`` goes to Olive as it stands."""
 
@@ -76,35 +102,72 @@ class ExpertReadback(Record):
 
 
 class Readback(Record):
-    """What the finished graph must hold; compared with the graph itself, never with the request."""
+    """What the finished graph must hold; compared with the graph itself, never with the request.
 
-    body_bits: Literal[4, 8]
-    head_bits: Literal[4, 8]
-    block_size: int = Field(gt=0)
-    symmetric: bool
-    accuracy_level: int = Field(ge=0, le=4)
+    Bits of 16 and 32 are floats. ``io_bits`` are those of the logits and the KV cache.
+    """
+
+    form: Literal["MatMulNBits", "QDQ", "float"] = Field(default="MatMulNBits", description="how weights are stored")
+    provider: str = Field(default="cpu", description="execution provider in genai_config.json, by genai's name")
+    io_bits: Literal[16, 32] = 32
+    body_bits: Literal[4, 8, 16, 32]
+    head_bits: Literal[4, 8, 16, 32]
+    block_size: int | None = Field(default=None, gt=0)
+    symmetric: bool | None = None
+    accuracy_level: int | None = Field(default=None, ge=0, le=4)
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
     experts: ExpertReadback | None = Field(default=None, description="of a mixture of experts; null: there are none")
 
+    @model_validator(mode="after")
+    def _says_what_its_form_has(self) -> Readback:
+        has = {
+            "MatMulNBits": ("block_size", "symmetric", "accuracy_level"),
+            "QDQ": ("block_size", "symmetric"),
+            "float": (),
+        }[self.form]
+        for name in ("block_size", "symmetric", "accuracy_level"):
+            if (getattr(self, name) is not None) != (name in has):
+                raise ValueError(f"{name}: {'missing' if name in has else 'has no meaning'} for {self.form} weights")
+        if (self.form == "float") != (self.body_bits >= 16):
+            raise ValueError(f"body_bits: {self.body_bits} bits are not {self.form} weights")
+        return self
 
-class Pipeline(Record):
-    """A target: its Olive passes as named steps and the checks by default."""
 
-    target: Name
-    precision: Name
-    device: Literal["cpu", "gpu", "npu"]
-    execution_provider: str = Field(min_length=1)
+class Build(Record):
+    """One precision of a target: its Olive passes as named steps, what they must give, the checks' limits."""
+
     steps: tuple[Step, ...] = Field(min_length=1)
     readback: Readback
     limits: Limits
     larger: tuple[Larger, ...] = Field(default=(), description="by rising number of weights; the last that fits counts")
 
     @model_validator(mode="after")
-    def _steps_have_one_name_each(self) -> Pipeline:
+    def _steps_have_one_name_each(self) -> Build:
         names = [step.name for step in self.steps]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"steps: name used twice: {', '.join(doubled)}")
+        return self
+
+
+class Pipeline(Record):
+    """A target: how it is built in each precision, or why not, and how far what was built is proven here."""
+
+    target: Name
+    verification: Verification
+    device: Literal["cpu", "gpu", "npu"]
+    execution_provider: str = Field(min_length=1)
+    default: Precision = "int4"
+    precisions: dict[Precision, Build] = Field(default_factory=dict)
+    unavailable: dict[Precision, Reason] = Field(default_factory=dict, description="precisions without a build")
+
+    @model_validator(mode="after")
+    def _every_precision_is_built_or_says_why_not(self) -> Pipeline:
+        for name in get_args(Precision):
+            if (name in self.precisions) == (name in self.unavailable):
+                raise ValueError(f"{name}: must stand in exactly one of `precisions` and `unavailable`")
+        if self.precisions and self.default not in self.precisions:
+            raise ValueError(f"default: {self.default} is unavailable")
         return self
 
 
@@ -160,11 +223,24 @@ Source = Annotated[HubSource | WheelSource, Field(discriminator="kind")]
 
 
 class Override(Record):
-    """A change for one size on one target; ``set`` addresses ``steps.<name>.<field>``, ``limits.<field>``
-    or ``readback.<field>``. ``steps.<name>: null`` leaves the step out."""
+    """A change for one size on one target, or ``excluded``, the reason why that target has none.
 
-    why: str = Field(min_length=10)
-    set: dict[str, JsonValue] = Field(min_length=1)
+    ``set`` addresses ``steps.<name>.<field>``, ``limits.<field>`` or ``readback.<field>`` and applies to those of
+    ``precisions`` (default: all) that have the field. ``steps.<name>: null`` leaves the step out.
+    """
+
+    excluded: Reason | None = None
+    why: Reason | None = None
+    precisions: tuple[Precision, ...] = get_args(Precision)
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _changes_or_excludes(self) -> Override:
+        if self.excluded and (self.why or self.set):
+            raise ValueError("excluded: a target that is excluded takes no `why` and no `set`")
+        if not self.excluded and not (self.why and self.set):
+            raise ValueError("either `set` with its `why`, or `excluded`")
+        return self
 
 
 class ExtendedContext(Record):

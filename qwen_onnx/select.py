@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.schema import Family, Row
+from qwen_onnx.schema import Family, Row, Verification
 
 # licences whose text allows commercial use without asking, up to their own limits of users
 COMMERCIAL = frozenset({"Apache-2.0", "LicenseRef-Tongyi-Qianwen", "LicenseRef-Qwen"})
 # int8 head, 70 % int4 and 30 % int8 in the body, scales and zero points of blocks of 64: bits per weight
 HEAD_BITS = 8 + 40 / 64
 BODY_BITS = 0.7 * (4 + 36 / 64) + 0.3 * HEAD_BITS
-KV_BYTES = 4  # the CPU's cache is fp32
+KV_BYTES = 4  # the CPU's cache is fp32, that of the others fp16
 # process, graph and activations of a piece of the prompt: the starter's peak of 362 MB less weights and cache
 RUNTIME_BYTES = 225_000_000
 
@@ -55,6 +55,21 @@ def reasons(rows: Iterable[Row]) -> list[str]:
     return [f"planned ({number}): {reason}" for reason, number in found.most_common()]
 
 
+def target_lines(catalog: Catalog) -> list[str]:
+    """Each target: its precisions and how it is proven; below it why others are unavailable or rows excluded."""
+    lines = []
+    for name, pipeline in catalog.pipelines.items():
+        built = ", ".join(pipeline.precisions) or "nothing yet"
+        lines.append(f"{name}: {built}; {pipeline.verification.text}" if pipeline.precisions else f"{name}: {built}")
+        for reason in dict.fromkeys(pipeline.unavailable.values()):
+            which = [precision for precision, why in pipeline.unavailable.items() if why == reason]
+            lines.append(f"  not {', '.join(which)}: {reason}")
+        for _, row in catalog.rows.values():
+            override = row.targets.get(name)
+            lines += [f"  not {row.id}: {override.excluded}"] if override and override.excluded else []
+    return lines
+
+
 def matrix(catalog: Catalog) -> str:
     """The README's comparison matrix in Markdown: one line per family."""
     lines = ["| family | sizes | weights | context | license | export |", "|---|---|---|---|---|---|"]
@@ -75,7 +90,8 @@ def _export_of(family: Family, catalog: Catalog) -> str:
     planned = [row for row in family.sizes if row.planned]
     if len(planned) == len(family.sizes):
         return "planned"
-    targets = ", ".join(catalog.pipelines)
+    common = [set(catalog.targets_of(row)) for row in family.sizes if not row.planned]
+    targets = ", ".join(name for name in catalog.pipelines if all(name in found for found in common))
     return targets if not planned else f"{targets}; {len(planned)} planned"
 
 
@@ -107,11 +123,11 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def bytes_needed(row: Row, context: int) -> int | None:
-    """Memory to serve the INT4 artifact of ``row`` on a CPU at ``context`` tokens; None when its shape is not known.
+def bytes_needed(row: Row, context: int, kv_bytes: int = KV_BYTES) -> int | None:
+    """Memory to serve the INT4 artifact of ``row`` at ``context`` tokens; None when its shape is not known.
 
-    Weights by the default recipe's bits, the KV cache of ``2 · layers · kv_heads · head_dim`` fp32 numbers per token
-    (Ainslie et al. 2023, arXiv:2305.13245), and what the runtime itself takes.
+    Weights by the default recipe's bits, the KV cache of ``2 · layers · kv_heads · head_dim`` numbers of ``kv_bytes``
+    per token (Ainslie et al. 2023, arXiv:2305.13245), and what the runtime itself takes.
     """
     parameters, layers, kv_heads = row.parameters, row.shape.layers, row.shape.kv_heads
     heads, hidden, vocabulary = row.shape.heads, row.shape.hidden_size, row.shape.vocab_size
@@ -120,7 +136,7 @@ def bytes_needed(row: Row, context: int) -> int | None:
     # an untied embedding stays a table of its own, as large as the head
     tables = vocabulary * hidden * (1 if row.shape.tied else 2)
     weights = (tables * HEAD_BITS + (parameters - tables) * BODY_BITS) / 8
-    cache = 2 * layers * kv_heads * (row.shape.head_dim or hidden // heads) * KV_BYTES * context
+    cache = 2 * layers * kv_heads * (row.shape.head_dim or hidden // heads) * kv_bytes * context
     return int(weights + cache + RUNTIME_BYTES)
 
 
@@ -128,10 +144,14 @@ def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
     """Rows that fit ``wish``, best first: those made for the task, then the largest that fits, then the newest.
 
     Raises:
-        ConfigError: there is no such target.
+        ConfigError: there is no such target, or nothing can be built for it.
     """
-    catalog.pipeline(target)
-    found = [choice for _, row in catalog.rows.values() if (choice := _judged(row, wish))]
+    pipeline = catalog.pipeline(target)
+    kv_bytes = pipeline.precisions[catalog.precision(target)].readback.io_bits // 8
+    # the formula was measured on the CPU, and so was everything else
+    note = () if pipeline.verification is Verification.RUN else (f"on {target}: {pipeline.verification.text}",)
+    rows = [row for _, row in catalog.rows.values() if target in catalog.targets_of(row)]
+    found = [choice for row in rows if (choice := _judged(row, wish, kv_bytes, note))]
     return sorted(found, key=lambda choice: _rank(choice.row, wish), reverse=True)
 
 
@@ -141,8 +161,8 @@ def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
     return (made_for, answers, row.parameters or 0, row.released or "")
 
 
-def _judged(row: Row, wish: Wish) -> Choice | None:
-    needed = bytes_needed(row, wish.context)
+def _judged(row: Row, wish: Wish, kv_bytes: int, note: tuple[str, ...]) -> Choice | None:
+    needed = bytes_needed(row, wish.context, kv_bytes)
     reach = row.context or 0
     fits = needed is not None and needed <= wish.ram and reach >= wish.context and not row.planned
     allowed = not wish.commercial or row.license in COMMERCIAL
@@ -160,7 +180,7 @@ def _judged(row: Row, wish: Wish) -> Choice | None:
         )
     if wish.commercial:
         reasons.append(f"{row.license}")
-    return Choice(row, needed, tuple(reasons))
+    return Choice(row, needed, (*reasons, *note))
 
 
 def _speaks(row: Row, language: str | None) -> bool:

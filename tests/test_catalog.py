@@ -13,24 +13,31 @@ from qwen_onnx.catalog import load_catalog
 from qwen_onnx.committed import committed_files
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.plan import make_all_plans, make_plan
-from tests.conftest import edit_yaml
+from tests.conftest import edit_int4, edit_yaml
 
 
 def test_every_recipe_has_a_plan_on_every_target(repository: Path) -> None:
     catalog = load_catalog(repository)
     buildable = [name for name, (_, row) in catalog.rows.items() if not row.planned]
     assert {"starter", "qwen2.5-0.5b-instruct", "qwen3-0.6b"} <= set(buildable)
-    assert len(make_all_plans(catalog)) == len(buildable) * len(catalog.pipelines)
+    builds = sum(len(pipeline.precisions) for pipeline in catalog.pipelines.values())
+    assert len(make_all_plans(catalog)) == len(buildable) * builds
     assert len(catalog.rows) == 139, "a row was added or lost: correct this number"
 
 
 def test_the_lock_names_every_row(repository: Path) -> None:
     catalog = load_catalog(repository)
     lines = (repository / "recipes/plans.lock").read_text().splitlines()
-    assert {line.split()[0] for line in lines} == set(catalog.rows)
+    assert {line.split()[0] for line in lines} == {"*", *catalog.rows}
     for line in lines:
-        model, target, rest = line.split(maxsplit=2)
-        assert rest == catalog.rows[model][1].planned if target == "-" else len(rest) == 64
+        model, target, precision, rest = line.split(maxsplit=3)
+        if model == "*":
+            assert rest == f"- {catalog.pipelines[target].unavailable[precision]}"
+        elif target == "-":
+            assert line.endswith(f" - {catalog.rows[model][1].planned}")
+        else:
+            assert precision in catalog.pipelines[target].precisions
+            assert len(rest) == 64
 
 
 def test_a_planned_row_is_refused_with_its_reason(repository: Path) -> None:
@@ -50,8 +57,8 @@ def test_large_models_have_tighter_limits(repository: Path) -> None:
 
 
 def test_a_limit_by_size_that_does_not_exist_is_a_fault(checkout: Path) -> None:
-    edit_yaml(checkout / "pipelines/cpu.yaml", lambda d: d["larger"][0]["limits"].update(kldd=1))
-    with pytest.raises(ConfigError, match=r"larger\.limits\.kldd: unknown key"):
+    edit_int4(checkout / "pipelines/cpu.yaml", lambda d: d["larger"][0]["limits"].update(kldd=1))
+    with pytest.raises(ConfigError, match=r"int4\.larger\.limits\.kldd: unknown key"):
         make_plan(load_catalog(checkout), "starter", "cpu")
 
 
@@ -94,11 +101,12 @@ def test_generated_files_are_not_stale(repository: Path) -> None:
 
 def test_an_edit_of_a_pipeline_makes_the_lock_stale(checkout: Path) -> None:
     before = committed_files(load_catalog(checkout))["recipes/plans.lock"]
-    edit_yaml(checkout / "pipelines/cpu.yaml", lambda d: d["limits"].update(kld_mean=0.17))
+    edit_int4(checkout / "pipelines/cpu.yaml", lambda d: d["limits"].update(kld_mean=0.17))
     after = committed_files(load_catalog(checkout))["recipes/plans.lock"]
-    moved = [old != new for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if " cpu " in old]
+    moved = [old for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
     assert moved
-    assert all(moved)
+    # larger models have limits of their own
+    assert {tuple(line.split()[1:3]) for line in moved} == {("cpu", "int4")}
 
 
 def test_all_faults_are_reported_together_with_file_and_key(checkout: Path) -> None:
@@ -122,7 +130,7 @@ def test_unknown_pass_option_and_pass_are_faults(checkout: Path) -> None:
         data["steps"][-1]["config"]["int4_block_size"] = 32
         data["steps"].append({"name": "magic", "type": "Magic"})
 
-    edit_yaml(checkout / "pipelines/cpu.yaml", break_steps)
+    edit_int4(checkout / "pipelines/cpu.yaml", break_steps)
     with pytest.raises(ConfigError) as caught:
         make_plan(load_catalog(checkout), "starter", "cpu")
     text = "\n".join(caught.value.faults)

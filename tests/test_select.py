@@ -10,7 +10,7 @@ from qwen_onnx.catalog import Catalog, load_catalog
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.schema import Shape
 from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, bytes_needed, parse_amount, select
-from tests.conftest import run_cli
+from tests.conftest import edit_yaml, run_cli
 
 GB = 10**9
 
@@ -100,3 +100,22 @@ def test_bad_wishes_are_one_clear_message(arguments: list[str], word: str) -> No
     assert done.returncode == 2
     assert word in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_target_has_its_own_cache_and_says_how_it_is_known(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    wish = Wish(16 * GB, context=32768)
+    needed = {target: {c.row.id: c.bytes_needed for c in select(catalog, wish, target)} for target in ("cpu", "cuda")}
+    common = set(needed["cpu"]) & set(needed["cuda"])
+    assert common
+    assert all(needed["cuda"][name] < needed["cpu"][name] for name in common), "an fp16 cache is half as large"
+    reasons = select(catalog, wish, "cuda")[0].reasons
+    assert "on cuda: numerics on the CPU execution provider; not run on the device" in reasons
+
+
+def test_excluded_rows_are_not_chosen(checkout: Path) -> None:
+    excluded = {"cuda": {"excluded": "a reason that is long enough"}}
+    edit_yaml(checkout / "recipes/qwen3.yaml", lambda d: d["sizes"][0].update(targets=excluded))
+    catalog = load_catalog(checkout)
+    chosen = {target: {c.row.id for c in select(catalog, Wish(8 * GB), target)} for target in ("cpu", "cuda")}
+    assert "qwen3-0.6b" in chosen["cpu"] - chosen["cuda"]

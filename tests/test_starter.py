@@ -106,3 +106,18 @@ def test_serving_keeps_to_600_mb(artifact_dir: Path) -> None:
         model.generate("word " * 2000, GenerationConfig(max_new_tokens=64))
         children = [child.memory_info().rss for child in psutil.Process().children(recursive=True)]
     assert 100e6 < max(children) <= 600e6
+
+
+@pytest.mark.parametrize("target", ["cuda", "webgpu"])
+def test_int4_of_a_target_that_is_not_here_is_proven_by_its_numerics(target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "int4"
+    done = run_cli("optimize", "starter", "--target", target, "--output", folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    claim = "proven: numerics on the CPU execution provider; not run on the device"
+    assert claim in done.stdout
+    assert open_artifact(folder).manifest.claim == claim
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["not_checked"]) == {"latency"}
+    assert {item["verdict"] for item in report["checks"]} == {"PASS"}
+    assert report["latency"] is None
+    assert report["drift"]["kld_mean"]["upper"] <= open_artifact(folder).manifest.plan.limits.kld_mean == 0.18

@@ -15,6 +15,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.checkpoint import TOKENIZER_FILE
+from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.repairs import repair
 from qwen_onnx.passes import GenAIModelBuilderConfig
 
@@ -41,7 +42,9 @@ class GenAIModelBuilder(Pass):  # type: ignore[misc]
 
 
 def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> None:
-    """Run genai's builder for the CPU provider, with what the checkpoint's architecture needs around it.
+    """Run genai's builder for an execution provider, with what the checkpoint's architecture needs around it.
+
+    The provider need not be on this machine.
 
     Args:
         checkpoint: Hugging Face folder, quantised by an Olive pass or not.
@@ -56,15 +59,17 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
     from qwen_onnx.export.architectures import architecture_of, installed, present
 
     architecture = architecture_of(checkpoint)
-    options = config.model_dump(exclude_none=True, exclude={"precision"})
+    options = config.model_dump(exclude_none=True, exclude={"precision", "execution_provider"})
     flags = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
     cache = output / ".builder-cache"
     cache.mkdir(parents=True, exist_ok=True)
-    common = ("", str(checkpoint), str(output), config.precision, "cpu", str(cache))
+    common = ("", str(checkpoint), str(output), config.precision, config.execution_provider, str(cache))
     parsed = builder.parse_extra_options(*common, [*flags, *architecture.options])
     present(parsed, architecture)
     with installed(architecture):
         builder.create_model(*common, **parsed)
     repair(output / MODEL_FILE, config.accuracy_level)
+    if config.execution_provider == "NvTensorRtRtx":
+        write_signed(output / MODEL_FILE)
     # transformers 5 rebuilds a Qwen2 tokenizer when the builder saves it, and then splits "\n\n" otherwise
     shutil.copyfile(checkpoint / TOKENIZER_FILE, output / TOKENIZER_FILE)

@@ -62,8 +62,9 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig) -> No
     ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
     precise = choose_int8(model, ids[: config.sensitivity_windows], config)
     matrices = quantize_layers(model, ids, precise, config)
-    head = model.get_output_embeddings().weight
-    matrices["lm_head"] = round_to_nearest(head.detach(), config.head_bits, config.group_size)
+    if config.head_bits < 16:
+        head = model.get_output_embeddings().weight.detach()
+        matrices["lm_head"] = round_to_nearest(head, config.head_bits, config.group_size, config.symmetric)
     _save(model, checkpoint, output, matrices, config)
 
 
@@ -106,6 +107,8 @@ def choose_int8(model: Any, ids: torch.Tensor, config: CalibratedGptqConfig) -> 
     Args:
         ids: [windows, tokens].
     """
+    if not config.int8_share:
+        return set()
     fisher = _fisher(model, ids)
     gains: dict[str, float] = {}
     sizes: dict[str, int] = {}
@@ -113,7 +116,7 @@ def choose_int8(model: Any, ids: torch.Tensor, config: CalibratedGptqConfig) -> 
     for name, module in _all_linears(model):
         unit = _named_as(name, ONE_PRECISION)
         weight = module.weight.detach()
-        delta = round_to_nearest(weight, config.bits, config.group_size).dequantize() - weight
+        delta = round_to_nearest(weight, config.bits, config.group_size, config.symmetric).dequantize() - weight
         gains[unit] = gains.get(unit, 0.0) + float((fisher[name] * delta**2).sum())
         sizes[unit] = sizes.get(unit, 0) + weight.numel()
         members.setdefault(unit, set()).add(name)
@@ -164,7 +167,7 @@ def quantize_layers(
             full = f"model.layers.{index}.{name}"
             bits = 8 if full in precise else config.bits
             hessian = hessians[_named_as(name, LEADER)]
-            matrices[full] = gptq(module.weight, hessian, bits, config.group_size, config.damp)
+            matrices[full] = gptq(module.weight, hessian, bits, config.group_size, config.damp, config.symmetric)
             module.weight.data = matrices[full].dequantize()
         states = [_run(layer, state, arguments) for state in states]
         _progress(f"quantised layer {index + 1} of {len(model.model.layers)}")
@@ -228,18 +231,24 @@ def _save(
     from safetensors.torch import save_file
 
     replaced = {f"{name}.weight" for name in matrices}
+    if model.config.tie_word_embeddings:
+        replaced.add("lm_head.weight")
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in replaced}
     for name, matrix in matrices.items():
-        tensors |= {f"{name}.{part}": value for part, value in matrix.packed().items()}
+        parts = matrix.packed()
+        if config.symmetric:
+            # Olive's format: without zero points every one is the middle of the grid
+            del parts["qzeros"]
+        tensors |= {f"{name}.{part}": value for part, value in parts.items()}
     output.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     settings["quantization_config"] = {
         "quant_method": "olive",
         "bits": config.bits,
-        "symmetric": False,
+        "symmetric": config.symmetric,
         "group_size": config.group_size,
-        "lm_head": True,
+        "lm_head": "lm_head" in matrices,
         "embeds": False,
         "overrides": {name: {"bits": matrix.bits} for name, matrix in matrices.items() if matrix.bits != config.bits},
     }

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.runtime.engine import UNPACK_QDQ
 
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
@@ -134,6 +135,8 @@ class OnnxScorer:
             decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
             self._sizes = {"batch_size": 1, "past_sequence_length": 0, "kv_cache_dim": int(decoder["head_size"])}
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            for name, value in UNPACK_QDQ.items():
+                options.add_session_config_entry(name, value)
             graph = with_every_position(folder / decoder["filename"])
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _faults() as error:
@@ -178,16 +181,10 @@ class OnnxScorer:
 
 
 def _faults() -> tuple[type[Exception], ...]:
-    """What a bad folder raises; ONNX Runtime's own exceptions share no base but ``Exception``."""
+    """What a bad folder raises; neither protobuf's nor ONNX Runtime's own share a base but ``Exception``."""
     from google.protobuf.message import DecodeError
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     found = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
-    return (
-        OSError,
-        KeyError,
-        ValueError,
-        RuntimeError,
-        DecodeError,
-        *(item for item in found if item is not Exception),
-    )
+    known = (OSError, KeyError, ValueError, RuntimeError, DecodeError)
+    return (*known, *(item for item in found if item is not Exception))
