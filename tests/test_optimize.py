@@ -127,7 +127,9 @@ def test_the_default_pipeline_builds_other_architectures(
         row = recipe["sizes"][0] | {"context": 512, "parameters": 100_000, "targets": {}}
         row.pop("shape", None)
         if changes:
-            row["targets"] = {"cpu": {"why": "the quantiser sees linear layers only", "set": changes}}
+            row["targets"] = {
+                "cpu": {"why": "the quantiser sees linear layers only", "precisions": ["int4"], "set": changes}
+            }
         recipe["sizes"][0] = row
 
     edit_yaml(checkout / "recipes/starter.yaml", other)

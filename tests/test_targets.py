@@ -118,7 +118,7 @@ def test_an_excluded_target_is_refused_with_its_reason(checkout: Path) -> None:
 )
 def test_an_override_changes_or_excludes(checkout: Path, override: dict[str, object]) -> None:
     edit_yaml(checkout / "recipes/starter.yaml", lambda d: d["sizes"][0].update(targets={"cpu": override}))
-    with pytest.raises(ConfigError, match="excluded|go together"):
+    with pytest.raises(ConfigError, match=r"excluded|go together"):
         load_catalog(checkout)
 
 
