@@ -66,7 +66,11 @@ class CalibratedGptqConfig(Record):
 
 # What CalibratedGptq can quantise: models whose weights are all linear layers, which genai's builder then reads back.
 # transformers 5 keeps experts as fused tensors, and genai wants the gates of linear attention unquantised.
-CALIBRATED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "QWenLMHeadModel")
+CALIBRATED = (
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 
 STEP_CONFIGS: dict[str, type[Record]] = {
     "CalibratedGptq": CalibratedGptqConfig,
