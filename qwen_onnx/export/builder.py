@@ -15,6 +15,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.checkpoint import TOKENIZER_FILE
+from qwen_onnx.export.streaming import weights_in_files
 from qwen_onnx.passes import GenAIModelBuilderConfig
 
 MODEL_FILE = "model.onnx"
@@ -54,7 +55,8 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
     cache = output / ".builder-cache"
     cache.mkdir(parents=True, exist_ok=True)
     common = ("", str(checkpoint), str(output), config.precision, "cpu", str(cache))
-    builder.create_model(*common, **builder.parse_extra_options(*common, flags))
+    with weights_in_files(output):
+        builder.create_model(*common, **builder.parse_extra_options(*common, flags))
     repair_shared_head(output / MODEL_FILE)
     # transformers 5 rebuilds a Qwen2 tokenizer when the builder saves it, and then splits "\n\n" otherwise
     shutil.copyfile(checkpoint / TOKENIZER_FILE, output / TOKENIZER_FILE)
