@@ -1,12 +1,15 @@
 # make optimize TARGET=cpu            the starter model: environment, build, proof, report
+# make optimize TARGET=cuda PRECISION=fp16  another target, another precision (qwen-onnx list)
 # make optimize MODEL=qwen3-0.6b      another recipe; SOURCE=path takes local weights
 MODEL  ?= starter
 TARGET ?= cpu
+PRECISION ?=
 SOURCE ?=
 OUTPUT ?=
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -24,17 +27,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-int4
-	@$(BIN)/qwen-onnx optimize $(MODEL) --target $(TARGET) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)')
+optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
+	@$(BIN)/qwen-onnx optimize $(MODEL) --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)')
 
 verify: $(READY)  ## measure the artifact against PyTorch again
-	@$(BIN)/qwen-onnx verify artifacts/$(MODEL)/$(TARGET)-int4 $(if $(SOURCE),--source '$(SOURCE)')
+	@$(BIN)/qwen-onnx verify artifacts/$(NAME) $(if $(SOURCE),--source '$(SOURCE)')
 
 serve: $(READY)  ## OpenAI-compatible server on port 8000
-	@$(BIN)/qwen-onnx serve artifacts/$(MODEL)/$(TARGET)-int4
+	@$(BIN)/qwen-onnx serve artifacts/$(NAME)
 
 chat: $(READY)  ## chat in the terminal
-	@$(BIN)/qwen-onnx chat artifacts/$(MODEL)/$(TARGET)-int4
+	@$(BIN)/qwen-onnx chat artifacts/$(NAME)
 
 plans: $(READY)  ## check all recipes, write plans.lock, golden plans and schemas
 	@$(BIN)/qwen-onnx plans

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -67,6 +67,7 @@ class Manifest(Record):
         size_bytes: sum over all files.
         readback: options that were found in the finished graph.
         verdict: of the verification; UNVERIFIED when it was not asked for.
+        claim: what that verdict proves at the target's verification level.
     """
 
     schema_version: Literal[1] = 1
@@ -80,6 +81,7 @@ class Manifest(Record):
     size_bytes: int
     readback: dict[str, Any]
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
+    claim: str
     built_seconds: float
 
 
@@ -145,12 +147,12 @@ def open_artifact(folder: Path) -> Artifact:
     return Artifact(path=folder, manifest=manifest)
 
 
-def cached(folder: Path, key: str) -> Artifact | None:
-    """The published artifact if it was built with ``key`` and is whole, else None: build it again."""
+def cached(folder: Path, keys: Collection[str]) -> Artifact | None:
+    """The published artifact if it was built with one of ``keys`` and is whole, else None: build it again."""
     if not (folder / MANIFEST).exists():
         return None
     try:
-        return open_artifact(folder) if read_manifest(folder).key == key else None
+        return open_artifact(folder) if read_manifest(folder).key in keys else None
     except ArtifactError:
         return None
 
@@ -279,14 +281,21 @@ def _exchange(one: Path, other: Path) -> bool:
     return done == 0
 
 
-def staged_manifest(staged: Path, **fields: Any) -> Manifest:
+def staged_manifest(staged: Path, *, plan: Plan, verdict: str, **fields: Any) -> Manifest:
     """The manifest of a finished staging folder; checksums and size are taken from the files."""
     files = file_checksums(staged, without=MANIFEST)
-    size = sum((staged / name).stat().st_size for name in files)
-    return Manifest(files=files, size_bytes=size, python=platform.python_version(), **fields)
+    found = {
+        "files": files,
+        "size_bytes": sum((staged / name).stat().st_size for name in files),
+        "python": platform.python_version(),
+        "claim": plan.verification.claim(verdict),
+    }
+    return Manifest.model_validate({"plan": plan, "verdict": verdict, **found, **fields})
 
 
 def replace_verdict(artifact: Artifact, staged: Path, verdict: str) -> Artifact:
     """Publish ``staged``, a copy of ``artifact`` with a new report, under a new verdict."""
-    old = json.loads(artifact.manifest.model_dump_json(exclude={"files", "size_bytes", "python", "verdict"}))
-    return publish(staged, artifact.path, staged_manifest(staged, **old, verdict=verdict))
+    found_anew = {"plan", "files", "size_bytes", "python", "verdict", "claim"}
+    old = json.loads(artifact.manifest.model_dump_json(exclude=found_anew))
+    manifest = staged_manifest(staged, plan=artifact.manifest.plan, verdict=verdict, **old)
+    return publish(staged, artifact.path, manifest)

@@ -15,13 +15,14 @@ import yaml
 from pydantic import ValidationError
 
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.schema import Family, Pipeline, Record, Row, Variants
+from qwen_onnx.faults import describe, further_faults
+from qwen_onnx.schema import Family, Pipeline, Precision, Record, Row, Variants
 
 R = TypeVar("R", bound=Record)
 MERGE = "tag:yaml.org,2002:merge"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """PyYAML keeps the last of two equal keys in silence; here that is a fault."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -34,7 +35,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 mark = key_node.start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Catalog:
     @property
     def rows(self) -> dict[str, tuple[Family, Row]]:
         """Every size by its id."""
-        return {row.id: (family, row) for family in self.families.values() for row in family.sizes}
+        return {row.id: (family, _inheriting(row, family)) for family in self.families.values() for row in family.sizes}
 
     def row(self, model: str) -> tuple[Family, Row]:
         """The row of ``model``.
@@ -73,6 +75,37 @@ class Catalog:
                 [f"pipelines/: no target {target!r}{_nearest(target, self.pipelines)}"], hint="qwen-onnx list"
             )
         return self.pipelines[target]
+
+    def precision(self, target: str, precision: str | None = None) -> Precision:
+        """``precision``, or the target's default one.
+
+        Raises:
+            ConfigError: no such target or precision, or the target cannot be built in it; then with the reason.
+        """
+        pipeline = self.pipeline(target)
+        wanted = precision or pipeline.default
+        if reason := next((why for name, why in pipeline.unavailable.items() if name == wanted), None):
+            raise ConfigError([f"pipelines/{target}.yaml: {wanted} is unavailable: {reason}"], hint="qwen-onnx list")
+        found = next((name for name in pipeline.precisions if name == wanted), None)
+        if found is None:
+            known = ", ".join(pipeline.precisions)
+            raise ConfigError([f"pipelines/{target}.yaml: no precision {wanted!r}; known: {known}"])
+        return found
+
+    def precisions_of(self, row: Row, target: str) -> list[Precision]:
+        """Precisions that ``row`` can be built in for ``target``."""
+        override = row.targets.get(target)
+        without = override.without if override else {}
+        return [name for name in self.pipeline(target).precisions if name not in without]
+
+    def targets_of(self, row: Row) -> list[str]:
+        """Targets that ``row`` can be built for."""
+        excluded = {name for name, override in row.targets.items() if override.excluded}
+        return [name for name, pipeline in self.pipelines.items() if pipeline.precisions and name not in excluded]
+
+
+def _inheriting(row: Row, family: Family) -> Row:
+    return row.model_copy(update={"targets": {**family.targets, **row.targets}}) if family.targets else row
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -97,23 +130,28 @@ def load_catalog(root: Path) -> Catalog:
         ConfigError: with every fault of every file.
     """
     faults: list[str] = []
-    families = _load_folder(root, "recipes", Family, faults)
-    by_file = _load_folder(root, "pipelines", Pipeline, faults)
+    recipes, targets = _read_folder(root, "recipes", faults), _read_folder(root, "pipelines", faults)
+    families, by_file = _checked(recipes, Family, faults), _checked(targets, Pipeline, faults)
     pipelines: dict[str, Pipeline] = {}
     for file, pipeline in by_file.items():
         if pipeline.target != Path(file).stem:
             faults.append(f"{file}: target: is {pipeline.target!r}, but the file is named {Path(file).stem!r}")
         pipelines[pipeline.target] = pipeline
+    # of a file that cannot be read its own faults are enough
+    unread = {path.stem for path in (root / "pipelines").glob("*.y*ml") if f"pipelines/{path.name}" not in by_file}
     owner: dict[str, str] = {}
     for file, family in families.items():
         for row in family.sizes:
             if row.id in owner:
                 faults.append(f"{file}: sizes.{row.id}: id already used in {owner[row.id]}")
             owner[row.id] = file
-            unknown = sorted(set(row.targets) - set(pipelines)) if len(pipelines) == len(by_file) else []
-            faults += [f"{file}: sizes.{row.id}.targets.{name}: no such pipeline" for name in unknown]
+        places = [("targets", family.targets), *((f"sizes.{row.id}.targets", row.targets) for row in family.sizes)]
+        for place, overrides in places:
+            unknown = sorted(set(overrides) - set(pipelines) - unread)
+            faults += [f"{file}: {place}.{name}: no such pipeline" for name in unknown]
     if faults:
-        raise ConfigError(faults, hint="correct these keys; recipes/*.schema.json describes them")
+        faults += further_faults(recipes, targets)
+        raise ConfigError(list(dict.fromkeys(faults)), hint="correct these keys; recipes/*.schema.json describes them")
     return Catalog(root, families, pipelines)
 
 
@@ -127,54 +165,33 @@ def load_variants(root: Path, target: str) -> Variants:
     if not (root / file).exists():
         raise ConfigError([f"{file}: no such file"], hint="write one after pipelines/variants/cpu.yaml")
     faults: list[str] = []
-    loaded = _load(root / file, file, Variants, faults)
-    if loaded is None:
+    loaded = _checked(_read(root / file, file, faults), Variants, faults)
+    if faults:
         raise ConfigError(faults, hint="correct these keys; recipes/variants.schema.json describes them")
-    return loaded
+    return loaded[file]
 
 
-def _load_folder(root: Path, folder: str, record: type[R], faults: list[str]) -> dict[str, R]:
-    found: dict[str, R] = {}
-    for path in sorted((root / folder).glob("*.y*ml")):
-        file = f"{folder}/{path.name}"
-        loaded = _load(path, file, record, faults)
-        if loaded is not None:
-            found[file] = loaded
-    return found
+def _read_folder(root: Path, folder: str, faults: list[str]) -> dict[str, Any]:
+    paths = sorted((root / folder).glob("*.y*ml"))
+    return {file: data for path in paths for file, data in _read(path, f"{folder}/{path.name}", faults).items()}
 
 
-def _load(path: Path, file: str, record: type[R], faults: list[str]) -> R | None:
+def _read(path: Path, file: str, faults: list[str]) -> dict[str, Any]:
+    """What a YAML file holds, by its name; nothing when it cannot be read."""
     try:
         # the loader is a SafeLoader with one more check
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        return {file: yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         faults.append(f"{file}: not valid YAML: {' '.join(str(error).split())}")
-        return None
-    try:
-        return record.model_validate(data)
-    except ValidationError as error:
-        faults += describe(file, error, data)
-        return None
+        return {}
 
 
-def describe(file: str, error: ValidationError, data: Any = None) -> list[str]:
-    """One line per fault: file, key path, what is wrong."""
-    lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(_name(part, data, item["loc"][:index]) for index, part in enumerate(item["loc"]))
-        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
-        lines.append(f"{file}: {key or '(top level)'}: {message}")
-    return lines
-
-
-def _name(part: str | int, data: Any, path: tuple[str | int, ...]) -> str:
-    """List positions read better by the id or name of what stands there."""
-    if isinstance(part, str):
-        return part
-    for step in (*path, part):
+def _checked(files: dict[str, Any], record: type[R], faults: list[str]) -> dict[str, R]:
+    """Those that are a ``record``; the faults of the others go to ``faults``."""
+    found: dict[str, R] = {}
+    for file, data in files.items():
         try:
-            data = data[step]
-        except (KeyError, IndexError, TypeError):
-            return str(part)
-    label = data.get("id") or data.get("name") if isinstance(data, dict) else None
-    return str(label or part)
+            found[file] = record.model_validate(data)
+        except ValidationError as error:
+            faults += describe(file, error, data)
+    return found

@@ -33,13 +33,15 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="id of a recipe, see `qwen-onnx list`")]
-Target = Annotated[str, typer.Option(help="a pipeline: cpu")]
+Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
+Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
 ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]
 SourceOption = Annotated[
     Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of onnxruntime; default: its own choice")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="most new tokens to generate")]
+TASKS = ("general", "coding", "math")
 Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy")]
 
 
@@ -47,11 +49,11 @@ def _progress(message: str) -> None:
     err.print(f"[cyan]›[/] {escape(message)}")
 
 
-def _plan(model: str, target: str) -> Plan:
+def _plan(model: str, target: str, precision: str | None = None) -> Plan:
     from qwen_onnx.catalog import find_root, load_catalog
     from qwen_onnx.plan import make_plan
 
-    return make_plan(load_catalog(find_root()), model, target)
+    return make_plan(load_catalog(find_root()), model, target, precision)
 
 
 def _root() -> Path:
@@ -61,23 +63,67 @@ def _root() -> Path:
 
 
 @app.command("list")
-def list_models() -> None:
-    """Models and targets that recipes exist for."""
+def list_models(
+    text: Annotated[str, typer.Argument(help="show only models whose id contains this")] = "",
+) -> None:
+    """Models and the targets that recipes exist for; what cannot be built yet says why."""
     from qwen_onnx.catalog import load_catalog
+    from qwen_onnx.select import HEADERS, columns, reasons, target_lines
 
     catalog = load_catalog(_root())
-    table = Table(Column("model", no_wrap=True), "title", "weights", "license", "targets", "sources")
-    for _, row in catalog.rows.values():
-        kinds = ", ".join(source.kind for source in row.sources)
-        size = f"{row.parameters / 1e6:,.0f} M"
-        table.add_row(row.id, row.title, size, row.license, ", ".join(catalog.pipelines), kinds)
+    shown = [row for _, row in catalog.rows.values() if text.lower() in row.id]
+    if not shown:
+        raise ConfigError([f"recipes/: no model's id contains {text!r}"], hint="qwen-onnx list")
+    table = Table(*(Column(name, no_wrap=index == 0, overflow="fold") for index, name in enumerate(HEADERS)), box=None)
+    for row in shown:
+        table.add_row(*(escape(cell) for cell in columns(row, catalog.targets_of(row))))
     out.print(table)
+    for line in reasons(shown):
+        out.print(escape(line))
+    for line in target_lines(catalog):
+        out.print(escape(line), highlight=False)
+
+
+@app.command("select")
+def select_models(
+    ram: Annotated[str, typer.Option(help="memory that the served model may take, e.g. 8GB")],
+    task: Annotated[str, typer.Option(help="general, coding or math")] = "general",
+    device: Annotated[str, typer.Option(help="a target, see `qwen-onnx list`")] = "cpu",
+    context: Annotated[str, typer.Option(help="tokens of prompt and answer, e.g. 32k")] = "4k",
+    language: Annotated[str | None, typer.Option(help="ISO 639-1 code, e.g. pl")] = None,
+    license: Annotated[str | None, typer.Option(help="commercial: only licences that allow it")] = None,
+    most: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
+) -> None:
+    """Models that fit this memory, context and task, best first, with the reasons and the next command."""
+    from qwen_onnx.catalog import load_catalog
+    from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, count, parse_amount, select
+
+    faults = [] if task in TASKS else [f"--task: {task!r} is none of {', '.join(TASKS)}"]
+    faults += [] if license in (None, "commercial") else [f"--license: {license!r} is not `commercial`"]
+    if faults:
+        raise ConfigError(faults)
+    tokens = parse_amount(context, TOKEN_UNITS, "--context")
+    wish = Wish(parse_amount(ram, BYTE_UNITS, "--ram"), task, tokens, language, license is not None)
+    choices = select(load_catalog(_root()), wish, device)[:most]
+    if not choices:
+        raise ConfigError(["no model fits"], hint="give more --ram, a shorter --context, or drop a condition")
+    table = Table(Column("model", no_wrap=True), "weights", "why")
+    for choice in choices:
+        table.add_row(choice.row.id, count(choice.row.parameters), escape("; ".join(choice.reasons)))
+    out.print(table)
+    out.print(f"next: make optimize MODEL={choices[0].row.id} TARGET={device}")
 
 
 @app.command()
-def plan(model: Model, target: Target = "cpu", full: bool = typer.Option(False, help="the whole plan")) -> None:
+def plan(
+    model: Model,
+    target: Target = "cpu",
+    precision: Precision = None,
+    full: bool = typer.Option(False, help="the whole plan"),
+) -> None:
     """Print the complete Olive config of MODEL on a target as JSON; nothing runs."""
-    made = _plan(model, target)
+    made = _plan(model, target, precision)
+    _progress(f"{made.name}: verification level: {made.verification.text}")
     print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
 
 
@@ -87,7 +133,7 @@ def plans(
 ) -> None:
     """Check every recipe on every target and write recipes/plans.lock, golden plans and JSON Schemas."""
     from qwen_onnx.catalog import load_catalog
-    from qwen_onnx.plan import committed_files
+    from qwen_onnx.committed import committed_files
 
     catalog = load_catalog(_root())
     stale = []
@@ -138,6 +184,7 @@ def fetch(
 def optimize(
     model: Model,
     target: Target = "cpu",
+    precision: Precision = None,
     source: SourceOption = None,
     output: Path | None = typer.Option(None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION"),
     verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
@@ -149,7 +196,7 @@ def optimize(
     from qwen_onnx.optimize import optimize as run
     from qwen_onnx.sources import cache_root
 
-    made = _plan(model, target)
+    made = _plan(model, target, precision)
     where = output or _root() / "artifacts" / made.name
     job = Job(made, where.resolve(), cache_root(_root()), source, verify=verify, wait=wait, force=force)
     outcome = run(job, _progress)
@@ -186,14 +233,13 @@ def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.artifact import open_artifact
     from qwen_onnx.optimize import verify_published
-    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources import cache_root, weights_of
     from qwen_onnx.sources import fetch as fetch_source
 
     opened = open_artifact(artifact.resolve())
     made = opened.manifest.plan
     checkpoint = fetch_source(made, cache_root(_root()), local=source, progress=_progress)
-    recorded = opened.manifest.source.files.get("model.safetensors")
-    if checkpoint.revision != opened.manifest.source.revision and checkpoint.files.get("model.safetensors") != recorded:
+    if weights_of(checkpoint.files) != weights_of(opened.manifest.source.files):
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
         )
@@ -322,11 +368,11 @@ def serve(
 
 
 @app.command()
-def doctor(model: Model = "starter", target: Target = "cpu") -> None:
+def doctor(model: Model = "starter", target: Target = "cpu", precision: Precision = None) -> None:
     """Check this machine: versions, extras, memory and disk against what a recipe needs."""
     from qwen_onnx.doctor import examine
 
-    findings = examine(_plan(model, target), _root())
+    findings = examine(_plan(model, target, precision), _root())
     table = Table("check", "", "found", "what mends it")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]fault[/]"

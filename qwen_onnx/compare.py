@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_onnx.optimize import build_model
 from qwen_onnx.plan import Plan
+from qwen_onnx.schema import Verification
 from qwen_onnx.sources import Checkpoint
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ def measure(plan: Plan, checkpoint: Checkpoint, scratch: Path, *, speed: bool, p
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".compare-") as folder:
         staging = Path(folder)
         artifact, _ = build_model(plan, checkpoint, staging, staging / "build.log", progress)
-        checks = ("drift", "latency") if speed else ("drift",)
+        timed = speed and plan.verification is Verification.RUN
+        checks = ("drift", "latency") if timed else ("drift",)
         options = VerifyOptions(checks=checks)
-        report = verify_artifact(artifact, checkpoint.path, None, plan.limits, options=options, progress=progress)
+        report = verify_artifact(
+            artifact, checkpoint.path, None, plan.limits, level=plan.verification, options=options, progress=progress
+        )
         size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
     return {"bytes": size, **_figures(report)}
 

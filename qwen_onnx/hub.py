@@ -26,7 +26,7 @@ from qwen_onnx.schema import HubSource
 
 Progress = Callable[[str], None]
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "vocab.json", "merges.txt")
-WANTED_TOO = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "LICENSE*")
+WANTED_TOO = ("*.tiktoken", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "LICENSE*")
 HUGGINGFACE = "https://huggingface.co"
 MODELSCOPE = "https://www.modelscope.cn"
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -53,13 +53,11 @@ def download(source: HubSource, cache: Path, progress: Progress) -> tuple[Path, 
         SourceError: not reachable, no such repository or revision.
         ChecksumError: what arrived is not what the hub announced.
     """
-    name = f"{source.kind}--{source.repo.replace('/', '--')}--{source.revision.replace('/', '_')}"
-    final = cache / "checkpoints" / name
-    listing = final / CHECKSUMS
-    if listing.exists():
-        recorded: dict[str, str] = json.loads(listing.read_text(encoding="utf-8"))
-        if file_checksums(final, without=CHECKSUMS) == recorded:
-            return final, recorded
+    final = _folder(source, cache)
+    known = recorded(source, cache)
+    if known is not None:
+        if file_checksums(final, without=CHECKSUMS) == known:
+            return final, known
         shutil.rmtree(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
@@ -76,6 +74,19 @@ def download(source: HubSource, cache: Path, progress: Progress) -> tuple[Path, 
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return final, files
+
+
+def _folder(source: HubSource, cache: Path) -> Path:
+    return cache / "checkpoints" / f"{source.kind}--{source.repo.replace('/', '--')}--{source.revision}"
+
+
+def recorded(source: HubSource, cache: Path) -> dict[str, str] | None:
+    """SHA-256 by name of a checkpoint that was downloaded before, as they were then; None when it was not."""
+    listing = _folder(source, cache) / CHECKSUMS
+    if not listing.exists():
+        return None
+    files: dict[str, str] = json.loads(listing.read_text(encoding="utf-8"))
+    return files
 
 
 def _authorization(source: HubSource) -> dict[str, str]:
@@ -104,7 +115,7 @@ def _list(client: httpx.Client, source: HubSource) -> list[RemoteFile]:
 def _list_huggingface(client: httpx.Client, source: HubSource) -> Iterator[RemoteFile]:
     """https://huggingface.co/docs/hub/api: /api/models/{repo}/tree/{revision}."""
     base = os.environ.get("HF_ENDPOINT", HUGGINGFACE).rstrip("/")
-    revision = quote(source.revision, safe="")
+    revision = quote(source.revision or "", safe="")
     for item in _json(client, f"{base}/api/models/{source.repo}/tree/{revision}"):
         if item.get("type") == "file":
             url = f"{base}/{source.repo}/resolve/{revision}/{quote(item['path'])}"
@@ -116,7 +127,7 @@ def _list_modelscope(client: httpx.Client, source: HubSource) -> Iterator[Remote
     """The REST interface that the modelscope package uses: /api/v1/models/{repo}/repo/files."""
     base = os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE).rstrip("/")
     api = f"{base}/api/v1/models/{source.repo}/repo"
-    revision = quote(source.revision, safe="")
+    revision = quote(source.revision or "", safe="")
     answer = _json(client, f"{api}/files?Revision={revision}&Recursive=false")
     for item in (answer.get("Data") or {}).get("Files") or []:
         if item.get("Type") == "blob":

@@ -29,7 +29,8 @@ from qwen_onnx.artifact import (
 )
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.plan import Plan
-from qwen_onnx.sources import Checkpoint, expected_revision, fetch
+from qwen_onnx.schema import Verification
+from qwen_onnx.sources import Checkpoint, expected_revisions, fetch
 
 if TYPE_CHECKING:
     from qwen_onnx.verify.report import Report
@@ -86,13 +87,15 @@ def optimize(job: Job, progress: Progress = print) -> Outcome:
     with build_lock(
         job.target, wait=job.wait, waiting=lambda: progress("another build of this artifact runs: waiting")
     ):
-        revision = expected_revision(job.plan, job.source)
-        key = build_key(job.plan, revision, packages, exporter_digest())
-        hit = None if job.force else cached(job.target, key)
+        exporter = exporter_digest()
+        pins = expected_revisions(job.plan, job.cache, job.source)
+        keys = [build_key(job.plan, pin, packages, exporter) for pin in pins]
+        hit = None if job.force else cached(job.target, keys)
         if hit and (hit.manifest.verdict != "UNVERIFIED" or not job.verify):
             return Outcome(hit, hit=True)
         _require_disk(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
+        key = build_key(job.plan, checkpoint.revision, packages, exporter)
         with kept_folder(job.cache, key, job.target) as kept, staging_folder(job.target) as staging:
             return _build(job, key, packages, checkpoint, staging, kept, progress)
 
@@ -154,7 +157,9 @@ def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, pro
     from qwen_onnx.verify import verify_artifact
 
     reference = export_reference(job.plan, checkpoint.path, staging, progress)
-    report = verify_artifact(folder, checkpoint.path, reference, job.plan.limits, progress=progress)
+    report = verify_artifact(
+        folder, checkpoint.path, reference, job.plan.limits, level=job.plan.verification, progress=progress
+    )
     report.save(folder)
     return report
 
@@ -176,7 +181,9 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, progress: Progr
     with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
         plan = artifact.manifest.plan
         reference = export_reference(plan, checkpoint.path, staging, progress)
-        report = verify_artifact(artifact.path, checkpoint.path, reference, plan.limits, progress=progress)
+        report = verify_artifact(
+            artifact.path, checkpoint.path, reference, plan.limits, level=plan.verification, progress=progress
+        )
         folder = staging / "artifact"
         shutil.copytree(artifact.path, folder, copy_function=os.link)
         for name in ("report.json", "report.html", "manifest.json"):
@@ -188,7 +195,7 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, progress: Progr
 
 
 def smoke(folder: Path, plan: Plan) -> None:
-    """Load with onnxruntime-genai and generate.
+    """Load with onnxruntime-genai and generate, unless the target is known by its structure alone.
 
     Raises:
         ExportError: it does not load, gives no token, or its context is shorter than the plan's.
@@ -197,8 +204,10 @@ def smoke(folder: Path, plan: Plan) -> None:
     from qwen_onnx.runtime.engine import Engine
     from qwen_onnx.runtime.tokenizer import TextTokenizer
 
+    if plan.verification is Verification.STRUCTURE:
+        return
     try:
-        engine = Engine(folder)
+        engine = Engine(folder, on_cpu=plan.verification is Verification.NUMERICS_ON_CPU)
         ids = TextTokenizer(folder).encode(SMOKE_PROMPT)
         tokens = list(engine.generate(ids, max_new_tokens=8, stop_on_eos=False))
     except ArtifactError as error:

@@ -12,15 +12,36 @@ from pydantic import Field
 
 from qwen_onnx.schema import Record
 
+# genai's names of execution providers, and ONNX Runtime's
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+    "NvTensorRtRtx": "NvTensorRTRTXExecutionProvider",
+}
+
 
 class GenAIModelBuilderConfig(Record):
     """Options of ``qwen_onnx.export.builder.GenAIModelBuilder`` (onnxruntime-genai 0.18 names)."""
 
     precision: Literal["int4", "fp16", "fp32"]
+    execution_provider: Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"] = "cpu"
     block_size: Literal[16, 32, 64, 128, 256] | None = None
     is_symmetric: bool | None = None
     accuracy_level: int | None = Field(default=None, ge=0, le=4)
     algo_config: Literal["default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed"] | None = None
+    moe_quant_type: Literal["int4", "int8"] | None = Field(
+        default=None, description="experts of a mixture; QMoE on the CPU takes symmetric weights from the builder"
+    )
+    qmoe_block_size: Literal[32, 64, 128] | None = Field(default=None, description="weights of an expert per scale")
+    shared_embeddings: bool | None = Field(
+        default=None, description="the embedding reads the head's weights; by default as the checkpoint ties them"
+    )
+    fuse_qkv: bool | None = Field(default=None, description="one MatMul for q, k and v")
+    fuse_qk_norm_gqa: bool | None = Field(
+        default=None, description="Qwen3's norms of q and k inside GroupQueryAttention, which the CPU cannot compute"
+    )
     prune_lm_head: bool | None = Field(
         default=None, description="logits of the last position only: prefill needs no other"
     )
@@ -29,8 +50,11 @@ class GenAIModelBuilderConfig(Record):
 class CalibratedGptqConfig(Record):
     """Options of ``qwen_onnx.export.quantize.CalibratedGptq``."""
 
-    bits: Literal[4] = 4
-    head_bits: Literal[4, 8] = Field(default=8, description="bits of lm_head and of the embedding that it shares")
+    bits: Literal[4, 8] = 4
+    head_bits: Literal[4, 8, 16] = Field(
+        default=8, description="bits of lm_head and of the embedding that shares it; 16 leaves it unquantised"
+    )
+    symmetric: bool = Field(default=False, description="all zero points in the middle of the grid")
     group_size: Literal[16, 32, 64, 128] = Field(default=32, description="weights that share a scale")
     int8_share: float = Field(default=0.0, ge=0, le=1, description="part of the body's weights that may have 8 bits")
     windows: int = Field(default=24, ge=4, description="calibration windows")
@@ -39,6 +63,14 @@ class CalibratedGptqConfig(Record):
     damp: float = Field(default=0.01, gt=0, lt=1, description="GPTQ damping, fraction of the mean diagonal")
     seed: int = 0
 
+
+# What CalibratedGptq can quantise: models whose weights are all linear layers, which genai's builder then reads back.
+# transformers 5 keeps experts as fused tensors, and genai wants the gates of linear attention unquantised.
+CALIBRATED = (
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 
 STEP_CONFIGS: dict[str, type[Record]] = {
     "CalibratedGptq": CalibratedGptqConfig,

@@ -1,7 +1,7 @@
 """Recipe row and pipeline → one frozen, self-contained Plan with a digest.
 
 The effective configuration has exactly two layers; ``recipes/plans.lock`` records the digest of
-each (model, target), so that an edit shows which sizes it moved.
+each (model, target, precision), so that an edit shows which sizes it moved.
 """
 
 from __future__ import annotations
@@ -12,13 +12,24 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from qwen_onnx.catalog import Catalog, describe
+from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.passes import STEP_CONFIGS
-from qwen_onnx.schema import Family, Limits, Pipeline, Readback, Record, Row, Source, Variant, json_schemas
-
-LOCK_FILE = "recipes/plans.lock"
-GOLDEN_MODEL = "starter"
+from qwen_onnx.faults import describe
+from qwen_onnx.passes import CALIBRATED, PROVIDERS, STEP_CONFIGS, GenAIModelBuilderConfig
+from qwen_onnx.schema import (
+    Build,
+    Family,
+    Limits,
+    Pipeline,
+    Precision,
+    Readback,
+    Record,
+    Row,
+    Shape,
+    Source,
+    Variant,
+    Verification,
+)
 
 
 class Plan(Record):
@@ -30,11 +41,13 @@ class Plan(Record):
     model: str
     title: str
     target: str
-    precision: str
+    precision: Precision
+    verification: Verification
     architecture: str
     parameters: int = Field(gt=0)
     context: int = Field(gt=0)
-    license: str
+    license: str | None
+    shape: Shape
     sources: tuple[Source, ...]
     olive: dict[str, Any]
     readback: Readback
@@ -57,62 +70,76 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def make_plan(catalog: Catalog, model: str, target: str) -> Plan:
-    """Compose the plan of ``model`` on ``target``.
+def make_plan(catalog: Catalog, model: str, target: str, precision: str | None = None) -> Plan:
+    """Compose the plan of ``model`` on ``target``, in the target's default precision unless told otherwise.
 
     Raises:
-        ConfigError: unknown model or target, or every fault of their composition.
+        ConfigError: unknown model, target or precision, one that is excluded or unavailable, or every fault of
+            their composition.
     """
     family, row = catalog.row(model)
-    return _compose(family, row, catalog.pipeline(target), _file_of(catalog, family))
+    chosen = catalog.precision(target, precision)
+    return _compose(family, row, catalog.pipeline(target), chosen, _file_of(catalog, family))
 
 
 def make_variant_plan(catalog: Catalog, model: str, target: str, variant: Variant) -> Plan:
     """The plan of ``model`` with the steps of ``variant``; ConfigError with every fault."""
     family, row = catalog.row(model)
-    pipeline = catalog.pipeline(target)
+    pipeline, precision = catalog.pipeline(target), catalog.precision(target)
+    build = pipeline.precisions[precision]
     file = f"pipelines/variants/{target}.yaml"
     try:
-        readback = Readback.model_validate(pipeline.readback.model_dump() | variant.readback)
+        readback = Readback.model_validate(build.readback.model_dump() | variant.readback)
     except ValidationError as error:
         raise ConfigError(describe(f"{file}: variants.{variant.name}.readback", error)) from error
-    changed = pipeline.model_copy(update={"steps": variant.steps, "readback": readback})
-    return _compose(family, row, changed, _file_of(catalog, family), pipeline_file=f"{file}: variants.{variant.name}")
+    build = build.model_copy(update={"steps": variant.steps, "readback": readback})
+    changed = pipeline.model_copy(update={"precisions": {precision: build}})
+    place = f"{file}: variants.{variant.name}"
+    return _compose(family, row, changed, precision, _file_of(catalog, family), pipeline_file=place)
 
 
 def make_all_plans(catalog: Catalog) -> list[Plan]:
-    """The plan of every (model, target); ConfigError with the faults of all of them."""
+    """The plan of every (model, target, precision) that can be built; ConfigError with the faults of all of them."""
     plans, faults = [], []
-    for family, row in catalog.rows.values():
-        for pipeline in catalog.pipelines.values():
-            try:
-                plans.append(_compose(family, row, pipeline, _file_of(catalog, family)))
-            except ConfigError as error:
-                faults += error.faults
+    for family, row in (found for found in catalog.rows.values() if not found[1].planned):
+        file = _file_of(catalog, family)
+        for pipeline in (catalog.pipelines[name] for name in catalog.targets_of(row)):
+            for precision in catalog.precisions_of(row, pipeline.target):
+                try:
+                    plans.append(_compose(family, row, pipeline, precision, file))
+                except ConfigError as error:
+                    faults += error.faults
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)), hint="correct these keys, then: make plans")
     return plans
-
-
-def lock_text(plans: list[Plan]) -> str:
-    """Content of ``recipes/plans.lock``: model, target and digest, one line each, sorted."""
-    return "".join(f"{plan.model} {plan.target} {plan.digest}\n" for plan in sorted(plans, key=lambda p: p.name))
 
 
 def _file_of(catalog: Catalog, family: Family) -> str:
     return next(file for file, known in catalog.families.items() if known is family)
 
 
-def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_file: str | None = None) -> Plan:
+def _compose(
+    family: Family, row: Row, pipeline: Pipeline, precision: Precision, file: str, pipeline_file: str | None = None
+) -> Plan:
+    if row.planned or row.parameters is None or row.context is None:
+        raise ConfigError([f"{file}: {row.id} cannot be built yet: {row.planned}"], hint="qwen-onnx list")
+    override = row.targets.get(pipeline.target)
+    if override and override.excluded:
+        fault = f"{file}: {row.id} is not built for {pipeline.target}: {override.excluded}"
+        raise ConfigError([fault], hint="qwen-onnx list")
+    if override and precision in override.without:
+        fault = f"{file}: {row.id} has no {precision} for {pipeline.target}: {override.without[precision]}"
+        raise ConfigError([fault], hint="qwen-onnx list")
     faults: list[str] = []
-    steps: dict[str, dict[str, Any]] = {s.name: {"type": s.type, **s.config} for s in pipeline.steps}
-    layers: dict[str, Any] = {
-        "steps": steps,
-        "readback": pipeline.readback.model_dump(),
-        "limits": pipeline.limits.model_dump(),
-    }
-    _apply_override(layers, row, pipeline.target, file, faults)
-    _check_steps(steps, pipeline_file or f"pipelines/{pipeline.target}.yaml", faults)
+    build = pipeline.precisions[precision]
+    place = pipeline_file or f"pipelines/{pipeline.target}.yaml: precisions.{precision}"
+    layers = _layers(build)
+    steps: dict[str, dict[str, Any]] = layers["steps"]
+    _apply_size(layers, row, build, place, faults)
+    _apply_override(layers, row, pipeline, precision, file, faults)
+    _check_steps(steps, pipeline.execution_provider, place, faults)
+    _check_speeds(layers["limits"], pipeline.verification, place, faults)
+    _check_quantiser(steps, family.architecture, f"{file}: sizes.{row.id}.targets.{pipeline.target}", faults)
     for name, record in (("readback", Readback), ("limits", Limits)):
         try:
             record.model_validate(layers[name])
@@ -124,11 +151,13 @@ def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_f
         model=row.id,
         title=row.title,
         target=pipeline.target,
-        precision=pipeline.precision,
+        precision=precision,
+        verification=pipeline.verification,
         architecture=family.architecture,
         parameters=row.parameters,
         context=row.context,
         license=row.license,
+        shape=row.shape,
         sources=row.sources,
         olive=_olive_config(steps, pipeline),
         readback=Readback.model_validate(layers["readback"]),
@@ -136,20 +165,82 @@ def _compose(family: Family, row: Row, pipeline: Pipeline, file: str, pipeline_f
     )
 
 
-def _apply_override(layers: dict[str, Any], row: Row, target: str, file: str, faults: list[str]) -> None:
-    override = row.targets.get(target)
-    for address, value in (override.set if override else {}).items():
+def _layers(build: Build) -> dict[str, Any]:
+    """What an override addresses."""
+    return {
+        "steps": {step.name: {"type": step.type, **step.config} for step in build.steps},
+        "readback": build.readback.model_dump(),
+        "limits": build.limits.model_dump(),
+    }
+
+
+def _apply_size(layers: dict[str, Any], row: Row, build: Build, place: str, faults: list[str]) -> None:
+    for entry in build.larger:
+        unknown = sorted(set(entry.limits) - set(layers["limits"]))
+        faults += [f"{place}.larger.limits.{name}: unknown key" for name in unknown]
+        if row.parameters and row.parameters >= entry.parameters:
+            layers["limits"] |= entry.limits
+
+
+def _apply_override(
+    layers: dict[str, Any], row: Row, pipeline: Pipeline, precision: Precision, file: str, faults: list[str]
+) -> None:
+    override = row.targets.get(pipeline.target)
+    if override is None:
+        return
+    builds = [build for name, build in pipeline.precisions.items() if name in override.precisions]
+    for address, value in override.set.items():
         *path, field = address.split(".")
-        node: Any = layers
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or field not in node or not path:
-            faults.append(f"{file}: sizes.{row.id}.targets.{target}.set.{address}: matches nothing in the pipeline")
-        else:
-            node[field] = value
+        node = _node(layers, path, field, value)
+        matching = [build for build in builds if _node(_layers(build), path, field, value) is not None]
+        # a build that has it, but no longer: the step was left out by an address before this one
+        gone = node is None and pipeline.precisions[precision] in matching
+        if not matching or gone:
+            place = f"{file}: sizes.{row.id}.targets.{pipeline.target}.set.{address}"
+            faults.append(f"{place}: matches nothing in the pipeline")
+        elif node is not None and precision in override.precisions:
+            if path == ["steps"]:
+                del node[field]
+            else:
+                node[field] = value
 
 
-def _check_steps(steps: dict[str, dict[str, Any]], file: str, faults: list[str]) -> None:
+def _node(layers: dict[str, Any], path: list[str], field: str, value: Any) -> dict[str, Any] | None:
+    """The mapping that holds ``field`` or, being a step, has it as an option at its default; else None.
+
+    A whole step cannot be set, only left out (null): what it would become is the pipeline's business.
+    """
+    if path == ["steps"]:
+        return layers["steps"] if value is None and field in layers["steps"] else None
+    node: Any = layers
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not path or not isinstance(node, dict):
+        return None
+    record = STEP_CONFIGS.get(node.get("type", "")) if path[0] == "steps" else None
+    return node if field in node or (record and field in record.model_fields) else None
+
+
+def _check_quantiser(steps: dict[str, dict[str, Any]], architecture: str, row: str, faults: list[str]) -> None:
+    """What the step cannot quantise is known before anything is downloaded."""
+    names = [name for name, step in steps.items() if step["type"] == "CalibratedGptq"]
+    if architecture not in CALIBRATED:
+        faults += [
+            f"{row}: the step {name} (CalibratedGptq) cannot quantise a {architecture}; set: {{steps.{name}: null}}"
+            for name in names
+        ]
+    if not steps:
+        faults.append(f"{row}: no step is left")
+
+
+def _check_speeds(limits: dict[str, Any], verification: Verification, place: str, faults: list[str]) -> None:
+    """A limit that nobody measures would be a promise without proof."""
+    if verification is not Verification.RUN:
+        speeds = [name for name in ("decode_speedup", "prefill_speedup") if limits.get(name) is not None]
+        faults += [f"{place}.limits.{name}: the target is not run here: {verification.text}" for name in speeds]
+
+
+def _check_steps(steps: dict[str, dict[str, Any]], provider: str, file: str, faults: list[str]) -> None:
     for name, step in steps.items():
         record = STEP_CONFIGS.get(step["type"])
         if record is None:
@@ -157,9 +248,13 @@ def _check_steps(steps: dict[str, dict[str, Any]], file: str, faults: list[str])
             faults.append(f"{file}: steps.{name}.type: no pass {step['type']!r}; known: {known}")
             continue
         try:
-            record.model_validate({key: value for key, value in step.items() if key != "type"})
+            config = record.model_validate({key: value for key, value in step.items() if key != "type"})
         except ValidationError as error:
             faults += describe(f"{file}: steps.{name}.config", error)
+            continue
+        if isinstance(config, GenAIModelBuilderConfig) and PROVIDERS[config.execution_provider] != provider:
+            asked = config.execution_provider
+            faults.append(f"{file}: steps.{name}.config.execution_provider: {asked} is not the target's {provider}")
 
 
 def _olive_config(steps: dict[str, dict[str, Any]], pipeline: Pipeline) -> dict[str, Any]:
@@ -175,15 +270,3 @@ def _olive_config(steps: dict[str, dict[str, Any]], pipeline: Pipeline) -> dict[
         "output_dir": "model",
         "log_severity_level": 1,
     }
-
-
-def committed_files(catalog: Catalog) -> dict[str, str]:
-    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas."""
-    files = {LOCK_FILE: lock_text(make_all_plans(catalog))}
-    model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
-    for target in catalog.pipelines:
-        plan = make_plan(catalog, model, target).model_dump(mode="json")
-        files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
-    schemas = json_schemas()
-    files |= {f"recipes/{name}": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
-    return files

@@ -6,11 +6,27 @@ A *pipeline* (one file per target) holds Olive passes as named steps; a *family*
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
+# as config.json names them; what each needs of the exporter: export/architectures.py
+ARCHITECTURES = (
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
+COMMIT = r"[0-9a-f]{40}"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+Reason = Annotated[str, StringConstraints(min_length=10)]
+Precision = Literal["int4", "int8", "fp16", "fp32"]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -39,6 +55,36 @@ class Limits(Record):
     max_bytes: int | None = Field(default=None, gt=0)
 
 
+class Larger(Record):
+    """Other limits for models from a number of weights on: large models lose less to quantisation."""
+
+    parameters: int = Field(gt=0)
+    limits: dict[str, JsonValue] = Field(min_length=1)
+
+
+class Verification(StrEnum):
+    """How the artifacts of a target are judged here; a report claims no more."""
+
+    RUN = "run"
+    SIMULATOR = "simulator"
+    NUMERICS_ON_CPU = "numerics-on-cpu"
+    STRUCTURE = "structure"
+
+    @property
+    def text(self) -> str:
+        """What is then known, and what is not."""
+        return {
+            Verification.RUN: "run here by the target's own execution provider",
+            Verification.SIMULATOR: "run on the vendor's simulator; not run on the device",
+            Verification.NUMERICS_ON_CPU: "numerics on the CPU execution provider; not run on the device",
+            Verification.STRUCTURE: "structure of the graph; never run",
+        }[self]
+
+    def claim(self, verdict: str) -> str:
+        """What a report or manifest may say of an artifact with ``verdict``."""
+        return f"proven: {self.text}" if verdict == "PASS" else f"not proven ({verdict}); judged by: {self.text}"
+
+
 class Step(Record):
     """One Olive pass. ``config`` goes to Olive as it stands."""
 
@@ -47,34 +93,81 @@ class Step(Record):
     config: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class Readback(Record):
-    """What the finished graph must hold; compared with the graph itself, never with the request."""
+class ExpertReadback(Record):
+    """What the finished graph must hold in every QMoE node."""
 
-    body_bits: Literal[4, 8]
-    head_bits: Literal[4, 8]
+    bits: Literal[4, 8]
     block_size: int = Field(gt=0)
     symmetric: bool
-    accuracy_level: int = Field(ge=0, le=4)
+
+
+class Readback(Record):
+    """What the finished graph must hold; compared with the graph itself, never with the request.
+
+    Bits of 16 and 32 are floats. ``io_bits`` are those of the logits and the KV cache.
+    """
+
+    form: Literal["MatMulNBits", "QDQ", "float"] = Field(default="MatMulNBits", description="how weights are stored")
+    provider: str = Field(default="cpu", description="execution provider in genai_config.json, by genai's name")
+    io_bits: Literal[16, 32] = 32
+    body_bits: Literal[4, 8, 16, 32]
+    head_bits: Literal[4, 8, 16, 32]
+    block_size: int | None = Field(default=None, gt=0)
+    symmetric: bool | None = None
+    accuracy_level: int | None = Field(default=None, ge=0, le=4)
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
+    experts: ExpertReadback | None = Field(default=None, description="of a mixture of experts; null: there are none")
+
+    @model_validator(mode="after")
+    def _says_what_its_form_has(self) -> Readback:
+        has = {
+            "MatMulNBits": ("block_size", "symmetric", "accuracy_level"),
+            "QDQ": ("block_size", "symmetric"),
+            "float": (),
+        }[self.form]
+        for name in ("block_size", "symmetric", "accuracy_level"):
+            if (getattr(self, name) is not None) != (name in has):
+                raise ValueError(f"{name}: {'missing' if name in has else 'has no meaning'} for {self.form} weights")
+        if (self.form == "float") != (self.body_bits >= 16):
+            raise ValueError(f"body_bits: {self.body_bits} bits are not {self.form} weights")
+        return self
 
 
-class Pipeline(Record):
-    """A target: its Olive passes as named steps and the checks by default."""
+class Build(Record):
+    """One precision of a target: its Olive passes as named steps, what they must give, the checks' limits."""
 
-    target: Name
-    precision: Name
-    device: Literal["cpu", "gpu", "npu"]
-    execution_provider: str = Field(min_length=1)
     steps: tuple[Step, ...] = Field(min_length=1)
     readback: Readback
     limits: Limits
+    larger: tuple[Larger, ...] = Field(default=(), description="by rising number of weights; the last that fits counts")
 
     @model_validator(mode="after")
-    def _steps_have_one_name_each(self) -> Pipeline:
+    def _steps_have_one_name_each(self) -> Build:
         names = [step.name for step in self.steps]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"steps: name used twice: {', '.join(doubled)}")
+        return self
+
+
+class Pipeline(Record):
+    """A target: how it is built in each precision, or why not, and how far what was built is proven here."""
+
+    target: Name
+    verification: Verification
+    device: Literal["cpu", "gpu", "npu"]
+    execution_provider: str = Field(min_length=1)
+    default: Precision = "int4"
+    precisions: dict[Precision, Build] = Field(default_factory=dict)
+    unavailable: dict[Precision, Reason] = Field(default_factory=dict, description="precisions without a build")
+
+    @model_validator(mode="after")
+    def _every_precision_is_built_or_says_why_not(self) -> Pipeline:
+        for name in get_args(Precision):
+            if (name in self.precisions) == (name in self.unavailable):
+                raise ValueError(f"{name}: must stand in exactly one of `precisions` and `unavailable`")
+        if self.precisions and self.default not in self.precisions:
+            raise ValueError(f"default: {self.default} is unavailable")
         return self
 
 
@@ -98,7 +191,22 @@ class HubSource(Record):
 
     kind: Literal["huggingface", "modelscope"]
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    revision: str = Field(min_length=1, description="commit id, tag or branch; a commit id is reproducible")
+    revision: str | None = Field(
+        default=None, description="commit id; absent when none was looked up, then only a local SOURCE can be built"
+    )
+
+    @model_validator(mode="after")
+    def _revision_is_a_commit(self) -> HubSource:
+        # ModelScope publishes no commit ids with its listings: its branch is taken, each file's SHA-256 recorded
+        branch = self.kind == "modelscope" and self.revision == "master"
+        if self.revision is not None and not branch and not re.fullmatch(COMMIT, self.revision):
+            raise ValueError(f"revision: {self.revision!r} is not a commit id of 40 hex digits")
+        return self
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision names one state of the repository for ever."""
+        return self.revision is not None and re.fullmatch(COMMIT, self.revision) is not None
 
 
 class WheelSource(Record):
@@ -115,31 +223,98 @@ Source = Annotated[HubSource | WheelSource, Field(discriminator="kind")]
 
 
 class Override(Record):
-    """A change for one size on one target; ``set`` addresses ``steps.<name>.<field>``, ``limits.<field>``
-    or ``readback.<field>``."""
+    """A change for one size on one target, or ``excluded``, the reason why that target has none.
 
-    why: str = Field(min_length=10)
-    set: dict[str, JsonValue] = Field(min_length=1)
+    ``set`` addresses ``steps.<name>.<field>``, ``limits.<field>`` or ``readback.<field>`` and applies to those of
+    ``precisions`` (default: all) that have the field. ``steps.<name>: null`` leaves the step out.
+    """
+
+    excluded: Reason | None = None
+    without: dict[Precision, Reason] = Field(default_factory=dict, description="precisions that this size has not")
+    why: Reason | None = None
+    precisions: tuple[Precision, ...] = get_args(Precision)
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _changes_or_excludes(self) -> Override:
+        if self.excluded and (self.why or self.set or self.without):
+            raise ValueError("excluded: a target that is excluded takes no `why`, `set` or `without`")
+        if not self.excluded and not self.without and not self.set:
+            raise ValueError("either `set` with its `why`, `without`, or `excluded`")
+        if bool(self.why) != bool(self.set):
+            raise ValueError("`set` and `why` go together")
+        return self
+
+
+class ExtendedContext(Record):
+    """A context beyond the native one, and how it is reached."""
+
+    tokens: int = Field(gt=0)
+    method: str | None = Field(default=None, description="yarn, dynamic-ntk, …")
+    factor: float | None = Field(default=None, gt=1)
+
+
+class Shape(Record):
+    """Sizes from the model's ``config.json``; a checkpoint that contradicts them is refused."""
+
+    layers: int | None = Field(default=None, gt=0)
+    hidden_size: int | None = Field(default=None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    heads: int | None = Field(default=None, gt=0)
+    kv_heads: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
+    vocab_size: int | None = Field(default=None, gt=0)
+    tied: bool | None = Field(default=None, description="whether the head shares the embedding's weights")
+    experts: int | None = Field(default=None, gt=0)
+    experts_per_token: int | None = Field(default=None, gt=0)
+    moe_intermediate_size: int | None = Field(default=None, gt=0)
+    shared_expert_intermediate_size: int | None = Field(default=None, gt=0)
 
 
 class Row(Record):
-    """One size of a family."""
+    """One size of a family. A fact that was not looked up is absent; ``read_in`` says where the others were read."""
 
     id: Name
     title: str = Field(min_length=1)
-    parameters: int = Field(gt=0, description="number of weights")
+    kind: Literal["base", "chat", "thinking", "hybrid"] | None = None
+    parameters: int | None = Field(default=None, gt=0, description="number of weights")
+    active_parameters: int | None = Field(default=None, gt=0, description="weights that one token uses, of a MoE")
+    license: str | None = Field(default=None, min_length=1, description="SPDX identifier of the weights")
+    context: int | None = Field(default=None, gt=0, description="native context: tokens that the artifact accepts")
+    extended_context: ExtendedContext | None = None
+    languages: int | tuple[str, ...] | None = Field(default=None, description="ISO 639-1 codes, or how many")
+    modality: str = "text"
+    tasks: tuple[Literal["general", "coding", "math"], ...] = ()
+    released: str | None = Field(default=None, pattern=r"^20\d\d-\d\d$")
+    shape: Shape = Shape()
     sources: tuple[Source, ...] = Field(min_length=1)
-    license: str = Field(min_length=1, description="SPDX identifier of the weights")
-    context: int = Field(gt=0, description="tokens that the artifact accepts")
+    planned: str | None = Field(default=None, min_length=10, description="why this size cannot be exported yet")
+    read_in: dict[str, str] = Field(default_factory=dict, description="where each fact was read; default: the rest")
     targets: dict[Name, Override] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _can_be_built_or_says_why_not(self) -> Row:
+        missing = [name for name in ("parameters", "context") if getattr(self, name) is None]
+        if missing and not self.planned:
+            raise ValueError(f"{' and '.join(missing)} missing: without them the row needs `planned` with the reason")
+        return self
 
 
 class Family(Record):
     """One Qwen generation."""
 
     family: Name
-    architecture: Literal["Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+    architecture: str = Field(min_length=1, description="as in the checkpoint's config.json")
+    targets: dict[Name, Override] = Field(default_factory=dict, description="of every size that has none of its own")
     sizes: tuple[Row, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _architecture_is_known(self) -> Family:
+        buildable = any(row.planned is None for row in self.sizes)
+        if buildable and self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"architecture: {self.architecture!r} cannot be exported; known: {known}")
+        return self
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:

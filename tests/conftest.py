@@ -40,19 +40,22 @@ def edit_yaml(path: Path, change) -> None:  # type: ignore[no-untyped-def]
     path.write_text(yaml.safe_dump(data, sort_keys=False))
 
 
+def edit_int4(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    """Change the int4 build of a pipeline."""
+    edit_yaml(path, lambda pipeline: change(pipeline["precisions"]["int4"]))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen2 with a byte-level tokenizer: builds in seconds."""
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
-def make_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """Write a random Qwen2 checkpoint of 64 dimensions and two layers."""
-    import torch
+def byte_tokenizer():  # type: ignore[no-untyped-def]
+    """A tokenizer of 256 bytes and the two tokens of ChatML, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|im_start|>", "<|im_end|>"]
     vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
@@ -64,19 +67,31 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    config = Qwen2Config(
-        vocab_size=len(vocabulary) + (-len(vocabulary)) % 32,
+    return tokenizer
+
+
+def make_tiny_checkpoint(folder: Path, seed: int = 0, kind: str = "qwen2") -> Path:
+    """Write a random checkpoint of 64 dimensions and two layers; ``kind`` is qwen2 or qwen3."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    config_class, model_class = (Qwen3Config, Qwen3ForCausalLM) if kind == "qwen3" else (Qwen2Config, Qwen2ForCausalLM)
+    config = config_class(
+        vocab_size=len(tokenizer) + (-len(tokenizer)) % 32,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=32,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -85,8 +85,8 @@ def test_an_artifact_set_aside_by_a_killed_process_comes_back(plan: Plan, tmp_pa
 def test_damaged_artifacts_are_refused_and_never_a_cache_hit(plan: Plan, tmp_path: Path, fault: str) -> None:
     target = tmp_path / "a"
     put(plan, target, "one")
-    assert cached(target, "k")
-    assert not cached(target, "other key")
+    assert cached(target, ["k"])
+    assert not cached(target, ["other key"])
     damage = {
         "missing": (target / "model.onnx").unlink,
         "altered": lambda: (target / "model.onnx").write_text("onE"),
@@ -100,7 +100,7 @@ def test_damaged_artifacts_are_refused_and_never_a_cache_hit(plan: Plan, tmp_pat
         open_artifact(target)
     assert caught.value.where
     assert "make optimize" in (caught.value.hint or "")
-    assert not cached(target, "k")
+    assert not cached(target, ["k"])
 
 
 def test_the_key_follows_plan_source_versions_and_exporter(plan: Plan) -> None:

@@ -11,9 +11,22 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tests.conftest import edit_yaml, free_port, run_cli
+from tests.conftest import edit_int4, edit_yaml, free_port, run_cli
 
-VERBS = ("list", "plan", "plans", "fetch", "optimize", "verify", "generate", "chat", "serve", "doctor")
+VERBS = (
+    "list",
+    "select",
+    "compare",
+    "plan",
+    "plans",
+    "fetch",
+    "optimize",
+    "verify",
+    "generate",
+    "chat",
+    "serve",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -28,6 +41,13 @@ def test_list_shows_whole_names() -> None:
     assert all(name in said for name in ("starter", "qwen2.5-0.5b-instruct", "qwen3-0.6b"))
 
 
+def test_list_says_how_each_target_is_proven() -> None:
+    said = " ".join(run_cli("list", "starter").stdout.split())
+    assert "cuda: int4, int8, fp16; numerics on the CPU execution provider; not run on the device" in said
+    assert "npu-vitisai: nothing yet" in said
+    assert "Ryzen AI" in said
+
+
 def test_plan_prints_the_complete_olive_config() -> None:
     config = json.loads(run_cli("plan", "starter", "--target", "cpu").stdout)
     assert [step["type"] for step in config["passes"].values()] == ["CalibratedGptq", "GenAIModelBuilder"]
@@ -38,9 +58,13 @@ def test_plan_prints_the_complete_olive_config() -> None:
     [
         (["plan", "startr"], 2, ["startr", "starter"]),
         (["plan", "starter", "--target", "cpuu"], 2, ["cpuu"]),
+        (["plan", "starter", "--precision", "int3"], 2, ["int3", "int4, int8, fp32"]),
+        (["plan", "starter", "--precision", "fp16"], 2, ["unavailable", "computes in fp32 on a CPU"]),
+        (["optimize", "starter", "--target", "npu-vitisai"], 2, ["unavailable", "Ryzen AI"]),
+        (["select", "--ram", "8GB", "--device", "npu-vitisai"], 2, ["unavailable", "Ryzen AI"]),
         (["generate", "artifacts/none", "Hi"], 6, ["there is no artifact", "make optimize TARGET=cpu"]),
         (["optimize", "starter", "--source", "/nonexistent"], 4, ["/nonexistent"]),
-        (["generate"], 2, ["ARTIFACT"]),
+        (["generate"], 2, ["Missing argument"]),
     ],
 )
 def test_bad_input_is_one_clear_message(arguments: list[str], code: int, words: list[str]) -> None:
@@ -53,15 +77,37 @@ def test_bad_input_is_one_clear_message(arguments: list[str], code: int, words: 
 def test_a_recipe_with_typos_names_them_all_and_runs_nothing(checkout: Path) -> None:
     def spoil(pipeline: dict) -> None:  # type: ignore[type-arg]
         pipeline["steps"][0]["config"]["int4_block_size"] = 32
-        pipeline["limits"]["top1"] = "high"
+        pipeline["larger"][0]["limits"]["topp1"] = 0.5
 
-    edit_yaml(checkout / "pipelines/cpu.yaml", spoil)
+    edit_int4(checkout / "pipelines/cpu.yaml", spoil)
     done = run_cli("optimize", "starter", cwd=checkout)
     assert done.returncode == 2
     assert "int4_block_size" in done.stderr
-    assert "top1" in done.stderr
+    assert "topp1" in done.stderr
     assert "cpu.yaml" in done.stderr
     assert not (checkout / "artifacts").exists()
+
+
+def test_faults_of_every_kind_and_file_are_told_together(checkout: Path) -> None:
+    """An unknown key, a wrong type, an option that no pass has, an address that matches nothing: one run, all four."""
+
+    def spoil(recipe: dict) -> None:  # type: ignore[type-arg]
+        recipe["sizes"][0] |= {"licence": "MIT", "parameters": "many"}
+        recipe["sizes"][0]["targets"] = {"cpu": {"why": "a reason that is long enough", "set": {"limits.kldd": 1}}}
+
+    edit_yaml(checkout / "recipes/qwen3.yaml", spoil)
+    edit_int4(checkout / "pipelines/cpu.yaml", lambda build: build["steps"][0]["config"].update(int4_block_size=32))
+    edit_yaml(checkout / "pipelines/cuda.yaml", lambda pipeline: pipeline.update(verification="none"))
+    done = run_cli("plan", "starter", "--target", "cpu", cwd=checkout)
+    assert done.returncode == 2
+    for fault in (
+        "recipes/qwen3.yaml: sizes.qwen3-0.6b.licence: unknown key",
+        "recipes/qwen3.yaml: sizes.qwen3-0.6b.parameters",
+        "recipes/qwen3.yaml: sizes.qwen3-0.6b.targets.cpu.set.limits.kldd: matches nothing",
+        "pipelines/cpu.yaml: precisions.int4: steps.quantize.config: int4_block_size: unknown key",
+        "pipelines/cuda.yaml: verification",
+    ):
+        assert fault in done.stderr, done.stderr
 
 
 def test_doctor_says_what_is_there() -> None:

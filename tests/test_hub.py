@@ -15,8 +15,9 @@ import pytest
 
 from qwen_onnx.catalog import load_catalog
 from qwen_onnx.errors import ChecksumError, SourceError
-from qwen_onnx.plan import Plan, make_plan
-from qwen_onnx.sources import fetch
+from qwen_onnx.plan import Plan, digest_of, make_plan
+from qwen_onnx.schema import HubSource, Shape
+from qwen_onnx.sources import expected_revisions, fetch
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -82,7 +83,8 @@ def hub(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type
 
 @pytest.fixture(scope="module")
 def plan(repository: Path) -> Plan:
-    return make_plan(load_catalog(repository), "qwen2.5-0.5b-instruct", "cpu")
+    """Of a real row, for the sizes of the tiny checkpoint that the hub serves here."""
+    return make_plan(load_catalog(repository), "qwen2.5-0.5b-instruct", "cpu").model_copy(update={"shape": Shape()})
 
 
 def test_hugging_face(hub: type[FakeHub], plan: Plan, tmp_path: Path) -> None:
@@ -103,7 +105,17 @@ def test_a_damaged_cache_is_downloaded_again(hub: type[FakeHub], plan: Plan, tmp
 
 def test_modelscope_is_the_second_source(hub: type[FakeHub], plan: Plan, tmp_path: Path) -> None:
     hub.down = ("/tree/",)
-    assert fetch(plan, tmp_path).origin == "modelscope:Qwen/Qwen2.5-0.5B-Instruct"
+    found = fetch(plan, tmp_path)
+    assert found.origin == "modelscope:Qwen/Qwen2.5-0.5B-Instruct"
+    assert found.revision == digest_of(found.files), "a branch moves: its content identifies it"
+    assert found.revision in expected_revisions(plan, tmp_path, None)
+
+
+def test_a_row_without_a_revision_needs_a_local_source(plan: Plan, tmp_path: Path) -> None:
+    unpinned = plan.model_copy(update={"sources": (HubSource(kind="huggingface", repo="Qwen/Qwen2.5-0.5B-Instruct"),)})
+    with pytest.raises(SourceError, match="no pinned revision") as caught:
+        fetch(unpinned, tmp_path)
+    assert "SOURCE=" in (caught.value.hint or "")
 
 
 def test_a_truncated_download_is_refused_and_leaves_nothing(hub: type[FakeHub], plan: Plan, tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_onnx.artifact import build_lock, open_artifact
-from tests.conftest import edit_yaml, rewrite_json, run_cli
+from tests.conftest import edit_int4, edit_yaml, rewrite_json, run_cli
+from tests.fixtures_architectures import make_checkpoint
+from tests.fixtures_qwen1 import make_qwen1_checkpoint
 
 
 def optimize(source: Path, target: Path, *more: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -59,7 +63,7 @@ def test_an_altered_artifact_is_refused_then_built_again(
 def test_a_verdict_other_than_pass_publishes_beside_the_target(
     checkout: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    edit_yaml(checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["limits"].update(decode_speedup=1000.0))
+    edit_int4(checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["limits"].update(decode_speedup=1000.0))
     target = tmp_path / "out/int4"
     done = optimize(tiny_checkpoint, target, cwd=checkout)
     assert done.returncode == 7, done.stderr
@@ -75,7 +79,7 @@ def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_ch
         pipeline["steps"][0]["config"]["group_size"] = 128
         pipeline["readback"]["block_size"] = 128
 
-    edit_yaml(checkout / "pipelines/cpu.yaml", wider)
+    edit_int4(checkout / "pipelines/cpu.yaml", wider)
     target = tmp_path / "out/int4"
     done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
     assert done.returncode == 5
@@ -88,12 +92,55 @@ def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_ch
 def test_a_graph_that_is_not_what_was_asked_for_is_refused(
     checkout: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    edit_yaml(checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["readback"].update(block_size=32))
+    edit_int4(checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["readback"].update(block_size=32))
     target = tmp_path / "out/int4"
     done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
     assert done.returncode == 5
     assert "block_size" in done.stderr
     assert leftovers(target.parent) == []
+
+
+# what a row of an architecture that CalibratedGptq cannot quantise says for the target cpu
+UNCALIBRATED = {
+    "steps.quantize": None,
+    "steps.build.block_size": 32,
+    "steps.build.algo_config": "k_quant_last",
+    "readback.block_size": 32,
+}
+EXPERTS = {"bits": 4, "block_size": 32, "symmetric": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("QWenLMHeadModel", {}),
+        ("Qwen3MoeForCausalLM", UNCALIBRATED | {"readback.experts": EXPERTS}),
+        ("Qwen3_5ForConditionalGeneration", UNCALIBRATED),
+    ],
+)
+def test_the_default_pipeline_builds_other_architectures(
+    checkout: Path, tmp_path: Path, architecture: str, changes: dict[str, Any]
+) -> None:
+    def other(recipe: dict[str, Any]) -> None:
+        recipe["architecture"] = architecture
+        row = recipe["sizes"][0] | {"context": 512, "parameters": 100_000, "targets": {}}
+        row.pop("shape", None)
+        if changes:
+            row["targets"] = {
+                "cpu": {"why": "the quantiser sees linear layers only", "precisions": ["int4"], "set": changes}
+            }
+        recipe["sizes"][0] = row
+
+    edit_yaml(checkout / "recipes/starter.yaml", other)
+    make = make_qwen1_checkpoint if architecture == "QWenLMHeadModel" else partial(make_checkpoint, architecture)
+    target = tmp_path / "out/int4"
+    done = optimize(make(tmp_path / "checkpoint"), target, "--no-verify", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    manifest = open_artifact(target).manifest
+    assert manifest.plan.architecture == architecture
+    experts = [{"accuracy_level": 4, "count": 2, **EXPERTS}] if "readback.experts" in changes else []
+    assert manifest.readback["experts"] == experts
 
 
 def test_a_second_build_fails_clearly_or_waits(tiny_build: Path, tiny_checkpoint: Path) -> None:

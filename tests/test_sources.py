@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from qwen_onnx.catalog import load_catalog
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError, UnsupportedModelError
 from qwen_onnx.gguf_import import write_dithered_checkpoint
 from qwen_onnx.plan import Plan, make_plan
-from qwen_onnx.schema import WheelSource
-from qwen_onnx.sources import expected_revision, fetch, unpacked_gguf
+from qwen_onnx.schema import Shape, WheelSource
+from qwen_onnx.sources import expected_revisions, fetch, unpacked_gguf
 from tests.conftest import rewrite_json
 
 
@@ -28,7 +29,7 @@ def plan(repository: Path) -> Plan:
 def test_a_local_folder_is_a_source(plan: Plan, tiny_checkpoint: Path, tmp_path: Path) -> None:
     found = fetch(plan, tmp_path, local=tiny_checkpoint)
     assert found.path == tiny_checkpoint
-    assert found.revision == expected_revision(plan, tiny_checkpoint)
+    assert [found.revision] == expected_revisions(plan, tmp_path, tiny_checkpoint)
     assert set(found.files) >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 
@@ -72,6 +73,30 @@ def test_broken_folders_are_refused(plan: Plan, broken_checkpoint: Path, tmp_pat
     spoil(broken_checkpoint)
     with pytest.raises(error, match=message):
         fetch(plan, tmp_path / "cache", local=broken_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        ({}, {"layers": 3}, "num_hidden_layers is 2, the recipe says 3"),
+        ({}, {"hidden_size": 65, "heads": 7}, "hidden_size is 64, the recipe says 65; num_attention_heads"),
+        ({"tie_word_embeddings": False}, {"tied": True}, "tie_word_embeddings is False, the recipe says True"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, {"layers": 2}, "rope scaling is yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, {"layers": 2}, "is yarn"),
+    ],
+)
+def test_a_config_that_contradicts_its_recipe_is_refused(
+    plan: Plan, broken_checkpoint: Path, tmp_path: Path, config: dict[str, Any], shape: dict[str, Any], message: str
+) -> None:
+    rewrite_json(broken_checkpoint / "config.json", **config)
+    wanted = plan.model_copy(update={"shape": Shape(**shape)})
+    with pytest.raises(UnsupportedModelError, match=message):
+        fetch(wanted, tmp_path / "cache", local=broken_checkpoint)
+
+
+def test_a_config_that_fits_its_recipe_is_accepted(plan: Plan, broken_checkpoint: Path, tmp_path: Path) -> None:
+    wanted = plan.model_copy(update={"shape": Shape(layers=2, hidden_size=64, heads=2, kv_heads=1, tied=True)})
+    assert fetch(wanted, tmp_path / "cache", local=broken_checkpoint).path
 
 
 @pytest.mark.parametrize("name", ["nothing", "file.txt"])

@@ -15,6 +15,8 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.checkpoint import TOKENIZER_FILE
+from qwen_onnx.export.qdq import write_signed
+from qwen_onnx.export.repairs import repair
 from qwen_onnx.export.streaming import weights_in_files
 from qwen_onnx.passes import GenAIModelBuilderConfig
 
@@ -41,47 +43,34 @@ class GenAIModelBuilder(Pass):  # type: ignore[misc]
 
 
 def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> None:
-    """Run genai's builder for the CPU provider.
+    """Run genai's builder for an execution provider, with what the checkpoint's architecture needs around it.
+
+    The provider need not be on this machine.
 
     Args:
         checkpoint: Hugging Face folder, quantised by an Olive pass or not.
         output: folder for ``model.onnx``, its data, ``genai_config.json`` and the tokenizer.
         config: options; those that are None keep the builder's default.
+
+    Raises:
+        UnsupportedModelError, ExportError: see ``architecture_of``.
     """
     from onnxruntime_genai.models import builder
 
-    options = config.model_dump(exclude_none=True, exclude={"precision"})
+    from qwen_onnx.export.architectures import architecture_of, installed, present
+
+    architecture = architecture_of(checkpoint)
+    options = config.model_dump(exclude_none=True, exclude={"precision", "execution_provider"})
     flags = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
     cache = output / ".builder-cache"
     cache.mkdir(parents=True, exist_ok=True)
-    common = ("", str(checkpoint), str(output), config.precision, "cpu", str(cache))
-    with weights_in_files(output):
-        builder.create_model(*common, **builder.parse_extra_options(*common, flags))
-    repair_shared_head(output / MODEL_FILE)
+    common = ("", str(checkpoint), str(output), config.precision, config.execution_provider, str(cache))
+    parsed = builder.parse_extra_options(*common, [*flags, *architecture.options])
+    present(parsed, architecture)
+    with installed(architecture), weights_in_files(output):
+        builder.create_model(*common, **parsed)
+    repair(output / MODEL_FILE, config.accuracy_level)
+    if config.execution_provider == "NvTensorRtRtx":
+        write_signed(output / MODEL_FILE)
     # transformers 5 rebuilds a Qwen2 tokenizer when the builder saves it, and then splits "\n\n" otherwise
     shutil.copyfile(checkpoint / TOKENIZER_FILE, output / TOKENIZER_FILE)
-
-
-def repair_shared_head(model: Path) -> None:
-    """Give the scales and zero points of a shared, already quantised lm_head their two dimensions.
-
-    genai 0.18 writes them flat, which MatMulNBits takes and the embedding's GatherBlockQuantized refuses: the
-    model would not load. Only the declared shape changes, the bytes are row-major already.
-    """
-    import onnx
-
-    graph_file = onnx.load(str(model), load_external_data=False)
-    tensors = {tensor.name: tensor for tensor in graph_file.graph.initializer}
-    flat = [
-        tensors[name]
-        for node in graph_file.graph.node
-        if node.op_type == "GatherBlockQuantized"
-        for name in node.input[2:]
-        if len(tensors[name].dims) == 1
-    ]
-    if not flat:
-        return
-    rows = next(tensor.dims[0] for name, tensor in tensors.items() if name.endswith("lm_head.MatMulNBits.qweight"))
-    for tensor in flat:
-        tensor.dims[:] = [rows, tensor.dims[0] // rows]
-    onnx.save(graph_file, str(model))

@@ -52,7 +52,7 @@ def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def search_grid(
-    weights: torch.Tensor, bits: int, importance: torch.Tensor | None = None
+    weights: torch.Tensor, bits: int, importance: torch.Tensor | None = None, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of each row.
 
@@ -60,18 +60,22 @@ def search_grid(
         weights: [rows, block].
         bits: 4 or 8.
         importance: [block], weight of each column's squared error; None counts all alike.
+        symmetric: every zero point is ``2**(bits - 1)``.
 
     Returns:
         scales [rows, 1] and zeros [rows, 1].
     """
     top = 2**bits - 1
     high, low = weights.amax(1, keepdim=True).clamp(min=0), weights.amin(1, keepdim=True).clamp(max=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
     scale = zero = torch.zeros_like(high)
     least = torch.full_like(high, torch.inf)
     for step in range(SHRINK_STEPS):
         kept = 1 - SHRINK * step
         scales = ((high - low) * kept / top).clamp(min=SMALLEST_SCALE)
-        zeros = torch.round(-low * kept / scales).clamp(0, top)
+        zeros = torch.full_like(low, 2 ** (bits - 1)) if symmetric else torch.round(-low * kept / scales).clamp(0, top)
         error = (_on_grid(weights, scales, zeros, top)[1] - weights) ** 2
         total = (error if importance is None else error * importance).sum(1, keepdim=True)
         better = total < least
@@ -87,16 +91,18 @@ def _on_grid(
     return codes, (codes - zeros) * scales
 
 
-def round_to_nearest(weight: torch.Tensor, bits: int, block: int) -> Quantized:
+def round_to_nearest(weight: torch.Tensor, bits: int, block: int, symmetric: bool = False) -> Quantized:
     """Quantise a matrix [out, in] without calibration, on searched grids."""
     rows = weight.reshape(-1, block)
-    scales, zeros = search_grid(rows, bits)
+    scales, zeros = search_grid(rows, bits, symmetric=symmetric)
     codes, _ = _on_grid(rows, scales, zeros, 2**bits - 1)
     shape = (weight.shape[0], -1)
     return Quantized(codes.reshape(weight.shape), scales.reshape(shape), zeros.reshape(shape), bits)
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, damp: float) -> Quantized:
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, damp: float, symmetric: bool = False
+) -> Quantized:
     """Quantise a matrix so that its outputs on the calibration text change least.
 
     Args:
@@ -105,6 +111,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, dam
         bits: 4 or 8.
         block: weights that share a scale.
         damp: added to the diagonal, as a fraction of its mean.
+        symmetric: all zero points in the middle of the grid.
     """
     weight, hessian = weight.clone(), hessian.clone()
     dead = torch.diag(hessian) == 0
@@ -116,7 +123,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, dam
     codes, scales, zeros = torch.empty_like(weight), [], []
     for begin in range(0, weight.shape[1], block):
         end = begin + block
-        scale, zero = search_grid(weight[:, begin:end], bits, importance[begin:end])
+        scale, zero = search_grid(weight[:, begin:end], bits, importance[begin:end], symmetric)
         error = _solve_block(
             weight[:, begin:end], inverse[begin:end, begin:end], scale, zero, codes[:, begin:end], bits
         )

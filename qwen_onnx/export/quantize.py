@@ -27,11 +27,11 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
-from qwen_onnx.export.gptq import gptq, round_to_nearest
+from qwen_onnx.export.gptq import Quantized, gptq, round_to_nearest
 from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.sensitivity import choose_int8, named_as
-from qwen_onnx.export.skeleton import EMBEDDING, NORM, Skeleton, call
+from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
 from qwen_onnx.export.weights import (
     INDEX_FILE,
     Scratch,
@@ -48,6 +48,7 @@ from qwen_onnx.plan import digest_of
 # matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 BATCH = 4  # windows
+FLOAT_BITS = 16  # a head of so many bits is not quantised
 
 
 class CalibratedGptq(Pass):  # type: ignore[misc]
@@ -182,9 +183,10 @@ class _Layer:
                 full = f"{prefix}.{matrix}"
                 bits[full] = 8 if full in precise else self.config.bits
                 hessian = hessians[named_as(matrix, LEADER)]
-                found = gptq(module.weight, hessian, bits[full], self.config.group_size, self.config.damp)
+                grid = (self.config.group_size, self.config.damp, self.config.symmetric)
+                found = gptq(module.weight, hessian, bits[full], *grid)
                 del tensors[f"{full}.weight"]
-                tensors |= {f"{full}.{part}": value for part, value in found.packed().items()}
+                tensors |= {f"{full}.{part}": value for part, value in _parts(found, self.config).items()}
                 module.weight.copy_(found.dequantize())
             write_safetensors(self.work.temporary(name), tensors)
             outputs = mapped(self.work.temporary(after), tuple(states.shape))
@@ -218,24 +220,34 @@ class _Layer:
 
 @torch.no_grad()
 def quantize_head(skeleton: Skeleton, config: CalibratedGptqConfig, work: WorkFolder) -> None:
-    """Round the head to its grid, row by row, and copy embedding and norm; leaves ``outer.safetensors``."""
+    """Round the head to its grid by rows, unless it stays float, and copy what is outside of the layers."""
     if work.finished("outer") is not None:
         return
     weights, name = skeleton.weights, "outer.safetensors"
     head = weights.tensor(skeleton.head_name)
     copied = [EMBEDDING, *weights.names(f"{NORM}.")]
-    packed = round_to_nearest(head[:1].float(), config.head_bits, config.group_size).packed()
+    quantized = config.head_bits < FLOAT_BITS
+    if not quantized and skeleton.head_name == HEAD:
+        copied.append(HEAD)
     layout = {key: (torch.float32, tuple(weights.tensor(key).shape)) for key in copied}
-    for part, row in packed.items():
+    for part, row in _head_rows(head[:1], config).items() if quantized else ():
         layout[f"lm_head.{part}"] = (row.dtype, (head.shape[0], row.shape[1]))
     file = create_safetensors(work.temporary(name), layout)
     for key in copied:
         file[key].copy_(weights.tensor(key))
-    for piece in row_pieces(*head.shape):
-        found = round_to_nearest(head[piece].float(), config.head_bits, config.group_size)
-        for part, rows in found.packed().items():
+    for piece in row_pieces(*head.shape) if quantized else ():
+        for part, rows in _head_rows(head[piece], config).items():
             file[f"lm_head.{part}"][piece] = rows
     work.commit("outer", [name])
+
+
+def _head_rows(rows: torch.Tensor, config: CalibratedGptqConfig) -> dict[str, torch.Tensor]:
+    return _parts(round_to_nearest(rows.float(), config.head_bits, config.group_size, config.symmetric), config)
+
+
+def _parts(matrix: Quantized, config: CalibratedGptqConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a matrix in Olive's format: without zero points every one is the middle of the grid."""
+    return {part: value for part, value in matrix.packed().items() if part != "qzeros" or not config.symmetric}
 
 
 def _assemble(
@@ -254,7 +266,8 @@ def _assemble(
         _link(path, output / name)
         with safe_open(path, framework="pt") as file:
             index |= dict.fromkeys(file.keys(), name)
-        bits = {"lm_head": config.head_bits} if step == "outer" else (work.finished(step) or {})["bits"]
+        head = {"lm_head": config.head_bits} if config.head_bits < FLOAT_BITS else {}
+        bits = head if step == "outer" else (work.finished(step) or {})["bits"]
         overrides |= {matrix: {"bits": count} for matrix, count in bits.items() if count != config.bits}
     total = sum(path.stat().st_size for path in output.glob("model-*.safetensors"))
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
@@ -263,9 +276,9 @@ def _assemble(
     settings["quantization_config"] = {
         "quant_method": "olive",
         "bits": config.bits,
-        "symmetric": False,
+        "symmetric": config.symmetric,
         "group_size": config.group_size,
-        "lm_head": True,
+        "lm_head": config.head_bits < FLOAT_BITS,
         "embeds": False,
         "overrides": overrides,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,38 +11,94 @@ from qwen_onnx.errors import ExportError
 from qwen_onnx.schema import Readback
 
 HEAD_NODE = "lm_head"
+# matrices that stay float in an int4 graph: what chooses experts, and the gates of linear attention
+ROUTING = ("/moe/router/", "/shared_expert_gate/", "/linear_attn/a_proj/", "/linear_attn/b_proj/")
+FC1_ZERO_POINTS = 11  # input of QMoE
+# onnx.TensorProto.DataType: FLOAT, FLOAT16; UINT8, INT8, UINT4, INT4
+BITS = {1: 32, 10: 16, 2: 8, 3: 8, 21: 4, 22: 4}
+FLOATS = (1, 10)
 
 
 def read_graph(model: Path) -> dict[str, Any]:
-    """Quantisation facts of an ONNX file.
+    """Quantisation facts of an ONNX file and of the ``genai_config.json`` beside it.
 
     Returns:
-        ``nodes``: one entry per MatMulNBits with bits, block_size, accuracy_level, symmetric (no zero points);
-        ``counts``: operator counts; ``float_matmuls``: names of MatMul nodes with a constant float weight;
-        ``prune_lm_head``: whether the logits have one position, whatever the length of the input.
+        ``nodes``: one entry per quantised matrix with form, bits, block_size, accuracy_level (None in QDQ form),
+        symmetric (no zero points); ``experts``: the same per QMoE; ``counts``: operator counts; ``floats``: bits of the
+        constant weight of each float MatMul; ``float_experts``: names of MoE nodes; ``io_bits``: bits of every float
+        input and output; ``provider``: genai's name of the execution provider; ``prune_lm_head``: whether the logits
+        have one position, whatever the length of the input.
     """
     import onnx
 
     graph = onnx.load(str(model), load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     nodes = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
-            attributes = {a.name: a.i for a in node.attribute}
-            zero_points = len(node.input) > 3 and bool(node.input[3])
-            nodes[node.name] = {
-                "bits": attributes["bits"],
-                "block_size": attributes["block_size"],
-                "accuracy_level": attributes.get("accuracy_level", 0),
-                "symmetric": not zero_points,
-            }
-    floats = [n.name for n in graph.node if n.op_type == "MatMul" and any(name in constants for name in n.input)]
+            nodes[node.name] = _nbits_facts(node)
+        elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            nodes[node.name] = _qdq_facts(node, constants[node.input[0]])
+    floats = {
+        node.name: _float_bits(constants[name])
+        for node in graph.node
+        if node.op_type == "MatMul"
+        for name in node.input
+        if name in constants
+    }
+    experts = {node.name: _experts(node) for node in graph.node if node.op_type == "QMoE"}
     logits = next(output for output in graph.output if output.name == "logits")
+    types = (value.type.tensor_type.elem_type for value in (*graph.input, *graph.output))
     return {
         "nodes": nodes,
+        "experts": experts,
         "counts": dict(Counter(n.op_type for n in graph.node)),
-        "float_matmuls": floats,
+        "floats": floats,
+        "float_experts": [node.name for node in graph.node if node.op_type == "MoE"],
+        "io_bits": sorted({bits for kind in types if (bits := _float_bits(kind))}),
+        "provider": _provider(model.parent),
         "prune_lm_head": logits.type.tensor_type.shape.dim[1].dim_value == 1,
+    }
+
+
+def _nbits_facts(node: Any) -> dict[str, Any]:
+    attributes = {a.name: a.i for a in node.attribute}
+    return {
+        "form": "MatMulNBits",
+        "bits": attributes["bits"],
+        "block_size": attributes["block_size"],
+        "accuracy_level": attributes.get("accuracy_level", 0),
+        "symmetric": len(node.input) <= 3 or not node.input[3],
+    }
+
+
+def _qdq_facts(node: Any, kind: int) -> dict[str, Any]:
+    return {
+        "form": "QDQ",
+        "bits": BITS.get(kind),
+        "block_size": next((a.i for a in node.attribute if a.name == "block_size"), None),
+        "accuracy_level": None,
+        "symmetric": len(node.input) <= 2 or not node.input[2],
+    }
+
+
+def _float_bits(kind: int) -> int | None:
+    return BITS[kind] if kind in FLOATS else None
+
+
+def _provider(folder: Path) -> str:
+    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    options = settings["model"]["decoder"]["session_options"]["provider_options"]
+    return next((name for entry in options for name in entry), "cpu")
+
+
+def _experts(node: Any) -> dict[str, Any]:
+    attributes = {a.name: a.i for a in node.attribute}
+    return {
+        "bits": attributes.get("expert_weight_bits", 4),
+        "block_size": attributes.get("block_size", 0),
+        "accuracy_level": attributes.get("accuracy_level", 0),
+        "symmetric": not any(node.input[FC1_ZERO_POINTS : FC1_ZERO_POINTS + 2]),
     }
 
 
@@ -49,36 +106,74 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     """Compare the graph with the plan.
 
     Returns:
-        A summary for the manifest: number of matrices by (bits, block size, symmetry, accuracy level).
+        A summary for the manifest: number of matrices, and of layers of experts, by (form, bits, block size, symmetry,
+        accuracy level).
 
     Raises:
         ExportError: naming every kind of difference and one node that shows it.
     """
-    faults = [f"{name} is a float MatMul" for name in facts["float_matmuls"][:3]]
-    if not facts["nodes"]:
-        faults.append("the graph holds no MatMulNBits")
+    faults = [
+        f"{name} is {facts[name]}, asked {getattr(asked, name)}"
+        for name in ("provider", "prune_lm_head")
+        if facts[name] != getattr(asked, name)
+    ]
+    if facts["io_bits"] != [asked.io_bits]:
+        faults.append(f"inputs and outputs have {facts['io_bits']} bits, asked {asked.io_bits}")
+    if not facts["nodes"] and asked.form != "float":
+        faults.append(f"the graph holds no weights in the form {asked.form}")
+    if asked.form != "float":
+        faults += [f"{name} has float experts" for name in facts["float_experts"][:3]]
+    for name, node in facts["experts"].items():
+        faults += _expert_differences(name, node, asked)
+    if asked.experts and not facts["experts"]:
+        faults.append("the graph holds no QMoE")
+    named = {name: node["bits"] for name, node in facts["nodes"].items()} | facts["floats"]
+    if asked.body_bits not in [bits for name, bits in named.items() if HEAD_NODE not in name]:
+        faults.append(f"no matrix of the body has {asked.body_bits} bits")
+    floats = {
+        name: bits
+        for name, bits in facts["floats"].items()
+        if bits != _bits_of(name, asked) and not any(part in name for part in ROUTING)
+    }
+    faults += [f"{name} is a float MatMul of {bits} bits" for name, bits in list(floats.items())[:3]]
     for name, node in facts["nodes"].items():
         faults += _differences(name, node, asked)
-    body = [node["bits"] for name, node in facts["nodes"].items() if HEAD_NODE not in name]
-    if body and asked.body_bits not in body:
-        faults.append(f"no matrix of the body has {asked.body_bits} bits")
-    if facts["prune_lm_head"] != asked.prune_lm_head:
-        faults.append(f"prune_lm_head is {facts['prune_lm_head']}, asked {asked.prune_lm_head}")
     if faults:
         shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
         raise ExportError(f"the graph is not what the plan asked for: {shown}", hint="qwen-onnx plan shows the request")
-    kinds = Counter(tuple(sorted(node.items())) for node in facts["nodes"].values())
     return {
-        "matrices": [{**dict(kind), "count": count} for kind, count in sorted(kinds.items(), key=str)],
+        "matrices": _kinds(facts["nodes"]),
+        "experts": _kinds(facts["experts"]),
+        "float_matrices": {str(bits): count for bits, count in Counter(facts["floats"].values()).items()},
         "operators": facts["counts"],
+        "io_bits": asked.io_bits,
+        "provider": facts["provider"],
         "prune_lm_head": facts["prune_lm_head"],
     }
 
 
+def _kinds(nodes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    kinds = Counter(tuple(sorted(node.items())) for node in nodes.values())
+    return [{**dict(kind), "count": count} for kind, count in sorted(kinds.items(), key=str)]
+
+
+def _expert_differences(name: str, node: dict[str, Any], asked: Readback) -> list[str]:
+    if asked.experts is None:
+        return [f"{name} is a mixture of experts, the plan says nothing of one"]
+    wanted = {**asked.experts.model_dump(), "accuracy_level": asked.accuracy_level}
+    return [f"{name}: {key} is {node[key]}, asked {value}" for key, value in wanted.items() if node[key] != value]
+
+
+def _bits_of(name: str, asked: Readback) -> int:
+    return asked.head_bits if HEAD_NODE in name else asked.body_bits
+
+
 def _differences(name: str, node: dict[str, Any], asked: Readback) -> list[str]:
     allowed_bits = {asked.head_bits} if HEAD_NODE in name else {asked.body_bits, 8}
-    wanted = {"block_size": asked.block_size, "accuracy_level": asked.accuracy_level, "symmetric": asked.symmetric}
-    faults = [f"{name}: {key} is {node[key]}, asked {value}" for key, value in wanted.items() if node[key] != value]
+    same = ("form", "block_size", "accuracy_level", "symmetric")
+    faults = [
+        f"{name}: {key} is {node[key]}, asked {getattr(asked, key)}" for key in same if node[key] != getattr(asked, key)
+    ]
     if node["bits"] not in allowed_bits:
         faults.append(f"{name}: {node['bits']} bits, asked {sorted(allowed_bits)}")
     return faults

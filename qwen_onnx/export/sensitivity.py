@@ -213,7 +213,9 @@ class _Run:
     def _gain(self, weight: torch.Tensor, fisher: torch.Tensor, config: CalibratedGptqConfig) -> float:
         delta = self.skeleton.scratch.zeros("delta", tuple(weight.shape))
         for piece in row_pieces(*weight.shape):
-            delta[piece] = round_to_nearest(weight[piece], config.bits, config.group_size).dequantize() - weight[piece]
+            rows = weight[piece]
+            grid = round_to_nearest(rows, config.bits, config.group_size, config.symmetric)
+            delta[piece] = grid.dequantize() - rows
         return float(delta.pow_(2).mul_(fisher).sum())
 
 

@@ -25,6 +25,8 @@ CONFIG_FILE = "genai_config.json"
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
 # whole piece: 128 tokens prefill as fast as 512 and need 80 MB less (docs/lab-log.md)
 PREFILL_CHUNK = 128
+# weights in QDQ form become floats when the model is loaded: a CPU would unpack all of them for every token
+UNPACK_QDQ = {"session.disable_quant_qdq": "1"}
 
 Cancelled = Callable[[], bool]
 
@@ -58,11 +60,12 @@ GREEDY = SamplingOptions()
 
 @dataclass(frozen=True)
 class Shape:
-    """What a request is checked against."""
+    """What a request is checked against, and the execution provider that the model was built for."""
 
     context_length: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    provider: str = "cpu"
 
     @classmethod
     def read(cls, folder: Path) -> Shape:
@@ -72,7 +75,9 @@ class Shape:
             model = json.loads(path.read_text(encoding="utf-8"))["model"]
             eos = model["eos_token_id"]
             ids = frozenset(eos if isinstance(eos, list) else [eos])
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ids)
+            options = model["decoder"]["session_options"]["provider_options"]
+            provider = next((name for entry in options for name in entry), "cpu")
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ids, provider)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{CONFIG_FILE} cannot be read: {error}",
@@ -128,26 +133,33 @@ class Engine:
     Args:
         folder: flat folder with ``genai_config.json`` and ``model.onnx``.
         threads: threads within an operator; None leaves it to onnxruntime.
+        on_cpu: run on the CPU whatever provider the artifact was built for.
 
     Raises:
         ArtifactError: the folder holds no model that genai loads.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, *, threads: int | None = None, on_cpu: bool = False) -> None:
         self.shape = Shape.read(folder)
         self.context_length = self.shape.context_length
         self.vocab_size = self.shape.vocab_size
         self.eos_token_ids = self.shape.eos_token_ids
         try:
             config = og.Config(str(folder))
-            if threads is not None:
-                session = {"intra_op_num_threads": threads}
-                config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            session: dict[str, Any] = {} if threads is None else {"intra_op_num_threads": threads}
+            if on_cpu:
+                config.clear_providers()
+                session |= UNPACK_QDQ
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = og.Model(config)
         # genai raises bare RuntimeError, and OrtException derived from it, for whatever it cannot load
         except RuntimeError as error:
+            needed = self.shape.provider
+            hint = f"serve it where onnxruntime-genai has {needed}; here: make optimize TARGET=cpu"
             raise ArtifactError(
-                f"onnxruntime-genai cannot load the model: {error}", where=str(folder), hint="build it again"
+                f"onnxruntime-genai cannot load the model: {error}",
+                where=str(folder),
+                hint="build it again" if on_cpu or needed == "cpu" else hint,
             ) from error
 
     def _generator(self, max_length: int, options: SamplingOptions, min_length: int) -> Any:

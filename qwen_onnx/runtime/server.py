@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -67,8 +68,8 @@ def create_app(service: QwenService, model_name: str) -> FastAPI:
             return JSONResponse(error, 404)
         config = body.config()
         messages = [message.plain() for message in body.messages]
-        # faulty input is a 400, so it must be found before a stream has begun
-        service.prepare(messages, config)
+        # faulty input is a 400, so it must be found before a stream has begun; long texts take a while to encode
+        await asyncio.to_thread(service.prepare, messages, config)
         deltas = service.generate_async(messages, config)
         answer = Answer(model_name)
         if body.stream:

@@ -8,11 +8,11 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError
+from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
 from qwen_onnx.runtime.engine import Cancelled, Engine, RemoteEngine, SamplingOptions, TokenEngine
-from qwen_onnx.runtime.template import ChatTemplate, Message
+from qwen_onnx.runtime.template import ChatTemplate, Message, has_template
 from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer, check_size
 
 FinishReason = Literal["stop", "length"]
@@ -103,19 +103,26 @@ class QwenService:
         ArtifactError: the folder holds no model that loads.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None, isolated: bool = False) -> None:
+    def __init__(self, folder: Path | str, *, threads: int | None = None, isolated: bool = False) -> None:
+        folder = Path(folder)
         self.tokenizer = TextTokenizer(folder)
-        self.template = ChatTemplate(folder)
+        # a base model has no template and continues plain text all the same: the fault is told when a chat comes
+        self.template = ChatTemplate(folder) if has_template(folder) else None
         self.engine: TokenEngine = (RemoteEngine if isolated else Engine)(folder, threads=threads)
         self._turn = threading.Lock()
 
     def format_chat(self, messages: Sequence[Message]) -> str:
         """The prompt that the template makes of ``messages``; TemplateError when it refuses them."""
-        return self.template.render(messages)
+        return self._chat_template().render(messages)
+
+    def _chat_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise TemplateError("this model has no chat template", where="messages", hint="give plain text: generate")
+        return self.template
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of that prompt; special tokens that users typed stay text."""
-        return self.template.encode(messages, self.tokenizer, self.engine.shape.context_length)
+        return self._chat_template().encode(messages, self.tokenizer, self.engine.shape.context_length)
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
         """Token ids of ``prompt``, checked against the context.
@@ -224,6 +231,12 @@ class QwenService:
     def close(self) -> None:
         """Free the model."""
         self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _joined(deltas: list[Delta]) -> Completion:

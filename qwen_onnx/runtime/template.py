@@ -35,13 +35,7 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path) -> None:
-        config_path = folder / TOKENIZER_CONFIG
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            separate = folder / TEMPLATE_FILE
-            source = separate.read_text(encoding="utf-8") if separate.exists() else config.get("chat_template")
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"the tokenizer's files cannot be read: {error}", where=str(config_path)) from error
+        source, config = _read(folder)
         if not isinstance(source, str):
             raise ArtifactError("the model has no chat template", where=str(folder), hint="use plain generation")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -90,6 +84,23 @@ class ChatTemplate:
             text = found[int(piece)] if index % 2 else piece
             ids += tokenizer.encode(text, allow_special=index % 2 == 0, add_special_tokens=False)
         return ids
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a model can chat; ArtifactError when the tokenizer's files cannot be read."""
+    return _read(folder)[0] is not None
+
+
+def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Source of the template, if there is one, and ``tokenizer_config.json``."""
+    config_path = folder / TOKENIZER_CONFIG
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        separate = folder / TEMPLATE_FILE
+        source = separate.read_text(encoding="utf-8") if separate.exists() else config.get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"the tokenizer's files cannot be read: {error}", where=str(config_path)) from error
+    return source, config
 
 
 def _token_text(token: Any) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.schema import Limits
-from qwen_onnx.verify.checks import CHECKS, run_check
+from qwen_onnx.schema import Limits, Verification
+from qwen_onnx.verify.checks import CHECKS, beyond, run_check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
@@ -31,22 +31,29 @@ def verify_artifact(
     reference: Path | None,
     limits: Limits,
     *,
+    level: Verification = Verification.RUN,
     options: VerifyOptions = DEFAULT_OPTIONS,
     progress: Callable[[str], None] = _silent,
 ) -> Report:
-    """Run every check on ``artifact``.
+    """Run every check on ``artifact`` that its verification level promises; the report names the others.
 
     Args:
         artifact: flat folder that the runtime serves.
         checkpoint: Hugging Face folder that the artifact was made from.
         reference: fp32 ONNX export of the same checkpoint; without it the verdict is at best INCONCLUSIVE.
         limits: what the artifact must reach.
+        level: how artifacts of this target are judged here.
         options: how much is measured.
         progress: called with one line at the start of each part.
 
     Raises:
-        VerificationError: a folder is missing or a check has no such name. Checks that fail do not raise.
+        VerificationError: a folder is missing, a check has no such name, or the level cannot make it. Checks that
+            fail do not raise.
     """
+    left_out = beyond(level)
+    impossible = sorted(set(options.checks) & set(left_out))
+    if impossible:
+        raise VerificationError(f"{', '.join(impossible)} cannot be checked: {level.text}")
     unknown = sorted(set(options.checks) - set(CHECKS))
     if unknown:
         raise VerificationError(f"No check is called {', '.join(unknown)}.", hint=f"choose from {', '.join(CHECKS)}")
@@ -54,12 +61,16 @@ def verify_artifact(
         if not folder.is_dir():
             raise VerificationError("The folder to verify with does not exist.", where=str(folder))
     started = time.perf_counter()
-    context = Context(artifact, checkpoint, reference, limits, options, progress)
-    results = tuple(run_check(name, context) for name in CHECKS)
+    context = Context(artifact, checkpoint, reference, limits, level, options, progress)
+    results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
     context.release()
+    verdict = worst(item.verdict for item in results)
     return Report(
-        verdict=worst(item.verdict for item in results),
+        verdict=verdict,
+        verification=level,
+        claim=level.claim(verdict),
         checks=results,
+        not_checked=left_out,
         drift=context.drift,
         latency=context.latency,
         limits=limits,

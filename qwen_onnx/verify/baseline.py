@@ -74,6 +74,11 @@ class CheckpointTokenizer:
                 f"The checkpoint's tokenizer does not load: {error}", where=str(checkpoint)
             ) from error
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template; base models have none."""
+        return bool(self._own.chat_template)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text: nothing is added, special tokens in it are recognised."""
         return list(self._own.encode(text, add_special_tokens=False))

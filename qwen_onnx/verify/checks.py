@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from qwen_onnx.errors import QwenOnnxError
-from qwen_onnx.schema import Limits
+from qwen_onnx.runtime.template import has_template
+from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import latency
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import judge
@@ -15,8 +16,14 @@ from qwen_onnx.verify.records import CheckResult, Estimate, Latency, Verdict, wo
 from qwen_onnx.verify.scoring import Positions
 from qwen_onnx.verify.statistics import at_least, at_most
 
+PLAIN_PROMPTS = ["The capital of France is", "def main():"]
 Check = Callable[[Context], CheckResult]
 CHECKS: dict[str, Check] = {}
+# the levels that promise a check; nothing is computed of an artifact that is known by its structure alone
+LEVELS: dict[str, frozenset[Verification]] = {}
+ANY = frozenset(Verification)
+COMPUTED = ANY - {Verification.STRUCTURE}
+TIMED = frozenset({Verification.RUN})
 
 # Kernels that quantise activations (accuracy level 4) compute otherwise for one token than for many. Both
 # paths lie equally near PyTorch; between them lies about a tenth of the drift allowed (docs/lab-log.md).
@@ -25,16 +32,21 @@ DECODE_TOP1 = 0.85
 CONTROL_WIDTH = 0.15  # an A/A comparison with bounds further from 1 than this says that the machine is too noisy
 
 
-def check(name: str) -> Callable[[Check], Check]:
-    """Register a check under ``name``."""
+def check(name: str, levels: frozenset[Verification] = COMPUTED) -> Callable[[Check], Check]:
+    """Register a check under ``name``, promised by ``levels``."""
 
     def register(function: Check) -> Check:
         if name in CHECKS:
             raise ValueError(f"two checks are called {name}")
-        CHECKS[name] = function
+        CHECKS[name], LEVELS[name] = function, levels
         return function
 
     return register
+
+
+def beyond(level: Verification) -> dict[str, str]:
+    """The checks that ``level`` does not promise, each with the reason."""
+    return {name: f"not made: {level.text}" for name, levels in LEVELS.items() if level not in levels}
 
 
 def run_check(name: str, context: Context) -> CheckResult:
@@ -61,7 +73,7 @@ def _parity_result(name: str, cases: int, wrong: Sequence[Mismatch], extra: dict
     )
 
 
-@check("tokenizer")
+@check("tokenizer", ANY)
 def tokenizer_parity(context: Context) -> CheckResult:
     """The runtime encodes and decodes every text like the checkpoint's tokenizer."""
     truth, served = context.truth, context.tokenizer
@@ -76,9 +88,16 @@ def tokenizer_parity(context: Context) -> CheckResult:
     return _parity_result("tokenizer", 2 * len(texts), wrong, {"AutoTokenizer_differs": differs})
 
 
-@check("chat_template")
+@check("chat_template", ANY)
 def template_parity(context: Context) -> CheckResult:
-    """The runtime renders every conversation like transformers."""
+    """The runtime renders every conversation like transformers; without a template, neither has one."""
+    if not context.truth.chats:
+        invented = has_template(context.artifact)
+        return CheckResult(
+            name="chat_template",
+            verdict=Verdict.FAIL if invented else Verdict.PASS,
+            detail="the checkpoint has no chat template" + (", the artifact has one" if invented else ""),
+        )
     wrong = mismatches(
         CONVERSATIONS,
         lambda messages: context.truth.render(messages, prompt=True),
@@ -170,8 +189,10 @@ def decode_parity(context: Context) -> CheckResult:
 def greedy_generation(context: Context) -> CheckResult:
     """Greedy answers have the length asked for, stay in the vocabulary, and their logits are finite."""
     count, wrong, tokens = context.options.greedy_tokens, [], 0
-    for messages in CONVERSATIONS[:2]:
-        prompt = context.truth.encode(context.truth.render(messages, prompt=True))
+    truth = context.truth
+    texts = [truth.render(messages, prompt=True) for messages in CONVERSATIONS[:2]] if truth.chats else PLAIN_PROMPTS
+    for text in texts:
+        prompt = truth.encode(text)
         answer = list(context.engine.generate(prompt, max_new_tokens=count, stop_on_eos=False))
         logits = context.scorer.logits([*prompt, *answer])
         tokens += len(answer)
@@ -188,7 +209,7 @@ def greedy_generation(context: Context) -> CheckResult:
     )
 
 
-@check("latency")
+@check("latency", TIMED)
 def paired_latency(context: Context) -> CheckResult:
     """The artifact is as much faster than PyTorch as the limits ask, measured side by side."""
     prompt, limits = _long_prompt(context), context.limits
@@ -237,7 +258,7 @@ def _long_prompt(context: Context) -> list[int]:
     return ids[: context.options.prompt_tokens]
 
 
-@check("size")
+@check("size", ANY)
 def size_on_disk(context: Context) -> CheckResult:
     """All files of the artifact together keep to the limit in bytes."""
     total, allowed = sum(f.stat().st_size for f in context.artifact.rglob("*") if f.is_file()), context.limits.max_bytes

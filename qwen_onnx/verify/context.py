@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_onnx.schema import Limits
+from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer, TorchBaseline
 from qwen_onnx.verify.drift import DriftStudy
@@ -30,11 +30,12 @@ class Context:
         checkpoint: Path,
         reference: Path | None,
         limits: Limits,
+        level: Verification,
         options: VerifyOptions,
         progress: Callable[[str], None],
     ) -> None:
         self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
-        self.limits, self.options, self.progress = limits, options, progress
+        self.limits, self.level, self.options, self.progress = limits, level, options, progress
         self.drift: Drift | None = None
         self.latency: Latency | None = None
 
@@ -46,7 +47,7 @@ class Context:
     @cached_property
     def documents(self) -> dict[str, list[corpus.Document]]:
         """Evaluation texts by domain."""
-        return corpus.domains(self.truth.render)
+        return corpus.domains(self.truth.render if self.truth.chats else None)
 
     @cached_property
     def pools(self) -> dict[str, list[corpus.Window]]:
@@ -70,10 +71,11 @@ class Context:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that serves."""
+        """The engine that serves; on the CPU where the target's own provider is not here."""
         from qwen_onnx.runtime.engine import Engine
 
-        return Engine(self.artifact, threads=self.options.threads)
+        on_cpu = self.level is Verification.NUMERICS_ON_CPU
+        return Engine(self.artifact, threads=self.options.threads, on_cpu=on_cpu)
 
     def reference_decode(self, prompts: Mapping[str, Sequence[int]]) -> float:
         """Mean KLD of the fp32 export's decode path to its own prefill, in nats, on the first of ``prompts``."""

@@ -115,16 +115,12 @@ def _multilingual() -> list[Document]:
     return [Document("texts/multilingual.txt", text)]
 
 
-def domains(render_chat: RenderChat) -> dict[str, list[Document]]:
-    """The evaluation texts by domain; ``render_chat`` applies the checkpoint's chat template."""
-    chats = [Document(f"{name} (chat)", render_chat(_conversation(name))) for name in CHAT_MODULES]
-    return {
-        "code": _code(),
-        "reference": _reference(),
-        "docstrings": _documentation(),
-        "chat": chats,
-        "multilingual": _multilingual(),
-    }
+def domains(render_chat: RenderChat | None) -> dict[str, list[Document]]:
+    """The evaluation texts by domain; ``render_chat`` applies the checkpoint's chat template, if it has one."""
+    found = {"code": _code(), "reference": _reference(), "docstrings": _documentation()}
+    if render_chat:
+        found["chat"] = [Document(f"{name} (chat)", render_chat(_conversation(name))) for name in CHAT_MODULES]
+    return found | {"multilingual": _multilingual()}
 
 
 def _windows_of(domain: str, document: Document, ids: Sequence[int], size: int) -> Iterator[Window]:

@@ -53,7 +53,7 @@ class Bars(Frozen):
 
 def number(value: float) -> str:
     """Three significant digits without an exponent for everyday sizes."""
-    return f"{value:.3g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
 
 
 def _x(share: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.schema import Limits
+from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import plots
 from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, Verdict, VerifyOptions
 
@@ -24,10 +24,17 @@ STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE:
 
 
 class Report(Frozen):
-    """Everything that a verification found. ``verdict`` is the worst of the checks'."""
+    """Everything that a verification found. ``verdict`` is the worst of the checks'.
+
+    ``claim`` says what that proves at this verification level; ``not_checked`` holds the checks that the level does
+    not promise, with the reason.
+    """
 
     verdict: Verdict
+    verification: Verification
+    claim: str
     checks: tuple[CheckResult, ...]
+    not_checked: dict[str, str] = Field(default_factory=dict)
     drift: Drift | None = None
     latency: Latency | None = None
     limits: Limits
@@ -51,6 +58,7 @@ class Report(Frozen):
         """One line of JSON: the verdict, what did not pass, and the main figures."""
         line: dict[str, object] = {
             "verdict": self.verdict,
+            "claim": self.claim,
             "not_passed": [item.name for item in self.checks if item.verdict is not Verdict.PASS],
         }
         if self.drift:
@@ -132,7 +140,8 @@ def print_report(report: Report, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"verification: {report.verdict}", title_style=STYLES[report.verdict])
+    title = f"verification: {report.verdict}\n{report.claim}"
+    table = Table(title=title, title_style=STYLES[report.verdict])
     for column in ("check", "verdict", "measured [bounds]", "limit", "seconds"):
         table.add_column(column, justify="right" if column in ("limit", "seconds") else "left")
     for item in report.checks:
@@ -145,5 +154,7 @@ def print_report(report: Report, console: Console) -> None:
                 *(head if first else ("", "")), escape(measured), limit, f"{item.seconds:.1f}" if first else ""
             )
         table.add_section()
+    for name, reason in report.not_checked.items():
+        table.add_row(name, "–", escape(reason))
     console.print(table)
     console.print(report.json_line(), markup=False, highlight=False, soft_wrap=True)

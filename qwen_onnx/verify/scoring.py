@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.runtime.engine import UNPACK_QDQ
 
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
 
 HEADS = ("MatMulNBits", "MatMul")
+STATES = ("past_key_values.", "past.")
 ROWS = 32  # vocabulary rows per step: float64 copies then stay within a few tens of megabytes
 
 
@@ -114,7 +116,9 @@ _DTYPES: dict[str, Any] = {
 
 
 class OnnxScorer:
-    """A plain ``InferenceSession`` with an empty KV cache: one run gives the logits of all positions.
+    """A plain ``InferenceSession`` with empty states: one run gives the logits of all positions.
+
+    States are the KV cache and, with linear attention, those of the convolution and of the recurrence.
 
     Raises:
         VerificationError: the folder holds no model that ONNX Runtime loads.
@@ -129,8 +133,10 @@ class OnnxScorer:
         options.log_severity_level = 3
         try:
             decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-            self._cache = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
+            self._sizes = {"batch_size": 1, "past_sequence_length": 0, "kv_cache_dim": int(decoder["head_size"])}
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            for name, value in UNPACK_QDQ.items():
+                options.add_session_config_entry(name, value)
             graph = with_every_position(folder / decoder["filename"])
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _faults() as error:
@@ -149,22 +155,36 @@ class OnnxScorer:
         known = {
             "input_ids": ids,
             "attention_mask": np.ones_like(ids),
-            "position_ids": np.arange(ids.shape[1])[None],
+            "position_ids": np.arange(ids.shape[1]),
         }
         feeds = {}
         for spec in self._session.get_inputs():
-            if spec.name not in known and not spec.name.startswith("past_key_values."):
+            if spec.name.startswith(STATES):
+                value: npt.NDArray[Any] = np.zeros([self._size(size, spec.name) for size in spec.shape])
+            elif spec.name in known:
+                # multimodal RoPE has three axes of positions, equal for text
+                value = np.broadcast_to(known[spec.name], (*spec.shape[:-2], *ids.shape))
+            else:
                 raise VerificationError(
                     f"The model wants an input that no Qwen has: {spec.name}", where=str(self.folder)
                 )
-            value = known.get(spec.name, np.zeros(self._cache))
             feeds[spec.name] = value.astype(_DTYPES[spec.type])
         return feeds
 
+    def _size(self, size: int | str, name: str) -> int:
+        """Of one dimension of a state before the first token."""
+        if isinstance(size, int):
+            return size
+        if size not in self._sizes:
+            raise VerificationError(f"The state {name} has an unknown dimension: {size}", where=str(self.folder))
+        return self._sizes[size]
+
 
 def _faults() -> tuple[type[Exception], ...]:
-    """What a bad folder raises; ONNX Runtime's own exceptions share no base but ``Exception``."""
+    """What a bad folder raises; neither protobuf's nor ONNX Runtime's own share a base but ``Exception``."""
+    from google.protobuf.message import DecodeError
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     found = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
-    return (OSError, KeyError, ValueError, RuntimeError, *(item for item in found if item is not Exception))
+    known = (OSError, KeyError, ValueError, RuntimeError, DecodeError)
+    return (*known, *(item for item in found if item is not Exception))

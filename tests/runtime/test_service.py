@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -202,6 +203,15 @@ def test_closing_an_async_answer_stops_the_work(service: QwenService) -> None:
         return time.monotonic() - begin
 
     assert asyncio.run(first_piece()) < 5
+
+
+def test_a_base_model_continues_text_and_refuses_chats(tiny_artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_artifact, tmp_path / "base"))
+    (folder / "chat_template.jinja").unlink()
+    with QwenService(str(folder), threads=1) as base:
+        assert base.generate("hello", SHORT).completion_tokens > 0
+        with pytest.raises(TemplateError, match="no chat template"):
+            base.generate([{"role": "user", "content": "hello"}], SHORT)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.schema import Limits
 from qwen_onnx.verify.drift import judge
 from qwen_onnx.verify.records import Estimate, Verdict, worst
-from qwen_onnx.verify.scoring import Positions, compare
+from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most, bootstrap, median_ratio
 
 LIMITS = Limits(kld_mean=0.18, kld_p99=1.5, top1=0.82, ppl_ratio=1.18)
@@ -44,6 +49,46 @@ def test_columns_of_padding_do_not_count() -> None:
 def test_logits_of_another_length_are_refused() -> None:
     with pytest.raises(VerificationError):
         compare(random_logits(0), random_logits(0, tokens=39), range(40))
+
+
+def session_of_one_state(folder: Path, name: str, size: str) -> Path:
+    """A model whose logits are its ids, with a state of shape [batch_size, 3, ``size``]."""
+    inputs = [
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch_size", 3, size]),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", [name], ["state"], keepdims=0),
+        helper.make_node("Add", ["ids", "state"], ["sum"]),
+        helper.make_node("Unsqueeze", ["sum", "last"], ["logits"]),
+    ]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", 1])
+    last = helper.make_tensor("last", TensorProto.INT64, [1], [-1])
+    graph = helper.make_graph(nodes, "states", inputs, [logits], [last])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), str(folder / "model.onnx"))
+    decoder = {"filename": "model.onnx", "head_size": 8}
+    (folder / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
+    return folder
+
+
+@pytest.mark.parametrize("size", ["past_sequence_length", "kv_cache_dim", "batch_size"])
+def test_states_of_any_kind_start_empty(tmp_path: Path, size: str) -> None:
+    found = OnnxScorer(session_of_one_state(tmp_path, "past.0.conv", size), threads=1).logits([4, 7])
+    assert found.tolist() == [[4.0], [7.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("past.0.conv", "window", "past.0.conv has an unknown dimension: window"),
+        ("pixels", "batch_size", "an input that no Qwen has: pixels"),
+    ],
+)
+def test_an_input_that_cannot_be_filled_is_named(tmp_path: Path, name: str, size: str, message: str) -> None:
+    scorer = OnnxScorer(session_of_one_state(tmp_path, name, size), threads=1)
+    with pytest.raises(VerificationError, match=message):
+        scorer.logits([4, 7])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

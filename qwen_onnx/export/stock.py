@@ -1,0 +1,10 @@
+"""genai's own builder classes, which ours extend.
+
+Its package puts its folder on the import path and dispatches to the top-level ``builders``; under the package's name
+the same files would be other classes.
+"""
+
+from onnxruntime_genai.models import builder  # isort: skip
+from builders.qwen import Qwen3Model, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
+
+__all__ = ["Qwen3Model", "Qwen35MoEModel", "Qwen35MoETextModel", "QwenModel", "builder"]

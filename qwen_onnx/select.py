@@ -1,0 +1,214 @@
+"""The catalog for people: a table of it, and the models that fit a machine and a task, ranked with reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qwen_onnx.catalog import Catalog
+from qwen_onnx.errors import ConfigError
+from qwen_onnx.schema import Family, Row, Verification
+
+# licences whose text allows commercial use without asking, up to their own limits of users
+COMMERCIAL = frozenset({"Apache-2.0", "LicenseRef-Tongyi-Qianwen", "LicenseRef-Qwen"})
+# int8 head, 70 % int4 and 30 % int8 in the body, scales and zero points of blocks of 64: bits per weight
+HEAD_BITS = 8 + 40 / 64
+BODY_BITS = 0.7 * (4 + 36 / 64) + 0.3 * HEAD_BITS
+KV_BYTES = 4  # the CPU's cache is fp32, that of the others fp16
+# process, graph and activations of a piece of the prompt: the starter's peak of 362 MB less weights and cache
+RUNTIME_BYTES = 225_000_000
+
+
+def count(value: int | None) -> str:
+    """A number of weights for people; nothing for an unknown one."""
+    if value is None:
+        return ""
+    return f"{value / 1e9:.3g}B" if value >= 1e9 else f"{value / 1e6:.0f}M"
+
+
+def tokens(value: int) -> str:
+    """A number of tokens for people: 32k is 32,768."""
+    return f"{value / 1024:.0f}k" if value >= 1024 else str(value)
+
+
+def context_of(row: Row) -> str:
+    """Native context, and the extended one."""
+    return (tokens(row.context) if row.context else "") + (
+        f" ({tokens(row.extended_context.tokens)})" if row.extended_context else ""
+    )
+
+
+def columns(row: Row, targets: Iterable[str]) -> tuple[str, ...]:
+    """A row as the table shows it: id, kind, weights, context, licence, targets."""
+    weights = count(row.parameters) + (f" ({count(row.active_parameters)})" if row.active_parameters else "")
+    where = "planned" if row.planned else ", ".join(targets)
+    return row.id, row.kind or "", weights, context_of(row), (row.license or "").removeprefix("LicenseRef-"), where
+
+
+HEADERS = ("model", "kind", "weights (active)", "context (extended)", "license", "targets")
+
+
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """Why rows are only planned: each reason once, with the number of rows."""
+    found = Counter(row.planned for row in rows if row.planned)
+    return [f"planned ({number}): {reason}" for reason, number in found.most_common()]
+
+
+def target_lines(catalog: Catalog) -> list[str]:
+    """Each target: its precisions and how it is proven; below it why others are unavailable or rows excluded."""
+    lines = []
+    for name, pipeline in catalog.pipelines.items():
+        built = ", ".join(pipeline.precisions) or "nothing yet"
+        lines.append(f"{name}: {built}; {pipeline.verification.text}" if pipeline.precisions else f"{name}: {built}")
+        for reason in dict.fromkeys(pipeline.unavailable.values()):
+            which = [precision for precision, why in pipeline.unavailable.items() if why == reason]
+            lines.append(f"  not {', '.join(which)}: {reason}")
+        for _, row in catalog.rows.values():
+            override = row.targets.get(name)
+            lines += [f"  not {row.id}: {override.excluded}"] if override and override.excluded else []
+    return lines
+
+
+def matrix(catalog: Catalog) -> str:
+    """The README's comparison matrix in Markdown: one line per family."""
+    lines = ["| family | sizes | weights | context | license | export |", "|---|---|---|---|---|---|"]
+    for family in sorted(catalog.families.values(), key=lambda family: family.family):
+        known = sorted(row.parameters for row in family.sizes if row.parameters)
+        sizes = " – ".join(dict.fromkeys([count(known[0]), count(known[-1])])) if known else ""
+        longest = max((row.context for row in family.sizes if row.context), default=None)
+        licenses = sorted({row.license for row in family.sizes if row.license})
+        export = _export_of(family, catalog)
+        context = tokens(longest) if longest else ""
+        lines.append(
+            f"| {family.family} | {len(family.sizes)} | {sizes} | {context} | {', '.join(licenses)} | {export} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _export_of(family: Family, catalog: Catalog) -> str:
+    planned = [row for row in family.sizes if row.planned]
+    if len(planned) == len(family.sizes):
+        return "planned"
+    common = [set(catalog.targets_of(row)) for row in family.sizes if not row.planned]
+    targets = ", ".join(name for name in catalog.pipelines if all(name in found for found in common))
+    return targets if not planned else f"{targets}; {len(planned)} planned"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user needs.
+
+    Attributes:
+        ram: bytes that the served model may take.
+        task: ``general``, ``coding`` or ``math``.
+        context: tokens of prompt and answer together.
+        language: ISO 639-1 code, or None.
+        commercial: whether the licence has to allow commercial use.
+    """
+
+    ram: int
+    task: str = "general"
+    context: int = 4096
+    language: str | None = None
+    commercial: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row that fits, with what speaks for it; ``bytes_needed`` is weights, cache and runtime together."""
+
+    row: Row
+    bytes_needed: int
+    reasons: tuple[str, ...]
+
+
+def bytes_needed(row: Row, context: int, kv_bytes: int = KV_BYTES) -> int | None:
+    """Memory to serve the INT4 artifact of ``row`` at ``context`` tokens; None when its shape is not known.
+
+    Weights by the default recipe's bits, the KV cache of ``2 · layers · kv_heads · head_dim`` numbers of ``kv_bytes``
+    per token (Ainslie et al. 2023, arXiv:2305.13245), and what the runtime itself takes.
+    """
+    parameters, layers, kv_heads = row.parameters, row.shape.layers, row.shape.kv_heads
+    heads, hidden, vocabulary = row.shape.heads, row.shape.hidden_size, row.shape.vocab_size
+    if not (parameters and layers and kv_heads and heads and hidden and vocabulary):
+        return None
+    # an untied embedding stays a table of its own, as large as the head
+    tables = vocabulary * hidden * (1 if row.shape.tied else 2)
+    weights = (tables * HEAD_BITS + (parameters - tables) * BODY_BITS) / 8
+    cache = 2 * layers * kv_heads * (row.shape.head_dim or hidden // heads) * kv_bytes * context
+    return int(weights + cache + RUNTIME_BYTES)
+
+
+def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
+    """Rows that fit ``wish``, best first: those made for the task, then the largest that fits, then the newest.
+
+    Raises:
+        ConfigError: there is no such target, or nothing can be built for it.
+    """
+    pipeline = catalog.pipeline(target)
+    kv_bytes = pipeline.precisions[catalog.precision(target)].readback.io_bits // 8
+    # the formula was measured on the CPU, and so was everything else
+    note = () if pipeline.verification is Verification.RUN else (f"on {target}: {pipeline.verification.text}",)
+    rows = [row for _, row in catalog.rows.values() if target in catalog.targets_of(row)]
+    found = [choice for row in rows if (choice := _judged(row, wish, kv_bytes, note))]
+    return sorted(found, key=lambda choice: _rank(choice.row, wish), reverse=True)
+
+
+def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
+    made_for = wish.task in row.tasks
+    answers = row.kind in ("chat", "hybrid", "thinking")
+    return (made_for, answers, row.parameters or 0, row.released or "")
+
+
+def _judged(row: Row, wish: Wish, kv_bytes: int, note: tuple[str, ...]) -> Choice | None:
+    needed = bytes_needed(row, wish.context, kv_bytes)
+    reach = row.context or 0
+    fits = needed is not None and needed <= wish.ram and reach >= wish.context and not row.planned
+    allowed = not wish.commercial or row.license in COMMERCIAL
+    if not fits or not allowed or not _speaks(row, wish.language) or needed is None:
+        return None
+    reasons = [f"{needed / 1e9:.1f} of {wish.ram / 1e9:.1f} GB at {wish.context:,} tokens"]
+    if wish.task in row.tasks:
+        reasons.append(f"made for {wish.task}" if wish.task != "general" else "general purpose")
+    else:
+        reasons.append(f"not made for {wish.task}")
+    reasons.append({"base": "base model: continues text, answers no chat"}.get(row.kind or "", f"{row.kind} model"))
+    if wish.language:
+        reasons.append(
+            f"{row.languages} languages, not listed one by one" if isinstance(row.languages, int) else wish.language
+        )
+    if wish.commercial:
+        reasons.append(f"{row.license}")
+    return Choice(row, needed, (*reasons, *note))
+
+
+def _speaks(row: Row, language: str | None) -> bool:
+    """A published list decides; a published number above one is a maybe, and nothing published is a no."""
+    if language is None:
+        return True
+    if isinstance(row.languages, int):
+        return row.languages > 1
+    return row.languages is not None and language in row.languages
+
+
+def parse_amount(text: str, units: Sequence[tuple[str, int]], option: str) -> int:
+    """``8GB`` or ``32k`` as a number; ConfigError for what is none."""
+    lowered = text.strip().lower()
+    for unit, factor in units:
+        number = lowered.removesuffix(unit)
+        if number != lowered or not unit:
+            try:
+                value = float(number) * factor
+            except ValueError:
+                break
+            if 0 < value < float("inf"):
+                return int(value)
+            break
+    raise ConfigError(
+        [f"{option}: {text!r} is no amount such as {units[0][0]}"], hint=f"give e.g. {option} 8{units[0][0]}"
+    )
+
+
+BYTE_UNITS = (("gb", 10**9), ("gib", 2**30), ("mib", 2**20), ("mb", 10**6), ("g", 10**9), ("", 1))
+TOKEN_UNITS = (("k", 1024), ("m", 2**20), ("", 1))

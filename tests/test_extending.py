@@ -1,0 +1,76 @@
+"""docs/extending.md, done word for word in a copy of the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_onnx.artifact import open_artifact
+from tests.conftest import make_tiny_checkpoint, rewrite_json
+
+# the collection that a line of Python goes into
+INTO = {
+    "qwen_onnx/export/architectures.py": "ARCHITECTURES: dict[str, Architecture] = {\n",
+    "qwen_onnx/schema.py": "ARCHITECTURES = (\n",
+    "qwen_onnx/passes.py": "CALIBRATED = (\n",
+}
+
+
+def blocks(repository: Path, language: str) -> list[str]:
+    text = (repository / "docs/extending.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.fixture
+def extended(repository: Path, tmp_path: Path) -> Path:
+    """The checkout with everything that the document adds, and a checkpoint of the new architecture."""
+    for name in ("recipes", "pipelines", "qwen_onnx"):
+        shutil.copytree(repository / name, tmp_path / name)
+    for block in blocks(repository, "yaml"):
+        name, _, text = block.removeprefix("# ").partition("\n")
+        assert not (tmp_path / name).exists(), "the document adds files"
+        (tmp_path / name).write_text(text)
+    for block in blocks(repository, "python"):
+        name, _, line = block.removeprefix("# ").partition("\n")
+        source = (tmp_path / name).read_text()
+        assert source.count(INTO[name]) == 1
+        (tmp_path / name).write_text(source.replace(INTO[name], INTO[name] + line))
+    make_tiny_checkpoint(tmp_path / "checkpoint")
+    rewrite_json(tmp_path / "checkpoint/config.json", architectures=["Qwen2TwinForCausalLM"])
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_walk_through_works(repository: Path, extended: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(extended)}
+    [script] = blocks(repository, "sh")
+    said = {}
+    for command in script.splitlines():
+        program = [sys.executable, "-m", "qwen_onnx.cli", *command.removeprefix("qwen-onnx ").split()]
+        done = subprocess.run(program, cwd=extended, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        said[command.split()[1]] = done.stdout
+    assert json.loads(said["plan"])["passes"]["quantize"]["type"] == "CalibratedGptq"
+    lock = (extended / "recipes/plans.lock").read_text()
+    assert re.search(r"^twin-tiny cpu int4 [0-9a-f]{64}$", lock, flags=re.MULTILINE)
+    assert re.search(r"^twin-tiny cpu-fp32 fp32 [0-9a-f]{64}$", lock, flags=re.MULTILINE)
+    for name, form in (("twin-int4", "MatMulNBits"), ("twin-fp32", None)):
+        manifest = open_artifact(extended / name).manifest
+        assert manifest.plan.architecture == "Qwen2TwinForCausalLM"
+        assert {row["form"] for row in manifest.readback["matrices"]} == ({form} if form else set())
+
+
+def test_an_architecture_that_is_not_registered_is_told(repository: Path, checkout: Path) -> None:
+    block = next(block for block in blocks(repository, "yaml") if "twin.yaml" in block)
+    (checkout / "recipes/twin.yaml").write_text(block)
+    program = [sys.executable, "-m", "qwen_onnx.cli", "plans"]
+    done = subprocess.run(program, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'Qwen2TwinForCausalLM' cannot be exported" in done.stderr

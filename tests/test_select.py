@@ -1,0 +1,121 @@
+"""The choice guide: what it offers fits, and what fits is offered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_onnx.catalog import Catalog, load_catalog
+from qwen_onnx.errors import ConfigError
+from qwen_onnx.schema import Shape
+from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, bytes_needed, parse_amount, select
+from tests.conftest import edit_yaml, run_cli
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def catalog(repository: Path) -> Catalog:
+    return load_catalog(repository)
+
+
+def test_the_formula_is_that_of_the_starter(catalog: Catalog) -> None:
+    """The starter serves 640 tokens with a measured peak of 362 MB."""
+    shape = Shape(layers=30, hidden_size=576, heads=9, kv_heads=3, vocab_size=49152, tied=True)
+    needed = bytes_needed(catalog.rows["starter"][1].model_copy(update={"shape": shape}), 640)
+    assert needed == pytest.approx(362e6, rel=0.05)
+
+
+def test_coders_come_first_and_all_fit(catalog: Catalog) -> None:
+    wish = Wish(8 * GB, task="coding", context=32768)
+    found = select(catalog, wish, "cpu")
+    assert found[0].row.id == "qwen2.5-coder-3b-instruct"
+    assert all(choice.bytes_needed <= wish.ram for choice in found)
+    assert all((choice.row.context or 0) >= 32768 for choice in found)
+
+
+def test_more_memory_offers_no_less(catalog: Catalog) -> None:
+    small, large = (select(catalog, Wish(ram * GB), "cpu") for ram in (2, 16))
+    assert {choice.row.id for choice in small} < {choice.row.id for choice in large}
+    assert (large[0].row.parameters or 0) > (small[0].row.parameters or 0)
+
+
+def test_a_longer_context_needs_more(catalog: Catalog) -> None:
+    row = catalog.rows["qwen3-0.6b"][1]
+    short, long = bytes_needed(row, 1024), bytes_needed(row, 2048)
+    assert short
+    assert long
+    # 28 layers, 8 KV heads of 128, keys and values in fp32: 224 KiB a token
+    assert long - short == 1024 * 224 * 1024
+
+
+def test_commercial_use_leaves_research_licences_out(catalog: Catalog) -> None:
+    found = {choice.row.id for choice in select(catalog, Wish(8 * GB, commercial=True), "cpu")}
+    assert "qwen2.5-1.5b-instruct" in found
+    assert "qwen2.5-3b-instruct" not in found, "its licence is for research"
+    assert "qwen2.5-3b-instruct" in {choice.row.id for choice in select(catalog, Wish(8 * GB), "cpu")}
+
+
+def test_a_language_nobody_lists_is_not_promised(catalog: Catalog) -> None:
+    polish = {choice.row.id for choice in select(catalog, Wish(8 * GB, language="pl"), "cpu")}
+    assert "qwen2.5-0.5b-instruct" in polish, "29 languages may hold Polish"
+    assert "qwen2.5-coder-0.5b-instruct" not in polish, "nothing published"
+
+
+@pytest.mark.parametrize(("text", "value"), [("8GB", 8 * GB), ("1.5 gib", 3 * 2**29), ("500MB", 5 * 10**8)])
+def test_amounts_of_memory(text: str, value: int) -> None:
+    assert parse_amount(text, BYTE_UNITS, "--ram") == value
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "nan", "inf", "8Gx", "eight"])
+def test_what_is_no_amount_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--ram"):
+        parse_amount(text, BYTE_UNITS, "--ram")
+
+
+def test_amounts_of_tokens() -> None:
+    assert parse_amount("32k", TOKEN_UNITS, "--context") == 32768
+
+
+def test_the_command_prints_reasons_and_the_next_command() -> None:
+    done = run_cli("select", "--ram", "2GB", "--task", "coding", "--license", "commercial")
+    assert done.returncode == 0, done.stderr
+    assert "made for coding" in " ".join(done.stdout.split())
+    assert "next: make optimize MODEL=qwen2.5-coder-" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--ram", "1MB"], "no model fits"),
+        (["--ram", "8GB", "--task", "poetry"], "poetry"),
+        (["--ram", "8GB", "--device", "abacus"], "abacus"),
+        (["--ram", "much"], "much"),
+        (["--ram", "8GB", "--license", "free"], "free"),
+    ],
+)
+def test_bad_wishes_are_one_clear_message(arguments: list[str], word: str) -> None:
+    done = run_cli("select", *arguments)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_target_has_its_own_cache_and_says_how_it_is_known(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    wish = Wish(16 * GB, context=32768)
+    needed = {target: {c.row.id: c.bytes_needed for c in select(catalog, wish, target)} for target in ("cpu", "cuda")}
+    common = set(needed["cpu"]) & set(needed["cuda"])
+    assert common
+    assert all(needed["cuda"][name] < needed["cpu"][name] for name in common), "an fp16 cache is half as large"
+    reasons = select(catalog, wish, "cuda")[0].reasons
+    assert "on cuda: numerics on the CPU execution provider; not run on the device" in reasons
+
+
+def test_excluded_rows_are_not_chosen(checkout: Path) -> None:
+    excluded = {"cuda": {"excluded": "a reason that is long enough"}}
+    edit_yaml(checkout / "recipes/qwen3.yaml", lambda d: d["sizes"][0].update(targets=excluded))
+    catalog = load_catalog(checkout)
+    chosen = {target: {c.row.id for c in select(catalog, Wish(8 * GB), target)} for target in ("cpu", "cuda")}
+    assert "qwen3-0.6b" in chosen["cpu"] - chosen["cuda"]
