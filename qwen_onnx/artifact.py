@@ -43,6 +43,8 @@ SHAPING_PACKAGES = [
     "gguf",
     "numpy",
 ]
+# the record of a finished step of a build, see export/workfolder.py
+RECORD_SUFFIX = ".record.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -215,6 +217,33 @@ def staging_folder(target: Path) -> Iterator[Path]:
         raise full_disk(target.parent) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def kept_folder(cache: Path, key: str, target: Path) -> Iterator[Path]:
+    """A folder for finished steps of the build with ``key``, which a killed or failed build leaves for the next.
+
+    It is found by the key and by ``target``, so that no other build, with another plan, other weights or other
+    packages, ever reads it. On success it is removed. What a build of the same target under another key left
+    behind is removed at once: nobody can go on with it. Call it under ``build_lock(target)``.
+
+    Args:
+        cache: root of the downloads; the folder is made below ``work/`` in it.
+    """
+    place = digest_of(str(target.resolve()))[:12]
+    folder = cache / "work" / f"{place}-{key[:24]}"
+    for stale in folder.parent.glob(f"{place}-*"):
+        if stale != folder:
+            shutil.rmtree(stale)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except Exception:
+        # nothing finished, nothing to go on with
+        if not any(folder.rglob(f"*{RECORD_SUFFIX}")):
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
 def full_disk(folder: Path) -> EnvironmentFault:

@@ -20,6 +20,7 @@ from qwen_onnx.artifact import (
     build_key,
     build_lock,
     cached,
+    kept_folder,
     package_versions,
     publish,
     replace_verdict,
@@ -95,17 +96,17 @@ def optimize(job: Job, progress: Progress = print) -> Outcome:
         _require_disk(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
         key = build_key(job.plan, checkpoint.revision, packages, exporter)
-        with staging_folder(job.target) as staging:
-            return _build(job, key, packages, checkpoint, staging, progress)
+        with kept_folder(job.cache, key, job.target) as kept, staging_folder(job.target) as staging:
+            return _build(job, key, packages, checkpoint, staging, kept, progress)
 
 
 def _build(
-    job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, progress: Progress
+    job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, kept: Path, progress: Progress
 ) -> Outcome:
     begin = time.monotonic()
     log = staging / LOG_FILE
     try:
-        folder, readback = build_model(job.plan, checkpoint, staging, log, progress)
+        folder, readback = build_model(job.plan, checkpoint, staging, log, progress, kept)
     except ExportError as error:
         raise _with_kept_log(error, log, job) from error
     shutil.move(log, folder / LOG_FILE)
@@ -131,9 +132,12 @@ def _build(
 
 
 def build_model(
-    plan: Plan, checkpoint: Checkpoint, staging: Path, log: Path, progress: Progress
+    plan: Plan, checkpoint: Checkpoint, staging: Path, log: Path, progress: Progress, kept: Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """Run the plan through Olive and read the graph back.
+
+    Args:
+        kept: folder whose finished steps the build goes on with, see ``kept_folder``.
 
     Returns:
         Folder with the model below ``staging``, and what was found in its graph.
@@ -145,7 +149,7 @@ def build_model(
     from qwen_onnx.export.readback import compare, read_graph
 
     folder = staging / "artifact"
-    collect(run_olive(plan.olive, checkpoint.path, staging / "work", log, progress), folder)
+    collect(run_olive(plan.olive, checkpoint.path, staging / "work", log, progress, kept), folder)
     return folder, compare(read_graph(folder / "model.onnx"), plan.readback)
 
 

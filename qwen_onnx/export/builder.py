@@ -17,6 +17,7 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from qwen_onnx.checkpoint import TOKENIZER_FILE
 from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.repairs import repair
+from qwen_onnx.export.streaming import weights_in_files
 from qwen_onnx.passes import GenAIModelBuilderConfig
 
 MODEL_FILE = "model.onnx"
@@ -66,7 +67,7 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
     common = ("", str(checkpoint), str(output), config.precision, config.execution_provider, str(cache))
     parsed = builder.parse_extra_options(*common, [*flags, *architecture.options])
     present(parsed, architecture)
-    with installed(architecture):
+    with installed(architecture), weights_in_files(output):
         builder.create_model(*common, **parsed)
     repair(output / MODEL_FILE, config.accuracy_level)
     if config.execution_provider == "NvTensorRtRtx":

@@ -18,12 +18,14 @@ from typing import Any
 
 from qwen_onnx.artifact import full_disk
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.progress import PROGRESS
 from qwen_onnx.files import file_checksums
 from qwen_onnx.plan import digest_of
 
 Progress = Callable[[str], None]
 REQUIRED = ("genai_config.json", "model.onnx", "tokenizer.json")
-PROGRESS = "progress: "
+# below the folder that Olive runs in, beside ``checkpoint``
+KEPT_FOLDER = "kept"
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
 
 
@@ -32,7 +34,9 @@ def exporter_digest() -> str:
     return digest_of(file_checksums(Path(__file__).parent, without="")) if Path(__file__).exists() else ""
 
 
-def run_olive(config: dict[str, Any], checkpoint: Path, work: Path, log: Path, progress: Progress) -> Path:
+def run_olive(
+    config: dict[str, Any], checkpoint: Path, work: Path, log: Path, progress: Progress, kept: Path | None = None
+) -> Path:
     """Run an Olive config.
 
     Args:
@@ -40,6 +44,7 @@ def run_olive(config: dict[str, Any], checkpoint: Path, work: Path, log: Path, p
         checkpoint: folder that becomes ``work/checkpoint``.
         work: scratch folder of this build.
         log: file that takes everything that Olive says.
+        kept: folder for finished steps of our passes, which a later run with the same build key goes on with.
 
     Returns:
         Folder with the model.
@@ -50,6 +55,8 @@ def run_olive(config: dict[str, Any], checkpoint: Path, work: Path, log: Path, p
     """
     work.mkdir(parents=True, exist_ok=True)
     (work / "checkpoint").symlink_to(checkpoint.resolve(), target_is_directory=True)
+    if kept is not None:
+        (work / KEPT_FOLDER).symlink_to(kept.resolve(), target_is_directory=True)
     (work / "olive.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     command = [sys.executable, "-m", "qwen_onnx.export.worker", "olive.json", "result.json"]
     environment = {**os.environ, "OLIVE_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}

@@ -2,12 +2,20 @@
 
 Olive's own Gptq knows one precision per run of overrides, min-max grids, and needs a data set of the hub. The
 result is a checkpoint in Olive's format, which genai's builder reads.
+
+One decoder layer is in memory at a time. Each finished layer is a file of its own in a work folder, and a build that
+was killed goes on behind the last of them.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +28,27 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.export.gptq import Quantized, gptq, round_to_nearest
-from qwen_onnx.export.olive import PROGRESS
+from qwen_onnx.export.olive import KEPT_FOLDER
+from qwen_onnx.export.progress import Steps
+from qwen_onnx.export.sensitivity import choose_int8, named_as
+from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
+from qwen_onnx.export.weights import (
+    INDEX_FILE,
+    Scratch,
+    create_safetensors,
+    mapped,
+    reopened,
+    row_pieces,
+    write_safetensors,
+)
+from qwen_onnx.export.workfolder import WorkFolder
 from qwen_onnx.passes import CalibratedGptqConfig
+from qwen_onnx.plan import digest_of
 
-# matrices with the same input share a Hessian; genai fuses q, k and v, so these share their bits too
+# matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-ONE_PRECISION = {"k_proj": "q_proj", "v_proj": "q_proj"}
 BATCH = 4  # windows
+FLOAT_BITS = 16  # a head of so many bits is not quantised
 
 
 class CalibratedGptq(Pass):  # type: ignore[misc]
@@ -41,219 +63,236 @@ class CalibratedGptq(Pass):  # type: ignore[misc]
 
     def _run_for_config(self, model: HfModelHandler, config: BasePassConfig, output_model_path: str) -> HfModelHandler:
         given = {name: getattr(config, name) for name in CalibratedGptqConfig.model_fields}
-        quantize(Path(model.model_name_or_path), Path(output_model_path), CalibratedGptqConfig.model_validate(given))
+        settings, output = CalibratedGptqConfig.model_validate(given), Path(output_model_path)
+        kept = Path(KEPT_FOLDER)
+        quantize(Path(model.model_name_or_path), output, settings, kept.resolve() if kept.exists() else None)
         return HfModelHandler(output_model_path)
 
 
-def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig) -> None:
+def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig, kept: Path | None = None) -> None:
     """Write a quantised copy of ``checkpoint`` in Olive's format to ``output``.
 
-    Raises:
-        ExportError: a matrix does not divide into blocks.
-    """
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    model.config.use_cache = False
-    # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-    _require_blocks(model, config.group_size)
-    ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
-    precise = choose_int8(model, ids[: config.sensitivity_windows], config)
-    matrices = quantize_layers(model, ids, precise, config)
-    if config.head_bits < 16:
-        head = model.get_output_embeddings().weight.detach()
-        matrices["lm_head"] = round_to_nearest(head, config.head_bits, config.group_size, config.symmetric)
-    _save(model, checkpoint, output, matrices, config)
-
-
-def _progress(message: str) -> None:
-    """The parent process shows lines with this prefix."""
-    print(f"{PROGRESS}{message}", flush=True)
-
-
-def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
-
-
-def _all_linears(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
-    for index, layer in enumerate(model.model.layers):
-        for name, module in _linears(layer).items():
-            yield f"model.layers.{index}.{name}", module
-
-
-def _require_blocks(model: Any, block: int) -> None:
-    for name, module in _all_linears(model):
-        if module.in_features % block:
-            raise ExportError(
-                f"{name} has {module.in_features} inputs, no multiple of the block size {block}",
-                hint="set group_size of the quantize step for this model",
-            )
-
-
-def _named_as(name: str, table: dict[str, str]) -> str:
-    parent, _, last = name.rpartition(".")
-    return f"{parent}.{table.get(last, last)}"
-
-
-def choose_int8(model: Any, ids: torch.Tensor, config: CalibratedGptqConfig) -> set[str]:
-    """Names of the matrices that get 8 bits: those that gain most per weight, within ``int8_share``.
-
-    The gain is ½ Σ F·δ² with the diagonal Fisher information F and the 4-bit rounding error δ: the second-order
-    growth of the KL divergence (Dong et al. 2019, arXiv:1905.03696; labels are sampled from the model, so that F
-    is the true Fisher and not the empirical one).
-
     Args:
-        ids: [windows, tokens].
+        checkpoint: Hugging Face folder; its safetensors may be sharded.
+        output: gets one safetensors file per layer and an index.
+        kept: folder for finished layers, which the same call finds again; None keeps nothing.
+
+    Raises:
+        ExportError: a matrix does not divide into blocks, a weight is missing, or a kept file was altered.
     """
-    if not config.int8_share:
-        return set()
-    fisher = _fisher(model, ids)
-    gains: dict[str, float] = {}
-    sizes: dict[str, int] = {}
-    members: dict[str, set[str]] = {}
-    for name, module in _all_linears(model):
-        unit = _named_as(name, ONE_PRECISION)
-        weight = module.weight.detach()
-        delta = round_to_nearest(weight, config.bits, config.group_size, config.symmetric).dequantize() - weight
-        gains[unit] = gains.get(unit, 0.0) + float((fisher[name] * delta**2).sum())
-        sizes[unit] = sizes.get(unit, 0) + weight.numel()
-        members.setdefault(unit, set()).add(name)
-    budget = config.int8_share * sum(sizes.values())
-    chosen: set[str] = set()
-    for unit in sorted(gains, key=lambda unit: gains[unit] / sizes[unit], reverse=True):
-        if sizes[unit] <= budget:
-            budget -= sizes[unit]
-            chosen |= members[unit]
-    return chosen
+    from transformers import PreTrainedTokenizerFast
+
+    with _folder(kept, output) as folder:
+        skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
+        _require_blocks(skeleton, config.group_size)
+        # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+        ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
+        settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        identity = digest_of([config.model_dump(mode="json"), settings, ids.tolist(), skeleton.weights.fingerprint()])
+        work = WorkFolder(folder, identity)
+        precise = choose_int8(skeleton, ids[: config.sensitivity_windows], config, work)
+        quantize_layers(skeleton, ids, precise, config, work)
+        quantize_head(skeleton, config, work)
+        _assemble(skeleton, work, checkpoint, output, config)
 
 
-def _fisher(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    linears = dict(_all_linears(model))
-    model.requires_grad_(False)
-    for module in linears.values():
-        module.weight.requires_grad_(True)
-    fisher = {name: torch.zeros_like(module.weight) for name, module in linears.items()}
-    for index, window in enumerate(ids):
-        _progress(f"sensitivity of the weights: window {index + 1} of {len(ids)}")
-        logits = model(window[None]).logits[0]
-        sampled = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-        loss = torch.nn.functional.cross_entropy(logits, sampled, reduction="sum")
-        gradients = torch.autograd.grad(loss, [module.weight for module in linears.values()])
-        for name, gradient in zip(linears, gradients, strict=True):
-            fisher[name] += gradient**2
-    model.requires_grad_(False)
-    return fisher
+@contextmanager
+def _folder(kept: Path | None, output: Path) -> Iterator[Path]:
+    if kept is not None:
+        yield kept
+        shutil.rmtree(kept / "scratch")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.work-", dir=output.parent) as folder:
+        yield Path(folder)
+
+
+def _require_blocks(skeleton: Skeleton, block: int) -> None:
+    for index in range(skeleton.count):
+        for name, module in skeleton.linears(index).items():
+            if module.in_features % block:
+                where = f"model.layers.{index}.{name}"
+                raise ExportError(
+                    f"{where} has {module.in_features} inputs, no multiple of the block size {block}",
+                    hint="set group_size of the quantize step for this model",
+                )
 
 
 @torch.no_grad()
 def quantize_layers(
-    model: Any, ids: torch.Tensor, precise: set[str], config: CalibratedGptqConfig
-) -> dict[str, Quantized]:
+    skeleton: Skeleton, ids: torch.Tensor, precise: set[str], config: CalibratedGptqConfig, work: WorkFolder
+) -> None:
     """GPTQ layer by layer; each layer sees the inputs that the quantised layers before it produce.
 
-    The model's own weights become the quantised ones.
+    Leaves ``layer-<index>.safetensors`` in the work folder, and the hidden states behind the last layer.
 
     Args:
         ids: [windows, tokens].
         precise: names of the matrices with 8 bits.
     """
-    states, arguments = _first_inputs(model, ids)
-    matrices: dict[str, Quantized] = {}
-    for index, layer in enumerate(model.model.layers):
-        hessians = _hessians(layer, states, arguments)
-        for name, module in _linears(layer).items():
-            full = f"model.layers.{index}.{name}"
-            bits = 8 if full in precise else config.bits
-            hessian = hessians[_named_as(name, LEADER)]
-            matrices[full] = gptq(module.weight, hessian, bits, config.group_size, config.damp, config.symmetric)
-            module.weight.data = matrices[full].dequantize()
-        states = [_run(layer, state, arguments) for state in states]
-        _progress(f"quantised layer {index + 1} of {len(model.model.layers)}")
-    return matrices
-
-
-def _first_inputs(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Hidden states before the first layer, by batch, and what else a layer is called with."""
-    states: list[torch.Tensor] = []
-    arguments: dict[str, Any] = {}
-
-    class Caught(Exception):
-        pass
-
-    def catch(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
-        arguments.update({name: value for name, value in kwargs.items() if name != "hidden_states"})
-        raise Caught
-
-    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    # whole batches only: all share the masks and positions of the last one
-    for batch in torch.split(ids, min(BATCH, len(ids)))[: max(len(ids) // BATCH, 1)]:
-        try:
-            model(batch)
-        except Caught:
+    # whole batches only: all share the masks and positions of one
+    batch = min(BATCH, len(ids))
+    batches = max(len(ids) // BATCH, 1)
+    shape = (batches, batch, ids.shape[1], skeleton.config.hidden_size)
+    ready = sum(work.finished(_step(index)) is not None for index in range(skeleton.count))
+    if ready == skeleton.count:
+        return
+    if not ready and work.finished("embedded") is None:
+        first = mapped(work.temporary(_states(0)), shape)
+        for number in range(batches):
+            first[number] = skeleton.embed(ids[number * batch : (number + 1) * batch])
+        work.commit("embedded", [_states(0)])
+    arguments = skeleton.arguments(skeleton.embed(ids[:batch]))
+    steps = Steps("quantised layer", skeleton.count)
+    for index in range(skeleton.count):
+        if work.finished(_step(index)) is not None:
             continue
-    hook.remove()
-    return states, arguments
+        before = "embedded" if index == 0 else _step(index - 1)
+        states = reopened(work.required(before, _states(index)), shape)
+        _Layer(skeleton, index, arguments[index], config, work).quantize(states, precise)
+        work.release(before, _states(index))
+        steps.step(index + 1)
 
 
-def _run(layer: torch.nn.Module, state: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    out = layer(state, **arguments)
-    result: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return result
+def _step(index: int) -> str:
+    return f"layer-{index:04d}"
 
 
-def _hessians(layer: torch.nn.Module, states: list[torch.Tensor], arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    sums: dict[str, torch.Tensor] = {}
-
-    def accumulate(name: str) -> Any:
-        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])
-            sums[name] = sums.get(name, 0) + x.T @ x
-
-        return hook
-
-    leaders = {name: module for name, module in _linears(layer).items() if _named_as(name, LEADER) == name}
-    hooks = [module.register_forward_pre_hook(accumulate(name)) for name, module in leaders.items()]
-    for state in states:
-        _run(layer, state, arguments)
-    for hook in hooks:
-        hook.remove()
-    return sums
+def _states(index: int) -> str:
+    return f"states-{index:04d}"
 
 
-def _save(
-    model: Any, checkpoint: Path, output: Path, matrices: dict[str, Quantized], config: CalibratedGptqConfig
+@dataclass(frozen=True)
+class _Layer:
+    skeleton: Skeleton
+    index: int
+    arguments: dict[str, Any]
+    config: CalibratedGptqConfig
+    work: WorkFolder
+
+    def quantize(self, states: torch.Tensor, precise: set[str]) -> None:
+        """Quantise the layer on ``states`` [batches, windows, tokens, hidden] and commit it with its outputs."""
+        name, after = f"{_step(self.index)}.safetensors", _states(self.index + 1)
+        prefix = f"model.layers.{self.index}"
+        with self.skeleton.layer(self.index) as layer:
+            hessians = self._hessians(layer, states)
+            tensors = {f"{prefix}.{key}": value for key, value in layer.state_dict().items()}
+            bits = {}
+            for matrix, module in self.skeleton.linears(self.index).items():
+                full = f"{prefix}.{matrix}"
+                bits[full] = 8 if full in precise else self.config.bits
+                hessian = hessians[named_as(matrix, LEADER)]
+                grid = (self.config.group_size, self.config.damp, self.config.symmetric)
+                found = gptq(module.weight, hessian, bits[full], *grid)
+                del tensors[f"{full}.weight"]
+                tensors |= {f"{full}.{part}": value for part, value in _parts(found, self.config).items()}
+                module.weight.copy_(found.dequantize())
+            write_safetensors(self.work.temporary(name), tensors)
+            outputs = mapped(self.work.temporary(after), tuple(states.shape))
+            for number, state in enumerate(states):
+                outputs[number] = call(layer, state, self.arguments)
+        self.work.commit(_step(self.index), [name, after], {"bits": bits})
+
+    def _hessians(self, layer: torch.nn.Module, states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Sum of x·xᵀ over all tokens, by the matrix that leads those with the same input x."""
+        sums: dict[str, torch.Tensor] = {}
+
+        def accumulate(name: str) -> Any:
+            def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                x = inputs[0].reshape(-1, inputs[0].shape[-1])
+                sums[name] += x.T @ x
+
+            return hook
+
+        modules = self.skeleton.linears(self.index)
+        leaders = {name: module for name, module in modules.items() if named_as(name, LEADER) == name}
+        hooks = []
+        for name, module in leaders.items():
+            sums[name] = self.skeleton.scratch.zeros(f"hessian.{name}", (module.in_features,) * 2)
+            hooks.append(module.register_forward_pre_hook(accumulate(name)))
+        for state in states:
+            call(layer, state, self.arguments)
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+
+@torch.no_grad()
+def quantize_head(skeleton: Skeleton, config: CalibratedGptqConfig, work: WorkFolder) -> None:
+    """Round the head to its grid by rows, unless it stays float, and copy what is outside of the layers."""
+    if work.finished("outer") is not None:
+        return
+    weights, name = skeleton.weights, "outer.safetensors"
+    head = weights.tensor(skeleton.head_name)
+    copied = [EMBEDDING, *weights.names(f"{NORM}.")]
+    quantized = config.head_bits < FLOAT_BITS
+    if not quantized and skeleton.head_name == HEAD:
+        copied.append(HEAD)
+    layout = {key: (torch.float32, tuple(weights.tensor(key).shape)) for key in copied}
+    for part, row in _head_rows(head[:1], config).items() if quantized else ():
+        layout[f"lm_head.{part}"] = (row.dtype, (head.shape[0], row.shape[1]))
+    file = create_safetensors(work.temporary(name), layout)
+    for key in copied:
+        file[key].copy_(weights.tensor(key))
+    for piece in row_pieces(*head.shape) if quantized else ():
+        for part, rows in _head_rows(head[piece], config).items():
+            file[f"lm_head.{part}"][piece] = rows
+    work.commit("outer", [name])
+
+
+def _head_rows(rows: torch.Tensor, config: CalibratedGptqConfig) -> dict[str, torch.Tensor]:
+    return _parts(round_to_nearest(rows.float(), config.head_bits, config.group_size, config.symmetric), config)
+
+
+def _parts(matrix: Quantized, config: CalibratedGptqConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a matrix in Olive's format: without zero points every one is the middle of the grid."""
+    return {part: value for part, value in matrix.packed().items() if part != "qzeros" or not config.symmetric}
+
+
+def _assemble(
+    skeleton: Skeleton, work: WorkFolder, checkpoint: Path, output: Path, config: CalibratedGptqConfig
 ) -> None:
-    import shutil
+    """Link the finished files into ``output``, with an index and the config that Olive's format asks for."""
+    from safetensors import safe_open
 
-    from safetensors.torch import save_file
-
-    replaced = {f"{name}.weight" for name in matrices}
-    if model.config.tie_word_embeddings:
-        replaced.add("lm_head.weight")
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in replaced}
-    for name, matrix in matrices.items():
-        parts = matrix.packed()
-        if config.symmetric:
-            # Olive's format: without zero points every one is the middle of the grid
-            del parts["qzeros"]
-        tensors |= {f"{name}.{part}": value for part, value in parts.items()}
     output.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    steps = ["outer", *(_step(index) for index in range(skeleton.count))]
+    overrides: dict[str, dict[str, int]] = {}
+    index: dict[str, str] = {}
+    for number, step in enumerate(steps, 1):
+        path = work.required(step, f"{step}.safetensors")
+        name = f"model-{number:05d}-of-{len(steps):05d}.safetensors"
+        _link(path, output / name)
+        with safe_open(path, framework="pt") as file:
+            index |= dict.fromkeys(file.keys(), name)
+        head = {"lm_head": config.head_bits} if config.head_bits < FLOAT_BITS else {}
+        bits = head if step == "outer" else (work.finished(step) or {})["bits"]
+        overrides |= {matrix: {"bits": count} for matrix, count in bits.items() if count != config.bits}
+    total = sum(path.stat().st_size for path in output.glob("model-*.safetensors"))
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+    (output / INDEX_FILE).write_text(text, encoding="utf-8")
     settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     settings["quantization_config"] = {
         "quant_method": "olive",
         "bits": config.bits,
         "symmetric": config.symmetric,
         "group_size": config.group_size,
-        "lm_head": "lm_head" in matrices,
+        "lm_head": config.head_bits < FLOAT_BITS,
         "embeds": False,
-        "overrides": {name: {"bits": matrix.bits} for name, matrix in matrices.items() if matrix.bits != config.bits},
+        "overrides": overrides,
     }
     (output / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     for path in checkpoint.iterdir():
         weights = path.suffix in {".safetensors", ".bin"} or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != "config.json":
             shutil.copyfile(path, output / path.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the folders are on two disks."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

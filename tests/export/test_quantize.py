@@ -8,13 +8,16 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export import calibration
 from qwen_onnx.export.gptq import gptq, round_to_nearest, search_grid
-from qwen_onnx.export.quantize import choose_int8, quantize
+from qwen_onnx.export.quantize import quantize
+from qwen_onnx.export.sensitivity import choose_int8
+from qwen_onnx.export.skeleton import Skeleton
+from qwen_onnx.export.weights import CheckpointWeights, Scratch
+from qwen_onnx.export.workfolder import WorkFolder
 from qwen_onnx.passes import CalibratedGptqConfig
 from qwen_onnx.verify import corpus
 
@@ -92,28 +95,32 @@ def test_packing_puts_the_first_code_into_the_low_nibble() -> None:
     assert packed["qzeros"].shape == (1, 1)
 
 
-def test_int8_keeps_to_its_share_and_to_whole_attention_inputs(tiny_checkpoint: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+def test_int8_keeps_to_its_share_and_to_whole_attention_inputs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    skeleton = Skeleton(tiny_checkpoint, Scratch(tmp_path / "scratch"))
     ids = torch.randint(2, 200, (2, 64))
-    total = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
-    chosen = choose_int8(model, ids, SMALL)
-    weights = sum(model.get_submodule(name).weight.numel() for name in chosen)
-    assert 0 < weights <= SMALL.int8_share * total
+    sizes = {
+        f"model.layers.{layer}.{name}": module.weight.numel()
+        for layer in range(skeleton.count)
+        for name, module in skeleton.linears(layer).items()
+    }
+    chosen = choose_int8(skeleton, ids, SMALL, WorkFolder(tmp_path / "work", "share"))
+    assert 0 < sum(sizes[name] for name in chosen) <= SMALL.int8_share * sum(sizes.values())
     for layer in range(2):
         together = {f"model.layers.{layer}.self_attn.{p}_proj" for p in "qkv"}
         assert not chosen & together or together <= chosen
-    assert not choose_int8(model, ids, SMALL.model_copy(update={"int8_share": 0.0}))
+    none = SMALL.model_copy(update={"int8_share": 0.0})
+    assert not choose_int8(skeleton, ids, none, WorkFolder(tmp_path / "work", "none"))
 
 
 def test_the_checkpoint_that_it_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     quantize(tiny_checkpoint, tmp_path / "out", SMALL)
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    tensors = load_file(tmp_path / "out/model.safetensors")
+    weights = CheckpointWeights(tmp_path / "out")
     eight = {name for name, override in settings["overrides"].items() if override["bits"] == 8}
     assert "lm_head" in eight
-    shape = tensors["model.layers.0.mlp.down_proj.qweight"].shape
+    shape = weights.tensor("model.layers.0.mlp.down_proj.qweight").shape
     assert shape == (64, 128 if "model.layers.0.mlp.down_proj" in eight else 64)
-    assert "model.layers.0.mlp.down_proj.weight" not in tensors
+    assert "model.layers.0.mlp.down_proj.weight" not in weights
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (tiny_checkpoint / "tokenizer.json").read_bytes()
 
 

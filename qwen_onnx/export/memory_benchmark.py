@@ -1,0 +1,193 @@
+"""How much memory and disk a build takes: ``python -m qwen_onnx.export.memory_benchmark FOLDER``.
+
+Makes a random checkpoint, runs quantise and graph on it as a product build does, in a child process, and samples the
+child's anonymous memory (RssAnon of proc(5): what cannot be dropped and read again) and the disk. Prints a table,
+then one line of JSON. Exits 1 when anonymous memory went over the bound: 1.5 GB and the largest tensor in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qwen_onnx.export.olive import run_olive
+from qwen_onnx.export.synthetic import SHARD, Size, write_checkpoint
+
+BOUND = 1_500_000_000  # bytes, besides the largest tensor in float32
+PAUSE = 0.05  # seconds between samples of memory
+# few short windows: memory depends on them little, time a lot
+QUANTIZE = {
+    "type": "CalibratedGptq",
+    "group_size": 64,
+    "int8_share": 0.3,
+    "windows": 4,
+    "window": 128,
+    "sensitivity_windows": 1,
+}
+BUILD = {
+    "type": "GenAIModelBuilder",
+    "precision": "int4",
+    "is_symmetric": False,
+    "accuracy_level": 4,
+    "algo_config": "k_quant",
+    "prune_lm_head": True,
+}
+
+
+@dataclass
+class Peaks:
+    """Highest values seen, in bytes; ``anonymous`` by stage of the build too."""
+
+    anonymous: int = 0
+    resident: int = 0
+    disk: int = 0
+    stages: dict[str, int] = field(default_factory=dict)
+
+
+class Sampler:
+    """Samples all child processes of this one, and the size of ``folder``, until it is left.
+
+    Set ``stage`` to say what is going on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.peaks, self.stage = folder, Peaks(), "start"
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._memory, self._disk)]
+
+    def __enter__(self) -> Sampler:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _memory(self) -> None:
+        own = psutil.Process()
+        while not self._ended.wait(PAUSE):
+            figures = [memory_of(child.pid) for child in own.children(recursive=True)]
+            anonymous = sum(figure["RssAnon"] for figure in figures)
+            self.peaks.anonymous = max(self.peaks.anonymous, anonymous)
+            self.peaks.resident = max(self.peaks.resident, sum(figure["VmRSS"] for figure in figures))
+            self.peaks.stages[self.stage] = max(self.peaks.stages.get(self.stage, 0), anonymous)
+
+    def _disk(self) -> None:
+        while not self._ended.wait(10 * PAUSE):
+            self.peaks.disk = max(self.peaks.disk, disk_usage(self.folder))
+
+
+def memory_of(process: int) -> dict[str, int]:
+    """``RssAnon`` and ``VmRSS`` of a process in bytes, from proc(5); zeros when it is gone."""
+    found = {"RssAnon": 0, "VmRSS": 0}
+    try:
+        text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return found
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = int(value.split()[0]) * 1024
+    return found
+
+
+def disk_usage(folder: Path) -> int:
+    """Bytes of the blocks of all files below ``folder``; a file with two names counts once."""
+    seen: dict[int, int] = {}
+    for path in folder.rglob("*"):
+        try:
+            state = path.lstat()
+        except FileNotFoundError:
+            continue
+        seen[state.st_ino] = state.st_blocks * 512
+    return sum(seen.values())
+
+
+def measure(folder: Path, size: Size, quantize: dict[str, Any], *, shard: int = SHARD) -> dict[str, Any]:
+    """Build a random checkpoint of ``size`` below ``folder``; everything is removed again.
+
+    Returns:
+        ``checkpoint_bytes``, ``artifact_bytes``, ``anonymous_bytes``, ``resident_bytes``, ``disk_bytes`` (peaks, the
+        checkpoint not counted), ``bound_bytes``, ``stages``, ``seconds``.
+    """
+    checkpoint, work, kept = folder / "checkpoint", folder / "build/work", folder / "build/kept"
+    weights = write_checkpoint(checkpoint, size, shard=shard)
+    kept.mkdir(parents=True)
+    config = {
+        "input_model": {"type": "HfModel", "model_path": "checkpoint"},
+        "passes": {"quantize": quantize, "build": BUILD},
+        "evaluate_input_model": False,
+        "cache_dir": "cache",
+        "output_dir": "model",
+        "log_severity_level": 1,
+    }
+    begin = time.monotonic()
+    with Sampler(folder / "build") as sampler:
+
+        def said(line: str) -> None:
+            print(f"› {line}", file=sys.stderr, flush=True)
+            sampler.stage = _stage(line, sampler.stage)
+
+        model = run_olive(config, checkpoint, work, folder / "build.log", said, kept)
+    seconds = time.monotonic() - begin
+    artifact = sum(path.stat().st_size for path in model.iterdir() if path.name != "model_config.json")
+    largest = max(rows * columns for rows, columns in (shape for shape in size.tensors().values() if len(shape) == 2))
+    for path in (checkpoint, folder / "build"):
+        shutil.rmtree(path)
+    return {
+        "checkpoint_bytes": weights,
+        "artifact_bytes": artifact,
+        "anonymous_bytes": sampler.peaks.anonymous,
+        "resident_bytes": sampler.peaks.resident,
+        "disk_bytes": sampler.peaks.disk,
+        "bound_bytes": BOUND + 4 * largest,
+        "stages": sampler.peaks.stages,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _stage(line: str, before: str) -> str:
+    """Which stage a line of progress belongs to."""
+    stages = {"Olive: build": "graph", "quantised layer": "quantise", "sensitivity": "sensitivity"}
+    return next((stage for begin, stage in stages.items() if line.startswith(begin)), before)
+
+
+def main() -> int:
+    """Read the command line, measure, print."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(prog="python -m qwen_onnx.export.memory_benchmark", description=__doc__)
+    parser.add_argument("folder", type=Path, help="scratch folder; needs about twice the checkpoint's size")
+    for item in fields(Size):
+        parser.add_argument(f"--{item.name.replace('_', '-')}", type=int, default=item.default)
+    given = vars(parser.parse_args())
+    folder = given.pop("folder").resolve()
+    size = replace(Size(), **given)
+    found = measure(folder, size, QUANTIZE)
+    table = Table("figure", "GB")
+    for name, value in found.items():
+        if name.endswith("_bytes"):
+            table.add_row(name.removesuffix("_bytes"), f"{value / 1e9:.3f}")
+    for stage, value in found["stages"].items():
+        table.add_row(f"anonymous, {stage}", f"{value / 1e9:.3f}")
+    table.add_row("seconds", str(found["seconds"]))
+    Console().print(table)
+    within = found["anonymous_bytes"] <= found["bound_bytes"]
+    print(json.dumps({"size": asdict(size), **found, "within_bound": within}))
+    return 0 if within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

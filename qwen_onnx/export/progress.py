@@ -1,0 +1,41 @@
+"""Lines of progress with the time that is left, for the process that reads them."""
+
+from __future__ import annotations
+
+import time
+
+# the parent process shows lines with this prefix
+PROGRESS = "progress: "
+
+
+def progress(message: str) -> None:
+    """Print one line for the parent process."""
+    print(f"{PROGRESS}{message}", flush=True)
+
+
+class Steps:
+    """Counts equal steps and says how long the rest will take, from the mean of those done in this run.
+
+    Args:
+        what: what each line begins with.
+        total: all steps, those that an earlier run finished included.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total = what, total
+        self.begun, self.done = time.monotonic(), 0
+
+    def step(self, number: int) -> None:
+        """Step ``number``, counted from 1, is finished."""
+        self.done += 1
+        seconds = (time.monotonic() - self.begun) / self.done * (self.total - number)
+        left = f", about {duration(seconds)} left" if number < self.total else ""
+        progress(f"{self.what} {number} of {self.total}{left}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``40 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,127 @@
+"""Random checkpoints of any size: to measure how a build behaves where no real weights can be had."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_onnx.export.weights import INDEX_FILE, create_safetensors
+
+SCALE = 0.02  # standard deviation of the weights
+SHARD = 1 << 30  # bytes
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Qwen3 by its dimensions; the head has 128 dimensions per key and is tied to the embedding."""
+
+    hidden: int = 2048
+    intermediate: int = 6144
+    layers: int = 40
+    heads: int = 16
+    kv_heads: int = 8
+    vocabulary: int = 32768
+    head_dim: int = 128
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of such a model."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "dtype": "bfloat16",
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight by name, layer after layer."""
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = {
+            "input_layernorm": (self.hidden,),
+            "self_attn.q_proj": (wide, self.hidden),
+            "self_attn.k_proj": (narrow, self.hidden),
+            "self_attn.v_proj": (narrow, self.hidden),
+            "self_attn.o_proj": (self.hidden, wide),
+            "self_attn.q_norm": (self.head_dim,),
+            "self_attn.k_norm": (self.head_dim,),
+            "post_attention_layernorm": (self.hidden,),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        for index in range(self.layers):
+            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        return shapes | {"model.norm.weight": (self.hidden,)}
+
+
+def write_checkpoint(folder: Path, size: Size, *, shard: int = SHARD, seed: int = 0) -> int:
+    """Write a sharded bfloat16 checkpoint with a byte-level tokenizer; returns the bytes of its weights.
+
+    Two layers are drawn and repeated: drawing billions of weights takes longer than quantising shows anything.
+    """
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = size.tensors()
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if sum(torch.Size(known).numel() * 2 for known in groups[-1].values()) > shard:
+            groups.append({})
+        groups[-1][name] = shape
+    drawn: dict[str, torch.Tensor] = {}
+    index: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = create_safetensors(folder / file, {name: (torch.bfloat16, shape) for name, shape in group.items()})
+        for name, tensor in tensors.items():
+            tensor.copy_(_values(name, tuple(tensor.shape), drawn, generator))
+        index |= dict.fromkeys(group, file)
+    total = sum(torch.Size(shape).numel() * 2 for shape in shapes.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(size.config(), indent=1), encoding="utf-8")
+    _write_tokenizer(folder)
+    return total
+
+
+def _values(
+    name: str, shape: tuple[int, ...], drawn: dict[str, torch.Tensor], generator: torch.Generator
+) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    parts = name.split(".")
+    key = f"{int(parts[2]) % 2}.{'.'.join(parts[3:])}" if parts[1] == "layers" else name
+    if key not in drawn:
+        drawn[key] = (torch.randn(shape, generator=generator) * SCALE).to(torch.bfloat16)
+    return drawn[key]
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=specials[0], eos_token=specials[1])
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,152 @@
+"""Tensors of a checkpoint without loading it, and tensors that live in files instead of anonymous memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from qwen_onnx.errors import ExportError
+
+INDEX_FILE = "model.safetensors.index.json"
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+# safetensors wants the header padded so that the data begin aligned
+ALIGNMENT = 64
+# rows are converted in pieces of this many weights, which bounds what a conversion holds
+PIECE = 1 << 22
+
+
+class CheckpointWeights:
+    """Weights of a safetensors checkpoint, in one file or in shards with an index; reads by memory map.
+
+    Raises:
+        ExportError: a shard that the index names is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX_FILE
+        if index.exists():
+            self._files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), "model.safetensors")
+        missing = sorted({name for name in self._files.values() if not (folder / name).exists()})
+        if missing:
+            raise ExportError(
+                f"shards are missing: {', '.join(missing)}", where=str(folder), hint="fetch the checkpoint again"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Tensor names that begin with ``prefix``, sorted."""
+        return sorted(name for name in self._files if name.startswith(prefix))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, in its own type, backed by the mapped file.
+
+        Raises:
+            ExportError: the checkpoint has no such tensor.
+        """
+        if name not in self:
+            raise ExportError("the checkpoint lacks a weight of its architecture", where=f"{self.folder}: {name}")
+        # opened per tensor: a map that stays open would keep its pages counted
+        with safe_open(self.folder / self._files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Name of every tensor with the size and time of its file: what tells two checkpoints apart at no cost."""
+        stats = {name: (self.folder / name).stat() for name in set(self._files.values())}
+        return [[name, stats[file].st_size, stats[file].st_mtime_ns] for name, file in sorted(self._files.items())]
+
+
+def row_pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows that hold about ``PIECE`` weights each."""
+    step = max(PIECE // max(columns, 1), 1)
+    yield from (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def mapped(path: Path, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor whose memory is the file ``path``; the file is made, or grown to fit."""
+    size = math.prod(shape)
+    with path.open("ab") as file:
+        file.truncate(max(file.tell(), size * dtype.itemsize))
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(shape)
+
+
+def reopened(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """The float32 tensor that an earlier step left in ``path``; to be read only.
+
+    Raises:
+        ExportError: the file has another size.
+    """
+    if path.stat().st_size != 4 * math.prod(shape):
+        raise ExportError(f"the file does not hold {list(shape)}", where=str(path), hint="run the command again")
+    return mapped(path, shape)
+
+
+class Scratch:
+    """Working tensors in files of one folder; a name that is used again reuses its file.
+
+    The kernel can write such pages back and drop them, so a matrix or a Hessian here is no anonymous memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def zeros(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A float32 tensor of zeros."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return mapped(self.folder / name, shape).zero_()
+
+    def float32(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A float32 copy of ``tensor``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return mapped(self.folder / name, tuple(tensor.shape)).copy_(tensor)
+
+
+def create_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+    """Make a safetensors file of ``layout`` and map its tensors, to be filled in place.
+
+    ``save_file`` of safetensors copies every tensor into memory first.
+
+    Args:
+        layout: type and shape by name; types: float32, bfloat16 and uint8.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    # wide types first keeps every tensor aligned
+    ordered = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    for name in ordered:
+        dtype, shape = layout[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+    whole = torch.from_file(str(path), shared=True, size=8 + len(text) + position, dtype=torch.uint8)
+    data = whole[8 + len(text) :]
+    tensors = {}
+    for name in ordered:
+        begin, end = header[name]["data_offsets"]
+        dtype, shape = layout[name]
+        tensors[name] = data[begin:end].view(dtype).reshape(shape)
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write float32 and uint8 tensors to a safetensors file by memory map."""
+    files = create_safetensors(path, {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()})
+    for name, value in tensors.items():
+        files[name].copy_(value)
