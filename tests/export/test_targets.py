@@ -22,6 +22,8 @@ from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 from tests.conftest import REPOSITORY, make_tiny_checkpoint
 
 CATALOG = load_catalog(REPOSITORY)
+# each target is one process of genai's builder and a minute with what follows
+pytestmark = pytest.mark.slow
 INT4 = [(name, "int4") for name, pipeline in CATALOG.pipelines.items() if pipeline.device == "gpu"]
 OTHERS = [
     (name, precision)
@@ -107,7 +109,6 @@ def test_int4_graphs_are_what_was_asked_for_and_compute_what_pytorch_does(
     assert "latency" in report.not_checked
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("target", "precision"), OTHERS)
 def test_other_precisions(
     others: Callable[[str, str], Path], tiny_checkpoint: Path, target: str, precision: str
@@ -155,7 +156,6 @@ def test_directml_has_no_operator_that_it_lacks(built: Callable[[str, str], Path
     assert "GatherBlockQuantized" in read_graph(built("cuda", "int4") / "model.onnx")["counts"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda", "webgpu"])
 def test_qwen3_norms_stay_outside_of_attention(target: str, tmp_path: Path) -> None:
     """The CPU's GroupQueryAttention refuses them, so that nothing could be judged here."""
