@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 # architectures whose layers are attention and one MLP; of the others only the number of weights is used
 DENSE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "QWenLMHeadModel")
 TOKENIZER_BYTES = 11_400_000  # tokenizer.json of Qwen2 to Qwen3; a local checkpoint's own is looked at
-GRAPH_BYTES_PER_LAYER = 9_000  # model.onnx of the starter: 263 kB for 30 layers
+GRAPH_BYTES_PER_LAYER = 8_700  # model.onnx: 263 kB for 30 layers, 21 kB for 2
+FILES_BYTES = 25_000  # configs, logs and manifest; the rest of model.onnx
 # where a row lacks a size and only an upper bound is wanted: the largest vocabulary of Qwen2 and 3, and few wide layers
 LAYERS, HIDDEN, VOCABULARY = 24, 1024, 152064
 # anonymous memory of the child process: torch, transformers, Olive and onnx imported (2026-11-24, x86-64, Python 3.11)
 PROCESS_BYTES = 620_000_000
 # … and what the tokenizer takes for the calibration text, which is let go before the first layer
 CALIBRATION_BYTES = 350_000_000
-# float32 copies of a piece of logits at once: logits, probabilities, log-probabilities, their gradient
-LOGITS_COPIES = 4
+# float32 copies of a piece of logits at once: logits, log-probabilities, their gradient
+LOGITS_COPIES = 3
 LOGITS_PIECE = 1 << 25  # as in export/sensitivity.py
+BATCH = 4  # windows, as in export/quantize.py
 # float32 copies at once in GPTQ: of the Hessian (damped, Cholesky factor, inverse), of the matrix (weights, codes,
 # dequantised, temporary)
 HESSIAN_COPIES = 3
@@ -118,7 +120,7 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
     config = CalibratedGptqConfig.model_validate({k: v for k, v in steps[0].items() if k != "type"}) if steps else None
     checkpoint = found.weights * found.stored
     graph = _graph_bytes(found, plan, config)
-    artifact = graph + found.tokenizer + GRAPH_BYTES_PER_LAYER * found.layers
+    artifact = graph + found.tokenizer + GRAPH_BYTES_PER_LAYER * found.layers + FILES_BYTES
     # an fp32 export for export parity, with its fused matrices
     reference = 4 * found.weights + found.stored * found.fused * found.layers if verify else 0
     if config is None:
@@ -199,6 +201,9 @@ def _memory(found: Dimensions, config: CalibratedGptqConfig | None) -> int:
     if config is not None:
         stages.append(CALIBRATION_BYTES)
         stages.append(4 * (HESSIAN_COPIES * found.widest**2 + MATRIX_COPIES * found.largest))
+        # the product x·xᵀ of a batch, beside the batch's activations: four as wide as the MLP, six hidden states
+        tokens = BATCH * config.window
+        stages.append(4 * (found.widest**2 + tokens * (4 * found.widest + 6 * found.hidden)))
     if config is not None and config.int8_share:
         stages.append(4 * LOGITS_COPIES * min(config.window * found.vocabulary, LOGITS_PIECE))
     if found.mixture:

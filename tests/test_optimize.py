@@ -213,6 +213,29 @@ def test_a_model_that_cannot_fit_is_refused_before_any_download(tmp_path: Path) 
     assert leftovers(tmp_path) == []
 
 
+def test_a_killed_build_goes_on_with_its_finished_layers(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_ONNX_CACHE", str(tmp_path / "cache"))
+    target = tmp_path / "out/int4"
+    command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
+    command += ["--source", str(tiny_checkpoint), "--output", str(target)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert child.stderr
+    assert any("quantised layer 1 of 2, about" in line for line in child.stderr)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    [kept] = (tmp_path / "cache/work").iterdir()
+    assert (kept / "layer-0000.safetensors").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "quantised layer 2 of 2" in again.stderr
+    assert "quantised layer 1 of 2" not in again.stderr
+    assert "sensitivity" not in again.stderr
+    open_artifact(target)
+    assert list((tmp_path / "cache/work").iterdir()) == []
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Twenty kills, spread over the length of a build by a seeded generator."""
