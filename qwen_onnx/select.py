@@ -64,10 +64,26 @@ def target_lines(catalog: Catalog) -> list[str]:
         for reason in dict.fromkeys(pipeline.unavailable.values()):
             which = [precision for precision, why in pipeline.unavailable.items() if why == reason]
             lines.append(f"  not {', '.join(which)}: {reason}")
-        for _, row in catalog.rows.values():
-            override = row.targets.get(name)
-            lines += [f"  not {row.id}: {override.excluded}"] if override and override.excluded else []
+        lines += [f"  not {_some(models)}: {reason}" for reason, models in _lacking(catalog, name).items()]
     return lines
+
+
+def _lacking(catalog: Catalog, target: str) -> dict[str, list[str]]:
+    """Models that have no build for ``target``, or none in some precision, by the reason."""
+    found: dict[str, list[str]] = {}
+    for _, row in catalog.rows.values():
+        override = row.targets.get(target)
+        if row.planned or override is None:
+            continue
+        if override.excluded:
+            found.setdefault(override.excluded, []).append(row.id)
+        for precision, reason in override.without.items():
+            found.setdefault(reason, []).append(f"{row.id} in {precision}")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def matrix(catalog: Catalog) -> str:

@@ -9,7 +9,7 @@ import pytest
 from qwen_onnx.catalog import Catalog, load_catalog
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.schema import Shape
-from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, bytes_needed, parse_amount, select
+from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, bytes_needed, parse_amount, select, target_lines
 from tests.conftest import edit_yaml, run_cli
 
 GB = 10**9
@@ -119,3 +119,13 @@ def test_excluded_rows_are_not_chosen(checkout: Path) -> None:
     catalog = load_catalog(checkout)
     chosen = {target: {c.row.id for c in select(catalog, Wish(8 * GB), target)} for target in ("cpu", "cuda")}
     assert "qwen3-0.6b" in chosen["cpu"] - chosen["cuda"]
+
+
+def test_models_that_a_target_lacks_for_one_reason_are_told_in_one_line(catalog: Catalog) -> None:
+    lines = target_lines(catalog)
+    cuda = lines[next(i for i, line in enumerate(lines) if line.startswith("cuda")) :]
+    reason = "the graph of Qwen3MoeForCausalLM was proven on the CPU only, not yet for this provider"
+    told = next(line for line in cuda if line.endswith(reason))
+    assert told.startswith("  not qwen3-")
+    assert " more: " in told
+    assert len([line for line in lines if " in int8" in line]) == 2
