@@ -120,9 +120,19 @@ def plan(
     target: Target = "cpu",
     precision: Precision = None,
     full: bool = typer.Option(False, help="the whole plan"),
+    estimate: bool = typer.Option(False, "--estimate", help="what the build takes instead: disk, memory, artifact"),
+    source: SourceOption = None,
 ) -> None:
     """Print the complete Olive config of MODEL on a target as JSON; nothing runs."""
     made = _plan(model, target, precision)
+    if source and not estimate:
+        raise ConfigError(["--source: only with --estimate, a plan does not depend on it"])
+    if estimate:
+        from qwen_onnx.estimate import print_estimate
+        from qwen_onnx.sources import cache_root, checkpoint_at_hand
+
+        print_estimate(made, checkpoint_at_hand(made, cache_root(_root()), source), out)
+        return
     _progress(f"{made.name}: verification level: {made.verification.text}")
     print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from qwen_onnx.optimize import SCRATCH_BYTES_PER_PARAMETER
+from qwen_onnx.estimate import estimate
 from qwen_onnx.plan import Plan
+from qwen_onnx.sources import cache_root, checkpoint_at_hand
 
-# baseline in PyTorch, activations and Olive's copies; measured peak of a build is below this
-MEMORY_BYTES_PER_PARAMETER = 16
 EXTRAS = ("serve", "export", "dev")
 
 
@@ -32,10 +31,11 @@ def examine(plan: Plan, root: Path) -> list[Finding]:
     """Check Python, the extras' packages, memory and disk for ``plan``."""
     findings = [_python(), *(_extra(extra) for extra in EXTRAS)]
     memory = psutil.virtual_memory().available
-    needed = plan.parameters * MEMORY_BYTES_PER_PARAMETER
+    needs = estimate(plan, checkpoint_at_hand(plan, cache_root(root), None))
+    needed = max(needs.memory, needs.verification)
     findings.append(_amount(f"memory for {plan.model}", memory, needed, "close programs, or build on another machine"))
     disk = shutil.disk_usage(root).free
-    wanted = plan.parameters * SCRATCH_BYTES_PER_PARAMETER
+    wanted = needs.disk + needs.download
     findings.append(_amount(f"disk for {plan.model}", disk, wanted, "free space, or --output on another disk"))
     return findings
 

@@ -43,6 +43,11 @@ class RemoteFile:
     git_blob: str | None = None
 
 
+def at_hand(source: HubSource, cache: Path) -> Path | None:
+    """The folder of a checkpoint that an earlier download left; its bytes are not compared here."""
+    return _folder(source, cache) if recorded(source, cache) is not None else None
+
+
 def download(source: HubSource, cache: Path, progress: Progress) -> tuple[Path, dict[str, str]]:
     """Download a checkpoint, or find it in the cache.
 

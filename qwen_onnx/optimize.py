@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from qwen_onnx.artifact import (
     Artifact,
     SourceRecord,
@@ -28,9 +30,10 @@ from qwen_onnx.artifact import (
     staging_folder,
 )
 from qwen_onnx.errors import EnvironmentFault, ExportError
+from qwen_onnx.estimate import Estimate, estimate
 from qwen_onnx.plan import Plan
 from qwen_onnx.schema import Verification
-from qwen_onnx.sources import Checkpoint, expected_revisions, fetch
+from qwen_onnx.sources import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
     from qwen_onnx.verify.report import Report
@@ -38,8 +41,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 LOG_FILE = "build.log"
 SMOKE_PROMPT = "The capital of France is"
-# fp32 checkpoint, fp32 reference export, and Olive's intermediate copies, per weight
-SCRATCH_BYTES_PER_PARAMETER = 18
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def optimize(job: Job, progress: Progress = print) -> Outcome:
         hit = None if job.force else cached(job.target, keys)
         if hit and (hit.manifest.verdict != "UNVERIFIED" or not job.verify):
             return Outcome(hit, hit=True)
-        _require_disk(job)
+        require_room(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
         key = build_key(job.plan, checkpoint.revision, packages, exporter)
         with kept_folder(job.cache, key, job.target) as kept, staging_folder(job.target) as staging:
@@ -229,12 +230,39 @@ def _with_kept_log(error: ExportError, log: Path, job: Job) -> ExportError:
     return ExportError(error.what, where=str(kept), hint=error.hint)
 
 
-def _require_disk(job: Job) -> None:
-    needed = job.plan.parameters * SCRATCH_BYTES_PER_PARAMETER
-    free = shutil.disk_usage(job.target.parent).free
-    if free < needed:
+def require_room(job: Job) -> None:
+    """Refuse a build that cannot fit, before anything is downloaded.
+
+    Raises:
+        EnvironmentFault: too little disk or memory is free; names every shortage.
+    """
+    needs = estimate(job.plan, checkpoint_at_hand(job.plan, job.cache, job.source), verify=job.verify)
+    faults = [
+        f"{need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free at {place}"
+        for place, need in _disk_needs(job, needs).items()
+        if (free := shutil.disk_usage(place).free) < need
+    ]
+    memory = max(needs.memory, needs.verification) if job.verify else needs.memory
+    available = psutil.virtual_memory().available
+    if available < memory:
+        faults.append(f"{memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free")
+    if faults:
         raise EnvironmentFault(
-            f"building {job.plan.model} needs about {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
-            where=str(job.target.parent),
-            hint="free space, or build elsewhere: qwen-onnx optimize ... --output FOLDER",
+            f"building {job.plan.model} needs about " + "; and ".join(faults),
+            where=f"qwen-onnx plan {job.plan.model} --target {job.plan.target} --estimate",
+            hint="free space, or build elsewhere: qwen-onnx optimize ... --output FOLDER"
+            + ("; --no-verify needs less of both" if job.verify else ""),
         )
+
+
+def _disk_needs(job: Job, needs: Estimate) -> dict[Path, int]:
+    """Bytes by folder: one when cache and target share a file system."""
+    target, cache = (_existing(path) for path in (job.target.parent, job.cache))
+    if target.stat().st_dev == cache.stat().st_dev:
+        return {target: needs.disk + needs.download}
+    # quantised files are linked on one disk and copied to another
+    return {cache: needs.kept + needs.download, target: needs.staging + needs.quantised}
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -64,6 +64,29 @@ def expected_revisions(plan: Plan, cache: Path, local: Path | None) -> list[str]
     return [sha256_of(local)]
 
 
+def checkpoint_at_hand(plan: Plan, cache: Path, local: Path | None) -> Path | None:
+    """The folder that ``fetch`` would find without a download, as far as that is seen from names alone.
+
+    A local file that no build has converted yet is returned itself.
+    """
+    if local is not None and not local.is_file():
+        return local
+    if local is not None:
+        made = _folder(cache, sha256_of(local))
+        return made if (made / CHECKSUMS).exists() else local
+    places = (_place(source, cache) for source in plan.sources)
+    return next((place for place in places if place), None)
+
+
+def _place(source: Source, cache: Path) -> Path | None:
+    if isinstance(source, WheelSource):
+        folder = _folder(cache, source.sha256)
+        return folder if (folder / CHECKSUMS).exists() else None
+    from qwen_onnx.hub import at_hand
+
+    return at_hand(source, cache)
+
+
 def _pin(source: Source, cache: Path) -> str | None:
     if isinstance(source, WheelSource):
         return source.sha256

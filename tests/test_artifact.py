@@ -12,18 +12,20 @@ import pytest
 
 from qwen_onnx import artifact as artifacts
 from qwen_onnx.artifact import (
+    RECORD_SUFFIX,
     Artifact,
     SourceRecord,
     build_key,
     build_lock,
     cached,
+    kept_folder,
     open_artifact,
     publish,
     staged_manifest,
     staging_folder,
 )
 from qwen_onnx.catalog import load_catalog
-from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault
+from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, ExportError
 from qwen_onnx.plan import Plan, make_plan
 
 
@@ -149,6 +151,37 @@ def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     other.join()
     with build_lock(target, wait=False):
         pass
+
+
+def test_what_a_build_left_is_found_by_its_own_key_only(tmp_path: Path) -> None:
+    target = tmp_path / "artifacts/a"
+
+    def fail(key: str, name: str) -> None:
+        with kept_folder(tmp_path, key, target) as kept:
+            left.append(kept)
+            (kept / name).write_text("x")
+            raise ExportError("failed")
+
+    def leave(key: str, name: str) -> Path:
+        with pytest.raises(ExportError):
+            fail(key, name)
+        return left[-1]
+
+    left: list[Path] = []
+
+    assert not leave("one", "unfinished").exists()
+    first = leave("one", f"layer{RECORD_SUFFIX}")
+    with kept_folder(tmp_path, "one", tmp_path / "artifacts/b") as other:
+        assert list(other.iterdir()) == []
+    assert not other.exists()
+    assert first.exists()
+    with kept_folder(tmp_path, "one", target) as again:
+        assert [path.name for path in again.iterdir()] == [f"layer{RECORD_SUFFIX}"]
+    assert not first.exists()
+    leave("one", f"layer{RECORD_SUFFIX}")
+    with kept_folder(tmp_path, "two", target) as fresh:
+        assert list(fresh.iterdir()) == []
+        assert not first.exists()
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:

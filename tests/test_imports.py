@@ -15,6 +15,7 @@ LAYERS = [
     {"faults"},
     {"catalog"},
     {"plan", "select"},
+    {"estimate"},
     {"committed"},
     {"artifact", "hub", "checkpoint", "gguf_import", "qwen1_import", "tiktoken_import", "sources"},
     {"export", "runtime"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,9 +163,13 @@ def test_a_second_build_fails_clearly_or_waits(tiny_build: Path, tiny_checkpoint
 @pytest.fixture
 def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
     """A file system of one megabyte."""
+    yield from _mounted(tmp_path, "1m")
+
+
+def _mounted(tmp_path: Path, size: str):  # type: ignore[no-untyped-def]
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
@@ -178,17 +183,57 @@ def test_too_small_a_disk_is_refused_before_any_work(small_disk: Path, tiny_chec
     assert "--output" in done.stderr
 
 
-def test_a_disk_that_runs_full_leaves_nothing(small_disk: Path, checkout: Path, tiny_checkpoint: Path) -> None:
-    edit_yaml(checkout / "recipes/starter.yaml", _claim_to_be_small)
-    done = optimize(tiny_checkpoint, small_disk / "int4", "--no-verify", cwd=checkout)
+def test_a_disk_that_runs_full_leaves_nothing(large_disk: Path, tiny_checkpoint: Path) -> None:
+    """Another program takes the room that the estimate saw."""
+    command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
+    command += ["--source", str(tiny_checkpoint), "--output", str(large_disk / "int4")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert child.stderr
+    assert any("Olive: quantize" in line for line in child.stderr)
+    free = shutil.disk_usage(large_disk).free
+    (large_disk / "filler").write_bytes(bytes(free - (64 << 10)))
+    _, said = child.communicate(timeout=200)
+    assert child.returncode == 3, said
+    assert "the disk is full" in said
+    assert leftovers(large_disk) == ["filler"]
+
+
+@pytest.fixture
+def large_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A file system of 64 megabytes."""
+    yield from _mounted(tmp_path, "64m")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_any_download(tmp_path: Path) -> None:
+    done = run_cli("optimize", "qwen3-235b-a22b", "--output", tmp_path / "int4")
     assert done.returncode == 3, done.stderr
-    assert "the disk is full" in done.stderr
-    assert leftovers(small_disk) == []
+    assert "GB of memory" in done.stderr
+    assert "--estimate" in done.stderr
+    assert "--no-verify" in done.stderr
+    assert leftovers(tmp_path) == []
 
 
-def _claim_to_be_small(recipe: dict) -> None:  # type: ignore[type-arg]
-    for row in recipe["sizes"]:
-        row["parameters"] = 1000
+def test_a_killed_build_goes_on_with_its_finished_layers(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_ONNX_CACHE", str(tmp_path / "cache"))
+    target = tmp_path / "out/int4"
+    command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
+    command += ["--source", str(tiny_checkpoint), "--output", str(target)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert child.stderr
+    assert any("quantised layer 1 of 2, about" in line for line in child.stderr)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    [kept] = (tmp_path / "cache/work").iterdir()
+    assert (kept / "layer-0000.safetensors").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "quantised layer 2 of 2" in again.stderr
+    assert "quantised layer 1 of 2" not in again.stderr
+    assert "sensitivity" not in again.stderr
+    open_artifact(target)
+    assert list((tmp_path / "cache/work").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -76,8 +76,9 @@ def search_grid(
         kept = 1 - SHRINK * step
         scales = ((high - low) * kept / top).clamp(min=SMALLEST_SCALE)
         zeros = torch.full_like(low, 2 ** (bits - 1)) if symmetric else torch.round(-low * kept / scales).clamp(0, top)
-        error = (_on_grid(weights, scales, zeros, top)[1] - weights) ** 2
-        total = (error if importance is None else error * importance).sum(1, keepdim=True)
+        # in place: most of the time of quantising goes into this line's passes over memory
+        error = _codes(weights, scales, zeros, top).sub_(zeros).mul_(scales).sub_(weights).square_()
+        total = (error if importance is None else error.mul_(importance)).sum(1, keepdim=True)
         better = total < least
         least = torch.where(better, total, least)
         scale, zero = torch.where(better, scales, scale), torch.where(better, zeros, zero)
@@ -87,8 +88,12 @@ def search_grid(
 def _on_grid(
     weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = (torch.round(weights / scales) + zeros).clamp(0, top)
+    codes = _codes(weights, scales, zeros, top)
     return codes, (codes - zeros) * scales
+
+
+def _codes(weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int) -> torch.Tensor:
+    return (weights / scales).round_().add_(zeros).clamp_(0, top)
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, block: int, symmetric: bool = False) -> Quantized:
@@ -118,8 +123,13 @@ def gptq(
     hessian[dead, dead] = 1
     weight[:, dead] = 0
     hessian.diagonal().add_(damp * hessian.diagonal().mean())
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    importance = hessian.diagonal()
+    importance = hessian.diagonal().clone()
+    factor = torch.linalg.cholesky(hessian)
+    # each is as large as the input is wide, squared: none stays longer than it is needed
+    del hessian
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    inverse = torch.linalg.cholesky(inverse, upper=True)
     codes, scales, zeros = torch.empty_like(weight), [], []
     for begin in range(0, weight.shape[1], block):
         end = begin + block

@@ -114,24 +114,15 @@ def disk_usage(folder: Path) -> int:
     return sum(seen.values())
 
 
-def measure(folder: Path, size: Size, quantize: dict[str, Any], *, shard: int = SHARD) -> dict[str, Any]:
-    """Build a random checkpoint of ``size`` below ``folder``; everything is removed again.
+def measure(checkpoint: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Run an Olive config on a checkpoint in a child process as ``optimize`` does, below ``folder``.
 
     Returns:
-        ``checkpoint_bytes``, ``artifact_bytes``, ``anonymous_bytes``, ``resident_bytes``, ``disk_bytes`` (peaks, the
-        checkpoint not counted), ``bound_bytes``, ``stages``, ``seconds``.
+        ``artifact_bytes``; ``anonymous_bytes``, ``resident_bytes``, ``disk_bytes`` (peaks, the checkpoint not
+        counted); ``stages``: anonymous bytes by stage; ``seconds``. What was built is removed.
     """
-    checkpoint, work, kept = folder / "checkpoint", folder / "build/work", folder / "build/kept"
-    weights = write_checkpoint(checkpoint, size, shard=shard)
+    work, kept = folder / "build/work", folder / "build/kept"
     kept.mkdir(parents=True)
-    config = {
-        "input_model": {"type": "HfModel", "model_path": "checkpoint"},
-        "passes": {"quantize": quantize, "build": BUILD},
-        "evaluate_input_model": False,
-        "cache_dir": "cache",
-        "output_dir": "model",
-        "log_severity_level": 1,
-    }
     begin = time.monotonic()
     with Sampler(folder / "build") as sampler:
 
@@ -142,18 +133,40 @@ def measure(folder: Path, size: Size, quantize: dict[str, Any], *, shard: int = 
         model = run_olive(config, checkpoint, work, folder / "build.log", said, kept)
     seconds = time.monotonic() - begin
     artifact = sum(path.stat().st_size for path in model.iterdir() if path.name != "model_config.json")
-    largest = max(rows * columns for rows, columns in (shape for shape in size.tensors().values() if len(shape) == 2))
-    for path in (checkpoint, folder / "build"):
-        shutil.rmtree(path)
+    shutil.rmtree(folder / "build")
     return {
-        "checkpoint_bytes": weights,
         "artifact_bytes": artifact,
         "anonymous_bytes": sampler.peaks.anonymous,
         "resident_bytes": sampler.peaks.resident,
         "disk_bytes": sampler.peaks.disk,
-        "bound_bytes": BOUND + 4 * largest,
         "stages": sampler.peaks.stages,
         "seconds": round(seconds, 1),
+    }
+
+
+def measure_random(folder: Path, size: Size, quantize: dict[str, Any], *, shard: int = SHARD) -> dict[str, Any]:
+    """``measure`` on a random checkpoint of ``size`` that is made and removed again.
+
+    Returns:
+        The figures of ``measure``, ``checkpoint_bytes`` and ``bound_bytes``.
+    """
+    checkpoint = folder / "checkpoint"
+    weights = write_checkpoint(checkpoint, size, shard=shard)
+    found = measure(checkpoint, folder, olive_config(quantize))
+    shutil.rmtree(checkpoint)
+    largest = max(shape[0] * shape[1] for shape in size.tensors().values() if len(shape) == 2)
+    return {"checkpoint_bytes": weights, **found, "bound_bytes": BOUND + 4 * largest}
+
+
+def olive_config(quantize: dict[str, Any]) -> dict[str, Any]:
+    """The run that is measured: quantise with the options ``quantize``, then the INT4 graph for the CPU."""
+    return {
+        "input_model": {"type": "HfModel", "model_path": "checkpoint"},
+        "passes": {"quantize": {**QUANTIZE, **quantize}, "build": BUILD},
+        "evaluate_input_model": False,
+        "cache_dir": "cache",
+        "output_dir": "model",
+        "log_severity_level": 1,
     }
 
 
@@ -175,7 +188,7 @@ def main() -> int:
     given = vars(parser.parse_args())
     folder = given.pop("folder").resolve()
     size = replace(Size(), **given)
-    found = measure(folder, size, QUANTIZE)
+    found = measure_random(folder, size, {})
     table = Table("figure", "GB")
     for name, value in found.items():
         if name.endswith("_bytes"):

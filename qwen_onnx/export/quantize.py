@@ -38,6 +38,7 @@ from qwen_onnx.export.weights import (
     create_safetensors,
     mapped,
     reopened,
+    return_free_memory,
     row_pieces,
     write_safetensors,
 )
@@ -88,6 +89,7 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig, kept:
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
+        return_free_memory()
         settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         identity = digest_of([config.model_dump(mode="json"), settings, ids.tolist(), skeleton.weights.fingerprint()])
         work = WorkFolder(folder, identity)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.weights import CheckpointWeights, Scratch
+from qwen_onnx.export.weights import CheckpointWeights, Scratch, return_free_memory
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -95,6 +95,7 @@ class Skeleton:
         self._fill(layer, f"model.layers.{index}")
         yield layer
         layer.to("meta")
+        return_free_memory()
 
     @contextmanager
     def norm(self) -> Iterator[torch.nn.Module]:

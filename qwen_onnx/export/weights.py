@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 # safetensors wants the header padded so that the data begin aligned
 ALIGNMENT = 64
 # rows are converted in pieces of this many weights, which bounds what a conversion holds
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 class CheckpointWeights:
@@ -66,6 +68,13 @@ class CheckpointWeights:
         """Name of every tensor with the size and time of its file: what tells two checkpoints apart at no cost."""
         stats = {name: (self.folder / name).stat() for name in set(self._files.values())}
         return [[name, stats[file].st_size, stats[file].st_mtime_ns] for name, file in sorted(self._files.items())]
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the kernel: glibc keeps it, and layers of other sizes leave ever more of it behind."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def row_pieces(rows: int, columns: int) -> Iterator[slice]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export import sensitivity
+from qwen_onnx.export import sensitivity, weights
 from qwen_onnx.export.quantize import quantize
 from qwen_onnx.export.weights import CheckpointWeights, write_safetensors
 from qwen_onnx.export.workfolder import WorkFolder
@@ -92,9 +92,17 @@ def test_logits_in_pieces_choose_the_same_matrices(
     assert overrides_of(whole) == overrides_of(tmp_path / "pieces")
 
 
+def test_converting_in_pieces_changes_no_byte(
+    tiny_checkpoint: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PIECE", 64 * 7)
+    quantize(tiny_checkpoint, tmp_path / "pieces", SMALL)
+    assert same(tensors_of(whole), tensors_of(tmp_path / "pieces"))
+    assert overrides_of(whole) == overrides_of(tmp_path / "pieces")
+
+
 def test_the_index_names_every_tensor(whole: Path) -> None:
-    weights = CheckpointWeights(whole)
-    assert weights.names() == sorted(tensors_of(whole))
+    assert CheckpointWeights(whole).names() == sorted(tensors_of(whole))
 
 
 def start(checkpoint: Path, output: Path, kept: Path) -> subprocess.Popen[str]:
