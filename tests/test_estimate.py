@@ -38,7 +38,8 @@ def test_every_row_has_an_estimate(repository: Path) -> None:
 
 def test_a_local_checkpoint_counts_instead_of_the_row(repository: Path, tiny_checkpoint: Path) -> None:
     local = estimate(plan_of(repository, "qwen2.5-72b-instruct"), tiny_checkpoint)
-    assert local.artifact < 2_000_000
+    # the tables of rotary embeddings have the length of the plan's context
+    assert local.artifact < 10_000_000
     assert local.download == 0
 
 
