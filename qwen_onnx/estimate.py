@@ -2,7 +2,7 @@
 
 Formulas over the sizes of the matrices; they come from the row's ``shape`` or from a local checkpoint's
 ``config.json``. Each constant says where it comes from; ``python -m qwen_onnx.export.memory_benchmark`` measures the
-same figures, and a test holds the two within 10 %.
+same figures. Measured so far: the artifact within 1 %, memory within 19 % (too high), disk within 24 % (too low).
 """
 
 from __future__ import annotations
@@ -306,6 +306,7 @@ def print_estimate(plan: Plan, source: Path | None, console: Console) -> None:
     for name, meaning in MEANINGS.items():
         table.add_row(meaning, f"{getattr(found, name) / 1e9:.2f}")
     console.print(table)
+    console.print("measured so far: artifact within 1 %, memory within 19 %, disk within 24 %")
     if not found.exact:
         console.print("upper bounds: the row does not say how large every matrix is; --source CHECKPOINT does")
     print(json.dumps(asdict(found)))
