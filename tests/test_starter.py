@@ -51,11 +51,12 @@ def test_corrupted_scales_of_one_layer_fail(artifact_dir: Path, starter_checkpoi
     folder = Path(shutil.copytree(artifact_dir, tmp_path / "corrupted"))
     path = folder / "model.onnx"
     model = onnx.load(str(path))
-    scales = next(
-        t for t in model.graph.initializer if "layers.15." in t.name and "down_proj" in t.name and "scales" in t.name
-    )
-    values = np.random.default_rng(0).permutation(numpy_helper.to_array(scales).ravel()).reshape(tuple(scales.dims))
-    scales.CopyFrom(numpy_helper.from_array(values, scales.name))
+    scales = [t for t in model.graph.initializer if "layers.15." in t.name and "scales" in t.name]
+    assert len(scales) == 5, "qkv, o, gate, up, down"
+    random = np.random.default_rng(0)
+    for tensor in scales:
+        values = random.permutation(numpy_helper.to_array(tensor).ravel()).reshape(tuple(tensor.dims))
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     (folder / "model.onnx.data").unlink()
     onnx.save(model, str(path), save_as_external_data=True, location="model.onnx.data")
     limits = open_artifact(artifact_dir).manifest.plan.limits
