@@ -103,7 +103,9 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig, kept:
 def _folder(kept: Path | None, output: Path) -> Iterator[Path]:
     if kept is not None:
         yield kept
-        shutil.rmtree(kept / "scratch")
+        # it is not there when a build was killed behind its last step and this one found everything finished
+        if (kept / "scratch").exists():
+            shutil.rmtree(kept / "scratch")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.work-", dir=output.parent) as folder:

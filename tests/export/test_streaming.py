@@ -154,6 +154,16 @@ def test_a_killed_quantisation_goes_on_behind_what_was_finished(
     assert overrides_of(tmp_path / "out") == overrides_of(whole)
 
 
+def test_a_build_killed_behind_its_last_step_finds_everything_finished(
+    tiny_checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("first", "again"):
+        quantize(tiny_checkpoint, tmp_path / name, SMALL, kept)
+        assert same(tensors_of(tmp_path / name), tensors_of(whole))
+
+
 def test_other_weights_or_settings_never_use_finished_layers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
