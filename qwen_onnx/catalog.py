@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.faults import describe, further_faults
-from qwen_onnx.schema import Family, Pipeline, Precision, Record, Row, Variants
+from qwen_onnx.schema import Environment, Family, Pipeline, Precision, Record, Row, Variants
 
 R = TypeVar("R", bound=Record)
 MERGE = "tag:yaml.org,2002:merge"
@@ -47,11 +47,13 @@ class Catalog:
         root: folder that holds ``recipes/`` and ``pipelines/``.
         families: by file path relative to the root.
         pipelines: by target name.
+        environments: by name.
     """
 
     root: Path
     families: dict[str, Family]
     pipelines: dict[str, Pipeline]
+    environments: dict[str, Environment]
 
     @property
     def rows(self) -> dict[str, tuple[Family, Row]]:
@@ -98,6 +100,11 @@ class Catalog:
         without = override.without if override else {}
         return [name for name in self.pipeline(target).precisions if name not in without]
 
+    def context_of(self, row: Row, target: str) -> int | None:
+        """Tokens that an artifact of ``row`` accepts on ``target``, whose shapes may be fixed."""
+        known = [value for value in (row.context, self.pipeline(target).context) if value]
+        return min(known, default=None)
+
     def targets_of(self, row: Row) -> list[str]:
         """Targets that ``row`` can be built for."""
         excluded = {name for name, override in row.targets.items() if override.excluded}
@@ -132,11 +139,14 @@ def load_catalog(root: Path) -> Catalog:
     faults: list[str] = []
     recipes, targets = _read_folder(root, "recipes", faults), _read_folder(root, "pipelines", faults)
     families, by_file = _checked(recipes, Family, faults), _checked(targets, Pipeline, faults)
-    pipelines: dict[str, Pipeline] = {}
-    for file, pipeline in by_file.items():
-        if pipeline.target != Path(file).stem:
-            faults.append(f"{file}: target: is {pipeline.target!r}, but the file is named {Path(file).stem!r}")
-        pipelines[pipeline.target] = pipeline
+    folder = "pipelines/environments"
+    environments = _by_name(_checked(_read_folder(root, folder, faults), Environment, faults), "name", faults)
+    pipelines = _by_name(by_file, "target", faults)
+    faults += [
+        f"{file}: environment: {folder}/ has no {pipeline.environment!r}"
+        for file, pipeline in by_file.items()
+        if pipeline.environment and pipeline.environment not in environments
+    ]
     # of a file that cannot be read its own faults are enough
     unread = {path.stem for path in (root / "pipelines").glob("*.y*ml") if f"pipelines/{path.name}" not in by_file}
     owner: dict[str, str] = {}
@@ -152,7 +162,18 @@ def load_catalog(root: Path) -> Catalog:
     if faults:
         faults += further_faults(recipes, targets)
         raise ConfigError(list(dict.fromkeys(faults)), hint="correct these keys; recipes/*.schema.json describes them")
-    return Catalog(root, families, pipelines)
+    return Catalog(root, families, pipelines, environments)
+
+
+def _by_name(files: dict[str, R], key: str, faults: list[str]) -> dict[str, R]:
+    """Records by the name that they carry under ``key``, which must be their file's."""
+    found = {}
+    for file, record in files.items():
+        name = getattr(record, key)
+        if name != Path(file).stem:
+            faults.append(f"{file}: {key}: is {name!r}, but the file is named {Path(file).stem!r}")
+        found[name] = record
+    return found
 
 
 def load_variants(root: Path, target: str) -> Variants:

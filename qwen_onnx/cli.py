@@ -253,7 +253,7 @@ def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
         )
-    report = verify_published(opened, checkpoint, _progress)
+    report = verify_published(opened, checkpoint, cache_root(_root()), _progress)
     _show_report(opened.path, report.verdict)
 
 

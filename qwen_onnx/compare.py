@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.optimize import build_model
+from qwen_onnx.optimize import build_model, runner_of
 from qwen_onnx.plan import Plan
 from qwen_onnx.schema import Verification
 from qwen_onnx.sources import Checkpoint
@@ -32,12 +32,19 @@ def measure(plan: Plan, checkpoint: Checkpoint, scratch: Path, *, speed: bool, p
 
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".compare-") as folder:
         staging = Path(folder)
-        artifact, _ = build_model(plan, checkpoint, staging, staging / "build.log", progress)
+        artifact, _ = build_model(plan, checkpoint, staging, staging / "build.log", progress, scratch)
         timed = speed and plan.verification is Verification.RUN
         checks = ("drift", "latency") if timed else ("drift",)
         options = VerifyOptions(checks=checks)
         report = verify_artifact(
-            artifact, checkpoint.path, None, plan.limits, level=plan.verification, options=options, progress=progress
+            artifact,
+            checkpoint.path,
+            None,
+            plan.limits,
+            level=plan.verification,
+            options=options,
+            runner=runner_of(plan, scratch, progress),
+            progress=progress,
         )
         size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
     return {"bytes": size, **_figures(report)}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.passes import CalibratedGptqConfig
+from qwen_onnx.passes import CalibratedGptqConfig, OpenVINOConversionConfig
 from qwen_onnx.plan import Plan
 from qwen_onnx.schema import Shape, WheelSource
 
@@ -164,6 +164,11 @@ def _head_bytes(found: Dimensions, config: CalibratedGptqConfig, scale: int) -> 
 
 def _graph_bytes(found: Dimensions, plan: Plan, config: CalibratedGptqConfig | None) -> int:
     """Weights in the graph; sine and cosine of every position; an embedding of its own unless the head's serves."""
+    converted = next((step for step in plan.olive["passes"].values() if step["type"] == "OpenVINOConversion"), None)
+    if converted is not None:
+        return _openvino_bytes(
+            found, OpenVINOConversionConfig.model_validate({k: v for k, v in converted.items() if k != "type"})
+        )
     number = plan.readback.io_bits // 8
     rotary = plan.context * found.head_dim * number
     build = next(step for step in plan.olive["passes"].values() if step["type"] == "GenAIModelBuilder")
@@ -178,6 +183,15 @@ def _graph_bytes(found: Dimensions, plan: Plan, config: CalibratedGptqConfig | N
     symmetric = bool(build.get("is_symmetric", True))
     body = packed_bytes(found.body + found.tables, 4, block, symmetric=symmetric, scale=number)
     return body + (0 if shared else number * found.tables) + rotary
+
+
+def _openvino_bytes(found: Dimensions, config: OpenVINOConversionConfig) -> int:
+    """Weights of an IR: a tied embedding stands there once, scales are fp16, rotary positions are computed."""
+    if config.precision in ("fp16", "fp32"):
+        return found.weights * (2 if config.precision == "fp16" else 4)
+    four = int(found.body * config.int4_share) if config.precision == "int4" else 0
+    block = config.group_size if config.group_size > 0 else found.widest
+    return packed_bytes(four, 4, block, symmetric=True, scale=2) + found.weights - four
 
 
 def _kept_bytes(found: Dimensions, config: CalibratedGptqConfig) -> tuple[int, int]:

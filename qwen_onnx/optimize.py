@@ -29,6 +29,7 @@ from qwen_onnx.artifact import (
     staged_manifest,
     staging_folder,
 )
+from qwen_onnx.environments import Interpreter, interpreter_of, is_ready
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.estimate import Estimate, estimate
 from qwen_onnx.plan import Plan
@@ -36,11 +37,13 @@ from qwen_onnx.schema import Verification
 from qwen_onnx.sources import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
+    from qwen_onnx.runners.client import Runner
     from qwen_onnx.verify.report import Report
 
 Progress = Callable[[str], None]
 LOG_FILE = "build.log"
 SMOKE_PROMPT = "The capital of France is"
+THREADS = 2  # of a runner
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,12 @@ def _build(
     begin = time.monotonic()
     log = staging / LOG_FILE
     try:
-        folder, readback = build_model(job.plan, checkpoint, staging, log, progress, kept)
+        folder, readback = build_model(job.plan, checkpoint, staging, log, progress, job.cache, kept)
     except ExportError as error:
         raise _with_kept_log(error, log, job) from error
     shutil.move(log, folder / LOG_FILE)
     progress("loading the artifact and generating")
-    smoke(folder, job.plan)
+    smoke(folder, job.plan, runner_of(job.plan, job.cache, progress))
     built = time.monotonic() - begin
     report = _verified(job, checkpoint, folder, staging, progress) if job.verify else None
     verdict = report.verdict if report else "UNVERIFIED"
@@ -133,11 +136,18 @@ def _build(
 
 
 def build_model(
-    plan: Plan, checkpoint: Checkpoint, staging: Path, log: Path, progress: Progress, kept: Path | None = None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    staging: Path,
+    log: Path,
+    progress: Progress,
+    cache: Path,
+    kept: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Run the plan through Olive and read the graph back.
 
     Args:
+        cache: where an environment of the target's own is, or is made.
         kept: folder whose finished steps the build goes on with, see ``kept_folder``.
 
     Returns:
@@ -147,43 +157,76 @@ def build_model(
         ExportError: Olive failed, or the graph is not what the plan asked for.
     """
     from qwen_onnx.export.olive import collect, run_olive
-    from qwen_onnx.export.readback import compare, read_graph
+    from qwen_onnx.export.readback import read_back
 
-    folder = staging / "artifact"
-    collect(run_olive(plan.olive, checkpoint.path, staging / "work", log, progress, kept), folder)
-    return folder, compare(read_graph(folder / "model.onnx"), plan.readback)
+    folder, interpreter = staging / "artifact", olive_interpreter(plan, cache, progress)
+    collect(run_olive(plan.olive, checkpoint.path, staging / "work", log, progress, kept, interpreter), folder)
+    return folder, read_back(folder, plan.readback)
+
+
+def olive_interpreter(plan: Plan, cache: Path, progress: Progress) -> Interpreter | None:
+    """The Python that Olive runs in; None for the one that runs this."""
+    environment = plan.environment
+    return interpreter_of(environment, cache, progress) if environment and environment.olive else None
+
+
+def runner_of(plan: Plan, cache: Path, progress: Progress) -> Callable[[Path], Runner] | None:
+    """What runs a folder of the target where onnxruntime-genai cannot; None where it can."""
+    if plan.environment is None:
+        return None
+    from qwen_onnx.runners.client import Runner
+
+    name, interpreter = plan.environment.name, interpreter_of(plan.environment, cache, progress)
+    return lambda folder: Runner(folder, name, interpreter, threads=THREADS)
 
 
 def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, progress: Progress) -> Report:
     from qwen_onnx.verify import verify_artifact
 
-    reference = export_reference(job.plan, checkpoint.path, staging, progress)
+    reference = export_reference(job.plan, checkpoint.path, staging, progress, job.cache)
     report = verify_artifact(
-        folder, checkpoint.path, reference, job.plan.limits, level=job.plan.verification, progress=progress
+        folder,
+        checkpoint.path,
+        reference,
+        job.plan.limits,
+        level=job.plan.verification,
+        runner=runner_of(job.plan, job.cache, progress),
+        progress=progress,
     )
     report.save(folder)
     return report
 
 
-def export_reference(plan: Plan, checkpoint: Path, staging: Path, progress: Progress) -> Path:
-    """An fp32 export of the same checkpoint by the same builder, for export parity."""
+def export_reference(plan: Plan, checkpoint: Path, staging: Path, progress: Progress, cache: Path) -> Path:
+    """An fp32 export of the same checkpoint by the same exporter, for export parity."""
     from qwen_onnx.export.olive import reference_config, run_olive
 
     progress("exporting the fp32 reference")
     return run_olive(
-        reference_config(plan.olive), checkpoint, staging / "reference", staging / "reference.log", lambda _: None
+        reference_config(plan.olive),
+        checkpoint,
+        staging / "reference",
+        staging / "reference.log",
+        lambda _: None,
+        interpreter=olive_interpreter(plan, cache, progress),
     )
 
 
-def verify_published(artifact: Artifact, checkpoint: Checkpoint, progress: Progress = print) -> Report:
+def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, progress: Progress = print) -> Report:
     """Verify an artifact again and publish it with the new report and verdict."""
     from qwen_onnx.verify import verify_artifact
 
     with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
         plan = artifact.manifest.plan
-        reference = export_reference(plan, checkpoint.path, staging, progress)
+        reference = export_reference(plan, checkpoint.path, staging, progress, cache)
         report = verify_artifact(
-            artifact.path, checkpoint.path, reference, plan.limits, level=plan.verification, progress=progress
+            artifact.path,
+            checkpoint.path,
+            reference,
+            plan.limits,
+            level=plan.verification,
+            runner=runner_of(plan, cache, progress),
+            progress=progress,
         )
         folder = staging / "artifact"
         shutil.copytree(artifact.path, folder, copy_function=os.link)
@@ -195,8 +238,8 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, progress: Progr
     return report
 
 
-def smoke(folder: Path, plan: Plan) -> None:
-    """Load with onnxruntime-genai and generate, unless the target is known by its structure alone.
+def smoke(folder: Path, plan: Plan, runner: Callable[[Path], Runner] | None = None) -> None:
+    """Load and generate, with onnxruntime-genai or ``runner``, unless the target is known by its structure alone.
 
     Raises:
         ExportError: it does not load, gives no token, or its context is shorter than the plan's.
@@ -208,7 +251,8 @@ def smoke(folder: Path, plan: Plan) -> None:
     if plan.verification is Verification.STRUCTURE:
         return
     try:
-        engine = Engine(folder, on_cpu=plan.verification is Verification.NUMERICS_ON_CPU)
+        on_cpu = plan.verification is Verification.NUMERICS_ON_CPU
+        engine = runner(folder) if runner else Engine(folder, on_cpu=on_cpu)
         ids = TextTokenizer(folder).encode(SMOKE_PROMPT)
         tokens = list(engine.generate(ids, max_new_tokens=8, stop_on_eos=False))
     except ArtifactError as error:
@@ -237,9 +281,11 @@ def require_room(job: Job) -> None:
         EnvironmentFault: too little disk or memory is free; names every shortage.
     """
     needs = estimate(job.plan, checkpoint_at_hand(job.plan, job.cache, job.source), verify=job.verify)
+    environment = job.plan.environment
+    to_install = environment.bytes if environment and not is_ready(environment, job.cache) else 0
     faults = [
         f"{need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free at {place}"
-        for place, need in _disk_needs(job, needs).items()
+        for place, need in _disk_needs(job, needs, to_install).items()
         if (free := shutil.disk_usage(place).free) < need
     ]
     memory = max(needs.memory, needs.verification) if job.verify else needs.memory
@@ -255,13 +301,13 @@ def require_room(job: Job) -> None:
         )
 
 
-def _disk_needs(job: Job, needs: Estimate) -> dict[Path, int]:
-    """Bytes by folder: one when cache and target share a file system."""
+def _disk_needs(job: Job, needs: Estimate, to_install: int) -> dict[Path, int]:
+    """Bytes by folder: one when cache and target share a file system; an environment to be made is in the cache."""
     target, cache = (_existing(path) for path in (job.target.parent, job.cache))
     if target.stat().st_dev == cache.stat().st_dev:
-        return {target: needs.disk + needs.download}
+        return {target: needs.disk + needs.download + to_install}
     # quantised files are linked on one disk and copied to another
-    return {cache: needs.kept + needs.download, target: needs.staging + needs.quantised}
+    return {cache: needs.kept + needs.download + to_install, target: needs.staging + needs.quantised}
 
 
 def _existing(path: Path) -> Path:

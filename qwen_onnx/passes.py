@@ -64,15 +64,41 @@ class CalibratedGptqConfig(Record):
     seed: int = 0
 
 
-# What CalibratedGptq can quantise: models whose weights are all linear layers, which genai's builder then reads back.
-# transformers 5 keeps experts as fused tensors, and genai wants the gates of linear attention unquantised.
-CALIBRATED = (
+class OpenVINOConversionConfig(Record):
+    """Options of ``qwen_onnx.export.openvino.OpenVINOConversion``."""
+
+    precision: Literal["int4", "int8", "fp16", "fp32"]
+    group_size: Literal[64, 128, -1] = Field(
+        default=128, description="weights that share a scale in int4; -1: all inputs of a channel, as in int8"
+    )
+    int4_share: float = Field(default=1.0, gt=0, le=1, description="part of the body's weights in int4, the rest int8")
+    windows: int = Field(default=24, ge=1, description="calibration windows")
+    window: int = Field(default=512, ge=32, description="tokens in a calibration window")
+    seed: int = 0
+
+
+class OpenVINOPackageConfig(Record):
+    """Options of ``qwen_onnx.export.openvino.OpenVINOPackage``."""
+
+    target_device: Literal["npu", "gpu", "cpu"]
+    max_prompt_len: int = Field(gt=0, description="tokens of the longest prompt: the NPU compiles fixed shapes")
+    min_response_len: int = Field(gt=0, description="tokens for which there is room behind the longest prompt")
+
+
+# Dense models, whose weights are all linear layers. CalibratedGptq can quantise no others: transformers 5 keeps
+# experts as fused tensors, and genai wants the gates of linear attention unquantised. OpenVINOConversion was tried on
+# no others.
+DENSE = (
     "QWenLMHeadModel",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
 
+DENSE_ONLY = ("CalibratedGptq", "OpenVINOConversion")
+
 STEP_CONFIGS: dict[str, type[Record]] = {
     "CalibratedGptq": CalibratedGptqConfig,
     "GenAIModelBuilder": GenAIModelBuilderConfig,
+    "OpenVINOConversion": OpenVINOConversionConfig,
+    "OpenVINOPackage": OpenVINOPackageConfig,
 }

@@ -15,9 +15,10 @@ from pydantic import Field, ValidationError
 from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.faults import describe
-from qwen_onnx.passes import CALIBRATED, PROVIDERS, STEP_CONFIGS, GenAIModelBuilderConfig
+from qwen_onnx.passes import DENSE, DENSE_ONLY, PROVIDERS, STEP_CONFIGS, GenAIModelBuilderConfig
 from qwen_onnx.schema import (
     Build,
+    Environment,
     Family,
     Limits,
     Pipeline,
@@ -47,6 +48,7 @@ class Plan(Record):
     parameters: int = Field(gt=0)
     context: int = Field(gt=0)
     license: str | None
+    environment: Environment | None
     shape: Shape
     sources: tuple[Source, ...]
     olive: dict[str, Any]
@@ -79,7 +81,7 @@ def make_plan(catalog: Catalog, model: str, target: str, precision: str | None =
     """
     family, row = catalog.row(model)
     chosen = catalog.precision(target, precision)
-    return _compose(family, row, catalog.pipeline(target), chosen, _file_of(catalog, family))
+    return _compose(catalog, family, row, catalog.pipeline(target), chosen)
 
 
 def make_variant_plan(catalog: Catalog, model: str, target: str, variant: Variant) -> Plan:
@@ -95,18 +97,17 @@ def make_variant_plan(catalog: Catalog, model: str, target: str, variant: Varian
     build = build.model_copy(update={"steps": variant.steps, "readback": readback})
     changed = pipeline.model_copy(update={"precisions": {precision: build}})
     place = f"{file}: variants.{variant.name}"
-    return _compose(family, row, changed, precision, _file_of(catalog, family), pipeline_file=place)
+    return _compose(catalog, family, row, changed, precision, pipeline_file=place)
 
 
 def make_all_plans(catalog: Catalog) -> list[Plan]:
     """The plan of every (model, target, precision) that can be built; ConfigError with the faults of all of them."""
     plans, faults = [], []
     for family, row in (found for found in catalog.rows.values() if not found[1].planned):
-        file = _file_of(catalog, family)
         for pipeline in (catalog.pipelines[name] for name in catalog.targets_of(row)):
             for precision in catalog.precisions_of(row, pipeline.target):
                 try:
-                    plans.append(_compose(family, row, pipeline, precision, file))
+                    plans.append(_compose(catalog, family, row, pipeline, precision))
                 except ConfigError as error:
                     faults += error.faults
     if faults:
@@ -119,8 +120,14 @@ def _file_of(catalog: Catalog, family: Family) -> str:
 
 
 def _compose(
-    family: Family, row: Row, pipeline: Pipeline, precision: Precision, file: str, pipeline_file: str | None = None
+    catalog: Catalog,
+    family: Family,
+    row: Row,
+    pipeline: Pipeline,
+    precision: Precision,
+    pipeline_file: str | None = None,
 ) -> Plan:
+    file = _file_of(catalog, family)
     if row.planned or row.parameters is None or row.context is None:
         raise ConfigError([f"{file}: {row.id} cannot be built yet: {row.planned}"], hint="qwen-onnx list")
     override = row.targets.get(pipeline.target)
@@ -155,8 +162,9 @@ def _compose(
         verification=pipeline.verification,
         architecture=family.architecture,
         parameters=row.parameters,
-        context=row.context,
+        context=catalog.context_of(row, pipeline.target) or row.context,
         license=row.license,
+        environment=catalog.environments[pipeline.environment] if pipeline.environment else None,
         shape=row.shape,
         sources=row.sources,
         olive=_olive_config(steps, pipeline),
@@ -223,11 +231,11 @@ def _node(layers: dict[str, Any], path: list[str], field: str, value: Any) -> di
 
 def _check_quantiser(steps: dict[str, dict[str, Any]], architecture: str, row: str, faults: list[str]) -> None:
     """What the step cannot quantise is known before anything is downloaded."""
-    names = [name for name, step in steps.items() if step["type"] == "CalibratedGptq"]
-    if architecture not in CALIBRATED:
+    if architecture not in DENSE:
         faults += [
-            f"{row}: the step {name} (CalibratedGptq) cannot quantise a {architecture}; set: {{steps.{name}: null}}"
-            for name in names
+            f"{row}: the step {name} ({step['type']}) cannot quantise a {architecture}; set: {{steps.{name}: null}}"
+            for name, step in steps.items()
+            if step["type"] in DENSE_ONLY
         ]
     if not steps:
         faults.append(f"{row}: no step is left")

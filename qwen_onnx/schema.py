@@ -68,6 +68,7 @@ class Verification(StrEnum):
     RUN = "run"
     SIMULATOR = "simulator"
     NUMERICS_ON_CPU = "numerics-on-cpu"
+    OPENVINO_CPU = "openvino-cpu"
     STRUCTURE = "structure"
 
     @property
@@ -77,6 +78,7 @@ class Verification(StrEnum):
             Verification.RUN: "run here by the target's own execution provider",
             Verification.SIMULATOR: "run on the vendor's simulator; not run on the device",
             Verification.NUMERICS_ON_CPU: "numerics on the CPU execution provider; not run on the device",
+            Verification.OPENVINO_CPU: "numerics on OpenVINO's CPU plugin; not run on the device",
             Verification.STRUCTURE: "structure of the graph; never run",
         }[self]
 
@@ -107,7 +109,9 @@ class Readback(Record):
     Bits of 16 and 32 are floats. ``io_bits`` are those of the logits and the KV cache.
     """
 
-    form: Literal["MatMulNBits", "QDQ", "float"] = Field(default="MatMulNBits", description="how weights are stored")
+    form: Literal["MatMulNBits", "QDQ", "float", "OpenVINO"] = Field(
+        default="MatMulNBits", description="how weights are stored"
+    )
     provider: str = Field(default="cpu", description="execution provider in genai_config.json, by genai's name")
     io_bits: Literal[16, 32] = 32
     body_bits: Literal[4, 8, 16, 32]
@@ -123,6 +127,7 @@ class Readback(Record):
         has = {
             "MatMulNBits": ("block_size", "symmetric", "accuracy_level"),
             "QDQ": ("block_size", "symmetric"),
+            "OpenVINO": ("symmetric",) if self.body_bits == 8 else ("block_size", "symmetric"),
             "float": (),
         }[self.form]
         for name in ("block_size", "symmetric", "accuracy_level"):
@@ -150,11 +155,23 @@ class Build(Record):
         return self
 
 
+class Environment(Record):
+    """Packages that cannot stand beside ours: ``pipelines/environments/<name>.yaml``, made when a target needs it."""
+
+    name: Name
+    requirements: tuple[str, ...] = Field(min_length=1, description="pinned, as pip takes them")
+    removed: dict[Name, Reason] = Field(default_factory=dict, description="packages that pip pulls in and that must go")
+    bytes: int = Field(gt=0, description="disk that it takes")
+    olive: bool = Field(default=False, description="Olive itself runs in it, not only what was built")
+
+
 class Pipeline(Record):
     """A target: how it is built in each precision, or why not, and how far what was built is proven here."""
 
     target: Name
     verification: Verification
+    environment: Name | None = Field(default=None, description="environment that builds the artifacts or runs them")
+    context: int | None = Field(default=None, gt=0, description="most tokens, where the device wants fixed shapes")
     device: Literal["cpu", "gpu", "npu"]
     execution_provider: str = Field(min_length=1)
     default: Precision = "int4"
@@ -319,5 +336,10 @@ class Family(Record):
 
 def json_schemas() -> dict[str, dict[str, Any]]:
     """JSON Schemas for editors, by file name."""
-    records: dict[str, type[Record]] = {"recipe": Family, "pipeline": Pipeline, "variants": Variants}
+    records: dict[str, type[Record]] = {
+        "recipe": Family,
+        "pipeline": Pipeline,
+        "variants": Variants,
+        "environment": Environment,
+    }
     return {f"{name}.schema.json": record.model_json_schema() for name, record in records.items()}

@@ -167,7 +167,8 @@ def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
     # the formula was measured on the CPU, and so was everything else
     note = () if pipeline.verification is Verification.RUN else (f"on {target}: {pipeline.verification.text}",)
     rows = [row for _, row in catalog.rows.values() if target in catalog.targets_of(row)]
-    found = [choice for row in rows if (choice := _judged(row, wish, kv_bytes, note))]
+    reach = {row.id: catalog.context_of(row, target) or 0 for row in rows}
+    found = [choice for row in rows if (choice := _judged(row, wish, reach[row.id], kv_bytes, note))]
     return sorted(found, key=lambda choice: _rank(choice.row, wish), reverse=True)
 
 
@@ -177,9 +178,8 @@ def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
     return (made_for, answers, row.parameters or 0, row.released or "")
 
 
-def _judged(row: Row, wish: Wish, kv_bytes: int, note: tuple[str, ...]) -> Choice | None:
+def _judged(row: Row, wish: Wish, reach: int, kv_bytes: int, note: tuple[str, ...]) -> Choice | None:
     needed = bytes_needed(row, wish.context, kv_bytes)
-    reach = row.context or 0
     fits = needed is not None and needed <= wish.ram and reach >= wish.context and not row.planned
     allowed = not wish.commercial or row.license in COMMERCIAL
     if not fits or not allowed or not _speaks(row, wish.language) or needed is None:

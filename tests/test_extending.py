@@ -19,7 +19,7 @@ from tests.conftest import make_tiny_checkpoint, rewrite_json
 INTO = {
     "qwen_onnx/export/architectures.py": "ARCHITECTURES: dict[str, Architecture] = {\n",
     "qwen_onnx/schema.py": "ARCHITECTURES = (\n",
-    "qwen_onnx/passes.py": "CALIBRATED = (\n",
+    "qwen_onnx/passes.py": "DENSE = (\n",
 }
 
 

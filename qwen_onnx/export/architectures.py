@@ -17,7 +17,7 @@ from typing import Any
 from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export import moe, qwen3_next
 from qwen_onnx.export.stock import builder
-from qwen_onnx.passes import CALIBRATED
+from qwen_onnx.passes import DENSE
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
             where=str(checkpoint / "config.json"),
             hint="choose a model of the catalog: qwen-onnx list",
         )
-    if "quantization_config" in config and name not in CALIBRATED:
+    if "quantization_config" in config and name not in DENSE:
         raise ExportError(
             f"a {name} must come unquantised: the quantize step sees only its linear layers",
             where=str(checkpoint / "config.json"),

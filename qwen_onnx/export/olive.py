@@ -7,16 +7,15 @@ files of a genai model must be there.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwen_onnx.artifact import full_disk
+from qwen_onnx.environments import Interpreter, own_interpreter
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.progress import PROGRESS
 from qwen_onnx.files import file_checksums
@@ -35,7 +34,13 @@ def exporter_digest() -> str:
 
 
 def run_olive(
-    config: dict[str, Any], checkpoint: Path, work: Path, log: Path, progress: Progress, kept: Path | None = None
+    config: dict[str, Any],
+    checkpoint: Path,
+    work: Path,
+    log: Path,
+    progress: Progress,
+    kept: Path | None = None,
+    interpreter: Interpreter | None = None,
 ) -> Path:
     """Run an Olive config.
 
@@ -45,6 +50,7 @@ def run_olive(
         work: scratch folder of this build.
         log: file that takes everything that Olive says.
         kept: folder for finished steps of our passes, which a later run with the same build key goes on with.
+        interpreter: Python that Olive runs in; None is the one that runs this.
 
     Returns:
         Folder with the model.
@@ -58,9 +64,9 @@ def run_olive(
     if kept is not None:
         (work / KEPT_FOLDER).symlink_to(kept.resolve(), target_is_directory=True)
     (work / "olive.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    command = [sys.executable, "-m", "qwen_onnx.export.worker", "olive.json", "result.json"]
-    environment = {**os.environ, "OLIVE_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    chosen = interpreter or own_interpreter()
+    command = [str(chosen.python), "-m", "qwen_onnx.export.worker", "olive.json", "result.json"]
+    environment = {**chosen.variables, "OLIVE_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
             command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -112,4 +118,13 @@ def collect(model: Path, artifact: Path) -> None:
 
 def reference_config(config: dict[str, Any]) -> dict[str, Any]:
     """The same run, but one fp32 export: what graph and tokenizer do without quantisation."""
+    passes = config["passes"]
+    if any(step["type"] == "OpenVINOConversion" for step in passes.values()):
+        own = {"precision": "fp32"}
+        return {
+            **config,
+            "passes": {
+                name: {**step, **(own if step["type"] == "OpenVINOConversion" else {})} for name, step in passes.items()
+            },
+        }
     return {**config, "passes": {"reference": {"type": "GenAIModelBuilder", "precision": "fp32"}}}

@@ -56,7 +56,7 @@ def read_graph(model: Path) -> dict[str, Any]:
         "floats": floats,
         "float_experts": [node.name for node in graph.node if node.op_type == "MoE"],
         "io_bits": sorted({bits for kind in types if (bits := _float_bits(kind))}),
-        "provider": _provider(model.parent),
+        "provider": provider_of(model.parent),
         "prune_lm_head": logits.type.tensor_type.shape.dim[1].dim_value == 1,
     }
 
@@ -86,7 +86,8 @@ def _float_bits(kind: int) -> int | None:
     return BITS[kind] if kind in FLOATS else None
 
 
-def _provider(folder: Path) -> str:
+def provider_of(folder: Path) -> str:
+    """genai's name of the execution provider in ``genai_config.json``."""
     settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     options = settings["model"]["decoder"]["session_options"]["provider_options"]
     return next((name for entry in options for name in entry), "cpu")
@@ -150,6 +151,22 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
         "provider": facts["provider"],
         "prune_lm_head": facts["prune_lm_head"],
     }
+
+
+def read_back(folder: Path, asked: Readback) -> dict[str, Any]:
+    """Compare what was built in ``folder`` with the plan, in whatever format it is.
+
+    Returns:
+        A summary for the manifest.
+
+    Raises:
+        ExportError: naming the differences.
+    """
+    if asked.provider == "OpenVINO":
+        from qwen_onnx.export.openvino_readback import compare_ir, read_ir
+
+        return compare_ir(read_ir(folder), asked)
+    return compare(read_graph(folder / "model.onnx"), asked)
 
 
 def _kinds(nodes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ PR_SET_PDEATHSIG = 1
 PASS_MODULES = {
     "CalibratedGptq": "qwen_onnx.export.quantize.CalibratedGptq",
     "GenAIModelBuilder": "qwen_onnx.export.builder.GenAIModelBuilder",
+    "OpenVINOConversion": "qwen_onnx.export.openvino.OpenVINOConversion",
+    "OpenVINOPackage": "qwen_onnx.export.openvino.OpenVINOPackage",
 }
 
 

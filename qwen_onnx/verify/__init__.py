@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify.checks import CHECKS, beyond, run_check
-from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.context import Context, Runner
 from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
 
@@ -33,6 +33,7 @@ def verify_artifact(
     *,
     level: Verification = Verification.RUN,
     options: VerifyOptions = DEFAULT_OPTIONS,
+    runner: Callable[[Path], Runner] | None = None,
     progress: Callable[[str], None] = _silent,
 ) -> Report:
     """Run every check on ``artifact`` that its verification level promises; the report names the others.
@@ -44,6 +45,7 @@ def verify_artifact(
         limits: what the artifact must reach.
         level: how artifacts of this target are judged here.
         options: how much is measured.
+        runner: what runs the two folders; None is ONNX Runtime and onnxruntime-genai.
         progress: called with one line at the start of each part.
 
     Raises:
@@ -61,7 +63,7 @@ def verify_artifact(
         if not folder.is_dir():
             raise VerificationError("The folder to verify with does not exist.", where=str(folder))
     started = time.perf_counter()
-    context = Context(artifact, checkpoint, reference, limits, level, options, progress)
+    context = Context(artifact, checkpoint, reference, limits, level, options, runner, progress)
     results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
     context.release()
     verdict = worst(item.verdict for item in results)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer, TorchBaseline
-from qwen_onnx.verify.drift import DriftStudy
+from qwen_onnx.verify.drift import DriftStudy, Scorer
 from qwen_onnx.verify.parity import decode_positions
 from qwen_onnx.verify.records import Drift, Latency, VerifyOptions
-from qwen_onnx.verify.scoring import OnnxScorer
+from qwen_onnx.verify.scoring import Logits, OnnxScorer
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engine import Engine
     from qwen_onnx.runtime.template import ChatTemplate
     from qwen_onnx.runtime.tokenizer import TextTokenizer
+
+
+class Runner(Protocol):
+    """An engine of another kind, see ``qwen_onnx.runners.client.Runner``."""
+
+    context_length: int
+
+    def logits(self, ids: Sequence[int]) -> Logits: ...
+
+    def forced_logits(self, prompt_ids: Sequence[int], continuation_ids: Sequence[int]) -> Logits: ...
+
+    def generate(
+        self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_on_eos: bool = True
+    ) -> Iterator[int]: ...
 
 
 class Context:
@@ -32,10 +46,12 @@ class Context:
         limits: Limits,
         level: Verification,
         options: VerifyOptions,
+        runner: Callable[[Path], Runner] | None,
         progress: Callable[[str], None],
     ) -> None:
         self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
         self.limits, self.level, self.options, self.progress = limits, level, options, progress
+        self._runner = runner
         self.drift: Drift | None = None
         self.latency: Latency | None = None
 
@@ -56,37 +72,38 @@ class Context:
         return {name: corpus.windows(name, docs, self.truth.encode, size) for name, docs in self.documents.items()}
 
     @cached_property
-    def scorer(self) -> OnnxScorer:
-        """The artifact on a plain ``InferenceSession``."""
-        return OnnxScorer(self.artifact, self.options.threads)
+    def scorer(self) -> Scorer:
+        """The artifact on a plain ``InferenceSession``, or by its runner."""
+        return self._scorer(self.artifact)
+
+    def _scorer(self, folder: Path) -> Scorer:
+        return self._runner(folder) if self._runner else OnnxScorer(folder, self.options.threads)
 
     @cached_property
     def study(self) -> DriftStudy:
         """The first sample of teacher-forced positions, with those of the reference export."""
         self.progress("drift: loading PyTorch fp32")
         baseline = TorchBaseline(self.checkpoint, self.options.threads)
-        study = DriftStudy(baseline, self.scorer, self.reference, self.pools, self.options)
+        reference = (lambda folder=self.reference: self._scorer(folder)) if self.reference else None
+        study = DriftStudy(baseline, self.scorer, reference, self.pools, self.options)
         study.start(self.progress)
         return study
 
     @cached_property
-    def engine(self) -> Engine:
-        """The engine that serves; on the CPU where the target's own provider is not here."""
+    def engine(self) -> Engine | Runner:
+        """The engine that serves, on the CPU where the target's own provider is not here; or the runner."""
+        return self._engine(self.artifact, on_cpu=self.level is Verification.NUMERICS_ON_CPU)
+
+    def _engine(self, folder: Path, *, on_cpu: bool = False) -> Engine | Runner:
         from qwen_onnx.runtime.engine import Engine
 
-        on_cpu = self.level is Verification.NUMERICS_ON_CPU
-        return Engine(self.artifact, threads=self.options.threads, on_cpu=on_cpu)
+        return self._runner(folder) if self._runner else Engine(folder, threads=self.options.threads, on_cpu=on_cpu)
 
     def reference_decode(self, prompts: Mapping[str, Sequence[int]]) -> float:
         """Mean KLD of the fp32 export's decode path to its own prefill, in nats, on the first of ``prompts``."""
-        from qwen_onnx.runtime.engine import Engine
-
         assert self.reference is not None
         first = dict(list(prompts.items())[:1])
-        engine, scorer = (
-            Engine(self.reference, threads=self.options.threads),
-            OnnxScorer(self.reference, self.options.threads),
-        )
+        engine, scorer = self._engine(self.reference), self._scorer(self.reference)
         found = decode_positions(lambda ids: engine.forced_logits(ids[:1], ids[1:]), scorer.logits, first)
         return float(found.kld.mean())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from qwen_onnx.schema import Limits
 from qwen_onnx.verify.corpus import Document, Window, take
 from qwen_onnx.verify.records import DomainDrift, Drift, Verdict, VerifyOptions, worst
-from qwen_onnx.verify.scoring import Logits, OnnxScorer, Positions, compare
+from qwen_onnx.verify.scoring import Logits, Positions, compare
 from qwen_onnx.verify.statistics import DriftEstimates, at_least, at_most, bootstrap, tail
 
 PLOT_POINTS = 200
@@ -29,7 +28,7 @@ class DriftStudy:
     Args:
         baseline: PyTorch fp32.
         artifact: the quantised model.
-        reference: folder of the fp32 export, compared on the first window of each domain.
+        reference: opens the fp32 export, which is compared on the first window of each domain.
         pools: all windows of each domain in the order of use.
     """
 
@@ -37,7 +36,7 @@ class DriftStudy:
         self,
         baseline: Scorer,
         artifact: Scorer,
-        reference: Path | None,
+        reference: Callable[[], Scorer] | None,
         pools: Mapping[str, Sequence[Window]],
         options: VerifyOptions,
     ) -> None:
@@ -50,7 +49,7 @@ class DriftStudy:
 
     def start(self, progress: Callable[[str], None]) -> None:
         """First sample, together with the reference export, which is then released."""
-        reference = OnnxScorer(self._reference, self._options.threads) if self._reference else None
+        reference = self._reference() if self._reference else None
         self._measure(0, self._options.windows_per_domain, reference, progress)
 
     def double(self, progress: Callable[[str], None]) -> None:

@@ -1,0 +1,100 @@
+"""Python environments of their own, for targets whose packages cannot stand beside ours.
+
+They are made below the cache when a target first needs them, by venv and pip, one for each set of requirements.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.plan import digest_of
+from qwen_onnx.schema import Environment
+
+Progress = Callable[[str], None]
+STAMP = ".ready"
+PACKAGE_FOLDER = "package"
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python and the folder from which it imports this package, and nothing else of ours."""
+
+    python: Path
+    package: Path
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables for a process of it."""
+        return {**os.environ, "PYTHONPATH": str(self.package), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def own_interpreter() -> Interpreter:
+    """The Python that runs this, with this package and whatever is beside it."""
+    return Interpreter(Path(sys.executable), Path(__file__).resolve().parent.parent)
+
+
+def place_of(environment: Environment, cache: Path) -> Path:
+    """Folder of ``environment``: another set of requirements has another folder."""
+    identity = {**environment.model_dump(mode="json"), "python": sys.version_info[:2]}
+    return cache / "environments" / f"{environment.name}-{digest_of(identity)[:12]}"
+
+
+def is_ready(environment: Environment, cache: Path) -> bool:
+    """Whether it is there, whole."""
+    return (place_of(environment, cache) / STAMP).exists()
+
+
+def interpreter_of(environment: Environment, cache: Path, progress: Progress) -> Interpreter:
+    """The Python of ``environment``, which is made when it is not there.
+
+    Raises:
+        EnvironmentFault: pip could not install its packages.
+    """
+    folder = place_of(environment, cache)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / STAMP).exists():
+            progress(f"environment {environment.name}: installing {len(environment.requirements)} packages, once")
+            _make(environment, folder)
+    return Interpreter(_python(folder), folder / PACKAGE_FOLDER)
+
+
+def _python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _make(environment: Environment, folder: Path) -> None:
+    """The stamp comes last, so that an interrupted installation is done again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _run(environment, [sys.executable, "-m", "venv", str(folder)])
+    pip = [str(_python(folder)), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    _run(environment, [*pip, "install", "--no-compile", *environment.requirements])
+    if environment.removed:
+        _run(environment, [*pip, "uninstall", "--yes", *environment.removed])
+    packages = folder / PACKAGE_FOLDER
+    packages.mkdir()
+    # not the folder above this package: installed from a wheel, it is full of the packages that must not be seen
+    own = Path(__file__).resolve().parent
+    (packages / own.name).symlink_to(own, target_is_directory=True)
+    (folder / STAMP).touch()
+
+
+def _run(environment: Environment, command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+        raise EnvironmentFault(
+            f"the environment {environment.name} cannot be made: {errors[-1][:500]}",
+            where=f"pipelines/environments/{environment.name}.yaml",
+            hint="a package index must be reachable; pip config list shows which one is asked",
+        )
