@@ -33,8 +33,9 @@ class Interpreter:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment variables for a process of it."""
-        return {**os.environ, "PYTHONPATH": str(self.package), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        """Environment variables for a process of it; without PYTHONSAFEPATH the working directory would come first."""
+        own = {"PYTHONPATH": str(self.package), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        return {**os.environ, **own}
 
 
 def own_interpreter() -> Interpreter:
