@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from qwen_onnx.passes import STEP_CONFIGS
-from qwen_onnx.schema import Limits, Readback
+from qwen_onnx.schema import Limits, Readback, Record
 
 
 def describe(file: str, error: ValidationError, data: Any = None) -> list[str]:
@@ -43,17 +42,57 @@ def further_faults(recipes: dict[str, Any], pipelines: dict[str, Any]) -> list[s
         recipes: what the files hold, by name; nothing about it is known to be right.
         pipelines: the same.
     """
-    steps = [(file, name, step) for file, data in pipelines.items() for name, step in _steps(data)]
-    faults = [fault for file, name, step in steps for fault in _option_faults(file, name, step)]
-    by_target = {_get(data, "target"): data for data in pipelines.values()}
+    faults, builds = [], {}
+    for file, data in pipelines.items():
+        precisions = _dict(_get(data, "precisions"))
+        builds[_get(data, "target")] = [_layers(build) for build in precisions.values()]
+        for precision, layers in zip(precisions, builds[_get(data, "target")], strict=True):
+            for name, step in layers["steps"].items():
+                faults += step_faults(f"{file}: precisions.{precision}: steps.{name}", step)
     for file, data in recipes.items():
-        for row in _list(_get(data, "sizes")):
-            for target, override in _dict(_get(row, "targets")).items():
-                for address in _dict(_get(override, "set")):
-                    if target in by_target and not _matches(by_target[target], address):
-                        place = f"{file}: sizes.{_get(row, 'id')}.targets.{target}.set.{address}"
-                        faults.append(f"{place}: matches nothing in the pipeline")
+        rows = [(f"sizes.{_get(row, 'id')}.", row) for row in _list(_get(data, "sizes"))]
+        for place, holder in [("", data), *rows]:
+            for target, override in _dict(_get(holder, "targets")).items():
+                for address, value in _dict(_get(override, "set")).items():
+                    known = builds.get(target, [])
+                    if target in builds and not any(find(layers, address, value) for layers in known):
+                        faults.append(f"{file}: {place}targets.{target}.set.{address}: matches nothing in the pipeline")
     return faults
+
+
+def step_faults(place: str, step: dict[str, Any]) -> list[str]:
+    """Faults of one step, a mapping of ``type`` and its options."""
+    kind, options = step.get("type"), {key: value for key, value in step.items() if key != "type"}
+    record = STEP_CONFIGS.get(str(kind))
+    if record is None:
+        return [f"{place}.type: no pass {kind!r}; known: {', '.join(sorted(STEP_CONFIGS))}"]
+    try:
+        record.model_validate(options)
+    except ValidationError as error:
+        return describe(f"{place}.config", error)
+    return []
+
+
+def find(layers: dict[str, Any], address: str, value: Any) -> tuple[dict[str, Any], str] | None:
+    """The mapping that holds what an override sets at ``address``, and its key there; None when nothing does.
+
+    An option at its default counts as there. A whole step cannot be set, only left out (null): what it would become is
+    the pipeline's business.
+
+    Args:
+        layers: ``steps`` by name, each with its type and options; ``readback``; ``limits``.
+    """
+    *path, field = str(address).split(".")
+    if path == ["steps"]:
+        return (layers["steps"], field) if value is None and field in layers["steps"] else None
+    node: Any = layers
+    for part in path:
+        node = _get(node, part)
+    if not path or not isinstance(node, dict):
+        return None
+    records: dict[str, type[Record]] = {"readback": Readback, "limits": Limits}
+    record = STEP_CONFIGS.get(str(node.get("type"))) if path[0] == "steps" else records[path[0]]
+    return (node, field) if field in node or (record and field in record.model_fields) else None
 
 
 def _get(data: Any, key: str) -> Any:
@@ -68,32 +107,11 @@ def _dict(data: Any) -> dict[Any, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _steps(pipeline: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Steps of all precisions, each with the place that its build has in the file."""
-    for precision, build in _dict(_get(pipeline, "precisions")).items():
-        for step in _list(_get(build, "steps")):
-            if isinstance(step, dict):
-                yield f"precisions.{precision}", step
-
-
-def _option_faults(file: str, place: str, step: dict[str, Any]) -> list[str]:
-    where = f"{file}: {place}: steps.{step.get('name')}"
-    record = STEP_CONFIGS.get(str(step.get("type")))
-    if record is None:
-        known = ", ".join(sorted(STEP_CONFIGS))
-        return [f"{where}.type: no pass {step.get('type')!r}; known: {known}"]
-    try:
-        record.model_validate(_dict(step.get("config")))
-    except ValidationError as error:
-        return describe(f"{where}.config", error)
-    return []
-
-
-def _matches(pipeline: Any, address: Any) -> bool:
-    kind, _, rest = str(address).partition(".")
-    if kind in ("limits", "readback"):
-        return rest in (Limits if kind == "limits" else Readback).model_fields
-    name, _, field = rest.partition(".")
-    named = [step for _, step in _steps(pipeline) if step.get("name") == name] if kind == "steps" else []
-    records = [STEP_CONFIGS[step["type"]] for step in named if step.get("type") in STEP_CONFIGS]
-    return bool(named) and (not field or any(field in record.model_fields for record in records))
+def _layers(build: Any) -> dict[str, Any]:
+    """What an override addresses, of a build of which nothing is known to be right."""
+    steps = [step for step in _list(_get(build, "steps")) if isinstance(step, dict)]
+    return {
+        "steps": {str(step.get("name")): {**_dict(step.get("config")), "type": step.get("type")} for step in steps},
+        "readback": _dict(_get(build, "readback")),
+        "limits": _dict(_get(build, "limits")),
+    }

@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError
 
 from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.faults import describe
-from qwen_onnx.passes import DENSE, DENSE_ONLY, PROVIDERS, STEP_CONFIGS, GenAIModelBuilderConfig
+from qwen_onnx.faults import describe, find, step_faults
+from qwen_onnx.passes import DENSE, DENSE_ONLY, PROVIDERS
 from qwen_onnx.schema import (
     Build,
     Environment,
@@ -198,35 +198,19 @@ def _apply_override(
         return
     builds = [build for name, build in pipeline.precisions.items() if name in override.precisions]
     for address, value in override.set.items():
-        *path, field = address.split(".")
-        node = _node(layers, path, field, value)
-        matching = [build for build in builds if _node(_layers(build), path, field, value) is not None]
+        found = find(layers, address, value)
+        matching = [build for build in builds if find(_layers(build), address, value)]
         # a build that has it, but no longer: the step was left out by an address before this one
-        gone = node is None and pipeline.precisions[precision] in matching
+        gone = found is None and pipeline.precisions[precision] in matching
         if not matching or gone:
             place = f"{file}: sizes.{row.id}.targets.{pipeline.target}.set.{address}"
             faults.append(f"{place}: matches nothing in the pipeline")
-        elif node is not None and precision in override.precisions:
-            if path == ["steps"]:
+        elif found is not None and precision in override.precisions:
+            node, field = found
+            if node is layers["steps"]:
                 del node[field]
             else:
                 node[field] = value
-
-
-def _node(layers: dict[str, Any], path: list[str], field: str, value: Any) -> dict[str, Any] | None:
-    """The mapping that holds ``field`` or, being a step, has it as an option at its default; else None.
-
-    A whole step cannot be set, only left out (null): what it would become is the pipeline's business.
-    """
-    if path == ["steps"]:
-        return layers["steps"] if value is None and field in layers["steps"] else None
-    node: Any = layers
-    for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
-    if not path or not isinstance(node, dict):
-        return None
-    record = STEP_CONFIGS.get(node.get("type", "")) if path[0] == "steps" else None
-    return node if field in node or (record and field in record.model_fields) else None
 
 
 def _check_quantiser(steps: dict[str, dict[str, Any]], architecture: str, row: str, faults: list[str]) -> None:
@@ -250,19 +234,12 @@ def _check_speeds(limits: dict[str, Any], verification: Verification, place: str
 
 def _check_steps(steps: dict[str, dict[str, Any]], provider: str, file: str, faults: list[str]) -> None:
     for name, step in steps.items():
-        record = STEP_CONFIGS.get(step["type"])
-        if record is None:
-            known = ", ".join(sorted(STEP_CONFIGS))
-            faults.append(f"{file}: steps.{name}.type: no pass {step['type']!r}; known: {known}")
-            continue
-        try:
-            config = record.model_validate({key: value for key, value in step.items() if key != "type"})
-        except ValidationError as error:
-            faults += describe(f"{file}: steps.{name}.config", error)
-            continue
-        if isinstance(config, GenAIModelBuilderConfig) and PROVIDERS[config.execution_provider] != provider:
-            asked = config.execution_provider
-            faults.append(f"{file}: steps.{name}.config.execution_provider: {asked} is not the target's {provider}")
+        place = f"{file}: steps.{name}"
+        wrong = step_faults(place, step)
+        faults += wrong
+        asked = step.get("execution_provider", "cpu")
+        if not wrong and step["type"] == "GenAIModelBuilder" and PROVIDERS[asked] != provider:
+            faults.append(f"{place}.config.execution_provider: {asked} is not the target's {provider}")
 
 
 def _olive_config(steps: dict[str, dict[str, Any]], pipeline: Pipeline) -> dict[str, Any]:

@@ -103,10 +103,11 @@ def matrix(catalog: Catalog) -> str:
 
 
 def _export_of(family: Family, catalog: Catalog) -> str:
-    planned = [row for row in family.sizes if row.planned]
-    if len(planned) == len(family.sizes):
+    rows = [catalog.row(row.id)[1] for row in family.sizes]
+    planned = [row for row in rows if row.planned]
+    if len(planned) == len(rows):
         return "planned"
-    common = [set(catalog.targets_of(row)) for row in family.sizes if not row.planned]
+    common = [set(catalog.targets_of(row)) for row in rows if not row.planned]
     targets = ", ".join(name for name in catalog.pipelines if all(name in found for found in common))
     return targets if not planned else f"{targets}; {len(planned)} planned"
 

@@ -89,11 +89,12 @@ def test_a_recipe_with_typos_names_them_all_and_runs_nothing(checkout: Path) -> 
 
 
 def test_faults_of_every_kind_and_file_are_told_together(checkout: Path) -> None:
-    """An unknown key, a wrong type, an option that no pass has, an address that matches nothing: one run, all four."""
+    """An unknown key, a wrong type, an option that no pass has, addresses that match nothing: one run, all of them."""
 
     def spoil(recipe: dict) -> None:  # type: ignore[type-arg]
         recipe["sizes"][0] |= {"licence": "MIT", "parameters": "many"}
         recipe["sizes"][0]["targets"] = {"cpu": {"why": "a reason that is long enough", "set": {"limits.kldd": 1}}}
+        recipe["targets"] = {"cuda": {"why": "a reason that is long enough", "set": {"steps.bild.block_size": 64}}}
 
     edit_yaml(checkout / "recipes/qwen3.yaml", spoil)
     edit_int4(checkout / "pipelines/cpu.yaml", lambda build: build["steps"][0]["config"].update(int4_block_size=32))
@@ -104,6 +105,7 @@ def test_faults_of_every_kind_and_file_are_told_together(checkout: Path) -> None
         "recipes/qwen3.yaml: sizes.qwen3-0.6b.licence: unknown key",
         "recipes/qwen3.yaml: sizes.qwen3-0.6b.parameters",
         "recipes/qwen3.yaml: sizes.qwen3-0.6b.targets.cpu.set.limits.kldd: matches nothing",
+        "recipes/qwen3.yaml: targets.cuda.set.steps.bild.block_size: matches nothing",
         "pipelines/cpu.yaml: precisions.int4: steps.quantize.config: int4_block_size: unknown key",
         "pipelines/cuda.yaml: verification",
     ):

@@ -22,7 +22,9 @@ def wheel(folder: Path, name: str) -> str:
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(f"{name}.py", "")
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         file.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
     return str(path)
 
@@ -61,7 +63,7 @@ def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
 
 def test_what_pip_cannot_install_is_an_error_and_leaves_no_environment(tmp_path: Path) -> None:
     wanted = environment(str(tmp_path / "missing-1.0-py3-none-any.whl"))
-    with pytest.raises(EnvironmentFault, match="other cannot be made: ERROR.*missing"):
+    with pytest.raises(EnvironmentFault, match=r"other cannot be made: ERROR.*missing"):
         interpreter_of(wanted, tmp_path, lambda _: None)
     assert not is_ready(wanted, tmp_path)
 

@@ -8,8 +8,9 @@ import pytest
 
 from qwen_onnx.catalog import Catalog, load_catalog
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.plan import make_all_plans
 from qwen_onnx.schema import Shape
-from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, bytes_needed, parse_amount, select, target_lines
+from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, bytes_needed, matrix, parse_amount, select, target_lines
 from tests.conftest import edit_yaml, run_cli
 
 GB = 10**9
@@ -129,3 +130,16 @@ def test_models_that_a_target_lacks_for_one_reason_are_told_in_one_line(catalog:
     assert told.startswith("  not qwen3-")
     assert " more: " in told
     assert len([line for line in lines if " in int8" in line]) == 2
+
+
+def test_the_matrix_names_the_targets_that_have_plans(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    planned: dict[str, set[str]] = {}
+    for plan in make_all_plans(catalog):
+        planned.setdefault(plan.model, set()).add(plan.target)
+    cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in matrix(catalog).splitlines()[2:]}
+    for family in catalog.families.values():
+        targets = [planned[row.id] for row in family.sizes if row.id in planned]
+        named = {name.strip() for name in cells[family.family].split(";")[0].split(",")}
+        assert named == (set.intersection(*targets) if targets else {"planned"}), family.family
+    assert cells["qwen3-moe"] == "cpu", "experts are offered on the CPU only"

@@ -114,7 +114,7 @@ def test_the_death_of_the_engine_is_told_with_its_last_words(runner: Runner) -> 
 
 def test_what_does_not_load_is_an_artifact_error(artifact: Path, interpreter: Interpreter) -> None:
     (artifact / "weights").unlink()
-    with pytest.raises(ArtifactError, match="counting cannot load the model.*no weights"):
+    with pytest.raises(ArtifactError, match=r"counting cannot load the model.*no weights"):
         Runner(artifact, "counting", interpreter, threads=1)
 
 
