@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from qwen_onnx.environments import is_ready
 from qwen_onnx.estimate import estimate
 from qwen_onnx.plan import Plan
 from qwen_onnx.sources import cache_root, checkpoint_at_hand
@@ -36,6 +37,11 @@ def examine(plan: Plan, root: Path) -> list[Finding]:
     findings.append(_amount(f"memory for {plan.model}", memory, needed, "close programs, or build on another machine"))
     disk = shutil.disk_usage(root).free
     wanted = needs.disk + needs.download
+    if plan.environment:
+        ready, size = is_ready(plan.environment, cache_root(root)), plan.environment.bytes
+        made = "there" if ready else f"made when it is first needed: {size / 1e9:.1f} GB from the package index"
+        findings.append(Finding(f"environment {plan.environment.name}", True, made))
+        wanted += 0 if ready else size
     findings.append(_amount(f"disk for {plan.model}", disk, wanted, "free space, or --output on another disk"))
     return findings
 
