@@ -88,7 +88,7 @@ def list_models(
 def select_models(
     ram: Annotated[str, typer.Option(help="memory that the served model may take, e.g. 8GB")],
     task: Annotated[str, typer.Option(help="general, coding or math")] = "general",
-    device: Annotated[str, typer.Option(help="a target, see `qwen-onnx list`")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, gpu or npu, or a target, see `qwen-onnx list`")] = "cpu",
     context: Annotated[str, typer.Option(help="tokens of prompt and answer, e.g. 32k")] = "4k",
     language: Annotated[str | None, typer.Option(help="ISO 639-1 code, e.g. pl")] = None,
     license: Annotated[str | None, typer.Option(help="commercial: only licences that allow it")] = None,
@@ -111,7 +111,7 @@ def select_models(
     for choice in choices:
         table.add_row(choice.row.id, count(choice.row.parameters), escape("; ".join(choice.reasons)))
     out.print(table)
-    out.print(f"next: make optimize MODEL={choices[0].row.id} TARGET={device}")
+    out.print(f"next: make optimize MODEL={choices[0].row.id} TARGET={choices[0].target}")
 
 
 @app.command()

@@ -133,9 +133,10 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row that fits, with what speaks for it; ``bytes_needed`` is weights, cache and runtime together."""
+    """A row that fits on ``target``, with what speaks for it; ``bytes_needed``: weights, cache and runtime together."""
 
     row: Row
+    target: str
     bytes_needed: int
     reasons: tuple[str, ...]
 
@@ -157,20 +158,40 @@ def bytes_needed(row: Row, context: int, kv_bytes: int = KV_BYTES) -> int | None
     return int(weights + cache + RUNTIME_BYTES)
 
 
-def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
-    """Rows that fit ``wish``, best first: those made for the task, then the largest that fits, then the newest.
+def targets_on(catalog: Catalog, device: str) -> list[str]:
+    """The targets that ``device`` means: one by its name, or all of a kind (cpu, gpu, npu), the best proven first.
 
     Raises:
-        ConfigError: there is no such target, or nothing can be built for it.
+        ConfigError: there is no such target or kind, or nothing can be built for it.
     """
-    pipeline = catalog.pipeline(target)
-    kv_bytes = pipeline.precisions[catalog.precision(target)].readback.io_bits // 8
-    # the formula was measured on the CPU, and so was everything else
-    note = () if pipeline.verification is Verification.RUN else (f"on {target}: {pipeline.verification.text}",)
-    rows = [row for _, row in catalog.rows.values() if target in catalog.targets_of(row)]
-    reach = {row.id: catalog.context_of(row, target) or 0 for row in rows}
-    found = [choice for row in rows if (choice := _judged(row, wish, reach[row.id], kv_bytes, note))]
-    return sorted(found, key=lambda choice: _rank(choice.row, wish), reverse=True)
+    pipelines = catalog.pipelines
+    if device in pipelines:
+        catalog.precision(device)
+        return [device]
+    levels = list(Verification)
+    found = [name for name, pipeline in pipelines.items() if pipeline.device == device and pipeline.precisions]
+    if not found:
+        kinds = ", ".join(sorted({pipeline.device for pipeline in pipelines.values()}))
+        known = f"no target {device!r}; known: {', '.join(sorted(pipelines))}; and the kinds {kinds}"
+        raise ConfigError([f"--device: {known}"], hint="qwen-onnx list")
+    return sorted(found, key=lambda name: levels.index(pipelines[name].verification))
+
+
+def select(catalog: Catalog, wish: Wish, device: str) -> list[Choice]:
+    """Rows that fit ``wish``, best first: those made for the task, then the largest that fits, then the newest.
+
+    A row comes once, on the best proven of the device's targets that it fits.
+
+    Raises:
+        ConfigError: see ``targets_on``.
+    """
+    found: dict[str, Choice] = {}
+    for target in targets_on(catalog, device):
+        for _, row in catalog.rows.values():
+            choice = _judged(row, wish, catalog, target) if target in catalog.targets_of(row) else None
+            if choice:
+                found.setdefault(row.id, choice)
+    return sorted(found.values(), key=lambda choice: _rank(choice.row, wish), reverse=True)
 
 
 def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
@@ -179,13 +200,19 @@ def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
     return (made_for, answers, row.parameters or 0, row.released or "")
 
 
-def _judged(row: Row, wish: Wish, reach: int, kv_bytes: int, note: tuple[str, ...]) -> Choice | None:
-    needed = bytes_needed(row, wish.context, kv_bytes)
+def _judged(row: Row, wish: Wish, catalog: Catalog, target: str) -> Choice | None:
+    pipeline, reach = catalog.pipeline(target), catalog.context_of(row, target) or 0
+    # an NPU's cache is fp16 whatever its interface takes
+    io_bits = pipeline.precisions[catalog.precision(target)].readback.io_bits
+    kv_bytes = 2 if pipeline.device == "npu" else io_bits // 8
+    # fixed shapes hold the whole context, used or not
+    held = reach if pipeline.context else wish.context
+    needed = bytes_needed(row, held, kv_bytes)
     fits = needed is not None and needed <= wish.ram and reach >= wish.context and not row.planned
     allowed = not wish.commercial or row.license in COMMERCIAL
     if not fits or not allowed or not _speaks(row, wish.language) or needed is None:
         return None
-    reasons = [f"{needed / 1e9:.1f} of {wish.ram / 1e9:.1f} GB at {wish.context:,} tokens"]
+    reasons = [f"{needed / 1e9:.1f} of {wish.ram / 1e9:.1f} GB at {held:,} tokens"]
     if wish.task in row.tasks:
         reasons.append(f"made for {wish.task}" if wish.task != "general" else "general purpose")
     else:
@@ -197,7 +224,9 @@ def _judged(row: Row, wish: Wish, reach: int, kv_bytes: int, note: tuple[str, ..
         )
     if wish.commercial:
         reasons.append(f"{row.license}")
-    return Choice(row, needed, (*reasons, *note))
+    if pipeline.verification is not Verification.RUN:
+        reasons.append(f"on {target}: {pipeline.verification.text}")
+    return Choice(row, target, needed, tuple(reasons))
 
 
 def _speaks(row: Row, language: str | None) -> bool:

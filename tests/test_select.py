@@ -10,7 +10,17 @@ from qwen_onnx.catalog import Catalog, load_catalog
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.plan import make_all_plans
 from qwen_onnx.schema import Shape
-from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, bytes_needed, matrix, parse_amount, select, target_lines
+from qwen_onnx.select import (
+    BYTE_UNITS,
+    TOKEN_UNITS,
+    Wish,
+    bytes_needed,
+    matrix,
+    parse_amount,
+    select,
+    target_lines,
+    targets_on,
+)
 from tests.conftest import edit_yaml, run_cli
 
 GB = 10**9
@@ -112,6 +122,45 @@ def test_another_target_has_its_own_cache_and_says_how_it_is_known(repository: P
     assert all(needed["cuda"][name] < needed["cpu"][name] for name in common), "an fp16 cache is half as large"
     reasons = select(catalog, wish, "cuda")[0].reasons
     assert "on cuda: numerics on the CPU execution provider; not run on the device" in reasons
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "npu"])
+def test_a_kind_of_device_stands_for_its_targets(repository: Path, kind: str) -> None:
+    catalog = load_catalog(repository)
+    names = targets_on(catalog, kind)
+    assert names
+    assert {catalog.pipeline(name).device for name in names} == {kind}
+    found = select(catalog, Wish(8 * GB, "coding"), kind)
+    assert {choice.target for choice in found} <= set(names)
+    rows = [choice.row.id for choice in found]
+    assert len(rows) == len(set(rows)), "a row comes once"
+    for choice in found:
+        assert choice.target in catalog.targets_of(choice.row)
+
+
+def test_the_command_of_the_choice_guide_for_an_npu() -> None:
+    arguments = (
+        "--task",
+        "coding",
+        "--device",
+        "npu",
+        "--context",
+        "32k",
+        "--language",
+        "pl",
+        "--license",
+        "commercial",
+    )
+    done = run_cli("select", "--ram", "8GB", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "TARGET=npu-openvino" in done.stdout
+
+
+def test_fixed_shapes_hold_the_whole_context(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    short, long = (select(catalog, Wish(8 * GB, context=tokens), "npu-openvino") for tokens in (1024, 32768))
+    assert {c.row.id: c.bytes_needed for c in short}.items() >= {c.row.id: c.bytes_needed for c in long}.items()
+    assert not select(catalog, Wish(64 * GB, context=65536), "npu-openvino"), "no artifact there holds so many tokens"
 
 
 def test_excluded_rows_are_not_chosen(checkout: Path) -> None:

@@ -150,7 +150,8 @@ def correct_genai_config(folder: Path, device: str, max_prompt_len: int, min_res
     model["context_length"] = settings["search"]["max_length"] = context
     heads = config["num_attention_heads"]
     model["decoder"]["head_size"] = config.get("head_dim") or config["hidden_size"] // heads
-    lengths = {"MAX_PROMPT_LEN": str(max_prompt_len), "MIN_RESPONSE_LEN": str(min_response_len)}
+    prompt = max(context - min_response_len, 1)
+    lengths = {"MAX_PROMPT_LEN": str(prompt), "MIN_RESPONSE_LEN": str(context - prompt)}
     provider: dict[str, Any] = {"device_type": device.upper(), "enable_causallm": "True"}
     if device == "npu":
         provider["load_config"] = json.dumps({"NPU": lengths})

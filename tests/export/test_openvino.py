@@ -101,7 +101,10 @@ def test_a_tiny_model_is_built_for_npus_and_proven_by_openvino(
     assert set(checks) >= {"fp32_export", "drift", "kv_decode", "greedy", "tokenizer", "chat_template"}
     assert checks["drift"]["measured"]["kld_mean"] > 0
     settings = json.loads((target / "genai_config.json").read_text())["model"]
-    assert settings["decoder"]["session_options"]["provider_options"][0]["OpenVINO"]["device_type"] == "NPU"
+    provider = settings["decoder"]["session_options"]["provider_options"][0]["OpenVINO"]
+    assert provider["device_type"] == "NPU"
+    lengths = json.loads(provider["load_config"])["NPU"]
+    assert sum(int(length) for length in lengths.values()) == settings["context_length"] == 8192
     served = run_cli("generate", target, "Hello", cwd=checkout)
     assert served.returncode == 6
     assert "OpenVINO" in served.stderr
