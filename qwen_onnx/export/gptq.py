@@ -13,6 +13,8 @@ import torch
 SHRINK_STEPS = 20
 SHRINK = 0.02
 SMALLEST_SCALE = 1e-9
+# columns whose errors reach the rest of the matrix in one product
+COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def _codes(weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, block: int, symmetric: bool = False) -> Quantized:
-    """Quantise a matrix [out, in] without calibration, on searched grids."""
+    """Quantise a matrix [out, in] without calibration, on searched grids; ``block`` -1 is the whole row."""
+    block = weight.shape[1] if block < 0 else block
     rows = weight.reshape(-1, block)
     scales, zeros = search_grid(rows, bits, symmetric=symmetric)
     codes, _ = _on_grid(rows, scales, zeros, 2**bits - 1)
@@ -114,7 +117,7 @@ def gptq(
         weight: [out, in]; ``in`` is a multiple of ``block``.
         hessian: [in, in], sum of x·xᵀ over the calibration tokens.
         bits: 4 or 8.
-        block: weights that share a scale.
+        block: weights that share a scale; -1: all weights of a row.
         damp: added to the diagonal, as a fraction of its mean.
         symmetric: all zero points in the middle of the grid.
     """
@@ -131,13 +134,16 @@ def gptq(
     del factor
     inverse = torch.linalg.cholesky(inverse, upper=True)
     codes, scales, zeros = torch.empty_like(weight), [], []
-    for begin in range(0, weight.shape[1], block):
-        end = begin + block
-        scale, zero = search_grid(weight[:, begin:end], bits, importance[begin:end], symmetric)
-        error = _solve_block(
-            weight[:, begin:end], inverse[begin:end, begin:end], scale, zero, codes[:, begin:end], bits
-        )
-        weight[:, end:] -= error @ inverse[begin:end, end:]
+    block = weight.shape[1] if block < 0 else block
+    for start in range(0, weight.shape[1], block):
+        stop = start + block
+        scale, zero = search_grid(weight[:, start:stop], bits, importance[start:stop], symmetric)
+        for begin in range(start, stop, COLUMNS):
+            end = min(begin + COLUMNS, stop)
+            error = _solve_block(
+                weight[:, begin:end], inverse[begin:end, begin:end], scale, zero, codes[:, begin:end], bits
+            )
+            weight[:, end:] -= error @ inverse[begin:end, end:]
         scales.append(scale)
         zeros.append(zero)
     return Quantized(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits)
