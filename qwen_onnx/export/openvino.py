@@ -17,6 +17,7 @@ from olive.passes import Pass
 from olive.passes.openvino.encapsulation import OpenVINOEncapsulation
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.passes import OpenVINOConversionConfig, OpenVINOPackageConfig
 
 MODEL_NAME = "model"
@@ -29,14 +30,13 @@ class OpenVINOConversion(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return _parameters(OpenVINOConversionConfig)
+        return parameters(OpenVINOConversionConfig)
 
     def _run_for_config(
         self, model: HfModelHandler, config: BasePassConfig, output_model_path: str
     ) -> OpenVINOModelHandler:
-        given = {name: getattr(config, name) for name in OpenVINOConversionConfig.model_fields}
         checkpoint, output = Path(model.model_name_or_path), Path(output_model_path)
-        convert(checkpoint, output, OpenVINOConversionConfig.model_validate(given))
+        convert(checkpoint, output, chosen(OpenVINOConversionConfig, config))
         return OpenVINOModelHandler(model_path=output_model_path)
 
 
@@ -48,7 +48,7 @@ class OpenVINOPackage(OpenVINOEncapsulation):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        own = {name: item for name, item in _parameters(OpenVINOPackageConfig).items() if name != "target_device"}
+        own = {name: item for name, item in parameters(OpenVINOPackageConfig).items() if name != "target_device"}
         dynamic = PassConfigParam(type_=bool, default_value=True, description="see OpenVINOEncapsulation")
         return {**super()._default_config(accelerator_spec), **own, "keep_ov_dynamic_dims": dynamic}
 
@@ -62,13 +62,6 @@ class OpenVINOPackage(OpenVINOEncapsulation):  # type: ignore[misc]
                 shutil.copyfile(source / name, output / name)
         correct_genai_config(output, config.target_device, config.max_prompt_len, config.min_response_len)
         return packaged
-
-
-def _parameters(record: Any) -> dict[str, PassConfigParam]:
-    return {
-        name: PassConfigParam(type_=Any, default_value=field.get_default(), description=field.description or name)
-        for name, field in record.model_fields.items()
-    }
 
 
 def convert(checkpoint: Path, output: Path, config: OpenVINOConversionConfig) -> None:

@@ -29,6 +29,7 @@ from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.export.gptq import Quantized, gptq, round_to_nearest
 from qwen_onnx.export.olive import KEPT_FOLDER
+from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.sensitivity import choose_int8, named_as
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
@@ -57,14 +58,10 @@ class CalibratedGptq(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return {
-            name: PassConfigParam(type_=Any, default_value=field.get_default(), description=field.description or name)
-            for name, field in CalibratedGptqConfig.model_fields.items()
-        }
+        return parameters(CalibratedGptqConfig)
 
     def _run_for_config(self, model: HfModelHandler, config: BasePassConfig, output_model_path: str) -> HfModelHandler:
-        given = {name: getattr(config, name) for name in CalibratedGptqConfig.model_fields}
-        settings, output = CalibratedGptqConfig.model_validate(given), Path(output_model_path)
+        settings, output = chosen(CalibratedGptqConfig, config), Path(output_model_path)
         kept = Path(KEPT_FOLDER)
         quantize(Path(model.model_name_or_path), output, settings, kept.resolve() if kept.exists() else None)
         return HfModelHandler(output_model_path)
@@ -115,7 +112,7 @@ def _folder(kept: Path | None, output: Path) -> Iterator[Path]:
 def _require_blocks(skeleton: Skeleton, block: int) -> None:
     for index in range(skeleton.count):
         for name, module in skeleton.linears(index).items():
-            if module.in_features % block:
+            if block > 0 and module.in_features % block:
                 where = f"model.layers.{index}.{name}"
                 raise ExportError(
                     f"{where} has {module.in_features} inputs, no multiple of the block size {block}",
