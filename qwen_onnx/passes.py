@@ -55,7 +55,9 @@ class CalibratedGptqConfig(Record):
         default=8, description="bits of lm_head and of the embedding that shares it; 16 leaves it unquantised"
     )
     symmetric: bool = Field(default=False, description="all zero points in the middle of the grid")
-    group_size: Literal[16, 32, 64, 128] = Field(default=32, description="weights that share a scale")
+    group_size: Literal[-1, 16, 32, 64, 128] = Field(
+        default=32, description="weights that share a scale; -1: all that make one output"
+    )
     int8_share: float = Field(default=0.0, ge=0, le=1, description="part of the body's weights that may have 8 bits")
     windows: int = Field(default=24, ge=4, description="calibration windows")
     window: int = Field(default=512, ge=32, description="tokens in a calibration window")
@@ -85,6 +87,33 @@ class OpenVINOPackageConfig(Record):
     min_response_len: int = Field(gt=0, description="tokens for which there is room behind the longest prompt")
 
 
+class RotateResidualConfig(Record):
+    """Options of ``qwen_onnx.export.rotate.RotateResidual``."""
+
+    seed: int = Field(default=0, description="of the random orthogonal matrix")
+
+
+class HtpQdqExportConfig(Record):
+    """Options of ``qwen_onnx.export.htp.qdq.HtpQdqExport``."""
+
+    form: Literal["qdq", "float"] = Field(
+        default="qdq", description="float: the same graphs without quantisation, of any checkpoint, for the CPU"
+    )
+    prefill: int = Field(default=64, ge=2, description="tokens in a window of the prefill graph")
+    context: int = Field(default=1024, ge=32, description="tokens that the KV cache holds")
+    windows: int = Field(default=8, ge=1, description="calibration windows")
+    window: int = Field(default=512, ge=32, description="tokens in a calibration window")
+    seed: int = 0
+
+
+class HtpContextConfig(Record):
+    """Options of ``qwen_onnx.export.htp.context.HtpContext``, by onnxruntime-qnn's names."""
+
+    soc_model: str = Field(default="60", pattern=r"^\d+$", description="Qualcomm's number of the chip")
+    htp_arch: Literal["68", "69", "73", "75", "79", "81"] = "73"
+    htp_graph_finalization_optimization_mode: Literal["0", "1", "2", "3"] = "3"
+
+
 # Dense models, whose weights are all linear layers. CalibratedGptq can quantise no others: transformers 5 keeps
 # experts as fused tensors, and genai wants the gates of linear attention unquantised. OpenVINOConversion was tried on
 # no others.
@@ -94,11 +123,14 @@ DENSE = (
     "Qwen3ForCausalLM",
 )
 
-DENSE_ONLY = ("CalibratedGptq", "OpenVINOConversion")
+DENSE_ONLY = ("CalibratedGptq", "HtpQdqExport", "OpenVINOConversion", "RotateResidual")
 
 STEP_CONFIGS: dict[str, type[Record]] = {
     "CalibratedGptq": CalibratedGptqConfig,
     "GenAIModelBuilder": GenAIModelBuilderConfig,
     "OpenVINOConversion": OpenVINOConversionConfig,
     "OpenVINOPackage": OpenVINOPackageConfig,
+    "HtpContext": HtpContextConfig,
+    "HtpQdqExport": HtpQdqExportConfig,
+    "RotateResidual": RotateResidualConfig,
 }

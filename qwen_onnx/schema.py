@@ -76,7 +76,8 @@ class Verification(StrEnum):
         """What is then known, and what is not."""
         return {
             Verification.RUN: "run here by the target's own execution provider",
-            Verification.SIMULATOR: "run on the vendor's simulator; not run on the device",
+            Verification.SIMULATOR: "the quantised graph on the CPU, and samples of what was compiled from it on the "
+            "vendor's simulator; not run on the device",
             Verification.NUMERICS_ON_CPU: "numerics on the CPU execution provider; not run on the device",
             Verification.OPENVINO_CPU: "numerics on OpenVINO's CPU plugin; not run on the device",
             Verification.STRUCTURE: "structure of the graph; never run",
@@ -106,10 +107,11 @@ class ExpertReadback(Record):
 class Readback(Record):
     """What the finished graph must hold; compared with the graph itself, never with the request.
 
-    Bits of 16 and 32 are floats. ``io_bits`` are those of the logits and the KV cache.
+    Bits of 16 and 32 are floats, but in the form HTP all inputs, outputs and activations of 16 bits are codes.
+    ``io_bits`` are those of the logits and the KV cache.
     """
 
-    form: Literal["MatMulNBits", "QDQ", "float", "OpenVINO"] = Field(
+    form: Literal["MatMulNBits", "QDQ", "HTP", "float", "OpenVINO"] = Field(
         default="MatMulNBits", description="how weights are stored"
     )
     provider: str = Field(default="cpu", description="execution provider in genai_config.json, by genai's name")
@@ -119,6 +121,8 @@ class Readback(Record):
     block_size: int | None = Field(default=None, gt=0)
     symmetric: bool | None = None
     accuracy_level: int | None = Field(default=None, ge=0, le=4)
+    soc_model: str | None = Field(default=None, description="Qualcomm's number of the chip that a context is for")
+    htp_arch: str | None = Field(default=None, description="version of that chip's HTP")
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
     experts: ExpertReadback | None = Field(default=None, description="of a mixture of experts; null: there are none")
 
@@ -128,14 +132,22 @@ class Readback(Record):
             "MatMulNBits": ("block_size", "symmetric", "accuracy_level"),
             "QDQ": ("block_size", "symmetric"),
             "OpenVINO": ("symmetric",) if self.body_bits == 8 else ("block_size", "symmetric"),
+            "HTP": ("symmetric", "soc_model", "htp_arch"),
             "float": (),
         }[self.form]
-        for name in ("block_size", "symmetric", "accuracy_level"):
+        for name in ("block_size", "symmetric", "accuracy_level", "soc_model", "htp_arch"):
             if (getattr(self, name) is not None) != (name in has):
                 raise ValueError(f"{name}: {'missing' if name in has else 'has no meaning'} for {self.form} weights")
         if (self.form == "float") != (self.body_bits >= 16):
             raise ValueError(f"body_bits: {self.body_bits} bits are not {self.form} weights")
         return self
+
+
+class Largest(Record):
+    """The largest model that a build is made for, and why no larger one."""
+
+    parameters: int = Field(gt=0)
+    why: Reason
 
 
 class Build(Record):
@@ -145,6 +157,7 @@ class Build(Record):
     readback: Readback
     limits: Limits
     larger: tuple[Larger, ...] = Field(default=(), description="by rising number of weights; the last that fits counts")
+    largest: Largest | None = Field(default=None, description="models with more weights have no such build")
 
     @model_validator(mode="after")
     def _steps_have_one_name_each(self) -> Build:

@@ -20,6 +20,9 @@ PASS_MODULES = {
     "GenAIModelBuilder": "qwen_onnx.export.builder.GenAIModelBuilder",
     "OpenVINOConversion": "qwen_onnx.export.openvino.OpenVINOConversion",
     "OpenVINOPackage": "qwen_onnx.export.openvino.OpenVINOPackage",
+    "HtpContext": "qwen_onnx.export.htp.context.HtpContext",
+    "HtpQdqExport": "qwen_onnx.export.htp.qdq.HtpQdqExport",
+    "RotateResidual": "qwen_onnx.export.rotate.RotateResidual",
 }
 
 
