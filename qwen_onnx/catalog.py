@@ -6,7 +6,7 @@ All faults of all files are reported together, each with its file and key.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.faults import describe, further_faults
-from qwen_onnx.schema import Environment, Family, Pipeline, Precision, Record, Row, Variants
+from qwen_onnx.schema import Environment, Family, Override, Pipeline, Precision, Record, Row, Variants
 
 R = TypeVar("R", bound=Record)
 MERGE = "tag:yaml.org,2002:merge"
@@ -58,7 +58,8 @@ class Catalog:
     @property
     def rows(self) -> dict[str, tuple[Family, Row]]:
         """Every size by its id."""
-        return {row.id: (family, _inheriting(row, family)) for family in self.families.values() for row in family.sizes}
+        pairs = ((family, row) for family in self.families.values() for row in family.sizes)
+        return {row.id: (family, _bounded(_inheriting(row, family), self.pipelines)) for family, row in pairs}
 
     def row(self, model: str) -> tuple[Family, Row]:
         """The row of ``model``.
@@ -113,6 +114,24 @@ class Catalog:
 
 def _inheriting(row: Row, family: Family) -> Row:
     return row.model_copy(update={"targets": {**family.targets, **row.targets}}) if family.targets else row
+
+
+def _bounded(row: Row, pipelines: Mapping[str, Pipeline]) -> Row:
+    """The row without those precisions of targets, or without the targets, that it is too large for."""
+    targets = dict(row.targets)
+    for name, pipeline in pipelines.items():
+        override = targets.get(name)
+        without = {
+            precision: f"{build.largest.why}; the largest model has {build.largest.parameters} weights"
+            for precision, build in pipeline.precisions.items()
+            if build.largest and (row.parameters or 0) > build.largest.parameters
+        }
+        if without.keys() == pipeline.precisions.keys() and without:
+            targets[name] = Override(excluded=next(iter(without.values())))
+        elif without and not (override and override.excluded):
+            own = override or Override(without=without)
+            targets[name] = own.model_copy(update={"without": {**without, **own.without}})
+    return row.model_copy(update={"targets": targets})
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
