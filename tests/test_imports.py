@@ -9,7 +9,7 @@ from pathlib import Path
 
 LAYERS = [
     {"__init__"},
-    {"errors", "files"},
+    {"errors", "files", "htp"},
     {"schema"},
     {"passes"},
     {"faults"},

@@ -1,0 +1,90 @@
+"""What stands in the folder of an HTP decoder: ``htp.json``, the host's tables, and graphs in one of three forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_onnx.htp.grid import Grid
+from qwen_onnx.htp.static_decoder import Cache, Run, StaticDecoder, Tables
+
+DESCRIPTION = "htp.json"
+TABLES = ("embeddings", "cosines", "sines")
+FLOAT, QDQ, CONTEXT = "float", "qdq", "context"
+SUFFIXES = {FLOAT: ".onnx", QDQ: ".qdq.onnx", CONTEXT: ".onnx"}
+MASKED = -1e4  # in float graphs
+
+
+def graph_file(tokens: int, form: str) -> str:
+    """Name of the graph for windows of ``tokens``; Olive calls the model that a run ends with ``model.onnx``."""
+    return ("model" if tokens == 1 else f"window-{tokens}") + SUFFIXES[form]
+
+
+@dataclass(frozen=True)
+class HtpFolder:
+    """``htp.json``, read.
+
+    Attributes:
+        form: what runs: ``float`` and ``qdq`` on the CPU, ``context`` on the HTP.
+        windows: numbers of tokens that there are graphs for, falling; the last one decodes.
+        context: most tokens; the cache holds as many.
+        grids: by name of graph inputs and outputs; empty in the form ``float``.
+    """
+
+    path: Path
+    form: str
+    windows: tuple[int, ...]
+    context: int
+    vocabulary: int
+    cache: Cache
+    grids: Mapping[str, Grid]
+
+    @classmethod
+    def read(cls, path: Path) -> HtpFolder:
+        """From ``path``; OSError, ValueError or KeyError when it is not such a folder."""
+        facts = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        grids = {name: Grid(grid["scale"], grid["zero"]) for name, grid in facts.pop("grids").items()}
+        windows, cache = tuple(facts.pop("windows")), Cache(**facts.pop("cache"))
+        return cls(path=path, windows=windows, cache=cache, grids=grids, **facts)
+
+    def write(self) -> None:
+        """Write ``htp.json``."""
+        facts: dict[str, Any] = {
+            "form": self.form,
+            "windows": list(self.windows),
+            "context": self.context,
+            "vocabulary": self.vocabulary,
+            "cache": vars(self.cache),
+            "grids": {name: vars(grid) for name, grid in self.grids.items()},
+        }
+        (self.path / DESCRIPTION).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    def in_form(self, form: str) -> HtpFolder:
+        """The same folder, run in another form."""
+        return replace(self, form=form)
+
+    def graph(self, tokens: int) -> Path:
+        """The graph that runs windows of ``tokens``."""
+        return self.path / graph_file(tokens, self.form)
+
+    def decoder(self, runs: Mapping[int, Run]) -> StaticDecoder:
+        """The host's loop around ``runs``, with this folder's tables."""
+        embeddings, cosines, sines = (np.load(self.path / f"{name}.npy", mmap_mode="r") for name in TABLES)
+        kinds = [f"{kind}.{layer}" for kind in "kv" for layer in range(self.cache.layers)]
+        if self.form == FLOAT:
+            attended, masked, empty = np.float32(0), np.float32(MASKED), dict.fromkeys(kinds, np.float32(0))
+            return StaticDecoder(runs, Tables(embeddings, cosines, sines, attended, masked, empty), self.cache)
+        zeros = {name: np.uint16(self.grids[f"past_{name}"].zero) for name in kinds}
+        upper = np.uint16(self.grids["mask"].zero)
+        return StaticDecoder(runs, Tables(embeddings, cosines, sines, upper, np.uint16(0), zeros), self.cache)
+
+    def numbers(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Logits as the graph gives them, in float32."""
+        found: npt.NDArray[np.float32] = logits if self.form == FLOAT else self.grids["logits"].dequantize(logits)
+        return found
