@@ -22,6 +22,7 @@ from qwen_onnx.schema import Environment
 Progress = Callable[[str], None]
 STAMP = ".ready"
 PACKAGE_FOLDER = "package"
+ANNOUNCED_PYTHON, ANNOUNCED_PACKAGE = "QWEN_ONNX_TARGET_PYTHON", "QWEN_ONNX_TARGET_PACKAGE"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,25 @@ class Interpreter:
         """Environment variables for a process of it; without PYTHONSAFEPATH the working directory would come first."""
         own = {"PYTHONPATH": str(self.package), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         return {**os.environ, **own}
+
+    def announced(self) -> dict[str, str]:
+        """Environment variables that tell a process of another Python where this one is: ``announced_interpreter``."""
+        return {ANNOUNCED_PYTHON: str(self.python), ANNOUNCED_PACKAGE: str(self.package)}
+
+
+def announced_interpreter() -> Interpreter:
+    """The Python of the target's environment, in a process that runs in ours.
+
+    Raises:
+        EnvironmentFault: the process was not told.
+    """
+    try:
+        return Interpreter(Path(os.environ[ANNOUNCED_PYTHON]), Path(os.environ[ANNOUNCED_PACKAGE]))
+    except KeyError as error:
+        raise EnvironmentFault(
+            f"the environment variable {error.args[0]} is not set: this step needs another environment",
+            hint="name one in the pipeline: environment: NAME",
+        ) from error
 
 
 def own_interpreter() -> Interpreter:

@@ -22,7 +22,8 @@ from qwen_onnx.files import file_checksums
 from qwen_onnx.plan import digest_of
 
 Progress = Callable[[str], None]
-REQUIRED = ("genai_config.json", "model.onnx", "tokenizer.json")
+CONFIG_FILE = "genai_config.json"
+REQUIRED = (CONFIG_FILE, "tokenizer.json")
 # below the folder that Olive runs in, beside ``checkpoint``
 KEPT_FOLDER = "kept"
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
@@ -41,6 +42,7 @@ def run_olive(
     progress: Progress,
     kept: Path | None = None,
     interpreter: Interpreter | None = None,
+    companion: Interpreter | None = None,
 ) -> Path:
     """Run an Olive config.
 
@@ -51,6 +53,7 @@ def run_olive(
         log: file that takes everything that Olive says.
         kept: folder for finished steps of our passes, which a later run with the same build key goes on with.
         interpreter: Python that Olive runs in; None is the one that runs this.
+        companion: Python of the target's environment, for passes that start a process in it.
 
     Returns:
         Folder with the model.
@@ -67,6 +70,7 @@ def run_olive(
     chosen = interpreter or own_interpreter()
     command = [str(chosen.python), "-m", "qwen_onnx.export.worker", "olive.json", "result.json"]
     environment = {**chosen.variables, "OLIVE_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    environment |= companion.announced() if companion else {}
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
             command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -96,10 +100,17 @@ def _judge(code: int, work: Path, log: Path) -> Path:
         raise ExportError(f"Olive failed (exit {code}): {_last_error(text)}", where=str(log), hint="read that log")
     folder = Path(work, json.loads(result.read_text(encoding="utf-8"))["model_path"])
     folder = folder if folder.is_dir() else folder.parent
-    missing = [name for name in REQUIRED if not (folder / name).exists()]
+    missing = [name for name in REQUIRED if not (folder / name).exists()] or _missing_model(folder)
     if missing:
         raise ExportError(f"Olive's output lacks {', '.join(missing)}", where=str(log), hint="read that log")
     return folder
+
+
+def _missing_model(folder: Path) -> list[str]:
+    """The model that ``genai_config.json`` names, when it is not there."""
+    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    name = settings["model"]["decoder"]["filename"]
+    return [] if (folder / name).exists() else [name]
 
 
 def _last_error(text: str) -> str:
@@ -127,4 +138,7 @@ def reference_config(config: dict[str, Any]) -> dict[str, Any]:
                 name: {**step, **(own if step["type"] == "OpenVINOConversion" else {})} for name, step in passes.items()
             },
         }
+    exported = next((step for step in passes.values() if step["type"] == "HtpQdqExport"), None)
+    if exported is not None:
+        return {**config, "passes": {"reference": {**exported, "form": "float"}}}
     return {**config, "passes": {"reference": {"type": "GenAIModelBuilder", "precision": "fp32"}}}

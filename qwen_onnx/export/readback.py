@@ -166,6 +166,12 @@ def read_back(folder: Path, asked: Readback) -> dict[str, Any]:
         from qwen_onnx.export.openvino_readback import compare_ir, read_ir
 
         return compare_ir(read_ir(folder), asked)
+    if asked.form == "HTP":
+        from qwen_onnx.export.htp.readback import compare_folder, read_folder
+
+        if provider_of(folder) != asked.provider:
+            raise ExportError(f"provider is {provider_of(folder)}, asked {asked.provider}", where=str(folder))
+        return compare_folder(read_folder(folder), asked)
     return compare(read_graph(folder / "model.onnx"), asked)
 
 
