@@ -160,7 +160,9 @@ def build_model(
     from qwen_onnx.export.readback import read_back
 
     folder, interpreter = staging / "artifact", olive_interpreter(plan, cache, progress)
-    collect(run_olive(plan.olive, checkpoint.path, staging / "work", log, progress, kept, interpreter), folder)
+    companion = companion_of(plan, cache, progress)
+    model = run_olive(plan.olive, checkpoint.path, staging / "work", log, progress, kept, interpreter, companion)
+    collect(model, folder)
     return folder, read_back(folder, plan.readback)
 
 
@@ -177,7 +179,25 @@ def runner_of(plan: Plan, cache: Path, progress: Progress) -> Callable[[Path], R
     from qwen_onnx.runners.client import Runner
 
     name, interpreter = plan.environment.name, interpreter_of(plan.environment, cache, progress)
+    # simulators are far too slow for thousands of positions: what was compiled is judged by the graph it came from
+    backend = f"{name}_cpu" if plan.verification is Verification.SIMULATOR else name
+    return lambda folder: Runner(folder, backend, interpreter, threads=THREADS)
+
+
+def simulator_of(plan: Plan, cache: Path, progress: Progress) -> Callable[[Path], Runner] | None:
+    """What runs a folder as the target's device would; None where the level promises no simulator."""
+    if plan.environment is None or plan.verification is not Verification.SIMULATOR:
+        return None
+    from qwen_onnx.runners.client import Runner
+
+    name, interpreter = plan.environment.name, interpreter_of(plan.environment, cache, progress)
     return lambda folder: Runner(folder, name, interpreter, threads=THREADS)
+
+
+def companion_of(plan: Plan, cache: Path, progress: Progress) -> Interpreter | None:
+    """The Python of the target's environment for passes that start processes in it while Olive runs in ours."""
+    environment = plan.environment
+    return interpreter_of(environment, cache, progress) if environment and not environment.olive else None
 
 
 def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, progress: Progress) -> Report:
@@ -191,6 +211,7 @@ def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, pro
         job.plan.limits,
         level=job.plan.verification,
         runner=runner_of(job.plan, job.cache, progress),
+        simulator=simulator_of(job.plan, job.cache, progress),
         progress=progress,
     )
     report.save(folder)
@@ -226,6 +247,7 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, pr
             plan.limits,
             level=plan.verification,
             runner=runner_of(plan, cache, progress),
+            simulator=simulator_of(plan, cache, progress),
             progress=progress,
         )
         folder = staging / "artifact"

@@ -34,6 +34,7 @@ def verify_artifact(
     level: Verification = Verification.RUN,
     options: VerifyOptions = DEFAULT_OPTIONS,
     runner: Callable[[Path], Runner] | None = None,
+    simulator: Callable[[Path], Runner] | None = None,
     progress: Callable[[str], None] = _silent,
 ) -> Report:
     """Run every check on ``artifact`` that its verification level promises; the report names the others.
@@ -46,6 +47,7 @@ def verify_artifact(
         level: how artifacts of this target are judged here.
         options: how much is measured.
         runner: what runs the two folders; None is ONNX Runtime and onnxruntime-genai.
+        simulator: what runs the artifact as the device would, much more slowly.
         progress: called with one line at the start of each part.
 
     Raises:
@@ -63,7 +65,7 @@ def verify_artifact(
         if not folder.is_dir():
             raise VerificationError("The folder to verify with does not exist.", where=str(folder))
     started = time.perf_counter()
-    context = Context(artifact, checkpoint, reference, limits, level, options, runner, progress)
+    context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, progress)
     results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
     context.release()
     verdict = worst(item.verdict for item in results)

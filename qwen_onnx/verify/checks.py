@@ -13,7 +13,7 @@ from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import judge
 from qwen_onnx.verify.parity import CONVERSATIONS, NASTY, Mismatch, decode_positions, mismatches
 from qwen_onnx.verify.records import CheckResult, Estimate, Latency, Verdict, worst
-from qwen_onnx.verify.scoring import Positions
+from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most
 
 PLAIN_PROMPTS = ["The capital of France is", "def main():"]
@@ -24,11 +24,15 @@ LEVELS: dict[str, frozenset[Verification]] = {}
 ANY = frozenset(Verification)
 COMPUTED = ANY - {Verification.STRUCTURE}
 TIMED = frozenset({Verification.RUN})
+SIMULATED = frozenset({Verification.SIMULATOR})
 
 # Kernels that quantise activations (accuracy level 4) compute otherwise for one token than for many. Both
 # paths lie equally near PyTorch; between them lies about a tenth of the drift allowed (docs/lab-log.md).
 DECODE_KLD = 2e-2
 DECODE_TOP1 = 0.85
+# What a device may add to the drift of the graph that it was compiled from
+SIMULATOR_KLD = 2e-2
+SIMULATOR_TOP1 = 0.9
 CONTROL_WIDTH = 0.15  # an A/A comparison with bounds further from 1 than this says that the machine is too noisy
 
 
@@ -206,6 +210,45 @@ def greedy_generation(context: Context) -> CheckResult:
         measured={"tokens": tokens, "faults": len(wrong)},
         limit={"faults": 0},
         detail="; ".join(wrong),
+    )
+
+
+@check("simulator", SIMULATED)
+def simulated_parity(context: Context) -> CheckResult:
+    """What was compiled for the device computes what its graph computes on the CPU, which the drift is measured of.
+
+    A sample: simulators take seconds for a token. Prefill by windows, then some tokens through the KV cache.
+    """
+    options = context.options
+    bounds: dict[str, float | str] = {"kld_mean": SIMULATOR_KLD, "top1": SIMULATOR_TOP1}
+    if context.simulator is None:
+        return CheckResult(
+            name="simulator", verdict=Verdict.INCONCLUSIVE, limit=bounds, detail="no simulator was given"
+        )
+    simulator = context.simulator(context.artifact)
+    chosen = [pool[0].ids[: options.simulator_tokens] for pool in context.pools.values() if pool]
+    parts = []
+    for number, ids in enumerate(chosen[: options.simulator_domains], 1):
+        context.progress(f"simulator: text {number} of {min(len(chosen), options.simulator_domains)}")
+        expected = context.scorer.logits(ids)
+        parts.append(compare(expected, simulator.logits(ids), ids))
+    context.progress(f"simulator: {options.simulator_steps} tokens through the KV cache")
+    begin = len(ids) - options.simulator_steps
+    decoded = simulator.forced_logits(ids[:begin], ids[begin:])
+    parts.append(compare(expected[begin - 1 :], decoded, ids[begin - 1 :]))
+    found = Positions.join(parts)
+    kld, top1 = float(found.kld.mean()), float(found.agree.mean())
+    return CheckResult(
+        name="simulator",
+        verdict=worst([at_most(_exact(kld), SIMULATOR_KLD), at_least(_exact(top1), SIMULATOR_TOP1)]),
+        measured={
+            "kld_mean": kld,
+            "top1": top1,
+            "positions": len(found.kld),
+            "decoded": options.simulator_steps,
+            "decoded_kld_mean": float(parts[-1].kld.mean()),
+        },
+        limit=bounds,
     )
 
 

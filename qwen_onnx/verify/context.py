@@ -47,11 +47,12 @@ class Context:
         level: Verification,
         options: VerifyOptions,
         runner: Callable[[Path], Runner] | None,
+        simulator: Callable[[Path], Runner] | None,
         progress: Callable[[str], None],
     ) -> None:
         self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
         self.limits, self.level, self.options, self.progress = limits, level, options, progress
-        self._runner = runner
+        self._runner, self.simulator = runner, simulator
         self.drift: Drift | None = None
         self.latency: Latency | None = None
 
