@@ -33,6 +33,12 @@ CALIBRATION_BYTES = 350_000_000
 # float32 copies of a piece of logits at once: logits, log-probabilities, their gradient
 LOGITS_COPIES = 3
 LOGITS_PIECE = 1 << 25  # as in export/sensitivity.py
+# copies of the weights in an HTP folder: one for two QDQ graphs, one in each of two contexts
+HTP_COPIES = 3
+# copies of the float32 weights in memory while the HTP's graph is calibrated (2026-11-25, the starter: 1.65 GB)
+HTP_FLOAT_COPIES = 1.6
+# … and of what is no weight: in both QDQ graphs 43 kB, in both contexts about 90 kB
+HTP_BYTES_PER_LAYER = 266_000
 BATCH = 4  # windows, as in export/quantize.py
 # float32 copies at once in GPTQ: of the Hessian (damped, Cholesky factor, inverse), of the matrix (weights, codes,
 # dequantised, temporary)
@@ -130,6 +136,12 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
         kept, after = _kept_bytes(found, config)
         spilled = int(found.fused * found.layers / max(found.layer * found.layers, 1) * _body_bytes(found, config, 4))
     staging = max(graph + spilled, artifact + reference)
+    memory = _memory(found, config)
+    if _is_htp(plan):
+        # float32, with a head of its own: the rotated checkpoint, the graph that is calibrated, the reference
+        dense = 4 * (found.body + 2 * found.tables)
+        staging = max(2 * dense, dense + 2 * graph, dense + artifact + (dense if verify else 0))
+        memory = max(memory, PROCESS_BYTES + int(HTP_FLOAT_COPIES * dense))
     return Estimate(
         artifact=artifact,
         download=0 if source and source.is_dir() else checkpoint + found.tokenizer,
@@ -137,7 +149,7 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
         quantised=after,
         staging=staging,
         disk=max(kept, after + staging),
-        memory=_memory(found, config),
+        memory=memory,
         verification=_verification(found, artifact),
         exact=found.exact,
     )
@@ -151,15 +163,20 @@ def packed_bytes(weights: int, bits: int, block: int, *, symmetric: bool, scale:
 def _body_bytes(found: Dimensions, config: CalibratedGptqConfig, scale: int) -> int:
     eight = int(found.body * config.int8_share)
     return sum(
-        packed_bytes(weights, bits, config.group_size, symmetric=config.symmetric, scale=scale)
+        packed_bytes(weights, bits, _block(found, config), symmetric=config.symmetric, scale=scale)
         for weights, bits in ((eight, 8), (found.body - eight, config.bits))
     )
+
+
+def _block(found: Dimensions, config: CalibratedGptqConfig) -> int:
+    """Weights that share a scale; where a whole row does, the matrices with the shortest rows count."""
+    return config.group_size if config.group_size > 0 else found.hidden
 
 
 def _head_bytes(found: Dimensions, config: CalibratedGptqConfig, scale: int) -> int:
     if config.head_bits > 8:
         return 0 if found.tied else found.tables * scale
-    return packed_bytes(found.tables, config.head_bits, config.group_size, symmetric=config.symmetric, scale=scale)
+    return packed_bytes(found.tables, config.head_bits, _block(found, config), symmetric=config.symmetric, scale=scale)
 
 
 def _graph_bytes(found: Dimensions, plan: Plan, config: CalibratedGptqConfig | None) -> int:
@@ -169,6 +186,8 @@ def _graph_bytes(found: Dimensions, plan: Plan, config: CalibratedGptqConfig | N
         return _openvino_bytes(
             found, OpenVINOConversionConfig.model_validate({k: v for k, v in converted.items() if k != "type"})
         )
+    if config is not None and _is_htp(plan):
+        return _htp_bytes(found, plan, config)
     number = plan.readback.io_bits // 8
     rotary = plan.context * found.head_dim * number
     build = next(step for step in plan.olive["passes"].values() if step["type"] == "GenAIModelBuilder")
@@ -183,6 +202,17 @@ def _graph_bytes(found: Dimensions, plan: Plan, config: CalibratedGptqConfig | N
     symmetric = bool(build.get("is_symmetric", True))
     body = packed_bytes(found.body + found.tables, 4, block, symmetric=symmetric, scale=number)
     return body + (0 if shared else number * found.tables) + rotary
+
+
+def _is_htp(plan: Plan) -> bool:
+    return any(step["type"] == "HtpQdqExport" for step in plan.olive["passes"].values())
+
+
+def _htp_bytes(found: Dimensions, plan: Plan, config: CalibratedGptqConfig) -> int:
+    """The QDQ graphs' weights once and in both contexts; 16-bit tables of embeddings and rotary positions."""
+    weights = _body_bytes(found, config, 4) + _head_bytes(found, config, 4)
+    tables = 2 * found.tables + 4 * plan.context * found.head_dim
+    return HTP_COPIES * weights + tables + HTP_BYTES_PER_LAYER * found.layers
 
 
 def _openvino_bytes(found: Dimensions, config: OpenVINOConversionConfig) -> int:
