@@ -9,7 +9,7 @@ import pytest
 
 from qwen_onnx.catalog import load_catalog
 from qwen_onnx.estimate import Estimate, dimensions, estimate
-from qwen_onnx.plan import Plan, make_plan
+from qwen_onnx.plan import Plan, make_all_plans, make_plan
 from tests.conftest import run_cli
 
 TOLERANCE = 0.10
@@ -34,6 +34,16 @@ def test_every_row_has_an_estimate(repository: Path) -> None:
         assert 0.3 * (row.parameters or 0) < found.artifact < 2 * (row.parameters or 0), row.id
         assert found.disk > found.artifact
         assert found.memory > 600_000_000
+
+
+def test_every_row_of_the_htp_has_an_estimate(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    plans = [plan for plan in make_all_plans(catalog) if plan.target == "npu-qnn"]
+    assert len(plans) > 30
+    for plan in plans:
+        # the weights stand in three places
+        least, most = (1.5, 4.5) if plan.precision == "int4" else (2.5, 6)
+        assert least * plan.parameters < estimate(plan).artifact < most * plan.parameters, plan.name
 
 
 def test_a_local_checkpoint_counts_instead_of_the_row(repository: Path, tiny_checkpoint: Path) -> None:

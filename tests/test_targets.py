@@ -142,3 +142,22 @@ def test_only_a_pass_is_called_proven(level: Verification) -> None:
     for verdict in ("FAIL", "INCONCLUSIVE", "UNVERIFIED"):
         assert level.claim(verdict).startswith(f"not proven ({verdict})")
     assert ("not run on the device" in level.text or "never run" in level.text) == (level is not Verification.RUN)
+
+
+def test_a_model_that_is_too_large_for_a_build_is_refused_with_the_reason(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    _, row = catalog.row("qwen2.5-7b-instruct")
+    assert "npu-qnn" not in catalog.targets_of(row)
+    with pytest.raises(ConfigError, match=r"not built for npu-qnn: one HTP context .* 4500000000"):
+        make_plan(catalog, "qwen2.5-7b-instruct", "npu-qnn")
+    _, row = catalog.row("qwen3-4b")
+    assert catalog.precisions_of(row, "npu-qnn") == ["int4"]
+    with pytest.raises(ConfigError, match=r"has no int8 for npu-qnn: one HTP context is below 3.5 GiB .* 3300000000"):
+        make_plan(catalog, "qwen3-4b", "npu-qnn", "int8")
+    assert "qwen3-4b npu-qnn int8 - one HTP context is below" in committed_files(catalog)["recipes/plans.lock"]
+
+
+def test_the_context_of_fixed_shapes_is_the_targets(repository: Path) -> None:
+    plan = make_plan(load_catalog(repository), "starter", "npu-qnn")
+    assert plan.context == plan.olive["passes"]["export"]["context"] == 1024
+    assert plan.readback.soc_model == plan.olive["passes"]["compile"]["soc_model"]
