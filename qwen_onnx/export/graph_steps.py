@@ -6,10 +6,13 @@ quantisers are genai's own, so the bytes are those of the stock builder.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -18,8 +21,8 @@ from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.weights import create_safetensors, mapped_safetensors, return_free_memory
 from qwen_onnx.export.workfolder import WorkFolder
 
-# smaller tensors cost more as files than they free
-SMALLEST = 1 << 16  # bytes
+# weights that a quantiser gets at once: k_quant holds some eighteen times their float32 size
+PIECE = 1 << 20
 QUANTIZED = ("MatMul", "Gather")
 LAYER = re.compile(r"/model/layers\.(\d+)/")
 # what the builder's quantiser of experts notes for the operator's attributes
@@ -139,47 +142,78 @@ def _file(node: Any) -> str:
 
 
 def _quantized(builder: Any, node: Any, to_nbits: Callable[[Any], Any], work: WorkFolder) -> Iterator[str]:
-    """Quantise one node; writes its graph and the larger weights beside it, and yields the files' names."""
-    whole = builder.model
-    builder.model = _alone(node, whole)
-    try:
-        found = to_nbits(builder)
-    finally:
-        builder.model = whole
+    """Quantise one node; writes its graph and the larger weights beside it, and yields the files' names.
+
+    Every row of a result belongs to one output of the matrix (or one row of an embedding), whatever the method: the
+    results of its pieces, one after the other, are the result of the whole.
+    """
     given = {value.name for value in node.inputs}
-    for name, value in list(found.graph.initializers.items()):
-        if name in given:
-            # the whole graph has it
-            del found.graph.initializers[name]
-            value.const_value = None
-            found.graph.inputs.append(value)
-        elif value.const_value.nbytes >= SMALLEST:
-            # by its own name: two nodes with one weight share what becomes of it
-            file = f"{name.replace('/', '.')}.raw"
-            with work.temporary(file).open("wb") as out:
-                value.const_value.tofile(out)
-            value.const_value = external(value.const_value, work.path / file)
-            yield file
+    begun: dict[str, int] = {}
+    for weight in _pieces(builder, node):
+        found = _to_nbits(builder, to_nbits, _alone(node, builder.model, weight))
+        results = {name: value for name, value in found.graph.initializers.items() if name not in given}
+        for name, value in results.items():
+            file, tensor = f"{name.replace('/', '.')}.raw", value.const_value
+            path = work.temporary(file) if name not in begun else work.path / f"{file}.part"
+            with path.open("ab") as out:
+                tensor.tofile(out)
+            begun[name] = begun.get(name, 0) + tensor.shape[0]
+            value.shape = ir.Shape([begun[name], *tensor.shape[1:]])
+            value.const_value = external(tensor, work.path / file, value.shape)
+    for name in given & set(found.graph.initializers):
+        # the whole graph has it
+        value = found.graph.initializers.pop(name)
+        value.const_value = None
+        found.graph.inputs.append(value)
+    for made in found.graph:
+        if "N" in made.attributes:
+            made.attributes["N"] = ir.AttrInt64("N", _weight(node).shape[1])
     work.temporary(_file(node)).write_bytes(ir.to_proto(found).SerializeToString())
+    yield from (f"{name.replace('/', '.')}.raw" for name in begun)
     yield _file(node)
 
 
-def external(tensor: Any, path: Any) -> ir.ExternalTensor:
-    """A tensor whose bytes are the whole file ``path``, like ``tensor`` otherwise."""
+def _to_nbits(builder: Any, to_nbits: Callable[[Any], Any], alone: ir.Model) -> Any:
+    whole, builder.model = builder.model, alone
+    try:
+        return to_nbits(builder)
+    finally:
+        builder.model = whole
+
+
+def _pieces(builder: Any, node: Any) -> Iterator[Any]:
+    """The weight of a node in pieces: columns of a MatMul's [inputs, outputs], rows of an embedding."""
+    weight = _weight(node)
+    axis = 0 if node.op_type == "Gather" else 1
+    outputs, inputs = weight.shape[axis], weight.shape[1 - axis]
+    step = max(PIECE // inputs, 1)
+    # QDQ keeps [inputs, outputs], whose pieces are no rows
+    if outputs <= step or builder.quant_attrs["use_qdq"]:
+        yield weight.const_value
+        return
+    values = weight.const_value.numpy()
+    for begin in range(0, outputs, step):
+        part = values[:, begin : begin + step] if axis else values[begin : begin + step]
+        yield ir.tensor(np.ascontiguousarray(part), name=weight.name)
+
+
+def external(tensor: Any, path: Path, shape: Any) -> ir.ExternalTensor:
+    """A tensor of ``shape`` whose bytes are the whole file ``path``, with the name and type of ``tensor``."""
     return ir.ExternalTensor(
         path.name,
         offset=0,
-        length=tensor.nbytes,
+        length=math.ceil(math.prod(shape) * tensor.dtype.itemsize),
         dtype=tensor.dtype,
-        shape=tensor.shape,
+        shape=shape,
         name=tensor.name,
         base_dir=path.parent,
     )
 
 
-def _alone(node: Any, whole: ir.Model) -> ir.Model:
-    """A model of one node; its weights are the whole graph's, its other inputs are inputs."""
+def _alone(node: Any, whole: ir.Model, weight: Any) -> ir.Model:
+    """A model of one node with ``weight``; what else it takes from the whole graph are inputs or its weights there."""
     copies = {value.name: _copy(value) for value in node.inputs}
+    copies[_weight(node).name].const_value, copies[_weight(node).name].shape = weight, weight.shape
     outputs = [_copy(value) for value in node.outputs]
     inputs = [copies[value.name] for value in node.inputs]
     graph = ir.Graph(

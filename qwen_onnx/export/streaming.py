@@ -18,11 +18,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qwen_onnx.export import graph_steps
 from qwen_onnx.export.graph_steps import ExpertSteps, external, quantize_matrices
 from qwen_onnx.export.mapped_model import mapped_model
 from qwen_onnx.export.weights import mapped
 from qwen_onnx.export.workfolder import WorkFolder
+
+# smaller tensors cost more as files than they free
+SMALLEST = 1 << 16  # bytes
 
 
 @contextmanager
@@ -97,7 +99,7 @@ class _Spill:
 
     def kept(self, tensor: Any) -> Any:
         """A torch tensor that an initializer made when saved will hold on to, in a file if it was in memory."""
-        small = not isinstance(tensor, torch.Tensor) or tensor.nbytes < graph_steps.SMALLEST
+        small = not isinstance(tensor, torch.Tensor) or tensor.nbytes < SMALLEST
         if small or _is_mapped(tensor.data_ptr()):
             return tensor
         return mapped(self._file(), tuple(tensor.shape), dtype=tensor.dtype).copy_(tensor.detach())
@@ -106,7 +108,7 @@ class _Spill:
         """Put the bytes of an initializer into a file, unless they come from one or are made when saved."""
         tensor = value.const_value
         made_later = tensor is None or isinstance(tensor, ir.LazyTensor | ir.ExternalTensor)
-        if made_later or tensor.nbytes < graph_steps.SMALLEST:
+        if made_later or tensor.nbytes < SMALLEST:
             return
         raw = getattr(tensor, "raw", None)
         if isinstance(raw, torch.Tensor) and _is_mapped(raw.data_ptr()):
@@ -114,7 +116,7 @@ class _Spill:
         path = self._file()
         with path.open("wb") as file:
             tensor.tofile(file)
-        value.const_value = external(tensor, path)
+        value.const_value = external(tensor, path, tensor.shape)
 
 
 def _is_mapped(address: int) -> bool:
