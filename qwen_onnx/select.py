@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.plan import Plan, make_plan
 from qwen_onnx.schema import Family, Row, Verification
+from qwen_onnx.sizes import dimensions, graph_bytes
 
 # licences whose text allows commercial use without asking, up to their own limits of users
 COMMERCIAL = frozenset({"Apache-2.0", "LicenseRef-Tongyi-Qianwen", "LicenseRef-Qwen"})
-# int8 head, 70 % int4 and 30 % int8 in the body, scales and zero points of blocks of 64: bits per weight
-HEAD_BITS = 8 + 40 / 64
-BODY_BITS = 0.7 * (4 + 36 / 64) + 0.3 * HEAD_BITS
-KV_BYTES = 4  # the CPU's cache is fp32, that of the others fp16
 # process, graph and activations of a piece of the prompt: the starter's peak of 362 MB less weights and cache
 RUNTIME_BYTES = 225_000_000
 
@@ -139,21 +137,18 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def bytes_needed(row: Row, context: int, kv_bytes: int = KV_BYTES) -> int | None:
-    """Memory to serve the INT4 artifact of ``row`` at ``context`` tokens; None when its shape is not known.
+def bytes_needed(plan: Plan, context: int) -> int | None:
+    """Memory to serve the artifact of ``plan`` at ``context`` tokens; None when its shape is not known.
 
-    Weights by the default recipe's bits, the KV cache of ``2 · layers · kv_heads · head_dim`` numbers of ``kv_bytes``
-    per token (Ainslie et al. 2023, arXiv:2305.13245), and what the runtime itself takes.
+    Weights as ``sizes`` counts them, the KV cache of ``2 · layers · kv_heads · head_dim`` numbers per token (Ainslie et
+    al. 2023, arXiv:2305.13245), and what the runtime itself takes.
     """
-    parameters, layers, kv_heads = row.parameters, row.shape.layers, row.shape.kv_heads
-    heads, hidden, vocabulary = row.shape.heads, row.shape.hidden_size, row.shape.vocab_size
-    if not (parameters and layers and kv_heads and heads and hidden and vocabulary):
+    shape = plan.shape
+    if not (shape.layers and shape.kv_heads and shape.heads and shape.hidden_size and shape.vocab_size):
         return None
-    # an untied embedding stays a table of its own, as large as the head
-    tables = vocabulary * hidden * (1 if row.shape.tied else 2)
-    weights = (tables * HEAD_BITS + (parameters - tables) * BODY_BITS) / 8
-    cache = 2 * layers * kv_heads * (row.shape.head_dim or hidden // heads) * kv_bytes * context
-    return int(weights + cache + RUNTIME_BYTES)
+    head_dim = shape.head_dim or shape.hidden_size // shape.heads
+    cache = 2 * shape.layers * shape.kv_heads * head_dim * (plan.readback.io_bits // 8) * context
+    return graph_bytes(dimensions(plan), plan) + cache + RUNTIME_BYTES
 
 
 def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
@@ -163,11 +158,11 @@ def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
         ConfigError: there is no such target, or nothing can be built for it.
     """
     pipeline = catalog.pipeline(target)
-    kv_bytes = pipeline.precisions[catalog.precision(target)].readback.io_bits // 8
     # the formula was measured on the CPU, and so was everything else
     note = () if pipeline.verification is Verification.RUN else (f"on {target}: {pipeline.verification.text}",)
     rows = [row for _, row in catalog.rows.values() if target in catalog.targets_of(row)]
-    found = [choice for row in rows if (choice := _judged(row, wish, kv_bytes, note))]
+    plans = {row.id: make_plan(catalog, row.id, target) for row in rows if not row.planned}
+    found = [choice for row in rows if row.id in plans and (choice := _judged(row, plans[row.id], wish, note))]
     return sorted(found, key=lambda choice: _rank(choice.row, wish), reverse=True)
 
 
@@ -177,10 +172,10 @@ def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
     return (made_for, answers, row.parameters or 0, row.released or "")
 
 
-def _judged(row: Row, wish: Wish, kv_bytes: int, note: tuple[str, ...]) -> Choice | None:
-    needed = bytes_needed(row, wish.context, kv_bytes)
+def _judged(row: Row, plan: Plan, wish: Wish, note: tuple[str, ...]) -> Choice | None:
+    needed = bytes_needed(plan, wish.context)
     reach = row.context or 0
-    fits = needed is not None and needed <= wish.ram and reach >= wish.context and not row.planned
+    fits = needed is not None and needed <= wish.ram and reach >= wish.context
     allowed = not wish.commercial or row.license in COMMERCIAL
     if not fits or not allowed or not _speaks(row, wish.language) or needed is None:
         return None

@@ -20,9 +20,8 @@ from qwen_onnx.export.mapped_model import StoredExperts
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.weights import create_safetensors, mapped_safetensors, return_free_memory
 from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.passes import MATRIX_PIECE
 
-# weights that a quantiser gets at once: k_quant holds some eighteen times their float32 size
-PIECE = 1 << 20
 QUANTIZED = ("MatMul", "Gather")
 LAYER = re.compile(r"/model/layers\.(\d+)/")
 # what the builder's quantiser of experts notes for the operator's attributes
@@ -186,7 +185,7 @@ def _pieces(builder: Any, node: Any) -> Iterator[Any]:
     weight = _weight(node)
     axis = 0 if node.op_type == "Gather" else 1
     outputs, inputs = weight.shape[axis], weight.shape[1 - axis]
-    step = max(PIECE // inputs, 1)
+    step = max(MATRIX_PIECE // inputs, 1)
     # QDQ keeps [inputs, outputs], whose pieces are no rows
     if outputs <= step or builder.quant_attrs["use_qdq"]:
         yield weight.const_value

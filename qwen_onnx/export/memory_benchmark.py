@@ -24,7 +24,7 @@ from qwen_onnx.export.synthetic import SHARD, Size, write_checkpoint
 from qwen_onnx.files import folder_bytes
 
 BOUND = 1_500_000_000  # bytes, besides the largest tensor in float32
-PAUSE = 0.05  # seconds between samples of memory
+PAUSE = 0.02  # seconds between samples of memory
 # few short windows: memory depends on them little, time a lot
 QUANTIZE = {
     "type": "CalibratedGptq",
@@ -88,7 +88,7 @@ class Sampler:
             self.peaks.stages[self.stage] = max(self.peaks.stages.get(self.stage, 0), anonymous)
 
     def _disk(self) -> None:
-        while not self._ended.wait(10 * PAUSE):
+        while not self._ended.wait(20 * PAUSE):
             used = disk_usage(self.folder)
             self.peaks.disk = max(self.peaks.disk, used)
             self.peaks.disk_stages[self.stage] = max(self.peaks.disk_stages.get(self.stage, 0), used)

@@ -26,7 +26,7 @@ import contextlib, sys
 from pathlib import Path
 from qwen_onnx.export import builder, graph_steps, streaming
 from qwen_onnx.passes import GenAIModelBuilderConfig as Config
-streaming.SMALLEST, graph_steps.PIECE = 64, 64 * 50
+streaming.SMALLEST, graph_steps.MATRIX_PIECE = 64, 64 * 50
 if sys.argv[4] == "stock":
     builder.weights_in_files = lambda *_: contextlib.nullcontext()
 kept = Path(sys.argv[5]) if len(sys.argv) > 5 else None
