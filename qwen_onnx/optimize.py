@@ -150,7 +150,10 @@ def build_model(
     from qwen_onnx.export.readback import compare, read_graph
 
     folder = staging / "artifact"
-    collect(run_olive(plan.olive, checkpoint.path, staging / "work", log, progress, kept), folder)
+    work = staging / "work"
+    collect(run_olive(plan.olive, checkpoint.path, work, log, progress, kept), folder)
+    # Olive's own copy of the model
+    shutil.rmtree(work)
     return folder, compare(read_graph(folder / "model.onnx"), plan.readback)
 
 

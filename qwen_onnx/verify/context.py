@@ -83,11 +83,12 @@ class Context:
 
         assert self.reference is not None
         first = dict(list(prompts.items())[:1])
-        engine, scorer = (
-            Engine(self.reference, threads=self.options.threads),
-            OnnxScorer(self.reference, self.options.threads),
-        )
-        found = decode_positions(lambda ids: engine.forced_logits(ids[:1], ids[1:]), scorer.logits, first)
+        # one after the other: each holds more than the fp32 weights
+        engine = Engine(self.reference, threads=self.options.threads)
+        decoded = {tuple(ids): engine.forced_logits(ids[:1], ids[1:]) for ids in first.values()}
+        del engine
+        scorer = OnnxScorer(self.reference, self.options.threads)
+        found = decode_positions(lambda ids: decoded[tuple(ids)], scorer.logits, first)
         return float(found.kld.mean())
 
     @cached_property
