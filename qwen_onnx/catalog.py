@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +56,7 @@ class Catalog:
     pipelines: dict[str, Pipeline]
     environments: dict[str, Environment]
 
-    @property
+    @cached_property
     def rows(self) -> dict[str, tuple[Family, Row]]:
         """Every size by its id."""
         pairs = ((family, row) for family in self.families.values() for row in family.sizes)

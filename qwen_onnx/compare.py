@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_onnx.files import folder_bytes
 from qwen_onnx.optimize import build_model, runner_of
 from qwen_onnx.plan import Plan
 from qwen_onnx.schema import Verification
@@ -46,7 +47,7 @@ def measure(plan: Plan, checkpoint: Checkpoint, scratch: Path, *, speed: bool, p
             runner=runner_of(plan, scratch, progress),
             progress=progress,
         )
-        size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+        size = folder_bytes(artifact)
     return {"bytes": size, **_figures(report)}
 
 

@@ -1,4 +1,4 @@
-"""Checksums of files, the same way everywhere."""
+"""Checksums and sizes of files, the same way everywhere."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def file_checksums(folder: Path, *, without: str) -> dict[str, str]:
     names = [path.relative_to(folder).as_posix() for path in paths]
     kept = [name for name in names if name != without and not any(part.startswith(".") for part in name.split("/"))]
     return {name: sha256_of(folder / name) for name in kept}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Sum of the sizes of all files below ``folder``."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -159,10 +159,11 @@ def build_model(
     from qwen_onnx.export.olive import collect, run_olive
     from qwen_onnx.export.readback import read_back
 
-    folder, interpreter = staging / "artifact", olive_interpreter(plan, cache, progress)
-    companion = companion_of(plan, cache, progress)
-    model = run_olive(plan.olive, checkpoint.path, staging / "work", log, progress, kept, interpreter, companion)
-    collect(model, folder)
+    folder, work = staging / "artifact", staging / "work"
+    interpreter, companion = olive_interpreter(plan, cache, progress), companion_of(plan, cache, progress)
+    collect(run_olive(plan.olive, checkpoint.path, work, log, progress, kept, interpreter, companion), folder)
+    # Olive's own copy of the model
+    shutil.rmtree(work)
     return folder, read_back(folder, plan.readback)
 
 

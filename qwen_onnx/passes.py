@@ -21,6 +21,13 @@ PROVIDERS = {
     "NvTensorRtRtx": "NvTensorRTRTXExecutionProvider",
 }
 
+# how much our passes hold at once, which the estimate of their memory needs, too
+BATCH = 4  # calibration windows that a layer sees together
+# more logits than this are made piece by piece; those of 512 tokens and 65,536 words stay in one piece
+LOGITS_PIECE = 1 << 25
+# weights that the builder's quantiser gets at once: k_quant holds some eighteen times their float32 size
+MATRIX_PIECE = 1 << 20
+
 
 class GenAIModelBuilderConfig(Record):
     """Options of ``qwen_onnx.export.builder.GenAIModelBuilder`` (onnxruntime-genai 0.18 names)."""

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 from qwen_onnx.catalog import Catalog
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.plan import Plan, make_plan
 from qwen_onnx.schema import Family, Row, Verification
+from qwen_onnx.sizes import dimensions, graph_bytes
 
 # licences whose text allows commercial use without asking, up to their own limits of users
 COMMERCIAL = frozenset({"Apache-2.0", "LicenseRef-Tongyi-Qianwen", "LicenseRef-Qwen"})
-# int8 head, 70 % int4 and 30 % int8 in the body, scales and zero points of blocks of 64: bits per weight
-HEAD_BITS = 8 + 40 / 64
-BODY_BITS = 0.7 * (4 + 36 / 64) + 0.3 * HEAD_BITS
-KV_BYTES = 4  # the CPU's cache is fp32, that of the others fp16
 # process, graph and activations of a piece of the prompt: the starter's peak of 362 MB less weights and cache
 RUNTIME_BYTES = 225_000_000
 
@@ -141,21 +139,20 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def bytes_needed(row: Row, context: int, kv_bytes: int = KV_BYTES) -> int | None:
-    """Memory to serve the INT4 artifact of ``row`` at ``context`` tokens; None when its shape is not known.
+def bytes_needed(plan: Plan, context: int) -> int | None:
+    """Memory to serve the artifact of ``plan`` at ``context`` tokens; None when its shape is not known.
 
-    Weights by the default recipe's bits, the KV cache of ``2 · layers · kv_heads · head_dim`` numbers of ``kv_bytes``
-    per token (Ainslie et al. 2023, arXiv:2305.13245), and what the runtime itself takes.
+    Weights as ``sizes`` counts them, the KV cache of ``2 · layers · kv_heads · head_dim`` numbers per token (Ainslie et
+    al. 2023, arXiv:2305.13245), and what the runtime itself takes.
     """
-    parameters, layers, kv_heads = row.parameters, row.shape.layers, row.shape.kv_heads
-    heads, hidden, vocabulary = row.shape.heads, row.shape.hidden_size, row.shape.vocab_size
-    if not (parameters and layers and kv_heads and heads and hidden and vocabulary):
+    shape = plan.shape
+    if not (shape.layers and shape.kv_heads and shape.heads and shape.hidden_size and shape.vocab_size):
         return None
-    # an untied embedding stays a table of its own, as large as the head
-    tables = vocabulary * hidden * (1 if row.shape.tied else 2)
-    weights = (tables * HEAD_BITS + (parameters - tables) * BODY_BITS) / 8
-    cache = 2 * layers * kv_heads * (row.shape.head_dim or hidden // heads) * kv_bytes * context
-    return int(weights + cache + RUNTIME_BYTES)
+    head_dim = shape.head_dim or shape.hidden_size // shape.heads
+    # OpenVINO's cache is fp16 on an NPU, whatever the model's inputs and outputs are
+    number = 2 if plan.readback.provider == "OpenVINO" else plan.readback.io_bits // 8
+    cache = 2 * shape.layers * shape.kv_heads * head_dim * number * context
+    return graph_bytes(dimensions(plan), plan) + cache + RUNTIME_BYTES
 
 
 def targets_on(catalog: Catalog, device: str) -> list[str]:
@@ -188,9 +185,10 @@ def select(catalog: Catalog, wish: Wish, device: str) -> list[Choice]:
     found: dict[str, Choice] = {}
     for target in targets_on(catalog, device):
         for _, row in catalog.rows.values():
-            choice = _judged(row, wish, catalog, target) if target in catalog.targets_of(row) else None
+            offered = not row.planned and row.id not in found and target in catalog.targets_of(row)
+            choice = _judged(row, wish, catalog, target) if offered else None
             if choice:
-                found.setdefault(row.id, choice)
+                found[row.id] = choice
     return sorted(found.values(), key=lambda choice: _rank(choice.row, wish), reverse=True)
 
 
@@ -201,14 +199,11 @@ def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
 
 
 def _judged(row: Row, wish: Wish, catalog: Catalog, target: str) -> Choice | None:
-    pipeline, reach = catalog.pipeline(target), catalog.context_of(row, target) or 0
-    # an NPU's cache is fp16 whatever its interface takes
-    io_bits = pipeline.precisions[catalog.precision(target)].readback.io_bits
-    kv_bytes = 2 if pipeline.device == "npu" else io_bits // 8
+    plan, pipeline = make_plan(catalog, row.id, target), catalog.pipeline(target)
     # fixed shapes hold the whole context, used or not
-    held = reach if pipeline.context else wish.context
-    needed = bytes_needed(row, held, kv_bytes)
-    fits = needed is not None and needed <= wish.ram and reach >= wish.context and not row.planned
+    held = plan.context if pipeline.context else wish.context
+    needed = bytes_needed(plan, held)
+    fits = needed is not None and needed <= wish.ram and plan.context >= wish.context
     allowed = not wish.commercial or row.license in COMMERCIAL
     if not fits or not allowed or not _speaks(row, wish.language) or needed is None:
         return None

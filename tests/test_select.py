@@ -8,7 +8,7 @@ import pytest
 
 from qwen_onnx.catalog import Catalog, load_catalog
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.plan import make_all_plans
+from qwen_onnx.plan import make_all_plans, make_plan
 from qwen_onnx.schema import Shape
 from qwen_onnx.select import (
     BYTE_UNITS,
@@ -34,7 +34,7 @@ def catalog(repository: Path) -> Catalog:
 def test_the_formula_is_that_of_the_starter(catalog: Catalog) -> None:
     """The starter serves 640 tokens with a measured peak of 362 MB."""
     shape = Shape(layers=30, hidden_size=576, heads=9, kv_heads=3, vocab_size=49152, tied=True)
-    needed = bytes_needed(catalog.rows["starter"][1].model_copy(update={"shape": shape}), 640)
+    needed = bytes_needed(make_plan(catalog, "starter", "cpu").model_copy(update={"shape": shape}), 640)
     assert needed == pytest.approx(362e6, rel=0.05)
 
 
@@ -53,8 +53,8 @@ def test_more_memory_offers_no_less(catalog: Catalog) -> None:
 
 
 def test_a_longer_context_needs_more(catalog: Catalog) -> None:
-    row = catalog.rows["qwen3-0.6b"][1]
-    short, long = bytes_needed(row, 1024), bytes_needed(row, 2048)
+    plan = make_plan(catalog, "qwen3-0.6b", "cpu")
+    short, long = bytes_needed(plan, 1024), bytes_needed(plan, 2048)
     assert short
     assert long
     # 28 layers, 8 KV heads of 128, keys and values in fp32: 224 KiB a token

@@ -5,6 +5,7 @@ Olive 0.13's own ModelBuilder pass calls an interface that genai dropped in 0.15
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.checkpoint import TOKENIZER_FILE
+from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.repairs import repair
 from qwen_onnx.export.streaming import weights_in_files
+from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.passes import GenAIModelBuilderConfig
+from qwen_onnx.plan import digest_of
 
 MODEL_FILE = "model.onnx"
+# below the folder of finished steps: the quantise pass has its own there
+STEPS_FOLDER = "graph"
 
 
 class GenAIModelBuilder(Pass):  # type: ignore[misc]
@@ -38,11 +44,13 @@ class GenAIModelBuilder(Pass):  # type: ignore[misc]
     ) -> ONNXModelHandler:
         given = {name: getattr(config, name) for name in GenAIModelBuilderConfig.model_fields}
         options = {name: value for name, value in given.items() if value is not None}
-        build(Path(model.model_name_or_path), Path(output_model_path), GenAIModelBuilderConfig.model_validate(options))
+        kept = Path(KEPT_FOLDER, STEPS_FOLDER).resolve() if Path(KEPT_FOLDER).exists() else None
+        given_config = GenAIModelBuilderConfig.model_validate(options)
+        build(Path(model.model_name_or_path), Path(output_model_path), given_config, kept)
         return ONNXModelHandler(output_model_path, onnx_file_name=MODEL_FILE)
 
 
-def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> None:
+def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig, kept: Path | None = None) -> None:
     """Run genai's builder for an execution provider, with what the checkpoint's architecture needs around it.
 
     The provider need not be on this machine.
@@ -51,6 +59,7 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
         checkpoint: Hugging Face folder, quantised by an Olive pass or not.
         output: folder for ``model.onnx``, its data, ``genai_config.json`` and the tokenizer.
         config: options; those that are None keep the builder's default.
+        kept: folder for layers that are quantised here, which the same call finds again; None keeps nothing.
 
     Raises:
         UnsupportedModelError, ExportError: see ``architecture_of``.
@@ -67,7 +76,9 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig) -> No
     common = ("", str(checkpoint), str(output), config.precision, config.execution_provider, str(cache))
     parsed = builder.parse_extra_options(*common, [*flags, *architecture.options])
     present(parsed, architecture)
-    with installed(architecture), weights_in_files(output):
+    settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    identity = digest_of([config.model_dump(mode="json"), settings, CheckpointWeights(checkpoint).fingerprint()])
+    with installed(architecture), weights_in_files(output, identity, kept):
         builder.create_model(*common, **parsed)
     repair(output / MODEL_FILE, config.accuracy_level)
     if config.execution_provider == "NvTensorRtRtx":

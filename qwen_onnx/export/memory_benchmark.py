@@ -21,9 +21,10 @@ import psutil
 
 from qwen_onnx.export.olive import run_olive
 from qwen_onnx.export.synthetic import SHARD, Size, write_checkpoint
+from qwen_onnx.files import folder_bytes
 
 BOUND = 1_500_000_000  # bytes, besides the largest tensor in float32
-PAUSE = 0.05  # seconds between samples of memory
+PAUSE = 0.02  # seconds between samples of memory
 # few short windows: memory depends on them little, time a lot
 QUANTIZE = {
     "type": "CalibratedGptq",
@@ -41,16 +42,19 @@ BUILD = {
     "algo_config": "k_quant",
     "prune_lm_head": True,
 }
+# as the recipes of mixtures have it: no quantise step, block size and placement are the builder's
+MIXTURE = {"block_size": 32, "algo_config": "k_quant_last", "qmoe_block_size": 32}
 
 
 @dataclass
 class Peaks:
-    """Highest values seen, in bytes; ``anonymous`` by stage of the build too."""
+    """Highest values seen, in bytes; of anonymous memory and of disk by stage of the build too."""
 
     anonymous: int = 0
     resident: int = 0
     disk: int = 0
     stages: dict[str, int] = field(default_factory=dict)
+    disk_stages: dict[str, int] = field(default_factory=dict)
 
 
 class Sampler:
@@ -84,8 +88,10 @@ class Sampler:
             self.peaks.stages[self.stage] = max(self.peaks.stages.get(self.stage, 0), anonymous)
 
     def _disk(self) -> None:
-        while not self._ended.wait(10 * PAUSE):
-            self.peaks.disk = max(self.peaks.disk, disk_usage(self.folder))
+        while not self._ended.wait(20 * PAUSE):
+            used = disk_usage(self.folder)
+            self.peaks.disk = max(self.peaks.disk, used)
+            self.peaks.disk_stages[self.stage] = max(self.peaks.disk_stages.get(self.stage, 0), used)
 
 
 def memory_of(process: int) -> dict[str, int]:
@@ -119,7 +125,8 @@ def measure(checkpoint: Path, folder: Path, config: dict[str, Any]) -> dict[str,
 
     Returns:
         ``artifact_bytes``; ``anonymous_bytes``, ``resident_bytes``, ``disk_bytes`` (peaks, the checkpoint not
-        counted); ``stages``: anonymous bytes by stage; ``seconds``. What was built is removed.
+        counted); ``stages``, ``disk_stages``: anonymous and disk bytes by stage; ``seconds``. What was built is
+        removed.
     """
     work, kept = folder / "build/work", folder / "build/kept"
     kept.mkdir(parents=True)
@@ -132,7 +139,8 @@ def measure(checkpoint: Path, folder: Path, config: dict[str, Any]) -> dict[str,
 
         model = run_olive(config, checkpoint, work, folder / "build.log", said, kept)
     seconds = time.monotonic() - begin
-    artifact = sum(path.stat().st_size for path in model.iterdir() if path.name != "model_config.json")
+    (model / "model_config.json").unlink()
+    artifact = folder_bytes(model)
     shutil.rmtree(folder / "build")
     return {
         "artifact_bytes": artifact,
@@ -140,6 +148,7 @@ def measure(checkpoint: Path, folder: Path, config: dict[str, Any]) -> dict[str,
         "resident_bytes": sampler.peaks.resident,
         "disk_bytes": sampler.peaks.disk,
         "stages": sampler.peaks.stages,
+        "disk_stages": sampler.peaks.disk_stages,
         "seconds": round(seconds, 1),
     }
 
@@ -152,17 +161,20 @@ def measure_random(folder: Path, size: Size, quantize: dict[str, Any], *, shard:
     """
     checkpoint = folder / "checkpoint"
     weights = write_checkpoint(checkpoint, size, shard=shard)
-    found = measure(checkpoint, folder, olive_config(quantize))
+    found = measure(checkpoint, folder, olive_config(size, quantize))
     shutil.rmtree(checkpoint)
-    largest = max(shape[0] * shape[1] for shape in size.tensors().values() if len(shape) == 2)
-    return {"checkpoint_bytes": weights, **found, "bound_bytes": BOUND + 4 * largest}
+    return {"checkpoint_bytes": weights, **found, "bound_bytes": BOUND + 4 * size.largest}
 
 
-def olive_config(quantize: dict[str, Any]) -> dict[str, Any]:
-    """The run that is measured: quantise with the options ``quantize``, then the INT4 graph for the CPU."""
+def olive_config(size: Size, quantize: dict[str, Any]) -> dict[str, Any]:
+    """The run that is measured: quantise with the options ``quantize``, then the INT4 graph for the CPU.
+
+    A mixture of experts is quantised by genai's builder.
+    """
+    dense = {"quantize": {**QUANTIZE, **quantize}, "build": BUILD}
     return {
         "input_model": {"type": "HfModel", "model_path": "checkpoint"},
-        "passes": {"quantize": {**QUANTIZE, **quantize}, "build": BUILD},
+        "passes": {"build": BUILD | MIXTURE} if size.experts else dense,
         "evaluate_input_model": False,
         "cache_dir": "cache",
         "output_dir": "model",
@@ -172,7 +184,13 @@ def olive_config(quantize: dict[str, Any]) -> dict[str, Any]:
 
 def _stage(line: str, before: str) -> str:
     """Which stage a line of progress belongs to."""
-    stages = {"Olive: build": "graph", "quantised layer": "quantise", "sensitivity": "sensitivity"}
+    stages = {
+        "sensitivity": "sensitivity",
+        "quantised layer": "quantise",
+        "Olive: build": "graph",
+        "packed the experts": "experts",
+        "quantised the matrices": "matrices",
+    }
     return next((stage for begin, stage in stages.items() if line.startswith(begin)), before)
 
 
@@ -193,8 +211,9 @@ def main() -> int:
     for name, value in found.items():
         if name.endswith("_bytes"):
             table.add_row(name.removesuffix("_bytes"), f"{value / 1e9:.3f}")
-    for stage, value in found["stages"].items():
-        table.add_row(f"anonymous, {stage}", f"{value / 1e9:.3f}")
+    for kind, stages in (("anonymous", found["stages"]), ("disk", found["disk_stages"])):
+        for stage, value in stages.items():
+            table.add_row(f"{kind}, {stage}", f"{value / 1e9:.3f}")
     table.add_row("seconds", str(found["seconds"]))
     Console().print(table)
     within = found["anonymous_bytes"] <= found["bound_bytes"]

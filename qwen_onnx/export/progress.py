@@ -10,7 +10,8 @@ PROGRESS = "progress: "
 
 def progress(message: str) -> None:
     """Print one line for the parent process."""
-    print(f"{PROGRESS}{message}", flush=True)
+    # the quantisers' own bars end without a newline
+    print(f"\n{PROGRESS}{message}", flush=True)
 
 
 class Steps:

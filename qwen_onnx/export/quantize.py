@@ -44,12 +44,11 @@ from qwen_onnx.export.weights import (
     write_safetensors,
 )
 from qwen_onnx.export.workfolder import WorkFolder
-from qwen_onnx.passes import CalibratedGptqConfig
+from qwen_onnx.passes import BATCH, CalibratedGptqConfig
 from qwen_onnx.plan import digest_of
 
 # matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-BATCH = 4  # windows
 FLOAT_BITS = 16  # a head of so many bits is not quantised
 
 

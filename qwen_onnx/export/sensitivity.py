@@ -19,12 +19,10 @@ from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import Skeleton, call
 from qwen_onnx.export.weights import mapped, reopened, row_pieces
 from qwen_onnx.export.workfolder import WorkFolder
-from qwen_onnx.passes import CalibratedGptqConfig
+from qwen_onnx.passes import LOGITS_PIECE, CalibratedGptqConfig
 
 # genai fuses q, k and v, so these share their bits
 ONE_PRECISION = {"k_proj": "q_proj", "v_proj": "q_proj"}
-# more logits than this are made piece by piece; those of 512 tokens and 65,536 words stay in one piece
-LOGITS_PIECE = 1 << 25
 STEP = "sensitivity"
 
 

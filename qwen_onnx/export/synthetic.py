@@ -17,7 +17,11 @@ SHARD = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen3 by its dimensions; the head has 128 dimensions per key and is tied to the embedding."""
+    """A Qwen3 by its dimensions, its head tied to the embedding.
+
+    Attributes:
+        experts: number of experts per layer, each ``intermediate`` wide; 0 is a dense model.
+    """
 
     hidden: int = 2048
     intermediate: int = 6144
@@ -26,12 +30,28 @@ class Size:
     kv_heads: int = 8
     vocabulary: int = 32768
     head_dim: int = 128
+    experts: int = 0
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest tensor."""
+        return max(torch.Size(shape).numel() for shape in self.tensors().values())
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of such a model."""
+        mixture = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": self.experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": self.intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+        }
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
+            **(mixture if self.experts else {}),
             "dtype": "bfloat16",
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -62,10 +82,11 @@ class Size:
             "self_attn.q_norm": (self.head_dim,),
             "self_attn.k_norm": (self.head_dim,),
             "post_attention_layernorm": (self.hidden,),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
+            **({"mlp.gate": (self.experts, self.hidden)} if self.experts else {}),
         }
+        for place in [f"mlp.experts.{index}" for index in range(self.experts)] or ["mlp"]:
+            layer |= dict.fromkeys((f"{place}.gate_proj", f"{place}.up_proj"), (self.intermediate, self.hidden))
+            layer[f"{place}.down_proj"] = (self.hidden, self.intermediate)
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
         for index in range(self.layers):
             shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
@@ -75,7 +96,8 @@ class Size:
 def write_checkpoint(folder: Path, size: Size, *, shard: int = SHARD, seed: int = 0) -> int:
     """Write a sharded bfloat16 checkpoint with a byte-level tokenizer; returns the bytes of its weights.
 
-    Two layers are drawn and repeated: drawing billions of weights takes longer than quantising shows anything.
+    Two layers, and four experts of each, are drawn and repeated: drawing billions of weights takes longer than it shows
+    anything.
     """
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +129,11 @@ def _values(
     if len(shape) == 1:
         return torch.ones(shape)
     parts = name.split(".")
-    key = f"{int(parts[2]) % 2}.{'.'.join(parts[3:])}" if parts[1] == "layers" else name
+    if parts[1] == "layers":
+        parts[2] = str(int(parts[2]) % 2)
+    if "experts" in parts:
+        parts[5] = str(int(parts[5]) % 4)
+    key = ".".join(parts)
     if key not in drawn:
         drawn[key] = (torch.randn(shape, generator=generator) * SCALE).to(torch.bfloat16)
     return drawn[key]

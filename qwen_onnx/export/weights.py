@@ -6,7 +6,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from qwen_onnx.errors import ExportError
 
 INDEX_FILE = "model.safetensors.index.json"
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 # safetensors wants the header padded so that the data begin aligned
 ALIGNMENT = 64
 # rows are converted in pieces of this many weights, which bounds what a conversion holds
@@ -57,17 +57,35 @@ class CheckpointWeights:
         Raises:
             ExportError: the checkpoint has no such tensor.
         """
-        if name not in self:
-            raise ExportError("the checkpoint lacks a weight of its architecture", where=f"{self.folder}: {name}")
         # opened per tensor: a map that stays open would keep its pages counted
-        with safe_open(self.folder / self._files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+        return self.tensors([name])[name]
+
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors as they are stored, by name; each shard is mapped once.
+
+        Raises:
+            ExportError: the checkpoint lacks one of them.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self:
+                raise ExportError("the checkpoint lacks a weight of its architecture", where=f"{self.folder}: {name}")
+            by_file.setdefault(self._files[name], []).append(name)
+        found: dict[str, torch.Tensor] = {}
+        for path, members in by_file.items():
+            found |= mapped_safetensors(self.folder / path, members)
+        return found
 
     def fingerprint(self) -> list[list[Any]]:
         """Name of every tensor with the size and time of its file: what tells two checkpoints apart at no cost."""
         stats = {name: (self.folder / name).stat() for name in set(self._files.values())}
         return [[name, stats[file].st_size, stats[file].st_mtime_ns] for name, file in sorted(self._files.items())]
+
+
+def mapped_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file as views of it, by name; all of them unless ``names`` are given."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
 def return_free_memory() -> None:
@@ -128,7 +146,7 @@ def create_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[in
     ``save_file`` of safetensors copies every tensor into memory first.
 
     Args:
-        layout: type and shape by name; types: float32, bfloat16 and uint8.
+        layout: type and shape by name; types: those of ``DTYPE_NAMES``.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.files import folder_bytes
 from qwen_onnx.runtime.template import has_template
 from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import latency
@@ -304,7 +305,7 @@ def _long_prompt(context: Context) -> list[int]:
 @check("size", ANY)
 def size_on_disk(context: Context) -> CheckResult:
     """All files of the artifact together keep to the limit in bytes."""
-    total, allowed = sum(f.stat().st_size for f in context.artifact.rglob("*") if f.is_file()), context.limits.max_bytes
+    total, allowed = folder_bytes(context.artifact), context.limits.max_bytes
     if allowed is None:
         return CheckResult(name="size", verdict=Verdict.PASS, measured={"bytes": total}, detail="no limit set")
     verdict = Verdict.PASS if total <= allowed else Verdict.FAIL

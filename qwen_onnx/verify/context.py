@@ -104,8 +104,12 @@ class Context:
         """Mean KLD of the fp32 export's decode path to its own prefill, in nats, on the first of ``prompts``."""
         assert self.reference is not None
         first = dict(list(prompts.items())[:1])
-        engine, scorer = self._engine(self.reference), self._scorer(self.reference)
-        found = decode_positions(lambda ids: engine.forced_logits(ids[:1], ids[1:]), scorer.logits, first)
+        # one after the other: each holds more than the fp32 weights
+        engine = self._engine(self.reference)
+        decoded = {tuple(ids): engine.forced_logits(ids[:1], ids[1:]) for ids in first.values()}
+        del engine
+        scorer = self._scorer(self.reference)
+        found = decode_positions(lambda ids: decoded[tuple(ids)], scorer.logits, first)
         return float(found.kld.mean())
 
     @cached_property
