@@ -157,11 +157,11 @@ def select(catalog: Catalog, wish: Wish, target: str) -> list[Choice]:
     Raises:
         ConfigError: there is no such target, or nothing can be built for it.
     """
-    pipeline = catalog.pipeline(target)
+    pipeline, precision = catalog.pipeline(target), catalog.precision(target)
     # the formula was measured on the CPU, and so was everything else
     note = () if pipeline.verification is Verification.RUN else (f"on {target}: {pipeline.verification.text}",)
     rows = [row for _, row in catalog.rows.values() if target in catalog.targets_of(row)]
-    plans = {row.id: make_plan(catalog, row.id, target) for row in rows if not row.planned}
+    plans = {row.id: make_plan(catalog, row.id, target, precision) for row in rows if not row.planned}
     found = [choice for row in rows if row.id in plans and (choice := _judged(row, plans[row.id], wish, note))]
     return sorted(found, key=lambda choice: _rank(choice.row, wish), reverse=True)
 
