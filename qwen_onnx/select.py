@@ -184,8 +184,10 @@ def select(catalog: Catalog, wish: Wish, device: str) -> list[Choice]:
     """
     found: dict[str, Choice] = {}
     for target in targets_on(catalog, device):
+        default = catalog.pipeline(target).default
         for _, row in catalog.rows.values():
-            offered = not row.planned and row.id not in found and target in catalog.targets_of(row)
+            built = target in catalog.targets_of(row) and default in catalog.precisions_of(row, target)
+            offered = built and not row.planned and row.id not in found
             choice = _judged(row, wish, catalog, target) if offered else None
             if choice:
                 found[row.id] = choice
