@@ -31,8 +31,9 @@ SIMULATED = frozenset({Verification.SIMULATOR})
 # paths lie equally near PyTorch; between them lies about a tenth of the drift allowed (docs/lab-log.md).
 DECODE_KLD = 2e-2
 DECODE_TOP1 = 0.85
-# What a device may add to the drift of the graph that it was compiled from
-SIMULATOR_KLD = 2e-2
+# What a device may add to the drift of the graph that it was compiled from: about a fifth of the drift allowed in int4.
+# The HTP's fp16 and its own exponentials are that far from the CPU on the starter (docs/lab-log.md).
+SIMULATOR_KLD = 4e-2
 SIMULATOR_TOP1 = 0.9
 CONTROL_WIDTH = 0.15  # an A/A comparison with bounds further from 1 than this says that the machine is too noisy
 
