@@ -123,7 +123,7 @@ def _bounded(row: Row, pipelines: Mapping[str, Pipeline]) -> Row:
     for name, pipeline in pipelines.items():
         override = targets.get(name)
         without = {
-            precision: f"{build.largest.why}; the largest model has {build.largest.parameters} weights"
+            precision: f"{build.largest.why}; the largest model has {build.largest.parameters / 1e9:.3g}B weights"
             for precision, build in pipeline.precisions.items()
             if build.largest and (row.parameters or 0) > build.largest.parameters
         }

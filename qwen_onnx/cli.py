@@ -76,7 +76,7 @@ def list_models(
         raise ConfigError([f"recipes/: no model's id contains {text!r}"], hint="qwen-onnx list")
     table = Table(*(Column(name, no_wrap=index == 0, overflow="fold") for index, name in enumerate(HEADERS)), box=None)
     for row in shown:
-        table.add_row(*(escape(cell) for cell in columns(row, catalog.targets_of(row))))
+        table.add_row(*(escape(cell) for cell in columns(row, catalog)))
     out.print(table)
     for line in reasons(shown):
         out.print(escape(line))

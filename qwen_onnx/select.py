@@ -37,14 +37,23 @@ def context_of(row: Row) -> str:
     )
 
 
-def columns(row: Row, targets: Iterable[str]) -> tuple[str, ...]:
+def columns(row: Row, catalog: Catalog) -> tuple[str, ...]:
     """A row as the table shows it: id, kind, weights, context, licence, targets."""
     weights = count(row.parameters) + (f" ({count(row.active_parameters)})" if row.active_parameters else "")
-    where = "planned" if row.planned else ", ".join(targets)
+    where = "planned" if row.planned else _targets(row, catalog)
     return row.id, row.kind or "", weights, context_of(row), (row.license or "").removeprefix("LicenseRef-"), where
 
 
-HEADERS = ("model", "kind", "weights (active)", "context (extended)", "license", "targets")
+def _targets(row: Row, catalog: Catalog) -> str:
+    """Names, or those that are missing where these are fewer."""
+    offered = catalog.targets_of(row)
+    missing = [name for name, pipeline in catalog.pipelines.items() if pipeline.precisions and name not in offered]
+    if len(missing) >= len(offered):
+        return ", ".join(offered)
+    return f"all but {', '.join(missing)}" if missing else "all"
+
+
+HEADERS = ("model", "kind", "weights (active)", "context (long)", "license", "targets")
 
 
 def reasons(rows: Iterable[Row]) -> list[str]:
