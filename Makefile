@@ -13,10 +13,10 @@ NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify serve chat plans test test-slow lint clean
+.PHONY: help setup optimize verify serve chat plans environments test test-slow lint clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 setup: $(READY)  ## create the environment in .venv
 
@@ -41,6 +41,9 @@ chat: $(READY)  ## chat in the terminal
 
 plans: $(READY)  ## check all recipes, write plans.lock, golden plans and schemas
 	@$(BIN)/qwen-onnx plans
+
+environments: $(READY)  ## make the Python environments of the NPU targets ahead of their first build
+	@$(BIN)/qwen-onnx environments
 
 test: $(READY)  ## the quick tests
 	@$(BIN)/python -m pytest -q -m 'not slow'

@@ -392,6 +392,18 @@ def doctor(model: Model = "starter", target: Target = "cpu", precision: Precisio
         raise typer.Exit(3)
 
 
+@app.command()
+def environments() -> None:
+    """Make the Python environments that some targets need, ahead of their first build."""
+    from qwen_onnx.catalog import load_catalog
+    from qwen_onnx.environments import interpreter_of
+    from qwen_onnx.sources import cache_root
+
+    catalog = load_catalog(_root())
+    for environment in catalog.environments.values():
+        print(interpreter_of(environment, cache_root(catalog.root), _progress).python)
+
+
 def main() -> None:
     """Entry point: deliberate errors become one message and their exit code."""
     try:

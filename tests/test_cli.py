@@ -26,6 +26,7 @@ VERBS = (
     "chat",
     "serve",
     "doctor",
+    "environments",
 )
 
 
