@@ -193,7 +193,10 @@ def print_estimate(plan: Plan, source: Path | None, console: Console) -> None:
     for name, meaning in MEANINGS.items():
         table.add_row(meaning, f"{getattr(found, name) / 1e9:.2f}")
     console.print(table)
-    console.print("measured so far: artifact within 1 %, disk within 5 %, memory within 8 %")
+    if plan.environment:
+        console.print("measured so far for NPU targets: artifact within 3 %; disk and memory are rough")
+    else:
+        console.print("measured so far: artifact within 1 %, disk within 5 %, memory within 8 %")
     if not found.exact:
         console.print("upper bounds: the row does not say how large every matrix is; --source CHECKPOINT does")
     print(json.dumps(asdict(found)))
