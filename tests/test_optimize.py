@@ -47,6 +47,7 @@ def test_the_same_job_again_is_a_cache_hit(tiny_build: Path, tiny_checkpoint: Pa
     assert (tiny_build / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_an_altered_artifact_is_refused_then_built_again(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +184,7 @@ def test_too_small_a_disk_is_refused_before_any_work(small_disk: Path, tiny_chec
     assert "--output" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_runs_full_leaves_nothing(large_disk: Path, tiny_checkpoint: Path) -> None:
     """Another program takes the room that the estimate saw."""
     command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
@@ -213,6 +215,7 @@ def test_a_model_that_cannot_fit_is_refused_before_any_download(tmp_path: Path) 
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_with_its_finished_layers(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ def check(name: str, levels: frozenset[Verification] = COMPUTED) -> Callable[[Ch
 
 
 def beyond(level: Verification) -> dict[str, str]:
-    """The checks that ``level`` does not promise, each with the reason."""
+    """The checks that ``level`` does not make, each with the reason."""
     return {name: f"not made: {level.text}" for name, levels in LEVELS.items() if level not in levels}
 
 

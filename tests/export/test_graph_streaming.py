@@ -138,6 +138,7 @@ def started(checkpoint: Path, folder: Path, options: str, kept: Path) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "again"),
     [

@@ -28,7 +28,7 @@ from qwen_onnx.runners.qnn import Backend
 from qwen_onnx.schema import Readback
 from tests.fixtures_architectures import VOCABULARY, make_checkpoint
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = ("Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow))
 PREFILL, CONTEXT = 16, 64
 GPTQ = CalibratedGptqConfig(symmetric=True, group_size=-1, windows=4, window=64, sensitivity_windows=1)
 EXPORT = HtpQdqExportConfig(prefill=PREFILL, context=CONTEXT, windows=4, window=64)

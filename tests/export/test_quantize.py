@@ -147,6 +147,7 @@ def test_calibration_is_disjoint_from_evaluation(tiny_checkpoint: Path) -> None:
     assert not packages & set(calibration.CALIBRATION_PACKAGES)
 
 
+@pytest.mark.slow
 def test_calibration_is_the_same_for_the_same_seed(tiny_checkpoint: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
     first = calibration.calibration_ids(tokenizer, 5, 64, seed=3)

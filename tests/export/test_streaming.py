@@ -130,6 +130,7 @@ def killed_after(line: str, checkpoint: Path, output: Path, kept: Path) -> list[
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "again"),
     [
@@ -164,6 +165,7 @@ def test_a_build_killed_behind_its_last_step_finds_everything_finished(
         assert same(tensors_of(tmp_path / name), tensors_of(whole))
 
 
+@pytest.mark.slow
 def test_other_weights_or_settings_never_use_finished_layers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -174,6 +176,7 @@ def test_other_weights_or_settings_never_use_finished_layers(tiny_checkpoint: Pa
     assert same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_an_altered_layer_is_made_again(tiny_checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
