@@ -76,13 +76,14 @@ def test_the_model_around_the_ir_is_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])
 def test_a_tiny_model_is_built_for_npus_and_proven_by_openvino(
-    checkout: Path, tiny_checkpoint: Path, tmp_path: Path
+    checkout: Path, tiny_checkpoint: Path, tmp_path: Path, precision: str
 ) -> None:
     """Through the command line: the environment, Olive in it, readback, OpenVINO's CPU plugin, the report's claim."""
 
     def small(pipeline: dict) -> None:  # type: ignore[type-arg]
-        build = pipeline["precisions"]["int4"]
+        build = pipeline["precisions"][precision]
         build["steps"][0]["config"] |= {"windows": 4, "window": 64}
         # a random model's predictions are nearly uniform: its top-1 says little
         build["limits"] |= {"top1": 0.01}
@@ -91,8 +92,8 @@ def test_a_tiny_model_is_built_for_npus_and_proven_by_openvino(
     target = tmp_path / "npu"
     # the environment takes 1.6 GB: it is made once, where the checkout under test keeps it
     environment = {**os.environ, "QWEN_ONNX_CACHE": str(cache_root(REPOSITORY))}
-    arguments = ("starter", "--target", "npu-openvino", "--source", tiny_checkpoint, "--output", target)
-    done = run_cli("optimize", *arguments, cwd=checkout, env=environment)
+    arguments = ("--precision", precision, "--source", tiny_checkpoint, "--output", target)
+    done = run_cli("optimize", "starter", "--target", "npu-openvino", *arguments, cwd=checkout, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads((target / "report.json").read_text())
     assert report["claim"] == "proven: numerics on OpenVINO's CPU plugin; not run on the device"
