@@ -18,6 +18,8 @@ CODES = {"i4": (4, True), "u4": (4, False), "i8": (8, True), "u8": (8, False)}
 FLOATS = {"f16": 16, "bf16": 16, "f32": 32}
 # NNCF's names of what belongs to a compressed matrix
 PARTS = ("/scale", "/zero_point", "/fq_weights")
+# OpenVINO's own names: a matrix, and one that was converted to fp16
+WEIGHTS = (".weight", ".weight_compressed")
 TABLES = ("embed_tokens", "lm_head")
 
 
@@ -33,7 +35,7 @@ def read_ir(folder: Path) -> dict[str, Any]:
     matrices = []
     for layer in ElementTree.parse(folder / IR_FILE).iterfind("./layers/layer[@type='Const']"):
         name, data = layer.get("name", ""), layer.find("data")
-        if data is None or any(part in name for part in PARTS) or not name.endswith(".weight"):
+        if data is None or any(part in name for part in PARTS) or not name.endswith(WEIGHTS):
             continue
         shape = [int(size) for size in data.get("shape", "").split(",") if size.strip()]
         kind = data.get("element_type", "")

@@ -51,6 +51,16 @@ def test_what_was_asked_for_is_found(tmp_path: Path) -> None:
     assert kinds == {("i8", None): 2, ("i4", 64): 1}
 
 
+def test_fp16_is_found_under_its_own_name(tmp_path: Path) -> None:
+    half = [(f"{name}_compressed", "f16", shape) for name, _, shape in (TABLE, (BODY[0], "", "128, 128"))]
+    asked = Readback(form="float", provider="OpenVINO", body_bits=16, head_bits=16)
+    assert read_back(write_ir(tmp_path, *half, NORM), asked)["matrices"] == [
+        {"type": "f16", "block_size": None, "count": 2}
+    ]
+    with pytest.raises(ExportError, match=r"q_proj\.weight is f32, asked 16 bits"):
+        read_back(write_ir(tmp_path, half[0], (BODY[0], "f32", "128, 128")), asked)
+
+
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
