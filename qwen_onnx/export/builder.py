@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from olive.hardware.accelerator import AcceleratorSpec
 from olive.model import HfModelHandler, ONNXModelHandler
@@ -17,6 +16,7 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.checkpoint import TOKENIZER_FILE
 from qwen_onnx.export.olive import KEPT_FOLDER
+from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.repairs import repair
 from qwen_onnx.export.streaming import weights_in_files
@@ -34,19 +34,14 @@ class GenAIModelBuilder(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return {
-            name: PassConfigParam(type_=Any, default_value=field.get_default(), description=f"genai builder: {name}")
-            for name, field in GenAIModelBuilderConfig.model_fields.items()
-        }
+        return parameters(GenAIModelBuilderConfig)
 
     def _run_for_config(
         self, model: HfModelHandler, config: BasePassConfig, output_model_path: str
     ) -> ONNXModelHandler:
-        given = {name: getattr(config, name) for name in GenAIModelBuilderConfig.model_fields}
-        options = {name: value for name, value in given.items() if value is not None}
         kept = Path(KEPT_FOLDER, STEPS_FOLDER).resolve() if Path(KEPT_FOLDER).exists() else None
-        given_config = GenAIModelBuilderConfig.model_validate(options)
-        build(Path(model.model_name_or_path), Path(output_model_path), given_config, kept)
+        options = chosen(GenAIModelBuilderConfig, config)
+        build(Path(model.model_name_or_path), Path(output_model_path), options, kept)
         return ONNXModelHandler(output_model_path, onnx_file_name=MODEL_FILE)
 
 
