@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.passes import CalibratedGptqConfig, GenAIModelBuilderConfig, OpenVINOConversionConfig
+from qwen_onnx.passes import DENSE, CalibratedGptqConfig, GenAIModelBuilderConfig, OpenVINOConversionConfig
 from qwen_onnx.plan import Plan
 from qwen_onnx.schema import Shape, WheelSource
 
-# architectures whose layers are attention and one MLP, or experts; of the others only the number of weights is used
-DENSE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "QWenLMHeadModel")
+# attention and experts; of what is neither this nor dense only the number of weights is used
 MIXTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 QWEN1 = "QWenLMHeadModel"
 TOKENIZER_BYTES = 11_400_000  # tokenizer.json of Qwen2 to Qwen3; a local checkpoint's own is looked at
