@@ -79,8 +79,10 @@ def test_no_simulator_proves_nothing(artifact: Path, checkpoint: Path) -> None:
     assert verdict(judged(artifact, checkpoint, None)) is Verdict.INCONCLUSIVE
 
 
-def test_other_levels_do_not_promise_it(artifact: Path, checkpoint: Path) -> None:
+def test_other_levels_neither_make_it_nor_miss_it(artifact: Path, checkpoint: Path) -> None:
     report = verify_artifact(
         artifact, checkpoint, None, LIMITS, level=Verification.STRUCTURE, options=VerifyOptions(checks=("tokenizer",))
     )
-    assert "simulator" in report.not_checked
+    assert "simulator" not in {item.name for item in report.checks}
+    assert "drift" in report.not_checked
+    assert "simulator" not in report.not_checked
