@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qwen_onnx.plan import Plan
-    from qwen_onnx.runtime.service import GenerationConfig, QwenService
+    from qwen_onnx.runtime.generation import GenerationConfig
+    from qwen_onnx.runtime.service import QwenService
 
 app = typer.Typer(
     name="qwen-onnx",
@@ -297,7 +298,7 @@ def _service(artifact: Path, threads: int | None) -> QwenService:
 
 
 def _config(max_tokens: int, temperature: float, stop: list[str] | None = None) -> GenerationConfig:
-    from qwen_onnx.runtime.service import GenerationConfig
+    from qwen_onnx.runtime.generation import GenerationConfig
 
     return GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
 

@@ -11,9 +11,13 @@ QwenOnnxError                      exit 1
 │   └── BuildLockedError                    another process builds the same artifact
 ├── VerificationError              exit 7   a check could not be carried out
 │   └── VerdictError                        the verdict is FAIL or INCONCLUSIVE
-└── RequestError                   exit 8   the runtime refuses this input (HTTP 400)
-    ├── PromptTooLongError                  prompt plus answer do not fit the context
-    └── TemplateError                       the chat template refuses these messages
+├── RequestError                   exit 8   the runtime refuses this input (HTTP 400)
+│   ├── PromptTooLongError                  prompt plus answer do not fit the context
+│   └── TemplateError                       the chat template refuses these messages
+└── ServiceError                   exit 9   the request is sound, but cannot be served now (HTTP 503)
+    ├── OverloadedError                     too many wait already
+    ├── WorkerDiedError                     the engine's process died; it is started again
+    └── DeadlineError                       not finished within the time allowed (HTTP 504)
 
 Each message says what happened, where, and the next command (``hint``).
 """
@@ -110,3 +114,29 @@ class PromptTooLongError(RequestError):
 
 class TemplateError(RequestError):
     """The chat template cannot render, or refuses, these messages."""
+
+
+class ServiceError(QwenOnnxError):
+    """The request is sound, but cannot be served now; the server answers 503.
+
+    Args:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    exit_code = 9
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None, retry_after: int = 1) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.retry_after = retry_after
+
+
+class OverloadedError(ServiceError):
+    """The queue is full."""
+
+
+class WorkerDiedError(ServiceError):
+    """The engine's process died."""
+
+
+class DeadlineError(ServiceError):
+    """The answer was not finished within the time allowed; the server answers 504."""

@@ -1,11 +1,13 @@
 """Runtime: serves an exported model with onnxruntime-genai. Imports neither torch nor Olive."""
 
 from qwen_onnx.runtime.engine import Engine, RemoteEngine, SamplingOptions
-from qwen_onnx.runtime.service import Completion, Delta, GenerationConfig, QwenService
+from qwen_onnx.runtime.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
+from qwen_onnx.runtime.service import QwenService
 from qwen_onnx.runtime.template import ChatTemplate
 from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
 
 __all__ = [
+    "ChatPrompt",
     "ChatTemplate",
     "Completion",
     "Delta",
@@ -16,4 +18,5 @@ __all__ = [
     "SamplingOptions",
     "StreamDecoder",
     "TextTokenizer",
+    "TokenLogprob",
 ]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,14 +10,16 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from qwen_onnx import __version__
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError
-from qwen_onnx.runtime.protocol import Answer, ChatRequest, error_body
-from qwen_onnx.runtime.service import Delta, GenerationConfig, QwenService
+from qwen_onnx.runtime.api import make_router
+from qwen_onnx.runtime.api.protocol import error_body
+from qwen_onnx.runtime.generation import GenerationConfig
+from qwen_onnx.runtime.service import QwenService
 
 # a request larger than this is refused before it is read as JSON
 MOST_BODY_BYTES = 4 << 20
@@ -35,7 +34,6 @@ def create_app(service: QwenService, model_name: str) -> FastAPI:
         service.close()
 
     app = FastAPI(title="qwen-onnx", version=__version__, lifespan=lifespan)
-    started = int(time.time())
     _handle_errors(app)
 
     @app.middleware("http")
@@ -51,56 +49,8 @@ def create_app(service: QwenService, model_name: str) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok", "model": model_name}
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        model = {"id": model_name, "object": "model", "created": started, "owned_by": "qwen-onnx"}
-        return {"object": "list", "data": [model]}
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Response:
-        if body.model != model_name:
-            error = error_body(
-                f"the model {body.model!r} does not exist; this server has {model_name!r}",
-                kind="invalid_request_error",
-                param="model",
-                code="model_not_found",
-            )
-            return JSONResponse(error, 404)
-        config = body.config()
-        messages = [message.plain() for message in body.messages]
-        # faulty input is a 400, so it must be found before a stream has begun; long texts take a while to encode
-        await asyncio.to_thread(service.prepare, messages, config)
-        deltas = service.generate_async(messages, config)
-        answer = Answer(model_name)
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return StreamingResponse(_events(deltas, answer, with_usage), media_type="text/event-stream")
-        return JSONResponse(answer.whole([delta async for delta in deltas]))
-
+    app.include_router(make_router(service, model_name))
     return app
-
-
-async def _events(deltas: AsyncIterator[Delta], answer: Answer, with_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. Starlette closes this iterator when the client goes away, which stops the engine."""
-    yield _event(answer.chunk({"role": "assistant", "content": ""}))
-    try:
-        async for delta in deltas:
-            if delta.text:
-                yield _event(answer.chunk({"content": delta.text}))
-            if delta.finish_reason:
-                yield _event(answer.chunk({}, delta.finish_reason))
-                if with_usage:
-                    yield _event(answer.last(delta))
-        yield "data: [DONE]\n\n"
-    except QwenOnnxError as error:
-        # the status line is long gone: an error event is what the openai client raises from
-        yield _event(error_body(error.what, kind="server_error"))
-    finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 def _handle_errors(app: FastAPI) -> None:

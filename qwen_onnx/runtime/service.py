@@ -3,92 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self, cast
 
-from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
+from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, TemplateError
 from qwen_onnx.runtime.engine import Cancelled, Engine, RemoteEngine, SamplingOptions, TokenEngine
-from qwen_onnx.runtime.template import ChatTemplate, Message, has_template
+from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Completion, Delta, GenerationConfig, Message, Prompt
+from qwen_onnx.runtime.template import ChatTemplate, has_template
 from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer, check_size
-
-FinishReason = Literal["stop", "length"]
-Prompt = str | Sequence[Message]
-
-RANGES: dict[str, tuple[float, float]] = {
-    "max_new_tokens": (1, 2**31 - 1),
-    "temperature": (0.0, 2.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (0, 2**31 - 1),
-    "repetition_penalty": (0.1, 10.0),
-    "seed": (0, 2**31 - 1),
-}
-MOST_STOP_STRINGS = 16
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How to answer. Temperature 0 is greedy; top_k 0 is off.
-
-    Raises:
-        RequestError: a value out of its range, naming field and range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            whole = isinstance(value, int) or isinstance(least, float)
-            if not number or not whole or not least <= value <= most:
-                kind = "a number" if isinstance(least, float) else "a whole number"
-                raise RequestError(f"{name} is {value!r}, not {kind} from {least} to {most}", where=name)
-        if self.top_p == 0:
-            raise RequestError("top_p is 0: no token is left", where="top_p", hint="use temperature 0 for greedy")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise RequestError("stop holds an empty string or no strings", where="stop")
-        if len(self.stop) > MOST_STOP_STRINGS:
-            raise RequestError(f"{len(self.stop)} stop strings, the most is {MOST_STOP_STRINGS}", where="stop")
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        """The part that the engine needs."""
-        return SamplingOptions(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
-
-
-DEFAULT = GenerationConfig()
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of the answer. The last one alone has a ``finish_reason``; counts are those so far."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
 
 
 class QwenService:
@@ -111,18 +35,21 @@ class QwenService:
         self.engine: TokenEngine = (RemoteEngine if isolated else Engine)(folder, threads=threads)
         self._turn = threading.Lock()
 
-    def format_chat(self, messages: Sequence[Message]) -> str:
+    def format_chat(self, messages: Sequence[Message] | ChatPrompt) -> str:
         """The prompt that the template makes of ``messages``; TemplateError when it refuses them."""
-        return self._chat_template().render(messages)
+        chat = as_chat(messages)
+        return self._chat_template().render(chat.messages, **variables(chat))
 
     def _chat_template(self) -> ChatTemplate:
         if self.template is None:
             raise TemplateError("this model has no chat template", where="messages", hint="give plain text: generate")
         return self.template
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message] | ChatPrompt) -> list[int]:
         """Token ids of that prompt; special tokens that users typed stay text."""
-        return self._chat_template().encode(messages, self.tokenizer, self.engine.shape.context_length)
+        chat = as_chat(messages)
+        context = self.engine.shape.context_length
+        return self._chat_template().encode(chat.messages, self.tokenizer, context, **variables(chat))
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
         """Token ids of ``prompt``, checked against the context.
@@ -134,8 +61,10 @@ class QwenService:
         if isinstance(prompt, str):
             check_size(len(prompt), context)
             ids = self.tokenizer.encode(prompt)
+        elif is_ids(prompt):
+            ids = list(cast("Sequence[int]", prompt))
         else:
-            ids = self.encode_chat(prompt)
+            ids = self.encode_chat(cast("Sequence[Message] | ChatPrompt", prompt))
         room = context - len(ids)
         if room < 1:
             raise PromptTooLongError(
@@ -158,7 +87,7 @@ class QwenService:
         decoder, stopper = StreamDecoder(self.tokenizer), StopStrings(config.stop)
         count, reason = 0, "stop"
         with self._turn:
-            tokens = self.engine.generate(ids, max_new_tokens=most, options=config.sampling, cancelled=cancelled)
+            tokens = self.engine.generate(ids, max_new_tokens=most, options=_sampling(config), cancelled=cancelled)
             for token in tokens:
                 count += 1
                 text = stopper.push(decoder.push(token))
@@ -179,7 +108,7 @@ class QwenService:
 
     def generate(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> Completion:
         """The whole answer at once."""
-        return _joined(list(self.stream(prompt, config)))
+        return Completion.of(list(self.stream(prompt, config)))
 
     async def generate_async(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> AsyncIterator[Delta]:
         """Like ``stream``, for an event loop. Closing the iterator stops the generation.
@@ -239,10 +168,24 @@ class QwenService:
         self.close()
 
 
-def _joined(deltas: list[Delta]) -> Completion:
-    last = deltas[-1]
-    text = "".join(delta.text for delta in deltas)
-    return Completion(text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens)
+def is_ids(prompt: Prompt) -> bool:
+    """Whether a prompt is given as token ids."""
+    return not isinstance(prompt, str | ChatPrompt) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def as_chat(messages: Sequence[Message] | ChatPrompt) -> ChatPrompt:
+    """Bare messages are a conversation without tools."""
+    return messages if isinstance(messages, ChatPrompt) else ChatPrompt(messages)
+
+
+def variables(chat: ChatPrompt) -> dict[str, Any]:
+    """What the template is told beside the messages; transformers' names."""
+    told: dict[str, Any] = {"tools": list(chat.tools)} if chat.tools else {}
+    return told if chat.thinking is None else {**told, "enable_thinking": chat.thinking}
+
+
+def _sampling(config: GenerationConfig) -> SamplingOptions:
+    return SamplingOptions(config.temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
 
 
 class StopStrings:

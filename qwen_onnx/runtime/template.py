@@ -18,13 +18,12 @@ from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_onnx.errors import ArtifactError, TemplateError
+from qwen_onnx.runtime.generation import Message
 from qwen_onnx.runtime.tokenizer import TextTokenizer, check_size, check_text
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF8FF)
-
-Message = Mapping[str, Any]
 
 
 class ChatTemplate:
@@ -57,20 +56,22 @@ class ChatTemplate:
         except (JinjaError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise TemplateError(f"the chat template refuses these messages: {error}", where="messages") from error
 
-    def encode(self, messages: Sequence[Message], tokenizer: TextTokenizer, context_length: int) -> list[int]:
-        """Token ids of the prompt; special tokens inside the messages stay text.
+    def encode(
+        self, messages: Sequence[Message], tokenizer: TextTokenizer, context_length: int, **variables: Any
+    ) -> list[int]:
+        """Token ids of the prompt; special tokens inside the messages or the variables stay text.
 
         Raises:
             TemplateError: see ``render``.
             RequestError: lone surrogates; PromptTooLongError: more text than the context can hold.
         """
-        texts = list(_strings(list(messages)))
+        texts = list(_strings([list(messages), variables]))
         check_size(sum(map(len, texts)), context_length)
         for text in texts:
             check_text(text)
         forged = _pattern(tokenizer.special_tokens)
         if not any(forged.search(text) for text in texts):
-            return tokenizer.encode(self.render(messages), allow_special=True, add_special_tokens=False)
+            return tokenizer.encode(self.render(messages, **variables), allow_special=True, add_special_tokens=False)
         marker = _unused_character(texts)
         found: list[str] = []
 
@@ -78,7 +79,8 @@ class ChatTemplate:
             found.append(match.group())
             return f"{marker}{len(found) - 1}{marker}"
 
-        rendered = self.render(_mapped(list(messages), lambda text: forged.sub(hide, text)))
+        hidden = _mapped({"messages": list(messages), **variables}, lambda text: forged.sub(hide, text))
+        rendered = self.render(**hidden)
         ids: list[int] = []
         for index, piece in enumerate(re.split(f"{marker}(\\d+){marker}", rendered)):
             text = found[int(piece)] if index % 2 else piece

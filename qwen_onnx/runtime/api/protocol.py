@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.service import Delta, GenerationConfig
+from qwen_onnx.runtime.generation import Delta, GenerationConfig
 
 # fields that ask for nothing when they have this value, and that we cannot serve otherwise
 NEUTRAL: dict[str, tuple[Any, ...]] = {
