@@ -124,14 +124,17 @@ class Conversation:
             PromptTooLongError: the last question alone is too long.
         """
         wanted = self.context_length - min(self.config.max_new_tokens, int(self.context_length * ROOM))
-        before = size = self._tokens()
-        dropped = 0
-        while size > wanted and len(self.messages) > 1:
-            self.messages = self.messages[2:]
-            dropped += 2
-            size = self._tokens()
-        self.service.prepare(self.prompt(), self.config)
-        return dropped, before
+        whole = self.messages
+        try:
+            before = size = self._tokens()
+            while size > wanted and len(self.messages) > 1:
+                self.messages = self.messages[2:]
+                size = self._tokens()
+            self.service.prepare(self.prompt(), self.config)
+        except PromptTooLongError:
+            self.messages = whole
+            raise
+        return len(whole) - len(self.messages), before
 
     def _tokens(self) -> int:
         try:
@@ -170,7 +173,8 @@ class Conversation:
         finally:
             if not finished:
                 self.messages.pop()
-        cut = stopped()
+        # an answer that was at its end already is whole
+        cut = stopped() and not (last and last.finish_reason == "length")
         self.messages.append(
             SavedMessage(
                 role="assistant",

@@ -20,11 +20,10 @@ from qwen_onnx.runtime.reasoning import Kind
 DIM, RED, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 # a model's text must not steer the terminal: no escape sequences, only newlines and tabs
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-KEYS = (
-    "Alt+Enter, or a backslash at the end of a line, begins a new line; a text between "
-    '""" and """ may have several. // at the beginning sends a text that begins with /.\n'
-    "Ctrl-C stops an answer or clears the line; Ctrl-D ends."
-)
+KEYS = """
+Alt+Enter, or a backslash at the end of a line, begins a new line; a text that stands
+between triple quotes may have several. Begin with // to send a text that begins with /.
+Ctrl-C stops an answer or clears the line; Ctrl-D ends."""
 
 
 class Terminal:
@@ -70,7 +69,11 @@ class Terminal:
             except QwenOnnxError as error:
                 if not self.interactive:
                     raise
-                self._say(str(error), RED)
+                self._say(_words(error), RED)
+            except KeyboardInterrupt:
+                # between two answers, e.g. while a file is read
+                if not self.interactive:
+                    raise
             except StopIteration:
                 return
 
@@ -94,6 +97,16 @@ class Terminal:
         self._answer()
 
     def _answer(self) -> None:
+        with _interrupts(self.interactive) as stopped:
+            self._make_room()
+            writer = Writer(self._colour, self.interactive)
+            try:
+                outcome = self.conversation.answer(writer.write, stopped)
+            finally:
+                writer.end()
+        self._tell(outcome)
+
+    def _make_room(self) -> None:
         conversation = self.conversation
         try:
             dropped, tokens = conversation.fit()
@@ -106,13 +119,6 @@ class Terminal:
                 f"the oldest {dropped} messages are dropped",
                 DIM,
             )
-        writer = _Writer(self._colour, self.interactive)
-        try:
-            with _interrupts(self.interactive) as stopped:
-                outcome = conversation.answer(writer.write, stopped)
-        finally:
-            writer.end()
-        self._tell(outcome)
 
     def _tell(self, outcome: Outcome) -> None:
         if not self.interactive:
@@ -128,7 +134,7 @@ class Terminal:
             used, most = last.prompt_tokens + last.completion_tokens, self.conversation.context_length
             full = f"cut: the context is full ({used:,} tokens)"
             parts.append(full if used >= most else "cut at max_new_tokens: /set max_new_tokens N")
-        self._note(" · ".join(parts))
+        self._note(" · ".join(parts) + "\n")
 
     def _help(self, _: str) -> None:
         rows = [(f"{name} {usage}".strip(), text) for name, (usage, text, _) in self._commands.items()]
@@ -188,7 +194,7 @@ class Terminal:
         print(coloured, file=sys.stderr, flush=True)
 
 
-class _Writer:
+class Writer:
     """Writes an answer as it comes; what the model thinks is dim, and in a pipe apart, on standard error."""
 
     def __init__(self, colour: bool, interactive: bool) -> None:
@@ -211,6 +217,12 @@ class _Writer:
         """After the last piece."""
         sys.stdout.write("\n")
         sys.stdout.flush()
+
+
+def _words(error: QwenOnnxError) -> str:
+    """Without the headings that an error has on a command line."""
+    lines = error.faults if isinstance(error, ConfigError) else [error.what]
+    return "\n".join([*lines, *([error.hint] if error.hint else [])])
 
 
 @contextmanager

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.errors import ConfigError, TemplateError
+from qwen_onnx.errors import ConfigError, PromptTooLongError, TemplateError
 from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.runtime.conversation import Conversation
 from qwen_onnx.runtime.line_input import is_complete, unwrap
+from qwen_onnx.runtime.terminal import Writer
 from tests.conftest import REPOSITORY, run_cli
 
-ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|[=>]|\][^\x07]*\x07|[^a-zA-Z]*$)")
+# whole control sequences, and one whose end has not come yet
+ESCAPES = re.compile(r"\x1b(\[[ -?]*[@-~]|[=>]|\][^\x07]*\x07|\[?[ -?]*$)")
 DONE = r"\d+ tokens? · [\d.,]+ tokens/s · first after [\d.]+ s"
 PROMPT = "you>"
 # Ctrl-C is a signal only to those whose controlling terminal it is typed at
@@ -44,7 +46,7 @@ class Screen:
             start_new_session=True,
         )
         os.close(theirs)
-        self._raw = b""
+        self.raw = b""
         self._read_to = 0
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -56,7 +58,7 @@ class Screen:
                 return
             if not data:
                 return
-            self._raw += data
+            self.raw += data
 
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
@@ -65,7 +67,7 @@ class Screen:
         """What appears up to and with ``pattern``; what came before the last match is not seen again."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            text = ESCAPES.sub("", self._raw.decode("utf-8", "replace"))[self._read_to :]
+            text = ESCAPES.sub("", self.raw.decode("utf-8", "replace"))[self._read_to :]
             if match := re.search(pattern, text):
                 self._read_to += match.end()
                 return text[: match.end()]
@@ -95,9 +97,11 @@ def saved(path: Path) -> dict:  # type: ignore[type-arg]
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(screen: Screen, tmp_path: Path) -> None:
     screen.type("/set max_new_tokens 8000\r")
     screen.expect("max_new_tokens 8000")
+    # the tiny model repeats itself unless it is kept from it
+    screen.type("/set repetition_penalty 5\r")
+    screen.expect(r"repetition_penalty 5\.0")
     screen.type("tell me\r")
-    # newlines are what the tiny model has to say
-    screen.expect(r"tell me(\s*\n){9}")
+    screen.expect(r"tell me\s+\S")
     screen.type("\x03")
     screen.expect(r"stopped · \d+ tokens")
     screen.type("/set max_new_tokens 4\r")
@@ -192,6 +196,21 @@ def test_pipes_hold_answers_only_and_faults_end_them(tiny_build: Path) -> None:
     assert wrong.stdout == ""
 
 
+def test_what_a_model_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Writer(colour=False, interactive=True).write("content", "a\x1b[2Jb\x9b\r\n\tc")
+    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffd\ufffd\n\tc"
+
+
+def test_thinking_is_dim_in_a_terminal_and_apart_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    for interactive in (True, False):
+        writer = Writer(colour=interactive, interactive=interactive)
+        writer.write("reasoning", "hm")
+        writer.write("content", "4")
+    told = capsys.readouterr()
+    assert told.out == "\x1b[2mhm\x1b[0m\n\n44"
+    assert told.err == "hm\n\n"
+
+
 @pytest.mark.parametrize(
     ("text", "complete", "plain"),
     [
@@ -225,6 +244,30 @@ def test_the_oldest_turns_go_when_the_context_is_full(conversation: Conversation
     assert tokens > 8000
     assert conversation.system == "s"
     assert [message.content[0] for message in conversation.messages[::2]] == ["1", "2", "3"]
+
+
+def test_a_question_that_never_fits_costs_nothing_of_the_conversation(conversation: Conversation) -> None:
+    conversation.ask("hello")
+    conversation.answer(lambda *_: None, lambda: False)
+    before = list(conversation.messages)
+    for size in (9_000, 1_000_000):
+        conversation.ask("x" * size)
+        with pytest.raises(PromptTooLongError):
+            conversation.fit()
+        conversation.messages.pop()
+        assert conversation.messages == before
+
+
+def test_a_failed_answer_takes_its_question_back(conversation: Conversation) -> None:
+    def fail(*_: object) -> None:
+        raise BrokenPipeError
+
+    conversation.ask("hello")
+    with pytest.raises(BrokenPipeError):
+        conversation.answer(fail, lambda: False)
+    assert conversation.messages == []
+    conversation.ask("again")
+    assert conversation.answer(lambda *_: None, lambda: False).last.completion_tokens == 4
 
 
 def test_thinking_is_switched_where_the_template_can(
