@@ -144,7 +144,12 @@ def test_stop_frees_the_server(page: Page, client: OpenAI) -> None:
 
 
 def test_what_user_and_model_write_stays_text(page: Page) -> None:
-    said = [ATTACK, f"\n\n```html\n{ATTACK}\n```\n", f"- **{ATTACK}** `{ATTACK}`\n", "[a](javascript:alert(1))"]
+    said = [
+        ATTACK,
+        f"\n\n```html\n{ATTACK}\n```\n",
+        f"- **{ATTACK}** `{ATTACK}`\n",
+        "[a](javascript:alert(1)) [d](javascript://x%0aalert)",
+    ]
     links = "[b](https://example.org/x) [c](data:text/html,x)"
     contents = ({"content": text} for text in [*said, links])
     page.answers["completions"] = streamed({"reasoning_content": ATTACK}, *contents)
