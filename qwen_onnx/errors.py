@@ -25,6 +25,7 @@ Each message says what happened, where, and the next command (``hint``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class QwenOnnxError(Exception):
@@ -42,6 +43,17 @@ class QwenOnnxError(Exception):
         self.what, self.where, self.hint = what, where, hint
         parts = [what, f"  where: {where}" if where else "", f"  next:  {hint}" if hint else ""]
         super().__init__("\n".join(part for part in parts if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle calls an exception's class with its ``args`` alone, which is not how these are made
+        return _revived, (type(self), self.args, self.__dict__)
+
+
+def _revived(kind: type[QwenOnnxError], args: tuple[Any, ...], state: dict[str, Any]) -> QwenOnnxError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(QwenOnnxError):

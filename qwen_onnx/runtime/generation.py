@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from qwen_onnx.errors import RequestError
@@ -27,7 +26,6 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 OPTIONAL = ("seed", "logprobs")
 MOST_STOP_STRINGS = 16
-NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class GenerationConfig:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str | None = None
 
     def __post_init__(self) -> None:
@@ -116,7 +114,8 @@ class TokenLogprob:
 class Delta:
     """A piece of the answer. The last one alone has a ``finish_reason``; counts are those so far.
 
-    ``cached_tokens`` is how many of the prompt's tokens were found in the prefix cache. ``logprobs`` are those of the
+    ``cached_tokens`` is how many of the prompt's tokens were found in the prefix cache; it is no part of the answer,
+    and comparisons leave it out. ``logprobs`` are those of the
     tokens that this piece became certain with: a piece of text may need several, a token may bring no text yet.
     """
 
@@ -124,7 +123,7 @@ class Delta:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: FinishReason | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -136,7 +135,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
     logprobs: tuple[TokenLogprob, ...] = ()
 
     @classmethod

@@ -9,6 +9,21 @@ from typing import Literal, Protocol
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engine import Shape
 
+# fields of ``GenerationConfig`` beyond max_new_tokens, temperature and stop, which every engine has
+ALL_FEATURES = frozenset(
+    (
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+        "logit_bias",
+        "logprobs",
+        "grammar",
+    )
+)
 EngineFinish = Literal["stop", "length", "cancelled"]
 
 
