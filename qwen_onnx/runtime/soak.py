@@ -128,16 +128,16 @@ class Load:
             schema = {"type": "json_schema", "json_schema": {"name": "number", "schema": SCHEMA, "strict": True}}
             await self.whole(kind, self.body(rng, response_format=schema))
         elif kind == "long":
-            content = "All work and no play makes a long prompt. " * rng.randrange(10, 60)
-            await self.whole(kind, self.body(rng, messages=[{"role": "user", "content": content}]))
+            words = "All work and no play makes a long prompt. " * rng.randrange(10, 60)
+            await self.whole(kind, self.body(rng, messages=[{"role": "user", "content": words}]))
         else:
-            changes: dict[str, Any] = {
+            changes: dict[str, dict[str, Any]] = {
                 "whole": {"temperature": 0},
                 "seeded": {"temperature": 1.0, "seed": rng.randrange(4)},
                 "stopped": {"stop": ["a", "\n"]},
                 "many": {"n": 2, "temperature": 1.0},
-            }[kind]
-            await self.whole(kind, self.body(rng, **changes))
+            }
+            await self.whole(kind, self.body(rng, **changes[kind]))
 
     async def user(self, number: int, deadline: float) -> None:
         """One request after the other until the time is over; one that hangs or breaks is noted."""
