@@ -69,7 +69,8 @@ class LiveServer:
     def _answers(self) -> bool:
         try:
             return bool(self.get_json("/v1/models"))
-        except OSError:
+        # a proxy, Ray's for one, listens before there is somebody to pass requests to
+        except (OSError, http.client.HTTPException, ServiceError):
             return False
 
     def get_json(self, path: str) -> dict[str, Any]:
