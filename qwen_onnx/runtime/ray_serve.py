@@ -96,8 +96,10 @@ def deployment(folder: Path, model_name: str, *, replicas: int, threads: int) ->
 
 
 def _ray_serve() -> Any:
-    # read when Ray is imported: no statistics leave this machine
+    # read when Ray is imported: no statistics leave this machine, and Ray's own ports, which listen on every address
+    # whatever it is told, ask for a token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         from ray import serve
     except ImportError as error:
@@ -122,8 +124,6 @@ def serve_replicas(folder: Path, model_name: str, *, replicas: int, threads: int
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
-        # Ray's own ports have no authentication: they stay on this machine
-        _node_ip_address=LOOPBACK,
     )
     try:
         serve.start(http_options={"host": host, "port": port})
