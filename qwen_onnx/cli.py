@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from qwen_onnx.commands.chat import chat
+from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:
@@ -36,14 +38,10 @@ err = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="id of a recipe, see `qwen-onnx list`")]
 Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
 Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
-ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]
 SourceOption = Annotated[
     Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="threads of onnxruntime; default: its own choice")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="most new tokens to generate")]
 TASKS = ("general", "coding", "math")
-Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy")]
 
 
 def _progress(message: str) -> None:
@@ -330,36 +328,7 @@ def _write(pieces: Iterator[str]) -> str:
     return "".join(written)
 
 
-@app.command()
-def chat(
-    artifact: ArtifactPath,
-    system: str | None = typer.Option(None, help="system message"),
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    threads: Threads = None,
-) -> None:
-    """Chat in the terminal. An empty line or Ctrl-D ends it."""
-    from qwen_onnx.errors import PromptTooLongError
-
-    service = _service(artifact, threads)
-    start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    while True:
-        try:
-            said = input("you> ") if sys.stdin.isatty() else input()
-        except EOFError:
-            break
-        if not said.strip():
-            break
-        messages.append({"role": "user", "content": said})
-        try:
-            answer = _write(delta.text for delta in service.stream(messages, _config(max_tokens, temperature)))
-        except PromptTooLongError:
-            err.print("[yellow]the conversation no longer fits into the context; it starts anew[/]")
-            messages = list(start)
-            continue
-        sys.stdout.write("\n")
-        messages.append({"role": "assistant", "content": answer})
+app.command()(chat)
 
 
 @app.command()

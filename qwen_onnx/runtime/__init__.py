@@ -1,5 +1,6 @@
 """Runtime: serves an exported model with onnxruntime-genai. Imports neither torch nor Olive."""
 
+from qwen_onnx.runtime import prompts
 from qwen_onnx.runtime.engine import Engine, RemoteEngine, SamplingOptions
 from qwen_onnx.runtime.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
 from qwen_onnx.runtime.service import QwenService
@@ -19,4 +20,5 @@ __all__ = [
     "StreamDecoder",
     "TextTokenizer",
     "TokenLogprob",
+    "prompts",
 ]

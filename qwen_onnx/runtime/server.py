@@ -20,6 +20,7 @@ from qwen_onnx.runtime.api import make_router
 from qwen_onnx.runtime.api.protocol import error_body
 from qwen_onnx.runtime.generation import GenerationConfig
 from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.web import make_web_router
 
 # a request larger than this is refused before it is read as JSON
 MOST_BODY_BYTES = 4 << 20
@@ -50,6 +51,7 @@ def create_app(service: QwenService, model_name: str) -> FastAPI:
         return {"status": "ok", "model": model_name}
 
     app.include_router(make_router(service, model_name))
+    app.include_router(make_web_router(model_name))
     return app
 
 
