@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -171,10 +171,10 @@ async def stream_chat(client: httpx.AsyncClient, body: dict[str, Any], on_piece:
         if response.status_code != 200:
             answer.fault = (await response.aread()).decode(errors="replace")
             return answer
-        async for line in response.aiter_lines():
-            if not line.startswith("data: "):
+        async for line in _lines(response):
+            if not line.startswith(b"data: "):
                 continue
-            if line == "data: [DONE]":
+            if line == b"data: [DONE]":
                 done = True
                 continue
             read_event(answer, json.loads(line[6:]))
@@ -183,6 +183,15 @@ async def stream_chat(client: httpx.AsyncClient, body: dict[str, Any], on_piece:
     if not done and answer.fault is None:
         answer.fault = "the stream has no end"
     return answer
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines of server-sent events. httpx's own end at U+0085 and U+2028 as well, which may stand within the JSON."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r")
 
 
 def read_event(answer: Answer, event: dict[str, Any]) -> None:

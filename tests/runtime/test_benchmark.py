@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.runtime.benchmark import Window
 from qwen_onnx.runtime.figures import Bound, Figure
-from qwen_onnx.runtime.live import Answer, read_event
+from qwen_onnx.runtime.live import Answer, read_event, stream_chat
 
 
 def answer(*arrivals: float, tokens: int | None = None) -> Answer:
@@ -63,6 +65,20 @@ def test_an_error_in_a_stream_is_a_fault() -> None:
     streamed = answer()
     read_event(streamed, {"error": {"message": "the engine died"}})
     assert "the engine died" in (streamed.fault or "")
+
+
+def test_line_separators_of_unicode_do_not_end_an_event() -> None:
+    text = "a\u2028b\x85c"
+    event = json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}, ensure_ascii=False)
+    served = httpx.MockTransport(lambda _: httpx.Response(200, text=f"data: {event}\r\n\r\ndata: [DONE]\n\n"))
+
+    async def ask() -> Answer:
+        async with httpx.AsyncClient(transport=served, base_url="http://test") as client:
+            return await stream_chat(client, {})
+
+    streamed = asyncio.run(ask())
+    assert streamed.text == text
+    assert streamed.fault is None
 
 
 def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
