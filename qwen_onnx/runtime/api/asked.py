@@ -86,7 +86,8 @@ def understood(service: QwenService, asked: Asked) -> tuple[list[int], str | Non
     inside = service.format_chat(chat).rstrip().endswith(OPEN)
     may = "enable_thinking" in knows and asked.thinking is not False
     grammar = _grammar(service, asked, tools, "inside" if inside else "may" if may else "no")
-    return ids, grammar, Reading(inside, [tool.name for tool in tools], trusted=grammar is not None)
+    thinks = inside or "enable_thinking" in knows or OPEN in service.tokenizer.added_tokens
+    return ids, grammar, Reading(thinks, inside, [tool.name for tool in tools], trusted=grammar is not None)
 
 
 def _tools(asked: Asked) -> Sequence[Tool]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from qwen_onnx.runtime.api.tool_calls import CallArguments, CallEvent, CallStart, Text, ToolCallParser
 from qwen_onnx.runtime.generation import Delta, TokenLogprob
-from qwen_onnx.runtime.reasoning import ThinkingSplitter
+from qwen_onnx.runtime.reasoning import Piece, ThinkingSplitter
 
 Finish = Literal["stop", "length", "tool_calls"]
 
@@ -45,11 +45,13 @@ class Reading:
     """How to read an answer.
 
     Args:
+        thinks: the model knows think tags; a block of them at the beginning is reasoning.
         inside: the prompt has opened the reasoning already.
         functions: names of functions that may be called; empty: none, calls are text.
         trusted: a grammar keeps calls well formed.
     """
 
+    thinks: bool = False
     inside: bool = False
     functions: Collection[str] = ()
     trusted: bool = False
@@ -59,7 +61,7 @@ class Reader:
     """Makes events of one answer's deltas."""
 
     def __init__(self, reading: Reading) -> None:
-        self._thoughts = ThinkingSplitter(reading.inside)
+        self._thoughts = ThinkingSplitter(reading.inside) if reading.thinks else None
         self._calls = ToolCallParser(reading.functions, trusted=reading.trusted) if reading.functions else None
         self._logprobs: tuple[TokenLogprob, ...] = ()
         self._reasoning_tokens = 0
@@ -67,10 +69,10 @@ class Reader:
     def feed(self, delta: Delta) -> list[Step]:
         """The steps that became certain; the last delta gives an ``End`` as the last of them."""
         self._logprobs += delta.logprobs
-        pieces = self._thoughts.push(delta.text)
-        events = self._read(pieces, delta)
+        plain: list[Piece] = [("content", delta.text)] if delta.text else []
+        events = self._read(self._thoughts.push(delta.text) if self._thoughts else plain, delta)
         if delta.finish_reason:
-            events += self._read(self._thoughts.flush(), delta)
+            events += self._read(self._thoughts.flush() if self._thoughts else [], delta)
             if self._calls:
                 events += self._calls.flush()
             called = self._calls is not None and self._calls.calls > 0
@@ -81,7 +83,7 @@ class Reader:
         logprobs, self._logprobs = self._logprobs, ()
         return [Step(events[0], logprobs), *map(Step, events[1:])]
 
-    def _read(self, pieces: list[tuple[Literal["reasoning", "content"], str]], delta: Delta) -> list[Event]:
+    def _read(self, pieces: list[Piece], delta: Delta) -> list[Event]:
         events: list[Event] = []
         for kind, text in pieces:
             if kind == "reasoning":

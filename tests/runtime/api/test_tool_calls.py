@@ -24,7 +24,22 @@ MALFORMED = [
     "<tool_call>\n{</tool_call>",
     "<tool_call></tool_call>",
 ]
-FRAGMENTS = [CALL, SHORT, SWAPPED, *MALFORMED, "Hi ", " \n", "<tool_", "<", "{", '"', "\\", "</tool_call>", "käse", "x<y"]
+FRAGMENTS = [
+    CALL,
+    SHORT,
+    SWAPPED,
+    *MALFORMED,
+    "Hi ",
+    " \n",
+    "<tool_",
+    "<",
+    "{",
+    '"',
+    "\\",
+    "</tool_call>",
+    "käse",
+    "x<y",
+]
 
 
 def merged(events: list[CallEvent]) -> list[CallEvent]:
