@@ -40,7 +40,7 @@ def test_streamed_and_whole_answers_agree(client: OpenAI, changes: dict[str, Any
             if choice.logprobs:
                 told = (choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.text_offset)
                 for so_far, more in zip(lists[choice.index], told, strict=True):
-                    so_far += more
+                    so_far.extend(more)
     assert [texts[choice.index] for choice in whole.choices] == [choice.text for choice in whole.choices]
     assert [reasons[choice.index] for choice in whole.choices] == [choice.finish_reason for choice in whole.choices]
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
