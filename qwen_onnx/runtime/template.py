@@ -39,6 +39,7 @@ class ChatTemplate:
             raise ArtifactError("the model has no chat template", where=str(folder), hint="use plain generation")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self._tokens = {name: _token_text(config[name]) for name in names if config.get(name)}
+        self.source = source
         self._template = _compile(source, folder)
         # what it reads beside the messages: ``tools``, ``enable_thinking``
         self.variables = frozenset(meta.find_undeclared_variables(self._template.environment.parse(source)))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.api.events import Reading
 from qwen_onnx.runtime.api.grammars import Calls, Grammar, check_schema
+from qwen_onnx.runtime.api.tool_calls import OPEN as CALL
 from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt
 from qwen_onnx.runtime.reasoning import OPEN
 from qwen_onnx.runtime.service import QwenService
@@ -75,6 +76,9 @@ def understood(service: QwenService, asked: Asked) -> tuple[list[int], str | Non
     knows = service.template.variables if service.template else frozenset()
     if service.template and tools and "tools" not in knows:
         raise RequestError("this model has no tool format: its chat template does not know tools", where="tools")
+    # Qwen3-Coder's XML calls stand between the same tags
+    if service.template and tools and (CALL not in service.template.source or "<function=" in service.template.source):
+        raise RequestError("this model's chat template has another tool format than Hermes's", where="tools")
     if service.template and asked.thinking is not None and "enable_thinking" not in knows:
         raise RequestError(
             "this model's thinking cannot be switched: its chat template does not know enable_thinking",

@@ -11,10 +11,9 @@ from pydantic import Field
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.api.asked import Asked, Tool
 from qwen_onnx.runtime.api.grammars import ANY_OBJECT
-from qwen_onnx.runtime.api.protocol import NO_CHANGE, SamplingFields, Strict
+from qwen_onnx.runtime.api.protocol import NO_CHANGE, SamplingFields, Schema, Strict
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-Schema = dict[str, Any]
 
 
 class TextPart(Strict):

@@ -39,9 +39,13 @@ class Calls:
 def check_schema(schema: Mapping[str, Any], where: str) -> None:
     """RequestError, in llguidance's words, for a schema that is faulty or that it cannot hold to."""
     try:
-        fault = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(_compact(schema)))
-    except ValueError as error:
-        fault = str(error)
+        _check(LLMatcher.grammar_from_json_schema(_compact(schema)), where)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the schema is refused: {error}", where=where) from error
+
+
+def _check(grammar: str, where: str) -> None:
+    fault = LLMatcher.validate_grammar(grammar)
     if fault and not fault.startswith("WARNING"):
         raise RequestError(f"the schema is refused: {fault}", where=where)
 
@@ -70,6 +74,9 @@ class Grammar:
             schema: of the content; None: any text.
             calls: beside or, with a schema, instead of the content.
             thinking: whether reasoning may stand before it; inside: the prompt has opened it already.
+
+        Raises:
+            RequestError: llguidance refuses it.
         """
         rules = [f"WS: /{WHITE_SPACE}/", r"TEXT: /(.|\n)*/"]
         before = {"no": "", "may": "think? ", "inside": "thought "}[thinking]
@@ -82,7 +89,10 @@ class Grammar:
         else:
             rules += self._calls(calls)
             start = self._with_calls(calls, content, schema is not None)
-        return "\n".join(["%llguidance {}", f"start: {before}body", f"body: {start}", *rules]) + "\n"
+        grammar = "\n".join(["%llguidance {}", f"start: {before}body", f"body: {start}", *rules]) + "\n"
+        # schemas that are good alone may be too large together
+        _check(grammar, "response_format" if calls is None else "tools")
+        return grammar
 
     def _with_calls(self, calls: Calls, content: str, is_json: bool) -> str:
         following = "(WS call)*" if calls.several else ""

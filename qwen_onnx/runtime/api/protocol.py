@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.generation import DEFAULT, RANGES, Delta, GenerationConfig
@@ -16,6 +16,8 @@ from qwen_onnx.runtime.requests import ALL_FEATURES
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
 MOST_STOPS = 4
 MOST_CHOICES = 8
+# llguidance reads no deeper schemas, and whoever recurses into one stays far from Python's own limit
+MOST_DEPTH = 64
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
@@ -33,6 +35,19 @@ def ranged(name: str, description: str) -> Any:
     absent = f" Absent: {getattr(DEFAULT, name)}." if getattr(DEFAULT, name) is not None else ""
     bounds: dict[str, Any] = {"le": most, "gt" if name == "top_p" else "ge": least}
     return Field(default=None, description=description + absent, **bounds)
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [schema]
+    for _ in range(MOST_DEPTH):
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return schema
+    raise ValueError(f"the schema is nested more than {MOST_DEPTH} levels deep")
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class Described(Strict):

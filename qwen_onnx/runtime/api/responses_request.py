@@ -12,7 +12,6 @@ from qwen_onnx.runtime.api.chat_request import (
     AssistantMessage,
     FunctionCall,
     FunctionName,
-    Schema,
     SystemMessage,
     TemplateArguments,
     ToolCall,
@@ -21,7 +20,7 @@ from qwen_onnx.runtime.api.chat_request import (
     plain_messages,
 )
 from qwen_onnx.runtime.api.grammars import ANY_OBJECT
-from qwen_onnx.runtime.api.protocol import NO_CHANGE, Described, Strict, ranged
+from qwen_onnx.runtime.api.protocol import NO_CHANGE, Described, Schema, Strict, ranged
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 Status = Annotated[

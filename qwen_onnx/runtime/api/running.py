@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from qwen_onnx.errors import RequestError
+from qwen_onnx.errors import RequestError, ServiceError
 from qwen_onnx.runtime.answers import Assembler
 from qwen_onnx.runtime.generation import Delta, GenerationConfig
 from qwen_onnx.runtime.requests import Handle, Listener, TokenEvent
@@ -70,7 +70,7 @@ class Generations:
             assembler = self._started[index][1]
             if assembler.finished:
                 continue
-            for delta in assembler.feed(event):
+            for delta in _fed(assembler, event):
                 yield index, delta
             if assembler.finished:
                 # a stop string ends an answer that the engine would go on with
@@ -80,6 +80,19 @@ class Generations:
         """Stop what still runs, within one step."""
         for handle, _ in self._started:
             handle.cancel()
+
+
+def _fed(assembler: Assembler, event: TokenEvent) -> list[Delta]:
+    try:
+        return assembler.feed(event)
+    except ServiceError as error:
+        if error.where != "grammar":
+            raise
+        # the words go on with the parser's whole state
+        words = error.what.splitlines()[0]
+        raise RequestError(
+            f"the schema is more than llguidance can follow: {words}", where="response_format"
+        ) from error
 
 
 class ClientLeft(Exception):

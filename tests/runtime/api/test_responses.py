@@ -8,6 +8,14 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from qwen_onnx.runtime.api.events import End, Reasoning, Step
+from qwen_onnx.runtime.api.responses import ResponseAnswers
+from qwen_onnx.runtime.api.responses_request import ResponseRequest
+from qwen_onnx.runtime.api.tool_calls import CallArguments, CallStart, Text
+from qwen_onnx.runtime.generation import Delta
 
 CITY = {
     "type": "object",
@@ -98,13 +106,30 @@ def test_json_and_calls(qwen3: OpenAI) -> None:
     assert ask(qwen3, input=talk, tools=[WEATHER]).status in ("completed", "incomplete")
 
 
-def test_reasoning_is_an_item_of_its_own(qwen3: OpenAI) -> None:
-    """A chat of the same prompt and tokens tells how many tokens it had; all that the model says is reasoning here."""
-    events = list(ask(qwen3, stream=True, text=SCHEMA, temperature=1.5, max_output_tokens=300))
-    kinds = {event.type for event in events}
-    items = [item.type for item in events[-1].response.output]
-    assert set(items) <= {"reasoning", "message"}
-    assert ("response.reasoning_text.delta" in kinds) == ("reasoning" in items)
+def test_reasoning_text_and_calls_are_items_in_their_order() -> None:
+    """Of steps as a model that thinks gives them; the random one cannot be brought to it here."""
+    answers = ResponseAnswers(ResponseRequest.model_validate({"model": "m", "input": "x"}))
+    last = Delta("", 5, 9, "stop", 2)
+    events: list[Any] = [Reasoning("h"), Reasoning("m"), Text("Hi"), CallStart(0, "f"), CallArguments(0, "{}")]
+    events += [CallStart(1, "g"), CallArguments(1, '{"a"'), CallArguments(1, ": 1}"), End("tool_calls", last, 3)]
+    lines = [*answers.begin(), *(line for event in events for line in answers.add(Step(event)))]
+    kinds = [line.split("\n")[0].removeprefix("event: response.") for line in lines]
+    text = ["output_item.added", "content_part.added"]
+    call = ["output_item.added", "function_call_arguments.delta"]
+    assert kinds == [
+        *("created", "in_progress", *text, "reasoning_text.delta", "reasoning_text.delta", "reasoning_text.done"),
+        *("content_part.done", "output_item.done", *text, "output_text.delta", "output_text.done"),
+        *("content_part.done", "output_item.done", *call, "function_call_arguments.done", "output_item.done"),
+        *(*call, "function_call_arguments.delta", "function_call_arguments.done", "output_item.done", "completed"),
+    ]
+    adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    for line in lines:
+        adapter.validate_json(line.split("data: ", 1)[1])
+    body = answers.body()
+    assert [item.type for item in body.output] == ["reasoning", "message", "function_call", "function_call"]
+    assert body.usage is not None
+    assert body.usage.output_tokens_details.reasoning_tokens == 3
+    assert {item.status for item in body.output} == {"completed"}
 
 
 def test_conversations_give_the_prompt_of_a_chat(qwen3: OpenAI) -> None:
