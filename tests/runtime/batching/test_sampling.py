@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,11 +81,8 @@ def test_presence_and_frequency_count_the_answer_alone() -> None:
     logits = np.zeros(VOCABULARY, np.float32)
     logits[[5, 9]] = (3.0, 2.0)
     sampler = Sampler(TokenRequest(PROMPT, 9, Sampling(presence_penalty=0.4, frequency_penalty=0.5)))
-    # 5: 3.0, 2.1, 1.6; 9: 2.0, 1.1
-    assert [sampler.draw(logits)[0] for _ in range(5)] == [5, 5, 9, 5, 9] or True
-    again = Sampler(TokenRequest(PROMPT, 9, Sampling(presence_penalty=0.4, frequency_penalty=0.5)))
-    sequence = [again.draw(logits)[0] for _ in range(4)]
-    assert sequence == [5, 5, 9, 5]
+    # token 5 has 3.0, 2.1, 1.6, 1.1 and token 9 has 2.0, 1.1
+    assert [sampler.draw(logits)[0] for _ in range(4)] == [5, 5, 9, 5]
 
 
 def test_bias_forces_and_forbids() -> None:
@@ -107,7 +103,7 @@ SCHEMA = {
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_schema_is_kept(service: QwenService, temperature: float) -> None:
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA))
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA), defaults={"whitespace_flexible": False})
     config = GenerationConfig(max_new_tokens=200, temperature=temperature, grammar=grammar)
     answers = service.generate_batch(["a", "b", "c"], config)
     for answer in answers:
@@ -117,7 +113,7 @@ def test_a_schema_is_kept(service: QwenService, temperature: float) -> None:
         assert answer.finish_reason == "stop"
 
 
-def test_the_words_of_a_regular_expression(service: QwenService, tiny_artifact: Path) -> None:
+def test_the_words_of_a_regular_expression(service: QwenService) -> None:
     config = GenerationConfig(grammar="start: /[0-9]{3}-[xyz]/", temperature=1.0)
     text = service.generate("hello", config).text
     assert len(text) == 5
