@@ -103,12 +103,12 @@ class BatchModel:
         self.rows, self._layout = rows, layout
         sizes = (rows, layout.heads, self.capacity, layout.head_size)
         self._kv = [_zeros(sizes, self._type) for _ in layout.names]
-        self._logits = np.zeros((max(rows, chunk), self.vocab_size), self._logits_type())
+        logits = next(output for output in self._session.get_outputs() if output.name == "logits")
+        # a pruned head computes the logits of the last token alone
+        self._pruned = logits.shape[1] == 1
+        self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
         self._bindings: dict[tuple[int, int], Any] = {}
         self._check_rows()
-
-    def _logits_type(self) -> type[np.generic]:
-        return TYPES[next(output.type for output in self._session.get_outputs() if output.name == "logits")]
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -136,7 +136,8 @@ class BatchModel:
         if "position_ids" in self._inputs:
             positions = np.asarray(past, np.int64)[:, None] + np.arange(new, dtype=np.int64)
             binding.bind_cpu_input("position_ids", positions)
-        logits = self._logits[: count * new].reshape(count, new, self.vocab_size)
+        kept = 1 if self._pruned else new
+        logits = self._logits[: count * kept].reshape(count, kept, self.vocab_size)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         return logits[:, -1].astype(np.float32, copy=False)
