@@ -401,7 +401,7 @@ def test_a_template_that_opens_the_reasoning(tiny_artifact: Path, tmp_path: Path
     template = QWEN3.replace("assistant\n{{ '<think>", "assistant\n<think>\n{{ '<think>")
     assert template != QWEN3
     with served(with_template(tiny_artifact, tmp_path / "thinking", template), "tiny") as client:
-        choice = ask(client, seed=1).choices[0]
+        choice = ask(client, seed=1, temperature=1.5).choices[0]
         assert choice.message.content == ""
         assert choice.message.reasoning_content
         closed = ask(client, **schema_of(CITY), logit_bias={"261": 100}, max_tokens=400)
