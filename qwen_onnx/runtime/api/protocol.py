@@ -97,6 +97,11 @@ class SamplingFields(Described):
         """Answers to each prompt."""
         return self.n or 1
 
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def sampling(self) -> dict[str, Any]:
         """Arguments of ``GenerationConfig`` that were given.
 

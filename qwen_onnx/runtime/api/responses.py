@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Any, Literal
 
-from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.errors import QwenOnnxError, RequestError
 from qwen_onnx.runtime.api.chat_response import call_id, sse
 from qwen_onnx.runtime.api.events import End, Reasoning, Step
 from qwen_onnx.runtime.api.protocol import Strict
@@ -81,7 +81,7 @@ class ResponseUsage(Strict):
 class Failure(Strict):
     """Why there is no answer."""
 
-    code: Literal["server_error"]
+    code: Literal["server_error", "invalid_prompt"]
     message: str
 
 
@@ -171,7 +171,8 @@ class ResponseAnswers:
 
     def failed(self, error: QwenOnnxError) -> list[str]:
         """The last event when the engine failed."""
-        self._body |= {"status": "failed", "error": {"code": "server_error", "message": error.what}}
+        code = "invalid_prompt" if isinstance(error, RequestError) else "server_error"
+        self._body |= {"status": "failed", "error": {"code": code, "message": error.what}}
         return [self._told("response.failed")]
 
     def _begin_text(self, kind: str) -> list[str]:

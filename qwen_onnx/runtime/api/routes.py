@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.errors import QwenOnnxError, RequestError
 from qwen_onnx.runtime.api.asked import understood
 from qwen_onnx.runtime.api.chat_request import ChatRequest
 from qwen_onnx.runtime.api.chat_response import ChatAnswers, ChatCompletion, sse
@@ -51,7 +51,8 @@ async def _or_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
             yield event
     except QwenOnnxError as error:
         # the status line is long gone: an error event is what the openai client raises from
-        yield sse(error_body(error.what, kind="server_error"))
+        kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+        yield sse(error_body(error.what, kind=kind, param=error.where))
 
 
 def _documented(events: str) -> dict[int | str, dict[str, Any]]:
@@ -91,10 +92,18 @@ def _unknown(asked: str, model_name: str) -> JSONResponse | None:
     return JSONResponse(error_body(text, kind="invalid_request_error", param="model", code="model_not_found"), 404)
 
 
-async def _answered(request: Request, running: Generations, whole: Any) -> Response:
-    """Awaits ``whole``, unless the client leaves."""
+async def _answered(
+    request: Request,
+    running: Generations,
+    stream: bool | None,
+    events: Callable[[], AsyncIterator[str]],
+    whole: Callable[[], Coroutine[None, None, bytes]],
+) -> Response:
+    """Events or a whole answer, unless the client leaves."""
+    if stream:
+        return EventStream(events(), running)
     try:
-        return Response(await unless_left(request, whole), media_type="application/json")
+        return Response(await unless_left(request, whole()), media_type="application/json")
     except ClientLeft:
         return Response(status_code=CLIENT_LEFT)
     finally:
@@ -113,13 +122,16 @@ def _add_chat(router: APIRouter, service: QwenService, model_name: str) -> None:
         options["grammar"] = grammar
         jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
         running = await Generations.begin(service, jobs)
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
         bodies = ChatAnswers(
-            model_name, service.fingerprint, len(jobs), with_logprobs=bool(body.logprobs), with_usage=with_usage
+            model_name, service.fingerprint, len(jobs), with_logprobs=bool(body.logprobs), with_usage=body.with_usage
         )
-        if body.stream:
-            return EventStream(_chat_events(running, len(jobs), reading, bodies), running)
-        return await _answered(request, running, _chat_whole(running, len(jobs), reading, bodies))
+        return await _answered(
+            request,
+            running,
+            body.stream,
+            lambda: _chat_events(running, len(jobs), reading, bodies),
+            lambda: _chat_whole(running, len(jobs), reading, bodies),
+        )
 
 
 async def steps(running: Generations, count: int, reading: Reading) -> AsyncIterator[tuple[int, Step]]:
@@ -161,11 +173,16 @@ def _add_completions(router: APIRouter, service: QwenService, model_name: str) -
         prompts = await asyncio.to_thread(lambda: [service.prepare(prompt, each[0]) for prompt in body.prompts()])
         jobs: list[Job] = [(ids, config) for ids in prompts for config in each]
         running = await Generations.begin(service, jobs)
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        bodies = TextAnswers(model_name, service.fingerprint, len(each), logprobs=body.logprobs, with_usage=with_usage)
-        if body.stream:
-            return EventStream(_text_events(running, bodies), running)
-        return await _answered(request, running, _text_whole(running, len(jobs), bodies))
+        bodies = TextAnswers(
+            model_name, service.fingerprint, len(each), logprobs=body.logprobs, with_usage=body.with_usage
+        )
+        return await _answered(
+            request,
+            running,
+            body.stream,
+            lambda: _text_events(running, bodies),
+            lambda: _text_whole(running, len(jobs), bodies),
+        )
 
 
 async def _text_whole(running: Generations, count: int, bodies: TextAnswers) -> bytes:
@@ -196,9 +213,13 @@ def _add_responses(router: APIRouter, service: QwenService, model_name: str) -> 
         ids, options["grammar"], reading = await asyncio.to_thread(understood, service, body.asked())
         running = await Generations.begin(service, [(ids, configs(options, 1, service.engine.features)[0])])
         bodies = ResponseAnswers(body)
-        if body.stream:
-            return EventStream(_response_events(running, reading, bodies), running)
-        return await _answered(request, running, _response_whole(running, reading, bodies))
+        return await _answered(
+            request,
+            running,
+            body.stream,
+            lambda: _response_events(running, reading, bodies),
+            lambda: _response_whole(running, reading, bodies),
+        )
 
 
 async def _response_whole(running: Generations, reading: Reading, bodies: ResponseAnswers) -> bytes:

@@ -312,6 +312,12 @@ def test_what_cannot_be_served_is_a_400_that_names_it(qwen3: OpenAI, changes: di
         ask(qwen3, **changes)
 
 
+def test_a_fault_in_a_stream_is_an_error_event(qwen3: OpenAI) -> None:
+    demanding: Any = {**schema_of(DEMANDING), **SILENT, "logit_bias": {"66": 100}, "max_tokens": 400}
+    with pytest.raises(openai.APIError, match="more than llguidance can follow"):
+        list(ask(qwen3, **demanding, stream=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -8,9 +8,10 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from openai.types.responses import ResponseStreamEvent
+from openai.types.responses import ResponseFailedEvent, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from qwen_onnx.errors import WorkerDiedError
 from qwen_onnx.runtime.api.events import End, Reasoning, Step
 from qwen_onnx.runtime.api.responses import ResponseAnswers
 from qwen_onnx.runtime.api.responses_request import ResponseRequest
@@ -130,6 +131,17 @@ def test_reasoning_text_and_calls_are_items_in_their_order() -> None:
     assert body.usage is not None
     assert body.usage.output_tokens_details.reasoning_tokens == 3
     assert {item.status for item in body.output} == {"completed"}
+
+
+def test_a_failure_is_the_last_event() -> None:
+    answers = ResponseAnswers(ResponseRequest.model_validate({"model": "m", "input": "x"}))
+    answers.add(Step(Text("Hi")))
+    [line] = answers.failed(WorkerDiedError("the engine's process died"))
+    adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    event = adapter.validate_json(line.split("data: ", 1)[1])
+    assert isinstance(event, ResponseFailedEvent)
+    assert event.response.error is not None
+    assert (event.response.error.code, event.response.status) == ("server_error", "failed")
 
 
 def test_conversations_give_the_prompt_of_a_chat(qwen3: OpenAI) -> None:
