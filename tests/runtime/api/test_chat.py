@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
-from pydantic import BaseModel
 
-from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime import QwenService
-from qwen_onnx.runtime.api.asked import Asked, Tool, understood
-from tests.runtime.api.conftest import QWEN3, with_template
-from tests.runtime.conftest import served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 CITY = {
@@ -30,13 +24,6 @@ NOW = {"type": "function", "function": {"name": "now"}}
 TOOLS: Any = [WEATHER, NOW]
 # a random model that may think does not come to an end
 SILENT: Any = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
-
-
-class Place(BaseModel):
-    """A place."""
-
-    city: Literal["Köln", "Oslo"]
-    days: Literal[1, 2] | None
 
 
 def schema_of(schema: Any) -> dict[str, Any]:
@@ -349,68 +336,3 @@ def test_the_schema_tells_the_fields(qwen3: OpenAI) -> None:
     answers = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "400", "404", "413", "429", "503"} <= answers.keys()
     assert "422" not in answers
-
-
-def test_the_helpers_of_the_openai_client_parse(qwen3: OpenAI) -> None:
-    """Both send strict schemas made of pydantic models, with everything that pydantic writes into them."""
-    form = qwen3.chat.completions.parse(
-        model="tiny", messages=HELLO, response_format=Place, max_tokens=400, temperature=0, **SILENT
-    )
-    assert form.choices[0].message.parsed is not None
-    assert form.choices[0].message.parsed.city in ("Köln", "Oslo")
-    tools = [openai.pydantic_function_tool(Place)]
-    made = qwen3.chat.completions.parse(
-        model="tiny",
-        messages=HELLO,
-        tools=tools,
-        tool_choice="required",
-        parallel_tool_calls=False,
-        max_tokens=400,
-        **SILENT,
-    )
-    calls = made.choices[0].message.tool_calls
-    assert calls
-    assert isinstance(calls[0].function.parsed_arguments, Place)
-
-
-def test_langchain_calls_tools_and_makes_records(qwen3: OpenAI) -> None:
-    from langchain_openai import ChatOpenAI
-
-    url = str(qwen3.base_url).rstrip("/")
-    settings: dict[str, Any] = {"model": "tiny", "base_url": url, "api_key": "none", "max_retries": 0}
-    chat = ChatOpenAI(**settings, **SILENT, temperature=0, max_tokens=400)
-    record = chat.with_structured_output(Place).invoke("where?")
-    assert isinstance(record, Place)
-    bound = chat.bind_tools([WEATHER], tool_choice="weather")
-    answer = bound.invoke("where?")
-    assert [call["name"] for call in answer.tool_calls] == ["weather"]
-    streamed: Any = None
-    for piece in bound.stream("where?"):
-        streamed = piece if streamed is None else streamed + piece
-    assert [call["args"] for call in streamed.tool_calls] == [call["args"] for call in answer.tool_calls]
-    results = [{"role": "tool", "tool_call_id": call["id"], "content": "sunny"} for call in answer.tool_calls]
-    assert chat.invoke([("human", "where?"), answer, *results]).response_metadata["finish_reason"]
-
-
-def test_a_template_with_another_tool_format_is_refused(tiny_artifact: Path, tmp_path: Path) -> None:
-    """Qwen3-Coder writes calls as XML."""
-    template = QWEN3.replace('{"name": "{{ call', "<function={{ call")
-    with QwenService(with_template(tiny_artifact, tmp_path / "coder", template), threads=1) as service:
-        tool = Tool("now", None, None)
-        with pytest.raises(RequestError, match="another tool format"):
-            understood(service, Asked(HELLO, [tool]))
-        assert understood(service, Asked(HELLO, [tool], choice="none"))[0]
-
-
-def test_a_template_that_opens_the_reasoning(tiny_artifact: Path, tmp_path: Path) -> None:
-    """Qwen3-Thinking-2507 ends its prompt with the tag: the answer begins inside."""
-    template = QWEN3.replace("assistant\n{{ '<think>", "assistant\n<think>\n{{ '<think>")
-    assert template != QWEN3
-    with served(with_template(tiny_artifact, tmp_path / "thinking", template), "tiny") as client:
-        choice = ask(client, seed=1, temperature=1.5).choices[0]
-        assert choice.message.content == ""
-        assert choice.message.reasoning_content
-        closed = ask(client, **schema_of(CITY), logit_bias={"261": 100}, max_tokens=400)
-        assert json.loads(closed.choices[0].message.content)["city"]
-        assert not getattr(closed.choices[0].message, "reasoning_content", None)
-        assert closed.usage.completion_tokens_details.reasoning_tokens == 0
