@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Template
+from jinja2 import Template, meta
 from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -39,7 +39,10 @@ class ChatTemplate:
             raise ArtifactError("the model has no chat template", where=str(folder), hint="use plain generation")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self._tokens = {name: _token_text(config[name]) for name in names if config.get(name)}
+        self.source = source
         self._template = _compile(source, folder)
+        # what it reads beside the messages: ``tools``, ``enable_thinking``
+        self.variables = frozenset(meta.find_undeclared_variables(self._template.environment.parse(source)))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt as text.

@@ -45,6 +45,8 @@ class TextTokenizer:
             ) from error
         self._user.encode_special_tokens = True
         added = self._trusted.get_added_tokens_decoder()
+        # tokens that are never the sum of others, tool call and think tags among them
+        self.added_tokens: dict[str, int] = {t.content: index for index, t in added.items()}
         self.special_tokens: dict[str, int] = {t.content: index for index, t in added.items() if t.special}
 
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = True) -> list[int]:

@@ -1,146 +1,217 @@
-"""The part of OpenAI's chat completions API that this server speaks. What it cannot do, it refuses.
+"""What the routes share: strict records, the fields that choose tokens, token counts, errors.
 
-https://platform.openai.com/docs/api-reference/chat
+https://platform.openai.com/docs/api-reference
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.generation import Delta, GenerationConfig
+from qwen_onnx.runtime.generation import DEFAULT, RANGES, Delta, GenerationConfig
+from qwen_onnx.runtime.requests import ALL_FEATURES
 
-# fields that ask for nothing when they have this value, and that we cannot serve otherwise
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "store": (None, False),
-    "service_tier": (None, "auto", "default"),
-}
-# for the operator's own use; they do not change the answer
-IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+NO_CHANGE = "Accepted for compatibility; it changes nothing."
+MOST_STOPS = 4
+MOST_CHOICES = 8
+# llguidance reads no deeper schemas, and whoever recurses into one stays far from Python's own limit
+MOST_DEPTH = 64
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors."""
+    """Unknown fields are errors, and so is a text where a number belongs."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(Strict):
-    """A text part of a message; images and audio are refused by its type."""
-
-    type: Literal["text"]
-    text: str
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ChatMessage(Strict):
-    """One message; parts are joined to one text."""
+def ranged(name: str, description: str) -> Any:
+    """A field with the range that ``GenerationConfig`` has."""
+    least, most = RANGES[name]
+    absent = f" Absent: {getattr(DEFAULT, name)}." if getattr(DEFAULT, name) is not None else ""
+    bounds: dict[str, Any] = {"le": most, "gt" if name == "top_p" else "ge": least}
+    return Field(default=None, description=description + absent, **bounds)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """For the chat template."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [schema]
+    for _ in range(MOST_DEPTH):
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return schema
+    raise ValueError(f"the schema is nested more than {MOST_DEPTH} levels deep")
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
+
+
+class Described(Strict):
+    """Fields that every generating route accepts and that change nothing: this server stores nothing."""
+
+    user: str | None = Field(default=None, description=NO_CHANGE)
+    metadata: dict[str, str] | None = Field(default=None, description=NO_CHANGE)
+    safety_identifier: str | None = Field(default=None, description=NO_CHANGE)
+    prompt_cache_key: str | None = Field(
+        default=None, description="Accepted for compatibility; common prefixes are found without it."
+    )
+    store: Literal[False] | None = Field(default=None, description="Nothing is stored.")
+    service_tier: Literal["auto", "default"] | None = Field(default=None, description="There is one tier.")
 
 
 class StreamOptions(Strict):
     """``include_usage`` adds a last chunk with the token counts."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = Field(default=None, description="Chunks are never padded.")
 
 
-class ChatRequest(Strict):
-    """Body of POST /v1/chat/completions."""
+class SamplingFields(Described):
+    """How to choose tokens; the form of chat completions and of completions."""
 
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = Field(default=None)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    max_tokens: int | None = ranged("max_new_tokens", "Most tokens of the answer, reasoning included.")
+    temperature: float | None = ranged("temperature", "0 is greedy.")
+    top_p: float | None = ranged("top_p", "Nucleus sampling.")
+    top_k: int | None = ranged("top_k", "Sample from that many tokens; 0: from all. Not in OpenAI's API.")
+    min_p: float | None = ranged("min_p", "Least probability relative to the best token's. Not in OpenAI's API.")
+    repetition_penalty: float | None = ranged("repetition_penalty", "1 is off. Not in OpenAI's API.")
+    presence_penalty: float | None = ranged("presence_penalty", "0 is off.")
+    frequency_penalty: float | None = ranged("frequency_penalty", "0 is off.")
+    seed: int | None = ranged("seed", "Choice i of n has the seed s + i. The same seed gives the same answer.")
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = Field(
+        default=None, description=f"The answer ends before the first of these strings; at most {MOST_STOPS}."
+    )
+    logit_bias: dict[TokenKey, Bias] | None = Field(
+        default=None, description="Token id, as a string, to what is added to its logit."
+    )
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES, description="Answers to each prompt. Absent: 1.")
+    stream: bool | None = Field(default=None, description="Server-sent events instead of one body.")
+    stream_options: StreamOptions | None = Field(default=None, description="Only with stream.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, neutral in NEUTRAL.items():
-            if name in data and data[name] not in neutral:
-                raise ValueError(f"{name} is not supported")
-        return {key: value for key, value in data.items() if key not in NEUTRAL and key not in IGNORED}
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
 
-    def config(self) -> GenerationConfig:
-        """Our form of the request; an absent field takes the default of ``GenerationConfig``.
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of ``GenerationConfig`` that were given.
 
         Raises:
-            RequestError: a value out of its range.
+            RequestError: ``stream_options`` without ``stream``; two equal token ids in ``logit_bias``.
         """
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > 4:
-            raise RequestError(f"{len(stops)} stop strings, the most is 4", where="stop")
-        asked = {
-            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": self.seed,
-        }
-        return GenerationConfig(**{k: v for k, v in asked.items() if v is not None}, stop=tuple(stops))  # type: ignore[arg-type]
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: set stream", where="stream_options")
+        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        given = {name: getattr(self, name) for name in (*same, "seed")}
+        given["max_new_tokens"] = self.max_tokens
+        given["stop"] = ((self.stop,) if isinstance(self.stop, str) else tuple(self.stop)) if self.stop else None
+        given["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()} or None
+        return {name: value for name, value in given.items() if value is not None}
 
 
-class Answer:
-    """Builds the bodies of one answer: the whole completion or its chunks."""
+def configs(options: dict[str, Any], count: int, features: frozenset[str]) -> list[GenerationConfig]:
+    """One configuration for each of ``count`` choices; a seed goes up by one with each.
 
-    def __init__(self, model: str) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(self, deltas: list[Delta]) -> dict[str, Any]:
-        """A ``chat.completion``."""
-        text = "".join(delta.text for delta in deltas)
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": deltas[-1].finish_reason, "logprobs": None}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(deltas[-1])}
-
-    def chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        """A ``chat.completion.chunk``."""
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-
-    def last(self, delta: Delta) -> dict[str, Any]:
-        """The chunk that carries the usage and no choice."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(delta)}
+    Raises:
+        RequestError: a value out of its range, or a field that is not among the engine's ``features``.
+    """
+    for name in sorted(ALL_FEATURES - features):
+        if options.get(name, getattr(DEFAULT, name)) != getattr(DEFAULT, name):
+            raise RequestError(f"{name} is not supported by this model's engine", where=name)
+    seed, most = options.get("seed"), int(RANGES["seed"][1])
+    if seed is None:
+        return [GenerationConfig(**options)] * count
+    return [GenerationConfig(**{**options, "seed": (seed + index) % (most + 1)}) for index in range(count)]
 
 
-def usage(delta: Delta) -> dict[str, int]:
-    """Token counts of an answer."""
-    total = delta.prompt_tokens + delta.completion_tokens
-    return {
-        "prompt_tokens": delta.prompt_tokens,
-        "completion_tokens": delta.completion_tokens,
-        "total_tokens": total,
-    }
+class PromptDetails(Strict):
+    """``cached_tokens`` were found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class CompletionDetails(Strict):
+    """``reasoning_tokens`` are those up to the end of the reasoning."""
+
+    reasoning_tokens: int
+
+
+class Usage(Strict):
+    """Token counts; a prompt that has several answers counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+    @classmethod
+    def of(cls, last: dict[int, Delta], choices: int, reasoning: int = 0) -> Usage:
+        """Sum over answers by their index, ``choices`` of them to each prompt."""
+        firsts = [delta for index, delta in last.items() if index % choices == 0]
+        prompt = sum(delta.prompt_tokens for delta in firsts)
+        completion = sum(delta.completion_tokens for delta in last.values())
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptDetails(cached_tokens=sum(delta.cached_tokens for delta in firsts)),
+            completion_tokens_details=CompletionDetails(reasoning_tokens=reasoning),
+        )
+
+
+class Model(Strict):
+    """A model of the list."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "qwen-onnx"
+
+
+class ModelList(Strict):
+    """All models of this server: one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong; ``param`` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The shape in which the openai client expects an error."""
+
+    error: ErrorDetail
 
 
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The shape in which the openai client expects an error."""
+    """An ``ErrorResponse`` as a dictionary."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "A field is unknown, unsupported or out of its range; param names it"},
+    404: {"model": ErrorResponse, "description": "This server has another model"},
+    413: {"model": ErrorResponse, "description": "The body is too large"},
+    429: {"model": ErrorResponse, "description": "Too many requests with this key; see Retry-After"},
+    503: {"model": ErrorResponse, "description": "The queue is full or the engine restarts; see Retry-After"},
+    504: {"model": ErrorResponse, "description": "The answer took longer than is allowed"},
+    # with one of these FastAPI does not claim that its own 422 is sent
+    "4XX": {"model": ErrorResponse, "description": "Any other refusal"},
+}
