@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -16,6 +14,7 @@ from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, Te
 from qwen_onnx.runtime.answers import Assembler
 from qwen_onnx.runtime.engine import CONFIG_FILE, Cancelled
 from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Completion, Delta, GenerationConfig, Message, Prompt
+from qwen_onnx.runtime.generations import Generations
 from qwen_onnx.runtime.requests import EngineStats, Handle, Listener, Sampling, TokenEngine, TokenEvent, TokenRequest
 from qwen_onnx.runtime.template import ChatTemplate, has_template
 from qwen_onnx.runtime.tokenizer import TextTokenizer, check_size
@@ -149,21 +148,12 @@ class QwenService:
 
         Encoding a long prompt takes a while: a thread does it.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-
-        def hand_over(event: TokenEvent) -> None:
-            # a loop that was closed has nobody left to tell
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        handle, assembler = await asyncio.to_thread(self.submit, prompt, config, hand_over)
+        running = await Generations.begin(self, [(prompt, config)])
         try:
-            while not assembler.finished:
-                for delta in assembler.feed(await events.get()):
-                    yield delta
+            async for _, delta in running:
+                yield delta
         finally:
-            handle.cancel()
+            running.cancel()
 
     def generate_batch(self, prompts: Sequence[Prompt], config: GenerationConfig = DEFAULT) -> list[Completion]:
         """Answers in the order of ``prompts``, computed together as far as the engine has streams.

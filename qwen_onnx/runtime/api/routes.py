@@ -21,8 +21,9 @@ from qwen_onnx.runtime.api.events import Answer, End, Reader, Reading, Step
 from qwen_onnx.runtime.api.protocol import REFUSALS, Model, ModelList, configs, error_body
 from qwen_onnx.runtime.api.responses import ResponseAnswers, ResponseBody
 from qwen_onnx.runtime.api.responses_request import ResponseRequest
-from qwen_onnx.runtime.api.running import ClientLeft, Generations, Job, unless_left
+from qwen_onnx.runtime.api.running import ClientLeft, unless_left
 from qwen_onnx.runtime.generation import Delta
+from qwen_onnx.runtime.generations import Generations, Job
 from qwen_onnx.runtime.service import QwenService
 
 EVENT_STREAM = "text/event-stream"

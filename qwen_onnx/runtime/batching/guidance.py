@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from qwen_onnx.errors import RequestError, ServiceError
+from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engine import Shape
 from qwen_onnx.runtime.tokenizer import TOKENIZER_FILE
 
@@ -57,4 +57,6 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ServiceError(f"the grammar's matcher gave up: {self._matcher.get_error()}", where="grammar")
+            # the words go on with the parser's whole state
+            words = self._matcher.get_error().splitlines()[0]
+            raise RequestError(f"the grammar is more than llguidance can follow: {words}", where="grammar")

@@ -269,7 +269,7 @@ def test_thinking_is_apart(qwen3: OpenAI) -> None:
         (schema_of(nested(100)), "64 levels"),
         (
             {**schema_of(DEMANDING), **SILENT, "logit_bias": {"66": 100}, "max_tokens": 400},
-            "schema is more than llguidance can follow",
+            "grammar is more than llguidance can follow",
         ),
         ({"tool_choice": "required"}, "no tools"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "z"}}}, "'z'"),

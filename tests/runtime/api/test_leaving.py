@@ -17,7 +17,7 @@ import uvicorn
 
 from qwen_onnx.errors import OverloadedError, RequestError
 from qwen_onnx.runtime import GenerationConfig, QwenService
-from qwen_onnx.runtime.api.running import Generations
+from qwen_onnx.runtime.generations import Generations
 from qwen_onnx.runtime.server import create_app
 from tests.conftest import free_port
 
