@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TextIO
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from qwen_onnx.runtime.generation import ChatPrompt, Prompt
@@ -29,6 +30,8 @@ class Formatter(JsonFormatter):
     def __init__(self) -> None:
         super().__init__(
             "%(levelname)s %(name)s %(message)s",
+            # uvicorn's message once more, in colours
+            reserved_attrs=(*RESERVED_ATTRS, "color_message"),
             rename_fields={"levelname": "level", "name": "logger"},
             timestamp="time",
             json_ensure_ascii=False,

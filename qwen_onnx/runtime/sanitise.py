@@ -99,24 +99,26 @@ def _judge(text: str) -> bool | str:
     """False: no pattern begins here. True: it may become one. A string: it is one, and what is to be skipped now."""
     low = text.lower()
     if low[0] == "<":
-        for name in ELEMENTS:
-            tag = f"<{name}"
-            if tag.startswith(low):
-                return True
-            if low[:-1] == tag and (low[-1].isspace() or low[-1] in "/>"):
-                return name
-        return False
-    if low[0] not in "jvd":
-        return False
-    low = low.translate(BLANKS)
+        return _judge_tag(low)
+    return _judge_url(low.translate(BLANKS), len(text)) if low[0] in "jvd" else False
+
+
+def _judge_tag(low: str) -> bool | str:
+    for name in ELEMENTS:
+        if f"<{name}".startswith(low):
+            return True
+        if low[:-1] == f"<{name}" and (low[-1].isspace() or low[-1] in "/>"):
+            return name
+    return False
+
+
+def _judge_url(low: str, length: int) -> bool | str:
     if low in SCHEMES:
         return ""
     if DATA.fullmatch(low):
         return "url"
     begun = any(scheme.startswith(low) for scheme in (*SCHEMES, "data:")) or DATA_BEGUN.fullmatch(low)
-    if begun and len(text) > MOST_HELD:
-        return "url"
-    return bool(begun)
+    return "url" if begun and length > MOST_HELD else bool(begun)
 
 
 def sanitised(value: Any) -> Any:

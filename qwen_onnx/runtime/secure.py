@@ -73,10 +73,7 @@ class GuardedService(QwenService):
             raise OverloadedError(f"{stats.waiting} requests wait already", hint="try again later")
 
     def _check_length(self, prompt: Prompt) -> None:
-        if is_ids(prompt):
-            count = len(self.tokenizer.decode(self._known_ids(prompt)))
-        else:
-            count = characters(prompt)
+        count = len(self.tokenizer.decode(self._known_ids(prompt))) if is_ids(prompt) else characters(prompt)
         most = self.policy.max_input_characters
         if count > most:
             raise RequestError(

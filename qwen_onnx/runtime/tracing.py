@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each request, with what the semantic conventions for generative AI call things, and no text.
+"""OpenTelemetry: a span for each request, named as the semantic conventions for generative AI say, and without text.
 
 https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
 """
