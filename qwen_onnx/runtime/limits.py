@@ -109,16 +109,15 @@ def _no_number(text: str) -> NoReturn:
 
 def _check_depth(value: Any, most: int) -> None:
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(most):
         level = [
             item
             for outer in level
             if isinstance(outer, dict | list)
             for item in (outer.values() if isinstance(outer, dict) else outer)
         ]
-        if not level:
-            return
-    raise RequestError(f"the body is nested deeper than {most} levels")
+    if any(isinstance(item, dict | list) for item in level):
+        raise RequestError(f"the body is nested deeper than {most} levels")
 
 
 def check_token_fields(value: Any, most: int) -> None:

@@ -37,7 +37,7 @@ class Formatter(JsonFormatter):
             json_ensure_ascii=False,
         )
 
-    def formatException(self, ei: SysExcInfo) -> str:  # type: ignore[override]  # logging's name
+    def formatException(self, ei: SysExcInfo) -> str:
         """Class and frames."""
         kind = ei[0].__name__ if ei[0] else "none"
         frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(ei[2])]

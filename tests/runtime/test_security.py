@@ -56,7 +56,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(text)
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match="keys.json"):
+    with pytest.raises(ConfigError, match=r"keys\.json"):
         KeyRing.load(path, {})
     with pytest.raises(ConfigError):
         KeyRing.load(tmp_path / "none.json", {})
