@@ -28,6 +28,8 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the time."""
         self._headers_due: asyncio.TimerHandle | None = None
+        # whoever has a handler at the root would get lines with raw paths
+        self.access_log = False
         super().connection_made(transport)
         self._watch_headers()
 

@@ -14,7 +14,7 @@ from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
 FRAGMENTS = [
     "<script>", "</script>", "<script src=x>", "</script >", "<SCRIPT\n", "<iframe ", "</iframe>", "<scr", "ipt>",
     "javascript:", "java", "script:", "java\nscript:", "vbscript:", "data:", "data:text/html,", "data:;base64,",
-    ";base64", "text/html", ",", "<", ">", "/", "d", "j", " ", "\n", "a", "alert(1)", "the data: 1, 2", "[removed]", "İ", "é",
+    ";base64", "text/html", ",", "<", ">", "/", "d", "j", " ", "\n", "a", "alert(1)", "the data: 1, 2", "[removed]",
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join) | st.text(max_size=40)
 LEFT = re.compile(r"<(script|iframe)[\s/>]|(java|vb)script:|data:([a-z]+/[a-z]+)?(;[^,;\s\"'<>]*)*,", re.IGNORECASE)

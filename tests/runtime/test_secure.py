@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def prompts_of(length: int) -> list[Any]:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"const": half[1:]}}}
     return [
         half * 2,
-        [ord("x")] * 0 or [{"role": "user", "content": half * 2}],
+        [{"role": "user", "content": half * 2}],
         [{"role": "system", "content": half}, {"role": "user", "content": half}],
         [{"role": "user", "content": parts}],
         ChatPrompt([{"role": "user", "content": half}], tools=[tool]),
@@ -140,6 +141,7 @@ def test_a_full_queue_is_told_before_a_stream_begins(tiny_artifact: Path) -> Non
         for _ in range(1000):
             if small.stats().running + small.stats().waiting == 0:
                 break
+            time.sleep(0.005)
         small.generate("hello", SHORT)
 
 
@@ -153,8 +155,8 @@ def test_sanitise_filters_input_and_output(tiny_artifact: Path, service: QwenSer
     assert guarded.generate("hello", GenerationConfig(max_new_tokens=64)).text == whole
     with pytest.raises(RequestError, match="logprobs"):
         guarded.generate("hello", GenerationConfig(logprobs=1))
-    for text, grammar in (("<script>alert(1)</script>", 'start: "<script>alert(1)</script>"'),):
-        config = GenerationConfig(max_new_tokens=64, grammar=grammar)
-        assert service.generate("hello", config).text == text
-        assert guarded.generate("hello", config).text == "[removed]"
-        assert "".join(delta.text for delta in guarded.stream("hello", config)) == "[removed]"
+    script = "<script>alert(1)</script>"
+    config = GenerationConfig(max_new_tokens=64, grammar=f'start: "{script}"')
+    assert service.generate("hello", config).text == script
+    assert guarded.generate("hello", config).text == "[removed]"
+    assert "".join(delta.text for delta in guarded.stream("hello", config)) == "[removed]"
