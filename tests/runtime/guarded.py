@@ -102,7 +102,9 @@ def exchange(
             for piece in pieces:
                 connection.sendall(piece)
                 time.sleep(pause)
-            if half_close:
+        if half_close:
+            # not connected any more: the server was faster
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionError):
             while data := connection.recv(65536):
