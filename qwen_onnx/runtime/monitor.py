@@ -146,6 +146,7 @@ class QwenMonitor:
     Args:
         clock: seconds, monotonic.
         resident: bytes of this process; tests inject theirs.
+        isolated: the engine has a process of its own; None: as the service's engine says.
     """
 
     def __init__(
@@ -155,7 +156,11 @@ class QwenMonitor:
         *,
         clock: Callable[[], float] = time.monotonic,
         resident: Callable[[], int] | None = None,
+        isolated: bool | None = None,
     ) -> None:
+        # an engine of this process would report this process a second time
+        apart = hasattr(getattr(service, "engine", None), "pid")
+        self._isolated = apart if isolated is None else isolated
         self._service, self._thresholds, self._clock = service, thresholds or Thresholds(), clock
         self._own = resident or (lambda: int(psutil.Process().memory_info().rss))
         self._kept: deque[Measurement] = deque(maxlen=MOST_KEPT)
@@ -201,9 +206,7 @@ class QwenMonitor:
 
     def resident_bytes(self) -> int:
         """Of this process and, when it is another, the engine's."""
-        engine, own = self._service.stats().resident_bytes, self._own()
-        # an engine of this process reports this process: not exactly the same number, read a moment apart
-        return max(engine, own) if abs(engine - own) < 16 * MIB else engine + own
+        return self._own() + (self._service.stats().resident_bytes if self._isolated else 0)
 
     def last(self, count: int) -> list[Measurement]:
         """The newest ones, oldest first."""
