@@ -293,7 +293,7 @@ def _service(artifact: Path, threads: int | None) -> QwenService:
     from qwen_onnx.artifact import open_artifact
     from qwen_onnx.runtime.service import QwenService
 
-    return QwenService(open_artifact(artifact.resolve()).path, threads=threads)
+    return QwenService(open_artifact(artifact.resolve()).path, threads=threads, streams=1)
 
 
 def _config(max_tokens: int, temperature: float, stop: list[str] | None = None) -> GenerationConfig:

@@ -26,5 +26,5 @@ def chat(
 
     opened = open_artifact(artifact.resolve())
     config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature)
-    with QwenService(opened.path, threads=threads) as service:
+    with QwenService(opened.path, threads=threads, streams=1) as service:
         Terminal(Conversation(service, config, model=opened.manifest.plan.model, system=system)).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class SerialEngine:
         self._changed = threading.Condition()
         self._running, self._closing = 0, False
         self._read, self._written = 0, 0
+        # called by the owner thread after each event
+        self.after_step: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="qwen-onnx engine", daemon=True)
         self._thread.start()
 
@@ -93,8 +96,10 @@ class SerialEngine:
             with self._changed:
                 self._running = 0
             turn.listener(event)
+            self.after_step()
         for turn in self._turns:
             turn.listener(TokenEvent(finish="cancelled"))
+        self.after_step()
 
     def _next(self) -> Turn | None:
         with self._changed:
@@ -128,6 +133,7 @@ class SerialEngine:
                 count += 1
                 self._written += 1
                 turn.listener(TokenEvent(token))
+                self.after_step()
         except QwenOnnxError as error:
             return TokenEvent(error=error)
         # genai raises RuntimeError and what derives from it

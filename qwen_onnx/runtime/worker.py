@@ -17,7 +17,7 @@ from qwen_onnx.errors import ArtifactError, OverloadedError, QwenOnnxError, Work
 from qwen_onnx.runtime.batching.engine import BatchEngine
 from qwen_onnx.runtime.batching.model import UnsupportedGraphError
 from qwen_onnx.runtime.engine import Shape
-from qwen_onnx.runtime.requests import EngineStats, Listener, TokenEngine, TokenEvent, TokenRequest
+from qwen_onnx.runtime.requests import EngineStats, Listener, TokenEvent, TokenRequest
 from qwen_onnx.runtime.serial import SerialEngine
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class EngineOptions:
     threads: int | None = None
 
 
-def load_engine(folder: Path, options: EngineOptions) -> TokenEngine:
+def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEngine:
     """The engine that suits the artifact: continuous batching where the graph allows it, else genai.
 
     Raises:
@@ -151,15 +151,16 @@ class RemoteEngine:
     def _read(self) -> None:
         while not self._closing:
             try:
-                kind, number, content = self._pipe.recv()
+                message = self._pipe.recv()
             except (EOFError, OSError):
                 if self._closing or not self._revive():
                     return
                 continue
-            if kind == "stats":
-                self._stats = content
+            if isinstance(message, EngineStats):
+                self._stats = message
             else:
-                self._tell(number, content)
+                for number, event in message:
+                    self._tell(number, event)
 
     def _tell(self, number: int, event: TokenEvent) -> None:
         with self._lock:
@@ -217,14 +218,15 @@ def _child_main(pipe: Connection, folder: Path, options: EngineOptions) -> None:
 
 
 class _Host:
-    """The child's side of the pipe."""
+    """The child's side of the pipe: numbered requests come in, lists of (number, event) go out, one for each step."""
 
-    def __init__(self, pipe: Connection, engine: TokenEngine) -> None:
+    def __init__(self, pipe: Connection, engine: BatchEngine | SerialEngine) -> None:
         self._pipe, self._engine = pipe, engine
         self._lock = threading.Lock()
         self._handles: dict[int, Any] = {}
-        self._said = engine.stats()
-        pipe.send((engine.shape, engine.features, self._said))
+        self._told: list[tuple[int, TokenEvent]] = []
+        engine.after_step = self._flush
+        pipe.send((engine.shape, engine.features, engine.stats()))
 
     def run(self) -> None:
         """Until the pipe ends or ``close`` comes."""
@@ -255,16 +257,21 @@ class _Host:
                 with self._lock:
                     ended = True
                     self._handles.pop(number, None)
-            self._send(("event", number, event))
+            self._told.append((number, event))
 
         try:
             handle = self._engine.submit(request, listener)
         except QwenOnnxError as error:
-            self._send(("event", number, TokenEvent(error=error)))
+            self._send([(number, TokenEvent(error=error))])
             return
         with self._lock:
             if not ended:
                 self._handles[number] = handle
+
+    def _flush(self) -> None:
+        if self._told:
+            self._send(self._told)
+            self._told = []
 
     def _send(self, message: Any) -> None:
         with self._lock:
@@ -277,4 +284,4 @@ class _Host:
         stats = self._engine.stats()
         if not stats.alive:
             raise EOFError("the engine failed: a new process replaces this one")
-        self._send(("stats", 0, stats))
+        self._send(stats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -85,6 +86,8 @@ class BatchEngine:
         self._closing, self._failed = False, False
         self._counted = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         self._clock = 0
+        # called by the owner thread when all events of a step are told
+        self.after_step: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="qwen-onnx engine", daemon=True)
         self._thread.start()
 
@@ -131,6 +134,7 @@ class BatchEngine:
         try:
             while self._next_step_is_due():
                 self._step()
+                self.after_step()
         # whatever it is, those who wait must hear of it; the owner of this engine starts another
         except Exception as error:
             log.exception("the engine failed")
@@ -152,6 +156,7 @@ class BatchEngine:
             self._waiting.clear()
         for stream in streams:
             stream.listener(event)
+        self.after_step()
 
     def _step(self) -> None:
         """One piece of one prompt, and one token of every answer."""

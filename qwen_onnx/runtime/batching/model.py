@@ -9,6 +9,7 @@ own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +101,14 @@ class BatchModel:
         self.vocab_size = shape.vocab_size
         self.capacity = _capacity(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
         self.rows, self._layout = rows, layout
-        self._kv = [np.zeros((rows, layout.heads, self.capacity, layout.head_size), self._type) for _ in layout.names]
-        self._logits = np.zeros((max(rows, chunk), self.vocab_size), self._logits_type())
+        sizes = (rows, layout.heads, self.capacity, layout.head_size)
+        self._kv = [_zeros(sizes, self._type) for _ in layout.names]
+        logits = next(output for output in self._session.get_outputs() if output.name == "logits")
+        # a pruned head computes the logits of the last token alone
+        self._pruned = logits.shape[1] == 1
+        self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
         self._bindings: dict[tuple[int, int], Any] = {}
         self._check_rows()
-
-    def _logits_type(self) -> type[np.generic]:
-        return TYPES[next(output.type for output in self._session.get_outputs() if output.name == "logits")]
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -134,7 +136,8 @@ class BatchModel:
         if "position_ids" in self._inputs:
             positions = np.asarray(past, np.int64)[:, None] + np.arange(new, dtype=np.int64)
             binding.bind_cpu_input("position_ids", positions)
-        logits = self._logits[: count * new].reshape(count, new, self.vocab_size)
+        kept = 1 if self._pruned else new
+        logits = self._logits[: count * kept].reshape(count, kept, self.vocab_size)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         return logits[:, -1].astype(np.float32, copy=False)
@@ -171,6 +174,17 @@ class BatchModel:
             cosine = float(one @ both / (np.linalg.norm(one) * np.linalg.norm(both)))
             if not cosine >= LEAST_COSINE:
                 raise UnsupportedGraphError(f"the rows of a batch are not independent (cosine {cosine:.3f})")
+
+
+def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, Any]:
+    """Zeroed memory whose pages are taken when they are first written.
+
+    numpy asks for pages of 2 MB, which a short conversation in each row would take whole: 3 GB instead of 0.2.
+    """
+    memory = mmap.mmap(-1, max(1, int(np.prod(sizes)) * np.dtype(kind).itemsize))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, kind).reshape(sizes)
 
 
 def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
