@@ -33,7 +33,9 @@ class Bench:
 
     def __init__(self, **thresholds: float) -> None:
         self.now, self.own, self.state = 100.0, 50 * MIB, IDLE
-        self.monitor = QwenMonitor(self, Thresholds(**thresholds), clock=lambda: self.now, resident=lambda: self.own, isolated=True)
+        self.monitor = QwenMonitor(
+            self, Thresholds(**thresholds), clock=lambda: self.now, resident=lambda: self.own, isolated=True
+        )
 
     def stats(self) -> EngineStats:
         return self.state
