@@ -36,6 +36,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # a body that is refused is read on for a while: a client that still writes would not see the answer otherwise
 MOST_DRAINED = 32 << 20
 DRAIN_SECONDS = 5.0
+SMALL = 64 << 10
 CLOSE = (b"connection", b"close")
 
 
@@ -127,11 +128,11 @@ class Gate:
     async def _guarded(self, scope: Message, headers: dict[str, str], receive: Receive, send: _Sender) -> None:
         try:
             try:
-                admitted = self._admit(scope, headers, send)
+                self._admit(scope, headers, send)
             except Refused:
                 await self._drain(receive)
                 raise
-            await self._app(scope, await self._read(scope, headers, receive) if admitted else receive, send)
+            await self._app(scope, await self._read(scope, headers, receive), send)
         except Refused as refusal:
             send.record.reason = refusal.reason
             await send.answer(refusal.status, refusal.body, refusal.headers)
@@ -147,8 +148,8 @@ class Gate:
                 raise Broken from None
             await send.answer(500, error_body("internal error", kind="server_error"), (CLOSE,))
 
-    def _admit(self, scope: Message, headers: dict[str, str], send: _Sender) -> bool:
-        """Host, key and rate."""
+    def _admit(self, scope: Message, headers: dict[str, str], send: _Sender) -> None:
+        """Host, key and rate; Refused when one of them says no."""
         path = scope["path"]
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             raise Refused(421, "this server is not known by that Host; see --allowed-host", "host")
@@ -171,7 +172,6 @@ class Gate:
                     code="rate_limit_exceeded",
                     kind="rate_limit_error",
                 )
-        return True
 
     async def _read(self, scope: Message, headers: dict[str, str], receive: Receive) -> Receive:
         """The whole body, checked; what the application receives instead of the connection's messages."""
@@ -198,10 +198,14 @@ class Gate:
         content = bytes(body)
         if scope["method"] == "POST" and _is_json(headers):
             try:
-                check_token_fields(read_json(content, self._settings.max_json_depth), self._settings.max_tokens)
+                # what is long is read in a thread, so that streams go on meanwhile
+                await asyncio.to_thread(self._check, content) if len(content) > SMALL else self._check(content)
             except RequestError as error:
                 raise Refused(400, error.what, "malformed", param=error.where, close=False) from error
         return _replay(content, receive)
+
+    def _check(self, content: bytes) -> None:
+        check_token_fields(read_json(content, self._settings.max_json_depth), self._settings.max_tokens)
 
     async def _drain(self, receive: Receive) -> None:
         with contextlib.suppress(TimeoutError):

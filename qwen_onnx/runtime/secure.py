@@ -203,7 +203,7 @@ class _Run:
 
 
 def characters(prompt: Any) -> int:
-    """Of all text that a client sends: every string but roles and kinds of parts, and the names of tools' fields."""
+    """Of all text that a client sends: every string but roles, kinds of parts, and the names of fields."""
     waiting, count = [prompt], 0
     while waiting:
         value = waiting.pop()
