@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
+from qwen_onnx.commands.serve import keys_app, serve
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:
@@ -329,22 +330,8 @@ def _write(pieces: Iterator[str]) -> str:
 
 
 app.command()(chat)
-
-
-@app.command()
-def serve(
-    artifact: ArtifactPath,
-    host: str = typer.Option("127.0.0.1", help="address to listen on"),
-    port: int = typer.Option(8000, min=0, max=65535),
-    name: str | None = typer.Option(None, help="model name in the API; default: the recipe's id"),
-    threads: Threads = None,
-) -> None:
-    """Serve the artifact at an OpenAI-compatible /v1/chat/completions."""
-    from qwen_onnx.artifact import open_artifact
-    from qwen_onnx.runtime.server import serve as run
-
-    opened = open_artifact(artifact.resolve())
-    run(opened.path, host=host, port=port, model_name=name or opened.manifest.plan.model, threads=threads)
+app.command()(serve)
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()

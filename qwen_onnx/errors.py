@@ -16,6 +16,7 @@ QwenOnnxError                      exit 1
 │   └── TemplateError                       the chat template refuses these messages
 └── ServiceError                   exit 9   the request is sound, but cannot be served now (HTTP 503)
     ├── OverloadedError                     too many wait already
+    ├── RateLimitError                      this client asked too often (HTTP 429)
     ├── WorkerDiedError                     the engine's process died; it is started again
     └── DeadlineError                       not finished within the time allowed (HTTP 504)
 
@@ -144,6 +145,10 @@ class ServiceError(QwenOnnxError):
 
 class OverloadedError(ServiceError):
     """The queue is full."""
+
+
+class RateLimitError(ServiceError):
+    """This client has used up what it may ask for; the server answers 429."""
 
 
 class WorkerDiedError(ServiceError):

@@ -3,6 +3,8 @@
 from qwen_onnx.runtime import prompts
 from qwen_onnx.runtime.engine import Engine, SamplingOptions
 from qwen_onnx.runtime.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
+from qwen_onnx.runtime.monitor import Health, QwenMonitor, Thresholds
+from qwen_onnx.runtime.secure import Policy, SecureQwenService
 from qwen_onnx.runtime.service import QwenService
 from qwen_onnx.runtime.template import ChatTemplate
 from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
@@ -15,11 +17,16 @@ __all__ = [
     "Delta",
     "Engine",
     "GenerationConfig",
+    "Health",
+    "Policy",
+    "QwenMonitor",
     "QwenService",
     "RemoteEngine",
     "SamplingOptions",
+    "SecureQwenService",
     "StreamDecoder",
     "TextTokenizer",
+    "Thresholds",
     "TokenLogprob",
     "prompts",
 ]

@@ -44,7 +44,8 @@ def test_every_option_of_the_commands_exists() -> None:
         words = command.split()
         if words[0] == "pip":
             continue
-        program = ["qwen_onnx.cli", "serve"] if words[0] == "qwen-onnx" else [words[2]]
+        verb = ["keys", "new"] if words[1] == "keys" else ["serve"]
+        program = ["qwen_onnx.cli", *verb] if words[0] == "qwen-onnx" else [words[2]]
         done = subprocess.run([sys.executable, "-m", *program, "--help"], capture_output=True, text=True, check=True)
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout), f"{command}: no {option}"

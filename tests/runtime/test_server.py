@@ -81,11 +81,11 @@ def test_raw_bodies_get_an_openai_error(client: OpenAI, content: bytes, status: 
 
 
 def test_the_event_loop_is_free_while_the_model_computes(client: OpenAI) -> None:
-    """A prompt of thousands of tokens is in prefill; /health must answer meanwhile."""
+    """A prompt of thousands of tokens is in prefill; /health/live must answer meanwhile."""
     busy = threading.Thread(target=ask, args=(client,), kwargs={"messages": [{"role": "user", "content": "x " * 3500}]})
     busy.start()
     delays = []
-    health = str(client.base_url).replace("/v1/", "/health")
+    health = str(client.base_url).replace("/v1/", "/health/live")
     with httpx.Client() as probe:
         while busy.is_alive():
             begin = time.monotonic()

@@ -1,0 +1,278 @@
+"""A service with limits: what a server must hold whatever route a request took, and the same for Python programs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwen_onnx.errors import DeadlineError, OverloadedError, RateLimitError, RequestError, WorkerDiedError
+from qwen_onnx.runtime.answers import Assembler
+from qwen_onnx.runtime.engine import Cancelled
+from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Delta, GenerationConfig, Prompt
+from qwen_onnx.runtime.limits import RateLimiter
+from qwen_onnx.runtime.logs import PromptHash, current
+from qwen_onnx.runtime.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
+from qwen_onnx.runtime.requests import Handle, Listener
+from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
+from qwen_onnx.runtime.service import QwenService, is_ids
+
+Observer = Callable[[Measurement], None]
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Limits of one generation; the fields are those of ``ServerSettings``."""
+
+    max_input_characters: int = 8192
+    max_tokens: int = 1024
+    request_seconds: float = 300.0
+    sanitise: bool = False
+    log_key: str | None = None
+
+
+class GuardedService(QwenService):
+    """A running service behind a policy. ``prepare`` and ``submit`` are where every form of generation passes.
+
+    Args:
+        inner: the service; closing this one closes it.
+        observers: told of every generation that ended.
+    """
+
+    def __init__(self, inner: QwenService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
+        # the same tokenizer, template and engine beneath the inherited methods: nothing is loaded again
+        self.__dict__ |= vars(inner)
+        self.policy, self._observers = policy, tuple(observers)
+        self._hash = PromptHash(policy.log_key)
+
+    def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
+        """Token ids of a prompt that the policy allows.
+
+        Raises:
+            RequestError: an unknown role, too many characters or tokens asked for; and see ``QwenService.prepare``.
+        """
+        _check_roles(prompt)
+        self._check_length(prompt)
+        self._bounded(config)
+        self._check_load()
+        if self.policy.sanitise:
+            prompt = _sanitised_prompt(prompt)
+        return super().prepare(prompt, config)
+
+    def _check_load(self) -> None:
+        """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""
+        stats = self.engine.stats()
+        if not stats.alive:
+            raise WorkerDiedError("the engine's process died; it is started again", retry_after=5)
+        if stats.running >= stats.streams and stats.waiting >= stats.queue_size:
+            raise OverloadedError(f"{stats.waiting} requests wait already", hint="try again later")
+
+    def _check_length(self, prompt: Prompt) -> None:
+        count = len(self.tokenizer.decode(self._known_ids(prompt))) if is_ids(prompt) else characters(prompt)
+        most = self.policy.max_input_characters
+        if count > most:
+            raise RequestError(
+                f"the input has {count} characters, the most is {most}", where="input", hint="send less text"
+            )
+
+    def _known_ids(self, prompt: Any) -> list[int]:
+        vocabulary = self.engine.shape.vocab_size
+        # unknown ids are refused by ``prepare``, which names them
+        return [token for token in prompt if 0 <= token < vocabulary]
+
+    def _bounded(self, config: GenerationConfig) -> GenerationConfig:
+        """The config under the cap; the default, which nobody asked for, gives way in silence."""
+        most = self.policy.max_tokens
+        if config.max_new_tokens > most:
+            if config.max_new_tokens != DEFAULT.max_new_tokens:
+                raise RequestError(
+                    f"max_tokens is {config.max_new_tokens}, the most is {most}",
+                    where="max_tokens",
+                    hint="ask for less",
+                )
+            config = replace(config, max_new_tokens=most)
+        if self.policy.sanitise and config.logprobs is not None:
+            raise RequestError("logprobs would tell what `sanitise` removes", where="logprobs", hint="leave them out")
+        return config
+
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Assembler]:
+        """See ``QwenService.submit``; the config is bounded first."""
+        record = current.get()
+        if record is not None:
+            record.prompt_hash = self._hash.of(prompt)
+        return super().submit(prompt, self._bounded(config), listener)
+
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig = DEFAULT, *, cancelled: Cancelled | None = None
+    ) -> Iterator[Delta]:
+        """See ``QwenService.stream``. Raises DeadlineError when ``request_seconds`` are over."""
+        run = _Run(self)
+        late = time.monotonic() + self.policy.request_seconds
+
+        def over() -> bool:
+            run.late = time.monotonic() > late
+            return run.late or bool(cancelled and cancelled())
+
+        with run.failing():
+            deltas = super().stream(prompt, config, cancelled=over)
+        return self._watched(deltas, run)
+
+    def _watched(self, deltas: Iterator[Delta], run: _Run) -> Iterator[Delta]:
+        with run.watching():
+            for delta in deltas:
+                if run.late:
+                    raise self._deadline()
+                yield from run.pieces(delta)
+
+    def _deadline(self) -> DeadlineError:
+        return DeadlineError(f"the answer was not finished within {self.policy.request_seconds:g} s")
+
+    async def generate_async(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> AsyncIterator[Delta]:
+        """See ``QwenService.generate_async``. Raises DeadlineError when ``request_seconds`` are over."""
+        run = _Run(self)
+        late = asyncio.get_running_loop().time() + self.policy.request_seconds
+        deltas: Any = super().generate_async(prompt, config)
+        with run.watching():
+            try:
+                while not run.finished:
+                    try:
+                        async with asyncio.timeout_at(late):
+                            delta = await anext(deltas)
+                    except TimeoutError as error:
+                        raise self._deadline() from error
+                    for piece in run.pieces(delta):
+                        yield piece
+            finally:
+                await deltas.aclose()
+
+    def ended(self, measurement: Measurement) -> None:
+        """Tell everybody of a generation."""
+        for observer in self._observers:
+            observer(measurement)
+
+
+class _Run:
+    """One generation under watch: its stopwatch, its filter, and the request that it belongs to."""
+
+    def __init__(self, service: GuardedService) -> None:
+        self._service, self._record = service, current.get()
+        self._watch = Stopwatch(time.monotonic)
+        self._sanitiser = Sanitiser() if service.policy.sanitise else None
+        self.finished, self.late = False, False
+
+    def pieces(self, delta: Delta) -> Iterator[Delta]:
+        """What may go out of a piece."""
+        self._watch.piece(delta)
+        self.finished = delta.finish_reason is not None
+        if self._sanitiser is None:
+            yield delta
+            return
+        text = self._sanitiser.push(delta.text) + (self._sanitiser.flush() if self.finished else "")
+        if text or self.finished:
+            yield replace(delta, text=text)
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """The end is told when the block fails, and comes later when it does not."""
+        try:
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """The end is told, however the block ends."""
+        with self.failing():
+            yield
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        measurement = self._watch.stop(error)
+        # whoever closes the iterator wants no more of it: the client left, or the server goes
+        if isinstance(error, GeneratorExit | asyncio.CancelledError):
+            measurement.fault, measurement.finish_reason = "Cancelled", "cancelled"
+        if self._record is not None:
+            self._record.generations.append(measurement)
+        self._service.ended(measurement)
+
+
+def characters(prompt: Any) -> int:
+    """Of all text that a client sends: every string but roles, kinds of parts, and the names of fields."""
+    waiting, count = [prompt], 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, ChatPrompt):
+            waiting += [list(value.messages), list(value.tools)]
+        elif isinstance(value, Mapping):
+            waiting += [item for key, item in value.items() if key not in ("role", "type")]
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return count
+
+
+def _check_roles(prompt: Prompt) -> None:
+    messages = prompt.messages if isinstance(prompt, ChatPrompt) else prompt
+    if isinstance(messages, str) or is_ids(prompt):
+        return
+    for message in messages:
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ROLES:
+            raise RequestError(f"there is no role {role!r}; known: {', '.join(sorted(ROLES))}", where="messages.role")
+
+
+def _sanitised_prompt(prompt: Prompt) -> Prompt:
+    if isinstance(prompt, ChatPrompt):
+        return replace(prompt, messages=sanitised(prompt.messages))
+    if is_ids(prompt):
+        # ids are no text: what they spell comes back in the output at most, which is filtered
+        return prompt
+    made: Prompt = sanitised(prompt)
+    return made
+
+
+class SecureQwenService(GuardedService):
+    """An artifact that answers within limits, watched by a monitor: what the server holds, for Python programs.
+
+    Args:
+        folder: flat folder of an exported model.
+        policy: limits of one generation.
+        rate_limit: generations in an hour; None: no limit.
+        thresholds: of the monitor.
+        clock: seconds, for the rate limit.
+        options: those of ``QwenService``.
+
+    Raises:
+        ArtifactError: the folder holds no model that loads.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        policy: Policy | None = None,
+        *,
+        rate_limit: int | None = 100,
+        thresholds: Thresholds | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **options: Any,
+    ) -> None:
+        inner = QwenService(folder, **options)
+        self.monitor = QwenMonitor(inner, thresholds)
+        super().__init__(inner, policy or Policy(), (self.monitor.add,))
+        self._limiter = RateLimiter(rate_limit, clock=clock) if rate_limit else None
+
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Assembler]:
+        """See ``GuardedService.submit``. Raises RateLimitError when the hour's generations are used up."""
+        # faulty input costs nothing
+        self.prepare(prompt, config)
+        wait = self._limiter.admit("python") if self._limiter else 0
+        if wait:
+            raise RateLimitError("the generations of this hour are used up", retry_after=wait)
+        return super().submit(prompt, config, listener)
