@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from qwen_onnx.runtime.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
 from qwen_onnx.runtime.requests import TokenEvent
 from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
+
+
+class Answer(Protocol):
+    """An answer that grows with the events of the engine."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last piece is told."""
+
+    def feed(self, event: TokenEvent) -> list[Delta]:
+        """The pieces that became certain. Raises QwenOnnxError: why there will be no more."""
 
 
 class Assembler:

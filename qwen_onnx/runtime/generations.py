@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.answers import Assembler
+from qwen_onnx.runtime.answers import Answer
 from qwen_onnx.runtime.generation import Delta, GenerationConfig, Prompt
 from qwen_onnx.runtime.requests import EngineStats, Handle, Listener, TokenEvent
 
@@ -18,7 +18,7 @@ Job = tuple[Prompt, GenerationConfig]
 class Submitter(Protocol):
     """The part of a service that begins answers."""
 
-    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Assembler]:
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """See ``QwenService.submit``."""
 
     def stats(self) -> EngineStats:
@@ -32,7 +32,7 @@ class Generations:
     """
 
     def __init__(self) -> None:
-        self._started: list[tuple[Handle, Assembler]] = []
+        self._started: list[tuple[Handle, Answer]] = []
         self._events: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 

@@ -24,6 +24,7 @@ ALL_FEATURES = frozenset(
         "grammar",
     )
 )
+CLOSED = "the engine is closed"
 EngineFinish = Literal["stop", "length", "cancelled"]
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.errors import DeadlineError, OverloadedError, RateLimitError, RequestError, WorkerDiedError
-from qwen_onnx.runtime.answers import Assembler
-from qwen_onnx.runtime.engine import Cancelled
+from qwen_onnx.errors import (
+    DeadlineError,
+    OverloadedError,
+    QwenOnnxError,
+    RateLimitError,
+    RequestError,
+    WorkerDiedError,
+)
+from qwen_onnx.runtime.answers import Answer
 from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Delta, GenerationConfig, Prompt
 from qwen_onnx.runtime.limits import RateLimiter
-from qwen_onnx.runtime.logs import PromptHash, current
+from qwen_onnx.runtime.logs import PromptHash, RequestRecord, current
 from qwen_onnx.runtime.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
-from qwen_onnx.runtime.requests import Handle, Listener
+from qwen_onnx.runtime.requests import Handle, Listener, TokenEvent
 from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
 from qwen_onnx.runtime.service import QwenService, is_ids
 
@@ -100,55 +105,21 @@ class GuardedService(QwenService):
             raise RequestError("logprobs would tell what `sanitise` removes", where="logprobs", hint="leave them out")
         return config
 
-    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Assembler]:
-        """See ``QwenService.submit``; the config is bounded first."""
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
+        """See ``QwenService.submit``; the config is bounded first, and the answer is watched.
+
+        After ``request_seconds`` the listener hears of a DeadlineError.
+        """
         record = current.get()
         if record is not None:
             record.prompt_hash = self._hash.of(prompt)
-        return super().submit(prompt, self._bounded(config), listener)
-
-    def stream(
-        self, prompt: Prompt, config: GenerationConfig = DEFAULT, *, cancelled: Cancelled | None = None
-    ) -> Iterator[Delta]:
-        """See ``QwenService.stream``. Raises DeadlineError when ``request_seconds`` are over."""
-        run = _Run(self)
-        late = time.monotonic() + self.policy.request_seconds
-
-        def over() -> bool:
-            run.late = time.monotonic() > late
-            return run.late or bool(cancelled and cancelled())
-
-        with run.failing():
-            deltas = super().stream(prompt, config, cancelled=over)
-        return self._watched(deltas, run)
-
-    def _watched(self, deltas: Iterator[Delta], run: _Run) -> Iterator[Delta]:
-        with run.watching():
-            for delta in deltas:
-                if run.late:
-                    raise self._deadline()
-                yield from run.pieces(delta)
-
-    def _deadline(self) -> DeadlineError:
-        return DeadlineError(f"the answer was not finished within {self.policy.request_seconds:g} s")
-
-    async def generate_async(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> AsyncIterator[Delta]:
-        """See ``QwenService.generate_async``. Raises DeadlineError when ``request_seconds`` are over."""
-        run = _Run(self)
-        late = asyncio.get_running_loop().time() + self.policy.request_seconds
-        deltas: Any = super().generate_async(prompt, config)
-        with run.watching():
-            try:
-                while not run.finished:
-                    try:
-                        async with asyncio.timeout_at(late):
-                            delta = await anext(deltas)
-                    except TimeoutError as error:
-                        raise self._deadline() from error
-                    for piece in run.pieces(delta):
-                        yield piece
-            finally:
-                await deltas.aclose()
+        run = _Run(self, record)
+        try:
+            run.begin(*super().submit(prompt, self._bounded(config), listener), listener)
+        except QwenOnnxError as error:
+            run.end(error)
+            raise
+        return run, run
 
     def ended(self, measurement: Measurement) -> None:
         """Tell everybody of a generation."""
@@ -157,45 +128,69 @@ class GuardedService(QwenService):
 
 
 class _Run:
-    """One generation under watch: its stopwatch, its filter, and the request that it belongs to."""
+    """One generation under watch, its own handle and answer: stopwatch, filter, deadline, and its request's record."""
 
-    def __init__(self, service: GuardedService) -> None:
-        self._service, self._record = service, current.get()
+    def __init__(self, service: GuardedService, record: RequestRecord | None) -> None:
+        self._service, self._record = service, record
         self._watch = Stopwatch(time.monotonic)
         self._sanitiser = Sanitiser() if service.policy.sanitise else None
-        self.finished, self.late = False, False
+        self._timer: threading.Timer | None = None
+        self._ended = threading.Lock()
 
-    def pieces(self, delta: Delta) -> Iterator[Delta]:
+    def begin(self, handle: Handle, answer: Answer, listener: Listener) -> None:
+        """It was submitted."""
+        self._handle, self._answer = handle, answer
+        seconds = self._service.policy.request_seconds
+
+        def late() -> None:
+            error = DeadlineError(f"the answer was not finished within {seconds:g} s")
+            listener(TokenEvent(error=error))
+            handle.cancel()
+
+        self._timer = threading.Timer(seconds, late)
+        self._timer.daemon = True
+        self._timer.start()
+
+    @property
+    def finished(self) -> bool:
+        """See ``Answer``."""
+        return self._answer.finished
+
+    def feed(self, event: TokenEvent) -> list[Delta]:
+        """See ``Answer``."""
+        try:
+            deltas = [piece for delta in self._answer.feed(event) for piece in self._pieces(delta)]
+        except QwenOnnxError as error:
+            self.end(error)
+            raise
+        if self.finished:
+            self.end(None)
+        return deltas
+
+    def _pieces(self, delta: Delta) -> Iterator[Delta]:
         """What may go out of a piece."""
         self._watch.piece(delta)
-        self.finished = delta.finish_reason is not None
         if self._sanitiser is None:
             yield delta
             return
-        text = self._sanitiser.push(delta.text) + (self._sanitiser.flush() if self.finished else "")
-        if text or self.finished:
+        ends = delta.finish_reason is not None
+        text = self._sanitiser.push(delta.text) + (self._sanitiser.flush() if ends else "")
+        if text or ends:
             yield replace(delta, text=text)
 
-    @contextlib.contextmanager
-    def failing(self) -> Iterator[None]:
-        """The end is told when the block fails, and comes later when it does not."""
-        try:
-            yield
-        except BaseException as error:
-            self._end(error)
-            raise
+    def cancel(self) -> None:
+        """See ``Handle``. Whoever cancels before the end wants no more: the client left, or the server goes."""
+        self._handle.cancel()
+        self.end(None, cancelled=True)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """The end is told, however the block ends."""
-        with self.failing():
-            yield
-        self._end(None)
-
-    def _end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, *, cancelled: bool = False) -> None:
+        """Tell of the end, once."""
+        if not self._ended.acquire(blocking=False):
+            return
+        if self._timer:
+            self._timer.cancel()
         measurement = self._watch.stop(error)
-        # whoever closes the iterator wants no more of it: the client left, or the server goes
-        if isinstance(error, GeneratorExit | asyncio.CancelledError):
+        if cancelled:
             measurement.fault, measurement.finish_reason = "Cancelled", "cancelled"
         if self._record is not None:
             self._record.generations.append(measurement)
@@ -268,7 +263,7 @@ class SecureQwenService(GuardedService):
         super().__init__(inner, policy or Policy(), (self.monitor.add,))
         self._limiter = RateLimiter(rate_limit, clock=clock) if rate_limit else None
 
-    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Assembler]:
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """See ``GuardedService.submit``. Raises RateLimitError when the hour's generations are used up."""
         # faulty input costs nothing
         self.prepare(prompt, config)

@@ -13,7 +13,7 @@ import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
 from qwen_onnx.runtime.engine import Engine, SamplingOptions
-from qwen_onnx.runtime.requests import ALL_FEATURES, GREEDY, EngineStats, Listener, TokenEvent, TokenRequest
+from qwen_onnx.runtime.requests import ALL_FEATURES, CLOSED, GREEDY, EngineStats, Listener, TokenEvent, TokenRequest
 
 log = logging.getLogger(__name__)
 # genai keeps seeds in 32 bits
@@ -58,7 +58,7 @@ class SerialEngine:
         turn = Turn(request, listener)
         with self._changed:
             if self._closing:
-                raise ServiceError("the engine is closed")
+                raise ServiceError(CLOSED)
             if len(self._turns) + self._running > self._queue_size:
                 raise OverloadedError(f"{len(self._turns)} requests wait already", hint="try again later")
             self._turns.append(turn)
@@ -98,7 +98,7 @@ class SerialEngine:
             turn.listener(event)
             self.after_step()
         for turn in self._turns:
-            turn.listener(TokenEvent(finish="cancelled"))
+            turn.listener(TokenEvent(error=ServiceError(CLOSED)))
         self.after_step()
 
     def _next(self) -> Turn | None:
@@ -140,8 +140,10 @@ class SerialEngine:
         except RuntimeError as error:
             log.exception("onnxruntime-genai failed")
             return TokenEvent(error=ServiceError(f"the engine failed: {type(error).__name__}"))
-        if stopped():
+        if turn.cancelled.is_set():
             return TokenEvent(finish="cancelled")
+        if self._closing:
+            return TokenEvent(error=ServiceError(CLOSED))
         return TokenEvent(finish="length" if count == request.max_new_tokens else "stop")
 
 

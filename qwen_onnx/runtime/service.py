@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
-from qwen_onnx.runtime.answers import Assembler
+from qwen_onnx.runtime.answers import Answer, Assembler
 from qwen_onnx.runtime.engine import CONFIG_FILE, Cancelled
 from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Completion, Delta, GenerationConfig, Message, Prompt
 from qwen_onnx.runtime.generations import Generations
@@ -97,7 +97,7 @@ class QwenService:
             raise RequestError(f"logit_bias names token {outside}, which does not exist", where="logit_bias")
         return ids
 
-    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Assembler]:
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """Begin an answer; ``listener`` gets the engine's events, which the assembler makes pieces of.
 
         ``max_new_tokens`` is bounded by what the context leaves.
@@ -123,7 +123,7 @@ class QwenService:
         return self._deltas(events, handle, assembler, cancelled)
 
     def _deltas(
-        self, events: queue.SimpleQueue[TokenEvent], handle: Handle, assembler: Assembler, cancelled: Cancelled | None
+        self, events: queue.SimpleQueue[TokenEvent], handle: Handle, assembler: Answer, cancelled: Cancelled | None
     ) -> Iterator[Delta]:
         try:
             while not assembler.finished:

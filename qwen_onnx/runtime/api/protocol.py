@@ -207,9 +207,12 @@ def error_body(message: str, *, kind: str, param: str | None = None, code: str |
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "A field is unknown, unsupported or out of its range; param names it"},
+    401: {"model": ErrorResponse, "description": "No key, or an unknown one"},
     404: {"model": ErrorResponse, "description": "This server has another model"},
     413: {"model": ErrorResponse, "description": "The body is too large"},
+    408: {"model": ErrorResponse, "description": "The body did not come in time"},
     429: {"model": ErrorResponse, "description": "Too many requests with this key; see Retry-After"},
+    500: {"model": ErrorResponse, "description": "A fault of this server"},
     503: {"model": ErrorResponse, "description": "The queue is full or the engine restarts; see Retry-After"},
     504: {"model": ErrorResponse, "description": "The answer took longer than is allowed"},
     # with one of these FastAPI does not claim that its own 422 is sent

@@ -19,7 +19,15 @@ from qwen_onnx.runtime.batching.model import BatchModel, Floats
 from qwen_onnx.runtime.batching.rows import Rows
 from qwen_onnx.runtime.batching.sampling import Sampler
 from qwen_onnx.runtime.engine import Shape
-from qwen_onnx.runtime.requests import ALL_FEATURES, EngineFinish, EngineStats, Listener, TokenEvent, TokenRequest
+from qwen_onnx.runtime.requests import (
+    ALL_FEATURES,
+    CLOSED,
+    EngineFinish,
+    EngineStats,
+    Listener,
+    TokenEvent,
+    TokenRequest,
+)
 
 log = logging.getLogger(__name__)
 # more at once would hold up the others for longer, fewer read the prompt more slowly (docs/lab-log.md)
@@ -99,7 +107,7 @@ class BatchEngine:
         stream = Stream(request, listener, Sampler(request, matcher, forbidden))
         with self._changed:
             if self._closing or self._failed:
-                raise ServiceError("the engine is closed")
+                raise ServiceError(CLOSED)
             waiting = len(self._waiting) + len(self._active) - len(self._rows.histories)
             if waiting >= self._queue_size:
                 raise OverloadedError(f"{waiting} requests wait already", hint="try again later")
@@ -141,7 +149,7 @@ class BatchEngine:
             self._failed = True
             self._end_all(TokenEvent(error=ServiceError(f"the engine failed: {type(error).__name__}")))
         else:
-            self._end_all(TokenEvent(finish="cancelled"))
+            self._end_all(TokenEvent(error=ServiceError(CLOSED)))
 
     def _next_step_is_due(self) -> bool:
         with self._changed:

@@ -20,6 +20,7 @@ from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.runtime.generations import Generations
 from qwen_onnx.runtime.server import create_app
 from tests.conftest import free_port
+from tests.runtime.conftest import ROOMY
 
 LONG = GenerationConfig(max_new_tokens=8000, logit_bias={1: -100})
 
@@ -35,7 +36,9 @@ def small(tiny_artifact: Path) -> Iterator[QwenService]:
 def port(small: QwenService) -> Iterator[int]:
     """Where a server of it listens."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(small, "tiny"), port=port, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(small, "tiny", ROOMY), port=port, log_level="warning", lifespan="off")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -56,9 +59,8 @@ def wait_for(small: QwenService, running: int) -> None:
 def post(port: int, path: str, body: dict[str, Any]) -> socket.socket:
     """A request whose answer is not read."""
     content = json.dumps({"model": "tiny", "max_tokens": 8000, "logit_bias": {"1": -100}, **body}).encode()
-    head = (
-        f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-    )
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n"
     connection = socket.create_connection(("127.0.0.1", port))
     connection.sendall(head.encode() + b"\r\n" + content)
     return connection
