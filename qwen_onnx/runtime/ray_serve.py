@@ -11,7 +11,6 @@ https://docs.ray.io/en/latest/serve/http-guide.html
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import signal
 import threading
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.errors import EnvironmentFault, WorkerDiedError
-from qwen_onnx.runtime.generation import GenerationConfig
-from qwen_onnx.runtime.live import LOOPBACK, run
-from qwen_onnx.runtime.server import create_app
+from qwen_onnx.runtime.live import run
+from qwen_onnx.runtime.security import KeyRing
+from qwen_onnx.runtime.server import create_app, load_service
 from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.settings import ServerSettings
 
 APPLICATION = "qwen-onnx"
 # Ray's least; nothing of ours goes through the object store
@@ -56,18 +56,25 @@ class Named:
 
 def check(service: QwenService) -> None:
     """WorkerDiedError when the process that holds the model is gone."""
-    stats = getattr(service.engine, "stats", None)
-    # the engine of one stream tells nothing, but it is a child of this process
-    if not (stats().alive if stats else multiprocessing.active_children()):
+    if not service.stats().alive:
         raise WorkerDiedError("the engine's process died")
 
 
-def deployment(folder: Path, model_name: str, *, replicas: int, threads: int) -> Any:
+def deployment(
+    folder: Path,
+    model_name: str,
+    *,
+    replicas: int,
+    threads: int,
+    settings: ServerSettings | None = None,
+    keys: KeyRing | None = None,
+) -> Any:
     """A Ray Serve application, for ``serve.run``.
 
     Args:
         folder: of the artifact, at the same place on every machine that runs a replica.
         threads: of onnxruntime in each replica, and CPUs that Ray reserves for it.
+        settings, keys: those of ``create_app``. Each replica counts the requests of a key by itself.
 
     Raises:
         EnvironmentFault: Ray is not installed.
@@ -75,9 +82,12 @@ def deployment(folder: Path, model_name: str, *, replicas: int, threads: int) ->
     serve = _ray_serve()
 
     def build() -> Named:
-        service = QwenService(folder, threads=threads, isolated=True)
-        service.generate("Hello", GenerationConfig(max_new_tokens=1))
-        return Named(create_app(service, model_name), service, serve.get_replica_context().replica_id.unique_id)
+        service = load_service(folder, settings or ServerSettings(), threads)
+        return Named(
+            create_app(service, model_name, settings, keys=keys),
+            service,
+            serve.get_replica_context().replica_id.unique_id,
+        )
 
     class Replica:
         def check_health(self) -> None:
@@ -107,13 +117,16 @@ def _ray_serve() -> Any:
     return serve
 
 
-def serve_replicas(folder: Path, model_name: str, *, replicas: int, threads: int, host: str, port: int) -> None:
+def serve_replicas(folder: Path, model_name: str, settings: ServerSettings, *, replicas: int, threads: int) -> None:
     """Start Ray and the replicas, and serve until SIGTERM or SIGINT; what runs then may end within ``GRACE_S``.
 
     Raises:
+        ConfigError: keys that cannot be read; reachable from outside without any.
         EnvironmentFault: Ray is not installed.
         RuntimeError: of Ray, when the replicas do not start.
     """
+    keys = KeyRing.load(settings.keys, os.environ)
+    settings.check_exposure(keyed=bool(keys))
     serve = _ray_serve()
     import ray
 
@@ -126,12 +139,15 @@ def serve_replicas(folder: Path, model_name: str, *, replicas: int, threads: int
         log_to_driver=False,
     )
     try:
-        serve.start(http_options={"host": host, "port": port})
-        serve.run(deployment(folder, model_name, replicas=replicas, threads=threads), name=APPLICATION)
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        application = deployment(
+            folder, model_name, replicas=replicas, threads=threads, settings=settings, keys=keys if keys else None
+        )
+        serve.run(application, name=APPLICATION)
         # after Ray's own handlers, which would end this process at once
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: asked_to_stop.set())
-        print(f"{replicas} replicas of {model_name} at http://{host}:{port}", flush=True)
+        print(f"{replicas} replicas of {model_name} at http://{settings.host}:{settings.port}", flush=True)
         asked_to_stop.wait()
         serve.delete(APPLICATION)
     finally:
@@ -147,14 +163,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime in each replica")
-    parser.add_argument("--host", default=LOOPBACK)
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--keys", type=Path, help="file of API keys; other settings: QWEN_ONNX_* in the environment")
     parser.add_argument("--name", help="model name in the API; default: the recipe's id")
     given = parser.parse_args(arguments)
     opened = open_artifact(given.artifact.resolve())
     name = given.name or opened.manifest.plan.model
-    numbers = {"replicas": given.replicas, "threads": given.threads, "port": given.port}
-    serve_replicas(opened.path, name, host=given.host, **numbers)
+    settings = ServerSettings.read(os.environ, host=given.host, port=given.port, keys=given.keys)
+    serve_replicas(opened.path, name, settings, replicas=given.replicas, threads=given.threads)
     return 0
 
 

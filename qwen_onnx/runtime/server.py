@@ -115,6 +115,20 @@ def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:
         return JSONResponse(told, 503 if told["status"] in ("unhealthy", "draining") else 200)
 
 
+def load_service(folder: Path, settings: ServerSettings, threads: int | None) -> QwenService:
+    """The model in a child process, which has answered once. ArtifactError when it does not load."""
+    service = QwenService(
+        folder,
+        threads=threads,
+        isolated=True,
+        streams=settings.streams,
+        queue_size=settings.queue_size,
+        context=settings.context,
+    )
+    service.generate("Hello", GenerationConfig(max_new_tokens=1))
+    return service
+
+
 def serve(folder: Path, *, model_name: str, settings: ServerSettings, threads: int | None = None) -> None:
     """Load the model in a child process and serve until SIGTERM or SIGINT; running answers may end in the grace time.
 
@@ -127,10 +141,7 @@ def serve(folder: Path, *, model_name: str, settings: ServerSettings, threads: i
     settings.check_exposure(keyed=bool(keys))
     logs.configure()
     tracer = make_tracer(settings.otlp, model_name) if settings.otlp else None
-    service = QwenService(
-        folder, threads=threads, isolated=True, streams=settings.streams, queue_size=settings.queue_size
-    )
-    service.generate("Hello", GenerationConfig(max_new_tokens=1))
+    service = load_service(folder, settings, threads)
     app = create_app(service, model_name, settings, keys=keys, tracer=tracer)
 
     def drain() -> None:

@@ -23,6 +23,8 @@ class ServerSettings(BaseModel):
     Args:
         rate_limit: POST requests below /v1 that a key may send in an hour; None: 100 when there are API keys, no limit
             when there are none. A limit without keys counts by client address.
+        streams: answers at once; queue_size: requests that may wait beyond them.
+        context: tokens of one conversation; None: the model's, or what the memory allows.
         max_input_characters: of all text of a request: messages, prompt, instructions, tool results, tools.
         max_tokens: the most that a request may ask for.
         header_seconds, body_seconds: time for a request's headers and for its body to arrive.
@@ -52,6 +54,7 @@ class ServerSettings(BaseModel):
     grace_seconds: int = Field(default=30, ge=0)
     streams: int = Field(default=4, ge=1)
     queue_size: int = Field(default=16, ge=0)
+    context: int | None = Field(default=None, ge=16)
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     sanitise: bool = False

@@ -55,7 +55,7 @@ def test_both_replicas_answer_alike_and_stream(cluster: LiveServer) -> None:
     assert len(set(answers.values())) == 1
     client = OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0)
     stream = client.chat.completions.create(
-        model=cluster.model, messages=MESSAGES, max_tokens=1500, temperature=0, stream=True
+        model=cluster.model, messages=MESSAGES, max_tokens=1000, temperature=0, stream=True
     )
     arrivals = [time.monotonic() for _ in stream]
     assert len(arrivals) > 20
