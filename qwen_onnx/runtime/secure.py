@@ -41,6 +41,10 @@ class Policy:
     log_key: str | None = None
 
 
+class _Prepared(list[int]):
+    """Ids that ``prepare`` has let pass: what the template added to a text does not count against its limit."""
+
+
 class GuardedService(QwenService):
     """A running service behind a policy. ``prepare`` and ``submit`` are where every form of generation passes.
 
@@ -62,12 +66,13 @@ class GuardedService(QwenService):
             RequestError: an unknown role, too many characters or tokens asked for; and see ``QwenService.prepare``.
         """
         _check_roles(prompt)
-        self._check_length(prompt)
+        if not isinstance(prompt, _Prepared):
+            self._check_length(prompt)
         self._bounded(config)
         self._check_load()
         if self.policy.sanitise:
             prompt = _sanitised_prompt(prompt)
-        return super().prepare(prompt, config)
+        return _Prepared(super().prepare(prompt, config))
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""

@@ -149,6 +149,15 @@ class RemoteEngine:
             )
 
     def _read(self) -> None:
+        try:
+            self._listen()
+        # a reader that ended in silence would leave everybody waiting
+        except Exception as error:
+            log.exception("the engine's messages cannot be read")
+            self._lose(f"its messages cannot be read: {type(error).__name__}")
+            self._child.kill()
+
+    def _listen(self) -> None:
         while not self._closing:
             try:
                 message = self._pipe.recv()
@@ -174,13 +183,7 @@ class RemoteEngine:
         """Tell everybody that the child died and start another; false when there is no hope."""
         with self._lock:
             self._alive = False
-            numbers = list(self._listeners)
-        ending = self._ending()
-        log.error("the engine's process died (%s); %d requests are lost", ending, len(numbers))
-        for number in numbers:
-            self._tell(
-                number, TokenEvent(error=WorkerDiedError(f"the engine's process died ({ending})", retry_after=5))
-            )
+        self._lose(self._ending())
         if time.monotonic() - self._started < LEAST_LIFE and self._restarts:
             log.error("it died soon after its start: it is not started again")
             return False
@@ -192,6 +195,17 @@ class RemoteEngine:
         self._restarts += 1
         log.warning("the engine's process was started again")
         return True
+
+    def _lose(self, reason: str) -> None:
+        """Tell everybody that their answers will not come."""
+        with self._lock:
+            self._alive = False
+            numbers = list(self._listeners)
+        log.error("the engine's process died (%s); %d requests are lost", reason, len(numbers))
+        for number in numbers:
+            self._tell(
+                number, TokenEvent(error=WorkerDiedError(f"the engine's process died ({reason})", retry_after=5))
+            )
 
     def close(self) -> None:
         """End the child process."""
