@@ -29,21 +29,14 @@ MOST_STOP_STRINGS = 16
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
-    """How to answer. Temperature 0 is greedy; top_k 0, min_p 0 and penalties 0 (repetition: 1) are off.
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; top_k 0, min_p 0 and penalties 0 (repetition: 1) are off.
 
     Args:
         seed: the same answer to the same prompt, whatever else runs; None draws anew.
-        stop: the answer ends before the first of these strings.
-        logprobs: None is off; else how many alternatives are told beside each chosen token, 0 to 20.
         logit_bias: token id to what is added to its logit, -100 to 100.
-        grammar: of llguidance, as JSON or Lark text: the answer is a word of it.
-
-    Raises:
-        RequestError: a value out of its range, naming field and range.
     """
 
-    max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -52,9 +45,26 @@ class GenerationConfig:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(Sampling):
+    """How to answer.
+
+    Args:
+        max_new_tokens: the most that the answer has.
+        stop: the answer ends before the first of these strings.
+        logprobs: None is off; else how many alternatives are told beside each chosen token, 0 to 20.
+        grammar: of llguidance, as JSON or Lark text: the answer is a word of it.
+
+    Raises:
+        RequestError: a value out of its range, naming field and range.
+    """
+
+    max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str | None = None
 
     def __post_init__(self) -> None:

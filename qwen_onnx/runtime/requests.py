@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engine import Shape
+from qwen_onnx.runtime.generation import Sampling
 
 # fields of ``GenerationConfig`` beyond max_new_tokens, temperature and stop, which every engine has
 ALL_FEATURES = frozenset(
@@ -26,21 +27,6 @@ ALL_FEATURES = frozenset(
 )
 CLOSED = "the engine is closed"
 EngineFinish = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the fields are those of ``GenerationConfig``."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
 GREEDY = Sampling()

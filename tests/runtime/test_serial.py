@@ -13,7 +13,8 @@ from qwen_onnx.errors import OverloadedError, RequestError, ServiceError
 from qwen_onnx.runtime import Engine
 from qwen_onnx.runtime.batching import BatchEngine
 from qwen_onnx.runtime.batching.model import UnsupportedGraphError
-from qwen_onnx.runtime.requests import Sampling, TokenRequest
+from qwen_onnx.runtime.generation import Sampling
+from qwen_onnx.runtime.requests import TokenRequest
 from qwen_onnx.runtime.serial import SerialEngine
 from qwen_onnx.runtime.worker import EngineOptions, load_engine
 from tests.runtime.batching.test_engine import Heard, alone, endless

@@ -183,4 +183,4 @@ def call_id() -> str:
 def sse(body: dict[str, Any], event: str | None = None) -> str:
     """A server-sent event."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"{name}data: {json.dumps(body)}\n\n"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,19 +9,13 @@ import pytest
 
 from qwen_onnx.runtime import Engine
 from qwen_onnx.runtime.batching import BatchEngine
+from tests.conftest import build_apart
 
 
 @pytest.fixture(scope="session")
 def exact_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint, exported without quantisation."""
-    folder = tmp_path_factory.mktemp("exact") / "fp32"
-    code = (
-        "import sys; from pathlib import Path; from qwen_onnx.export.builder import build\n"
-        "from qwen_onnx.passes import GenAIModelBuilderConfig as Config\n"
-        "build(Path(sys.argv[1]), Path(sys.argv[2]), Config(precision='fp32'))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint), str(folder)], check=True, capture_output=True)
-    return folder
+    return build_apart(tiny_checkpoint, tmp_path_factory.mktemp("exact") / "fp32", "precision='fp32'")
 
 
 @pytest.fixture(scope="session")
