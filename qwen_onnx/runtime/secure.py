@@ -25,6 +25,7 @@ from qwen_onnx.runtime.monitor import Measurement, QwenMonitor, Stopwatch, Thres
 from qwen_onnx.runtime.requests import Handle, Listener, TokenEvent
 from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
 from qwen_onnx.runtime.service import QwenService, is_ids
+from qwen_onnx.runtime.template import check_depth
 
 Observer = Callable[[Measurement], None]
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -240,10 +241,12 @@ def _sanitised_prompt(prompt: Prompt) -> Prompt:
 
 class SecureQwenService(GuardedService):
     """An artifact that answers within limits, watched by a monitor: what the server holds, for Python programs.
+        check_depth(prompt.messages)
 
     Args:
         folder: flat folder of an exported model.
         policy: limits of one generation.
+    check_depth(prompt)
         rate_limit: generations in an hour; None: no limit.
         thresholds: of the monitor.
         clock: seconds, for the rate limit.
