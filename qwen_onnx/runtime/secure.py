@@ -25,9 +25,12 @@ from qwen_onnx.runtime.monitor import Measurement, QwenMonitor, Stopwatch, Thres
 from qwen_onnx.runtime.requests import Handle, Listener, TokenEvent
 from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
 from qwen_onnx.runtime.service import QwenService, is_ids
+from qwen_onnx.runtime.template import check_depth
 
 Observer = Callable[[Measurement], None]
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+# values that are names out of a short list, and values whose whole content is the client's
+OWN, FREE = frozenset({"role", "type"}), frozenset({"parameters", "arguments"})
 
 
 @dataclass(frozen=True)
@@ -203,18 +206,26 @@ class _Run:
 
 
 def characters(prompt: Any) -> int:
-    """Of all text that a client sends: every string but roles, kinds of parts, and the names of fields."""
-    waiting, count = [prompt], 0
+    """Of all text that a client sends: every string but roles, kinds of parts, and the names of the API's own fields.
+
+    Within schemas and arguments, whose names are the client's too, names and numbers count as well.
+    """
+    waiting: list[tuple[Any, bool]] = [(prompt, False)]
+    count = 0
     while waiting:
-        value = waiting.pop()
+        value, free = waiting.pop()
         if isinstance(value, str):
             count += len(value)
         elif isinstance(value, ChatPrompt):
-            waiting += [list(value.messages), list(value.tools)]
+            waiting += [(list(value.messages), False), (list(value.tools), False)]
         elif isinstance(value, Mapping):
-            waiting += [item for key, item in value.items() if key not in ("role", "type")]
+            waiting += [(item, free or key in FREE) for key, item in value.items() if free or key not in OWN]
+            count += sum(len(str(key)) for key in value) if free else 0
         elif isinstance(value, list | tuple):
-            waiting += value
+            waiting += [(item, free) for item in value]
+        elif free:
+            # an integer of more than 4,300 digits has no text
+            count += value.bit_length() * 3 // 10 + 1 if isinstance(value, int) else len(str(value))
     return count
 
 
@@ -230,10 +241,12 @@ def _check_roles(prompt: Prompt) -> None:
 
 def _sanitised_prompt(prompt: Prompt) -> Prompt:
     if isinstance(prompt, ChatPrompt):
+        check_depth(prompt.messages)
         return replace(prompt, messages=sanitised(prompt.messages))
     if is_ids(prompt):
         # ids are no text: what they spell comes back in the output at most, which is filtered
         return prompt
+    check_depth(prompt)
     made: Prompt = sanitised(prompt)
     return made
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,13 +17,15 @@ from jinja2 import Template, meta
 from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qwen_onnx.errors import ArtifactError, TemplateError
+from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
 from qwen_onnx.runtime.generation import Message
 from qwen_onnx.runtime.tokenizer import TextTokenizer, check_size, check_text
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF8FF)
+# levels of nesting in messages and tools: far fewer than exhaust Python's stack, far more than schemas have
+MOST_LEVELS = 100
 
 
 class ChatTemplate:
@@ -66,8 +68,9 @@ class ChatTemplate:
 
         Raises:
             TemplateError: see ``render``.
-            RequestError: lone surrogates; PromptTooLongError: more text than the context can hold.
+            RequestError: lone surrogates, too deep nesting; PromptTooLongError: more text than the context can hold.
         """
+        check_depth([list(messages), variables])
         texts = list(_strings([list(messages), variables]))
         check_size(sum(map(len, texts)), context_length)
         for text in texts:
@@ -138,22 +141,34 @@ def _pattern(tokens: Mapping[str, int]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
+def check_depth(value: Any) -> None:
+    """RequestError for nesting that would exhaust the stack: a tool call's arguments are JSON within JSON."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        if not level:
+            return
+        inner = [item.values() if isinstance(item, Mapping) else item for item in level]
+        level = [each for item in inner if not isinstance(item, str) and isinstance(item, Collection) for each in item]
+    raise RequestError(f"the messages nest more than {MOST_LEVELS} levels", where="messages", hint="flatten them")
+
+
 def _strings(value: Any) -> Sequence[str]:
+    """All text, names too: those in schemas and arguments are the user's."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [*value, *value.values()]
     if isinstance(value, list | tuple):
         return [text for item in value for text in _strings(item)]
     return []
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of nested messages with every string changed."""
+    """A copy of nested messages with every string changed, names too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mapped(item, change) for item in value]
     return value

@@ -40,7 +40,7 @@ def test_within_the_limits_it_answers_as_the_plain_service(secure: SecureQwenSer
 def prompts_of(length: int) -> list[Any]:
     half = "x" * (length // 2)
     parts = [{"type": "text", "text": half}, {"type": "text", "text": half}]
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"const": half[1:]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"const": half[6:]}}}
     return [
         half * 2,
         [{"role": "user", "content": half * 2}],
@@ -54,6 +54,21 @@ def prompts_of(length: int) -> list[Any]:
 def test_all_text_counts_wherever_it_stands() -> None:
     for prompt in prompts_of(100):
         assert characters(prompt) == 100
+
+
+LONG = "x" * 1000
+
+
+@pytest.mark.parametrize(
+    "hidden", [{"type": {"description": LONG}}, {LONG: {}}, {"type": LONG}, {"role": [LONG]}, {"const": 10**1000}]
+)
+def test_nothing_hides_in_schemas_and_arguments(hidden: dict[str, Any]) -> None:
+    """A property may have any name, those of the API's fields too."""
+    user = {"role": "user", "content": "x"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": hidden}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": hidden}}
+    assert characters(ChatPrompt([user], tools=[tool])) >= 1000
+    assert characters([{"role": "assistant", "content": "", "tool_calls": [call]}, user]) >= 1000
 
 
 def test_input_beyond_the_limit_is_refused_by_every_form(secure: SecureQwenService) -> None:
