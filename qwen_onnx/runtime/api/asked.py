@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.api.events import Reading
-from qwen_onnx.runtime.api.grammars import Calls, Grammar, check_schema
+from qwen_onnx.runtime.api.grammars import Calls, Grammar, check_grammar, check_schema
 from qwen_onnx.runtime.api.tool_calls import OPEN as CALL
 from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt
 from qwen_onnx.runtime.reasoning import OPEN
@@ -54,6 +54,7 @@ class Asked:
         choice: none, auto, required, or a function's name as ``named``.
         parallel: whether there may be several calls.
         schema: JSON schema of the content.
+        schema_field: where the request has it, for messages.
         thinking: see ``ChatPrompt``.
     """
 
@@ -63,6 +64,7 @@ class Asked:
     named: str | None = None
     parallel: bool = True
     schema: Mapping[str, Any] | None = None
+    schema_field: str = "response_format"
     thinking: bool | None = None
 
 
@@ -112,10 +114,10 @@ def _grammar(
 ) -> str | None:
     forced = asked.named is not None or asked.choice == "required"
     if asked.schema is not None:
-        check_schema(asked.schema, "response_format")
+        check_schema(asked.schema, asked.schema_field)
     if "grammar" not in service.engine.features:
         if forced or asked.schema is not None:
-            what = "tool_choice" if forced else "response_format"
+            what = "tool_choice" if forced else asked.schema_field
             raise RequestError(f"{what} is not supported by this model's engine, which knows no grammars", where=what)
         return None
     if not tools and asked.schema is None:
@@ -123,4 +125,7 @@ def _grammar(
     schemas = {tool.name: tool.schema() for tool in tools if asked.named in (None, tool.name)}
     several = asked.parallel and asked.named is None
     calls = Calls(schemas, forced=forced, several=several) if schemas else None
-    return Grammar(service.tokenizer.added_tokens).answer(asked.schema, calls, thinking)
+    grammar = Grammar(service.tokenizer.added_tokens).answer(asked.schema, calls, thinking)
+    # schemas that are good alone may be too large together
+    check_grammar(grammar, "tools" if calls else asked.schema_field)
+    return grammar

@@ -39,12 +39,13 @@ class Calls:
 def check_schema(schema: Mapping[str, Any], where: str) -> None:
     """RequestError, in llguidance's words, for a schema that is faulty or that it cannot hold to."""
     try:
-        _check(LLMatcher.grammar_from_json_schema(_compact(schema)), where)
+        check_grammar(LLMatcher.grammar_from_json_schema(_compact(schema)), where)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the schema is refused: {error}", where=where) from error
 
 
-def _check(grammar: str, where: str) -> None:
+def check_grammar(grammar: str, where: str) -> None:
+    """RequestError, in llguidance's words, for a grammar that it refuses."""
     fault = LLMatcher.validate_grammar(grammar)
     if fault and not fault.startswith("WARNING"):
         raise RequestError(f"the schema is refused: {fault}", where=where)
@@ -74,9 +75,6 @@ class Grammar:
             schema: of the content; None: any text.
             calls: beside or, with a schema, instead of the content.
             thinking: whether reasoning may stand before it; inside: the prompt has opened it already.
-
-        Raises:
-            RequestError: llguidance refuses it.
         """
         rules = [f"WS: /{WHITE_SPACE}/", r"TEXT: /(.|\n)*/"]
         before = {"no": "", "may": "think? ", "inside": "thought "}[thinking]
@@ -89,10 +87,7 @@ class Grammar:
         else:
             rules += self._calls(calls)
             start = self._with_calls(calls, content, schema is not None)
-        grammar = "\n".join(["%llguidance {}", f"start: {before}body", f"body: {start}", *rules]) + "\n"
-        # schemas that are good alone may be too large together
-        _check(grammar, "response_format" if calls is None else "tools")
-        return grammar
+        return "\n".join(["%llguidance {}", f"start: {before}body", f"body: {start}", *rules]) + "\n"
 
     def _with_calls(self, calls: Calls, content: str, is_json: bool) -> str:
         following = "(WS call)*" if calls.several else ""

@@ -183,6 +183,7 @@ class ResponseRequest(Described):
             named=choice.name if isinstance(choice, NamedFunction) else None,
             parallel=self.parallel_tool_calls is not False,
             schema=schema,
+            schema_field="text.format",
             thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
         )
 

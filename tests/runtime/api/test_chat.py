@@ -336,3 +336,17 @@ def test_the_schema_tells_the_fields(qwen3: OpenAI) -> None:
     answers = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "400", "404", "413", "429", "503"} <= answers.keys()
     assert "422" not in answers
+
+
+def test_lines_of_a_stream_end_where_events_end(qwen3: OpenAI) -> None:
+    """U+2028, U+0085 and the like break lines for many readers, httpx among them."""
+    schema = {"enum": ["a\u2028b\u2029c\u0085d"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "lines", "schema": schema}}
+    with qwen3.chat.completions.with_streaming_response.create(
+        model="tiny", messages=HELLO, max_tokens=100, temperature=0, stream=True, response_format=form, **SILENT
+    ) as raw:
+        lines = [line for line in raw.iter_lines() if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert (
+        json.loads("".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)) == schema["enum"][0]
+    )

@@ -181,3 +181,10 @@ def test_conversations_give_the_prompt_of_a_chat(qwen3: OpenAI) -> None:
 def test_what_cannot_be_served_is_a_400_that_names_it(qwen3: OpenAI, changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(openai.BadRequestError, match=expected):
         ask(qwen3, **changes)
+
+
+def test_a_faulty_schema_is_named_by_its_own_field(qwen3: OpenAI) -> None:
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "strange"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(qwen3, text={"format": form})
+    assert caught.value.param == "text.format"
