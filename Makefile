@@ -49,7 +49,7 @@ test: $(READY)  ## the quick tests
 	@$(BIN)/python -m pytest -q -m 'not slow'
 
 test-slow: $(READY)  ## the tests that build or measure
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -m slow --durations=20
 
 lint: $(READY)  ## linter, formatter and type checker
 	@$(BIN)/ruff check .

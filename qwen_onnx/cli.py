@@ -14,13 +14,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from qwen_onnx.commands.chat import chat
+from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
+from qwen_onnx.commands.serve import keys_app, serve
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qwen_onnx.plan import Plan
-    from qwen_onnx.runtime.service import GenerationConfig, QwenService
+    from qwen_onnx.runtime.generation import GenerationConfig
+    from qwen_onnx.runtime.service import QwenService
 
 app = typer.Typer(
     name="qwen-onnx",
@@ -35,14 +39,10 @@ err = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="id of a recipe, see `qwen-onnx list`")]
 Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
 Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
-ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]
 SourceOption = Annotated[
     Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="threads of onnxruntime; default: its own choice")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="most new tokens to generate")]
 TASKS = ("general", "coding", "math")
-Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy")]
 
 
 def _progress(message: str) -> None:
@@ -293,11 +293,11 @@ def _service(artifact: Path, threads: int | None) -> QwenService:
     from qwen_onnx.artifact import open_artifact
     from qwen_onnx.runtime.service import QwenService
 
-    return QwenService(open_artifact(artifact.resolve()).path, threads=threads)
+    return QwenService(open_artifact(artifact.resolve()).path, threads=threads, streams=1)
 
 
 def _config(max_tokens: int, temperature: float, stop: list[str] | None = None) -> GenerationConfig:
-    from qwen_onnx.runtime.service import GenerationConfig
+    from qwen_onnx.runtime.generation import GenerationConfig
 
     return GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
 
@@ -329,52 +329,9 @@ def _write(pieces: Iterator[str]) -> str:
     return "".join(written)
 
 
-@app.command()
-def chat(
-    artifact: ArtifactPath,
-    system: str | None = typer.Option(None, help="system message"),
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    threads: Threads = None,
-) -> None:
-    """Chat in the terminal. An empty line or Ctrl-D ends it."""
-    from qwen_onnx.errors import PromptTooLongError
-
-    service = _service(artifact, threads)
-    start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    while True:
-        try:
-            said = input("you> ") if sys.stdin.isatty() else input()
-        except EOFError:
-            break
-        if not said.strip():
-            break
-        messages.append({"role": "user", "content": said})
-        try:
-            answer = _write(delta.text for delta in service.stream(messages, _config(max_tokens, temperature)))
-        except PromptTooLongError:
-            err.print("[yellow]the conversation no longer fits into the context; it starts anew[/]")
-            messages = list(start)
-            continue
-        sys.stdout.write("\n")
-        messages.append({"role": "assistant", "content": answer})
-
-
-@app.command()
-def serve(
-    artifact: ArtifactPath,
-    host: str = typer.Option("127.0.0.1", help="address to listen on"),
-    port: int = typer.Option(8000, min=0, max=65535),
-    name: str | None = typer.Option(None, help="model name in the API; default: the recipe's id"),
-    threads: Threads = None,
-) -> None:
-    """Serve the artifact at an OpenAI-compatible /v1/chat/completions."""
-    from qwen_onnx.artifact import open_artifact
-    from qwen_onnx.runtime.server import serve as run
-
-    opened = open_artifact(artifact.resolve())
-    run(opened.path, host=host, port=port, model_name=name or opened.manifest.plan.model, threads=threads)
+app.command()(chat)
+app.command()(serve)
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()

@@ -11,9 +11,14 @@ QwenOnnxError                      exit 1
 │   └── BuildLockedError                    another process builds the same artifact
 ├── VerificationError              exit 7   a check could not be carried out
 │   └── VerdictError                        the verdict is FAIL or INCONCLUSIVE
-└── RequestError                   exit 8   the runtime refuses this input (HTTP 400)
-    ├── PromptTooLongError                  prompt plus answer do not fit the context
-    └── TemplateError                       the chat template refuses these messages
+├── RequestError                   exit 8   the runtime refuses this input (HTTP 400)
+│   ├── PromptTooLongError                  prompt plus answer do not fit the context
+│   └── TemplateError                       the chat template refuses these messages
+└── ServiceError                   exit 9   the request is sound, but cannot be served now (HTTP 503)
+    ├── OverloadedError                     too many wait already
+    ├── RateLimitError                      this client asked too often (HTTP 429)
+    ├── WorkerDiedError                     the engine's process died; it is started again
+    └── DeadlineError                       not finished within the time allowed (HTTP 504)
 
 Each message says what happened, where, and the next command (``hint``).
 """
@@ -21,6 +26,7 @@ Each message says what happened, where, and the next command (``hint``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class QwenOnnxError(Exception):
@@ -38,6 +44,17 @@ class QwenOnnxError(Exception):
         self.what, self.where, self.hint = what, where, hint
         parts = [what, f"  where: {where}" if where else "", f"  next:  {hint}" if hint else ""]
         super().__init__("\n".join(part for part in parts if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle calls an exception's class with its ``args`` alone, which is not how these are made
+        return _revived, (type(self), self.args, self.__dict__)
+
+
+def _revived(kind: type[QwenOnnxError], args: tuple[Any, ...], state: dict[str, Any]) -> QwenOnnxError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(QwenOnnxError):
@@ -110,3 +127,33 @@ class PromptTooLongError(RequestError):
 
 class TemplateError(RequestError):
     """The chat template cannot render, or refuses, these messages."""
+
+
+class ServiceError(QwenOnnxError):
+    """The request is sound, but cannot be served now; the server answers 503.
+
+    Args:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    exit_code = 9
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None, retry_after: int = 1) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.retry_after = retry_after
+
+
+class OverloadedError(ServiceError):
+    """The queue is full."""
+
+
+class RateLimitError(ServiceError):
+    """This client has used up what it may ask for; the server answers 429."""
+
+
+class WorkerDiedError(ServiceError):
+    """The engine's process died."""
+
+
+class DeadlineError(ServiceError):
+    """The answer was not finished within the time allowed; the server answers 504."""

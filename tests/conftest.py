@@ -110,15 +110,18 @@ def rewrite_json(path: Path, **changes: object) -> None:
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint built to int4 by the genai builder, in a process of its own as in a real build."""
-    folder = tmp_path_factory.mktemp("artifact") / "int4"
+    options = "precision='int4', block_size=32, is_symmetric=False, accuracy_level=4, algo_config='k_quant_mixed'"
+    return build_apart(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "int4", options)
+
+
+def build_apart(checkpoint: Path, folder: Path, options: str) -> Path:
+    """``folder``, built by the genai builder in a process of its own."""
     code = (
         "import sys; from pathlib import Path; from qwen_onnx.export.builder import build\n"
         "from qwen_onnx.passes import GenAIModelBuilderConfig as Config\n"
-        "options = dict(block_size=32, is_symmetric=False, accuracy_level=4, algo_config='k_quant_mixed')\n"
-        "config = Config(precision='int4', **options)\n"
-        "build(Path(sys.argv[1]), Path(sys.argv[2]), config)"
+        f"build(Path(sys.argv[1]), Path(sys.argv[2]), Config({options}))"
     )
-    subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint), str(folder)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, str(checkpoint), str(folder)], check=True, capture_output=True)
     return folder
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     {"package"},
     {"optimize"},
     {"doctor", "compare"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -91,6 +91,7 @@ def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_ch
     assert leftovers(target.parent) == []
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_not_what_was_asked_for_is_refused(
     checkout: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

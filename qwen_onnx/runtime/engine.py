@@ -1,25 +1,21 @@
 """Token ids in, token ids out. Text is the business of ``tokenizer`` and ``template``.
 
-``Engine`` holds a genai ``Generator``, which keeps Python's GIL while it computes. ``RemoteEngine`` is the same
-engine in a process of its own, for programs whose event loop must stay free.
+``Engine`` drives a genai ``Generator``, which keeps Python's GIL while it computes: one request at a time, on any
+execution provider. It is what verification measures, and what ``serial`` serves where ``batching`` cannot.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
 
-from qwen_onnx.errors import ArtifactError, PromptTooLongError, QwenOnnxError, RequestError
+from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
 
 CONFIG_FILE = "genai_config.json"
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
@@ -105,26 +101,6 @@ class Shape:
                 where="prompt",
                 hint="shorten the prompt or lower max_tokens",
             )
-
-
-class TokenEngine(Protocol):
-    """What a service needs of an engine, in this process or another."""
-
-    shape: Shape
-
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        options: SamplingOptions = ...,
-        stop_on_eos: bool = ...,
-        cancelled: Cancelled | None = ...,
-    ) -> Iterator[int]:
-        """Yield new token ids one by one."""
-
-    def close(self) -> None:
-        """Free the model."""
 
 
 class Engine:
@@ -231,124 +207,3 @@ class Engine:
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards."""
         del self._model
-
-
-class RemoteEngine:
-    """An ``Engine`` in a child process: while it computes, this process is free.
-
-    Args and errors are those of ``Engine``. One request at a time; callers wait for each other.
-    """
-
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        self.shape = Shape.read(folder)
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_child_main, args=(theirs, folder, threads), daemon=True)
-        self._child.start()
-        theirs.close()
-        self._turn = threading.Lock()
-        self._receive()
-
-    def _send(self, message: Any) -> None:
-        try:
-            self._pipe.send(message)
-        except OSError as error:
-            raise _died() from error
-
-    def _receive(self) -> Any:
-        try:
-            message = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise _died() from error
-        if isinstance(message, QwenOnnxError):
-            raise message
-        return message
-
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        options: SamplingOptions = GREEDY,
-        stop_on_eos: bool = True,
-        cancelled: Cancelled | None = None,
-    ) -> Iterator[int]:
-        """See ``Engine.generate``."""
-        ids = list(prompt_ids)
-        self.shape.check(ids, max_new_tokens)
-        return self._tokens((ids, max_new_tokens, options, stop_on_eos), cancelled or (lambda: False))
-
-    def _tokens(self, request: tuple[Any, ...], cancelled: Cancelled) -> Iterator[int]:
-        with self._turn:
-            if cancelled():
-                return
-            self._send(request)
-            running = True
-            try:
-                while running:
-                    while not self._pipe.poll(0.05):
-                        if cancelled():
-                            return
-                    running = False
-                    token = self._receive()
-                    if token is None:
-                        return
-                    running = True
-                    yield token
-                    if cancelled():
-                        return
-            finally:
-                if running:
-                    self._send("cancel")
-                    while self._receive() is not None:
-                        pass
-
-    def close(self) -> None:
-        """End the child process."""
-        self._pipe.close()
-        self._child.join(timeout=5)
-        if self._child.is_alive():
-            self._child.kill()
-
-
-def _died() -> ArtifactError:
-    return ArtifactError("the engine's process died", hint="is there enough memory? qwen-onnx doctor")
-
-
-def _child_main(pipe: Connection, folder: Path, threads: int | None) -> None:
-    """Serve requests until the parent closes its end. After None comes the next request."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        engine = Engine(folder, threads=threads)
-    except QwenOnnxError as error:
-        pipe.send(Refusal.of(error))
-        return
-    pipe.send("ready")
-    while True:
-        try:
-            request = pipe.recv()
-            if request == "cancel":
-                continue
-            ids, count, options, stop_on_eos = request
-            for token in engine.generate(
-                ids, max_new_tokens=count, options=options, stop_on_eos=stop_on_eos, cancelled=pipe.poll
-            ):
-                pipe.send(token)
-            pipe.send(None)
-        except (EOFError, ConnectionError):
-            return
-
-
-class Refusal(ArtifactError):
-    """An error that survives the pipe: pickle calls an exception's class with its ``args`` alone."""
-
-    @classmethod
-    def of(cls, error: QwenOnnxError) -> Refusal:
-        return cls(error.what, where=error.where, hint=error.hint)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _refusal, (self.what, self.where, self.hint)
-
-
-def _refusal(what: str, where: str | None, hint: str | None) -> Refusal:
-    return Refusal(what, where=where, hint=hint)

@@ -1,144 +1,167 @@
-"""The HTTP API: one model, one answer at a time, an event loop that stays free."""
+"""The HTTP server: one model, safe by default, and watched."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
+import dataclasses
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
+import psutil
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse, Response
 
 from qwen_onnx import __version__
-from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError
-from qwen_onnx.runtime.protocol import Answer, ChatRequest, error_body
-from qwen_onnx.runtime.service import Delta, GenerationConfig, QwenService
+from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.runtime import logs
+from qwen_onnx.runtime.api import make_router
+from qwen_onnx.runtime.faults import handle_errors
+from qwen_onnx.runtime.gate import Gate, Watch
+from qwen_onnx.runtime.generation import GenerationConfig
+from qwen_onnx.runtime.listening import Server, make_config
+from qwen_onnx.runtime.metrics import CONTENT_TYPE, Metrics
+from qwen_onnx.runtime.monitor import QwenMonitor
+from qwen_onnx.runtime.secure import GuardedService, Policy
+from qwen_onnx.runtime.security import KeyRing
+from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.settings import ServerSettings
+from qwen_onnx.runtime.tracing import Tracer, make_tracer
+from qwen_onnx.runtime.web import make_web_router
 
-# a request larger than this is refused before it is read as JSON
-MOST_BODY_BYTES = 4 << 20
+SNIPPET = """\
+{model} at {url}
+
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+{authorization}  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
+answer = client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello"}}])
+print(answer.choices[0].message.content)
+"""
 
 
-def create_app(service: QwenService, model_name: str) -> FastAPI:
-    """The application around a running service."""
+def create_app(
+    service: QwenService,
+    model_name: str,
+    settings: ServerSettings | None = None,
+    *,
+    keys: KeyRing | None = None,
+    tracer: Tracer | None = None,
+) -> FastAPI:
+    """The application around a running service, which it closes at its end.
+
+    Args:
+        settings: None: the defaults, under any Host, for a server that somebody else's program runs.
+        keys: None: no keys are asked for.
+    """
+    settings = settings or ServerSettings(allowed_hosts=("*",))
+    monitor = QwenMonitor(service)
+    metrics = Metrics(service.stats, lambda: int(psutil.Process().memory_info().rss))
+    policy = Policy(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Policy)})
+    guarded = GuardedService(service, policy, (monitor.add, metrics.generation))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.close()
+        await asyncio.to_thread(guarded.close)
+        if tracer:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(title="qwen-onnx", version=__version__, lifespan=lifespan)
-    started = int(time.time())
-    _handle_errors(app)
+    app.state.draining = False
+    handle_errors(app)
+    _add_health(app, model_name, monitor)
 
-    @app.middleware("http")
-    async def limit_body(request: Request, call_next: Any) -> Response:
-        length = request.headers.get("content-length", "0")
-        if length.isdigit() and int(length) > MOST_BODY_BYTES:
-            body = error_body(f"the body exceeds {MOST_BODY_BYTES} bytes", kind="invalid_request_error")
-            return JSONResponse(body, 413)
-        response: Response = await call_next(request)
-        return response
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok", "model": model_name}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        model = {"id": model_name, "object": "model", "created": started, "owned_by": "qwen-onnx"}
-        return {"object": "list", "data": [model]}
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Response:
-        if body.model != model_name:
-            error = error_body(
-                f"the model {body.model!r} does not exist; this server has {model_name!r}",
-                kind="invalid_request_error",
-                param="model",
-                code="model_not_found",
-            )
-            return JSONResponse(error, 404)
-        config = body.config()
-        messages = [message.plain() for message in body.messages]
-        # faulty input is a 400, so it must be found before a stream has begun; long texts take a while to encode
-        await asyncio.to_thread(service.prepare, messages, config)
-        deltas = service.generate_async(messages, config)
-        answer = Answer(model_name)
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return StreamingResponse(_events(deltas, answer, with_usage), media_type="text/event-stream")
-        return JSONResponse(answer.whole([delta async for delta in deltas]))
-
+    app.include_router(make_router(guarded, model_name))
+    app.include_router(make_web_router(model_name))
+    known = frozenset({*app.openapi()["paths"], "/", "/docs", "/openapi.json"})
+    app.openapi_schema = None
+    app.add_middleware(Gate, settings=settings, keys=keys or KeyRing({}), watch=Watch(metrics, tracer), routes=known)
+    if settings.cors_origins:
+        # outermost: a browser's preflight carries no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
     return app
 
 
-async def _events(deltas: AsyncIterator[Delta], answer: Answer, with_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. Starlette closes this iterator when the client goes away, which stops the engine."""
-    yield _event(answer.chunk({"role": "assistant", "content": ""}))
-    try:
-        async for delta in deltas:
-            if delta.text:
-                yield _event(answer.chunk({"content": delta.text}))
-            if delta.finish_reason:
-                yield _event(answer.chunk({}, delta.finish_reason))
-                if with_usage:
-                    yield _event(answer.last(delta))
-        yield "data: [DONE]\n\n"
-    except QwenOnnxError as error:
-        # the status line is long gone: an error event is what the openai client raises from
-        yield _event(error_body(error.what, kind="server_error"))
-    finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
+def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:
+    """Probes: whether the process answers, and whether it should get requests."""
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "ok", "model": model_name}
+
+    @app.get("/health/ready", responses={503: {"description": "unhealthy, or about to end"}})
+    async def ready() -> JSONResponse:
+        health = monitor.health_check()
+        told: dict[str, Any] = dataclasses.asdict(health)
+        if app.state.draining:
+            told["status"] = "draining"
+        return JSONResponse(told, 503 if told["status"] in ("unhealthy", "draining") else 200)
 
 
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+def load_service(folder: Path, settings: ServerSettings, threads: int | None) -> QwenService:
+    """The model in a child process, which has answered once. ArtifactError when it does not load."""
+    service = QwenService(
+        folder,
+        threads=threads,
+        isolated=True,
+        streams=settings.streams,
+        queue_size=settings.queue_size,
+        context=settings.context,
+    )
+    service.generate("Hello", GenerationConfig(max_new_tokens=1))
+    return service
 
 
-def _handle_errors(app: FastAPI) -> None:
-    """Every error in the shape that OpenAI's clients understand."""
-
-    @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> JSONResponse:
-        code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
-        body = error_body(error.what, kind="invalid_request_error", param=error.where, code=code)
-        return JSONResponse(body, 400)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [(".".join(str(part) for part in item["loc"][1:]), item["msg"]) for item in error.errors()]
-        text = "; ".join(f"{place}: {message}" if place else message for place, message in faults)
-        body = error_body(_printable(text), kind="invalid_request_error", param=_printable(faults[0][0]) or None)
-        return JSONResponse(body, 400)
-
-    @app.exception_handler(QwenOnnxError)
-    async def failed(_: Request, error: QwenOnnxError) -> JSONResponse:
-        return JSONResponse(error_body(error.what, kind="server_error"), 500)
-
-    @app.exception_handler(HTTPException)
-    async def other(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(str(error.detail), kind="invalid_request_error"), error.status_code)
-
-
-def _printable(text: str) -> str:
-    """An error that quotes lone surrogates could not be sent itself."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def serve(folder: Path, *, host: str, port: int, model_name: str, threads: int | None = None) -> None:
-    """Load the model in a child process and serve until interrupted.
+def serve(folder: Path, *, model_name: str, settings: ServerSettings, threads: int | None = None) -> None:
+    """Load the model in a child process and serve until SIGTERM or SIGINT; running answers may end in the grace time.
 
     Raises:
         ArtifactError: the folder holds no model that loads.
+        ConfigError: keys that cannot be read; reachable from outside without any.
+        EnvironmentFault: the port is taken; ``otlp`` without its extra.
     """
-    service = QwenService(folder, threads=threads, isolated=True)
-    service.generate("Hello", GenerationConfig(max_new_tokens=1))
-    uvicorn.run(create_app(service, model_name), host=host, port=port, log_level="info")
+    keys = KeyRing.load(settings.keys, os.environ)
+    settings.check_exposure(keyed=bool(keys))
+    logs.configure()
+    tracer = make_tracer(settings.otlp, model_name) if settings.otlp else None
+    service = load_service(folder, settings, threads)
+    app = create_app(service, model_name, settings, keys=keys, tracer=tracer)
+
+    def drain() -> None:
+        app.state.draining = True
+
+    def greet(port: int) -> None:
+        print(greeting(model_name, settings.host, port, keyed=bool(keys)), flush=True)
+
+    try:
+        Server(make_config(app, settings), greet, drain).run()
+    except SystemExit as error:
+        raise EnvironmentFault(
+            f"cannot listen at {settings.host}:{settings.port}", hint="another --port; 0 takes a free one"
+        ) from error
+
+
+def greeting(model: str, host: str, port: int, *, keyed: bool) -> str:
+    """The address, and how to use it: ready to be copied."""
+    # one cannot connect to "every address"
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    authorization = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if keyed else ""
+    key = "YOUR_KEY" if keyed else "none"
+    return SNIPPET.format(model=model, url=f"http://{name}:{port}", authorization=authorization, key=key)

@@ -2,93 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-import threading
+import hashlib
+import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self, cast
 
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
-from qwen_onnx.runtime.engine import Cancelled, Engine, RemoteEngine, SamplingOptions, TokenEngine
-from qwen_onnx.runtime.template import ChatTemplate, Message, has_template
-from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer, check_size
+from qwen_onnx.runtime.answers import Answer, Assembler
+from qwen_onnx.runtime.engine import CONFIG_FILE, Cancelled
+from qwen_onnx.runtime.generation import (
+    DEFAULT,
+    ChatPrompt,
+    Completion,
+    Delta,
+    GenerationConfig,
+    Message,
+    Prompt,
+    Sampling,
+)
+from qwen_onnx.runtime.generations import Generations
+from qwen_onnx.runtime.requests import EngineStats, Handle, Listener, TokenEngine, TokenEvent, TokenRequest
+from qwen_onnx.runtime.template import ChatTemplate, has_template
+from qwen_onnx.runtime.tokenizer import TextTokenizer, check_size
+from qwen_onnx.runtime.worker import EngineOptions, RemoteEngine, load_engine
 
-FinishReason = Literal["stop", "length"]
-Prompt = str | Sequence[Message]
-
-RANGES: dict[str, tuple[float, float]] = {
-    "max_new_tokens": (1, 2**31 - 1),
-    "temperature": (0.0, 2.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (0, 2**31 - 1),
-    "repetition_penalty": (0.1, 10.0),
-    "seed": (0, 2**31 - 1),
-}
-MOST_STOP_STRINGS = 16
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How to answer. Temperature 0 is greedy; top_k 0 is off.
-
-    Raises:
-        RequestError: a value out of its range, naming field and range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            whole = isinstance(value, int) or isinstance(least, float)
-            if not number or not whole or not least <= value <= most:
-                kind = "a number" if isinstance(least, float) else "a whole number"
-                raise RequestError(f"{name} is {value!r}, not {kind} from {least} to {most}", where=name)
-        if self.top_p == 0:
-            raise RequestError("top_p is 0: no token is left", where="top_p", hint="use temperature 0 for greedy")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise RequestError("stop holds an empty string or no strings", where="stop")
-        if len(self.stop) > MOST_STOP_STRINGS:
-            raise RequestError(f"{len(self.stop)} stop strings, the most is {MOST_STOP_STRINGS}", where="stop")
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        """The part that the engine needs."""
-        return SamplingOptions(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
-
-
-DEFAULT = GenerationConfig()
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of the answer. The last one alone has a ``finish_reason``; counts are those so far."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
+# seconds between two looks at ``cancelled`` while no token comes
+POLL = 0.05
 
 
 class QwenService:
@@ -98,31 +40,46 @@ class QwenService:
         folder: flat folder of an exported model.
         threads: threads of onnxruntime; None leaves it to onnxruntime.
         isolated: run the engine in a child process, so that this one's event loop stays free.
+        streams: answers at once; queue_size: how many requests may wait beyond them.
+        context: tokens of one conversation; None: the model's, or what the memory allows.
 
     Raises:
         ArtifactError: the folder holds no model that loads.
     """
 
-    def __init__(self, folder: Path | str, *, threads: int | None = None, isolated: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        threads: int | None = None,
+        isolated: bool = False,
+        streams: int = 4,
+        queue_size: int = 16,
+        context: int | None = None,
+    ) -> None:
         folder = Path(folder)
         self.tokenizer = TextTokenizer(folder)
         # a base model has no template and continues plain text all the same: the fault is told when a chat comes
         self.template = ChatTemplate(folder) if has_template(folder) else None
-        self.engine: TokenEngine = (RemoteEngine if isolated else Engine)(folder, threads=threads)
-        self._turn = threading.Lock()
+        options = EngineOptions(streams, queue_size, context, threads)
+        self.engine: TokenEngine = RemoteEngine(folder, options) if isolated else load_engine(folder, options)
+        self.fingerprint = _fingerprint(folder)
 
-    def format_chat(self, messages: Sequence[Message]) -> str:
+    def format_chat(self, messages: Sequence[Message] | ChatPrompt) -> str:
         """The prompt that the template makes of ``messages``; TemplateError when it refuses them."""
-        return self._chat_template().render(messages)
+        chat = as_chat(messages)
+        return self._chat_template().render(chat.messages, **variables(chat))
 
     def _chat_template(self) -> ChatTemplate:
         if self.template is None:
             raise TemplateError("this model has no chat template", where="messages", hint="give plain text: generate")
         return self.template
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message] | ChatPrompt) -> list[int]:
         """Token ids of that prompt; special tokens that users typed stay text."""
-        return self._chat_template().encode(messages, self.tokenizer, self.engine.shape.context_length)
+        chat = as_chat(messages)
+        context = self.engine.shape.context_length
+        return self._chat_template().encode(chat.messages, self.tokenizer, context, **variables(chat))
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
         """Token ids of ``prompt``, checked against the context.
@@ -134,91 +91,85 @@ class QwenService:
         if isinstance(prompt, str):
             check_size(len(prompt), context)
             ids = self.tokenizer.encode(prompt)
+        elif is_ids(prompt):
+            ids = list(cast("Sequence[int]", prompt))
         else:
-            ids = self.encode_chat(prompt)
+            ids = self.encode_chat(cast("Sequence[Message] | ChatPrompt", prompt))
         room = context - len(ids)
         if room < 1:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the context holds {context}", where="prompt", hint="shorten it"
             )
         self.engine.shape.check(ids, 1)
+        outside = next((token for token in config.logit_bias if not 0 <= token < self.engine.shape.vocab_size), None)
+        if outside is not None:
+            raise RequestError(f"logit_bias names token {outside}, which does not exist", where="logit_bias")
         return ids
+
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
+        """Begin an answer; ``listener`` gets the engine's events, which the assembler makes pieces of.
+
+        ``max_new_tokens`` is bounded by what the context leaves.
+
+        Raises:
+            RequestError, PromptTooLongError, TemplateError: faulty input.
+            OverloadedError, WorkerDiedError: it cannot be served now.
+        """
+        ids = self.prepare(prompt, config)
+        most = min(config.max_new_tokens, self.engine.shape.context_length - len(ids))
+        request = TokenRequest(tuple(ids), most, sampling(config), logprobs=config.logprobs, grammar=config.grammar)
+        return self.engine.submit(request, listener), Assembler(self.tokenizer, config, len(ids))
 
     def stream(
         self, prompt: Prompt, config: GenerationConfig = DEFAULT, *, cancelled: Cancelled | None = None
     ) -> Iterator[Delta]:
-        """Yield the answer piece by piece; the last piece tells why it ended.
+        """Yield the answer piece by piece; the last piece tells why it ended. Closing the iterator stops it.
 
-        ``max_new_tokens`` is bounded by what the context leaves. Faulty input raises at the call.
+        Faulty input raises at the call. ``cancelled`` is asked between tokens; when it says so, the answer ends.
         """
-        return self._deltas(self.prepare(prompt, config), config, cancelled)
+        events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        handle, assembler = self.submit(prompt, config, events.put)
+        return self._deltas(events, handle, assembler, cancelled)
 
-    def _deltas(self, ids: list[int], config: GenerationConfig, cancelled: Cancelled | None) -> Iterator[Delta]:
-        most = min(config.max_new_tokens, self.engine.shape.context_length - len(ids))
-        decoder, stopper = StreamDecoder(self.tokenizer), StopStrings(config.stop)
-        count, reason = 0, "stop"
-        with self._turn:
-            tokens = self.engine.generate(ids, max_new_tokens=most, options=config.sampling, cancelled=cancelled)
-            for token in tokens:
-                count += 1
-                text = stopper.push(decoder.push(token))
-                if text:
-                    yield Delta(text, len(ids), count)
-                if stopper.hit:
-                    break
-            close = getattr(tokens, "close", None)
-            if close:
-                close()
-        if not stopper.hit:
-            reason = "length" if count == most else "stop"
-            rest = stopper.push(decoder.flush()) + stopper.flush()
-            reason = "stop" if stopper.hit else reason
-            if rest:
-                yield Delta(rest, len(ids), count)
-        yield Delta("", len(ids), count, "length" if reason == "length" else "stop")
+    def _deltas(
+        self, events: queue.SimpleQueue[TokenEvent], handle: Handle, assembler: Answer, cancelled: Cancelled | None
+    ) -> Iterator[Delta]:
+        try:
+            while not assembler.finished:
+                try:
+                    event = events.get(timeout=POLL if cancelled else None)
+                except queue.Empty:
+                    event = None
+                if cancelled and cancelled():
+                    handle.cancel()
+                    cancelled = None
+                if event:
+                    yield from assembler.feed(event)
+        finally:
+            handle.cancel()
 
     def generate(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> Completion:
         """The whole answer at once."""
-        return _joined(list(self.stream(prompt, config)))
+        return Completion.of(list(self.stream(prompt, config)))
 
     async def generate_async(self, prompt: Prompt, config: GenerationConfig = DEFAULT) -> AsyncIterator[Delta]:
-        """Like ``stream``, for an event loop. Closing the iterator stops the generation.
+        """Like ``stream``, for an event loop. Closing the iterator stops the generation within one step.
 
-        The work is done by a thread; with ``isolated`` the thread only waits, so the loop is free throughout.
+        Encoding a long prompt takes a while: a thread does it.
         """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
-        stopped = threading.Event()
-
-        def hand_over(item: Delta | BaseException | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-
-        def work() -> None:
-            try:
-                for delta in self.stream(prompt, config, cancelled=stopped.is_set):
-                    hand_over(delta)
-                    if stopped.is_set():
-                        return
-                hand_over(None)
-            # the consumer raises it: a thread has nobody to tell
-            except Exception as error:  # noqa: BLE001
-                hand_over(error)
-
-        worker = loop.run_in_executor(None, work)
+        running = await Generations.begin(self, [(prompt, config)])
         try:
-            while (item := await queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            async for _, delta in running:
+                yield delta
         finally:
-            stopped.set()
-            await asyncio.shield(worker)
+            running.cancel()
 
     def generate_batch(self, prompts: Sequence[Prompt], config: GenerationConfig = DEFAULT) -> list[Completion]:
-        """Answers in the order of ``prompts``, one after the other: each equals that of ``generate``.
+        """Answers in the order of ``prompts``, computed together as far as the engine has streams.
 
-        All prompts are checked before the first is answered.
+        Rounding depends on what is computed together: answers may differ from those of ``generate``, unless the
+        config has a seed, which makes them equal and forgoes the speed. All prompts are checked before the first is
+        answered.
         """
         for index, prompt in enumerate(prompts):
             try:
@@ -226,7 +177,12 @@ class QwenService:
             except QwenOnnxError as error:
                 error.add_note(f"prompt {index} of the batch")
                 raise
-        return [self.generate(prompt, config) for prompt in prompts]
+        with ThreadPoolExecutor(max(1, self.engine.stats().streams), "qwen-onnx batch") as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, config), prompts))
+
+    def stats(self) -> EngineStats:
+        """What the engine does now."""
+        return self.engine.stats()
 
     def close(self) -> None:
         """Free the model."""
@@ -239,43 +195,29 @@ class QwenService:
         self.close()
 
 
-def _joined(deltas: list[Delta]) -> Completion:
-    last = deltas[-1]
-    text = "".join(delta.text for delta in deltas)
-    return Completion(text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens)
+def is_ids(prompt: Prompt) -> bool:
+    """Whether a prompt is given as token ids."""
+    return not isinstance(prompt, str | ChatPrompt) and bool(prompt) and isinstance(prompt[0], int)
 
 
-class StopStrings:
-    """Cuts text at the first stop string, also one that spans tokens; the stop string itself is dropped."""
+def as_chat(messages: Sequence[Message] | ChatPrompt) -> ChatPrompt:
+    """Bare messages are a conversation without tools."""
+    return messages if isinstance(messages, ChatPrompt) else ChatPrompt(messages)
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.hit = False
 
-    def push(self, text: str) -> str:
-        """The part of the text so far that can no longer become a stop string."""
-        if self.hit:
-            return ""
-        self._held += text
-        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
-        if found:
-            self.hit = True
-            return self._release(min(found))
-        return self._release(len(self._held) - self._longest_prefix())
+def variables(chat: ChatPrompt) -> dict[str, Any]:
+    """What the template is told beside the messages; transformers' names."""
+    told: dict[str, Any] = {"tools": list(chat.tools)} if chat.tools else {}
+    return told if chat.thinking is None else {**told, "enable_thinking": chat.thinking}
 
-    def _longest_prefix(self) -> int:
-        """Length of the longest tail that a stop string begins with."""
-        tails = (len(stop[:size]) for stop in self._stops for size in range(1, len(stop)) if self._ends(stop[:size]))
-        return max(tails, default=0)
 
-    def _ends(self, prefix: str) -> bool:
-        return self._held.endswith(prefix)
+def sampling(config: GenerationConfig) -> Sampling:
+    """The part of a config that chooses tokens."""
+    return Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
 
-    def _release(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
-        return text
 
-    def flush(self) -> str:
-        """What was held back when no stop string came."""
-        return "" if self.hit else self._release(len(self._held))
+def _fingerprint(folder: Path) -> str:
+    """Changes with the artifact: OpenAI's ``system_fingerprint``."""
+    manifest = folder / "manifest.json"
+    content = (manifest if manifest.exists() else folder / CONFIG_FILE).read_bytes()
+    return f"fp_{hashlib.sha256(content).hexdigest()[:12]}"

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Template
+from jinja2 import Template, meta
 from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qwen_onnx.errors import ArtifactError, TemplateError
+from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
+from qwen_onnx.runtime.generation import Message
 from qwen_onnx.runtime.tokenizer import TextTokenizer, check_size, check_text
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF8FF)
-
-Message = Mapping[str, Any]
+# levels of nesting in messages and tools: far fewer than exhaust Python's stack, far more than schemas have
+MOST_LEVELS = 100
 
 
 class ChatTemplate:
@@ -40,7 +41,10 @@ class ChatTemplate:
             raise ArtifactError("the model has no chat template", where=str(folder), hint="use plain generation")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self._tokens = {name: _token_text(config[name]) for name in names if config.get(name)}
+        self.source = source
         self._template = _compile(source, folder)
+        # what it reads beside the messages: ``tools``, ``enable_thinking``
+        self.variables = frozenset(meta.find_undeclared_variables(self._template.environment.parse(source)))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt as text.
@@ -57,20 +61,23 @@ class ChatTemplate:
         except (JinjaError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise TemplateError(f"the chat template refuses these messages: {error}", where="messages") from error
 
-    def encode(self, messages: Sequence[Message], tokenizer: TextTokenizer, context_length: int) -> list[int]:
-        """Token ids of the prompt; special tokens inside the messages stay text.
+    def encode(
+        self, messages: Sequence[Message], tokenizer: TextTokenizer, context_length: int, **variables: Any
+    ) -> list[int]:
+        """Token ids of the prompt; special tokens inside the messages or the variables stay text.
 
         Raises:
             TemplateError: see ``render``.
-            RequestError: lone surrogates; PromptTooLongError: more text than the context can hold.
+            RequestError: lone surrogates, too deep nesting; PromptTooLongError: more text than the context can hold.
         """
-        texts = list(_strings(list(messages)))
+        check_depth([list(messages), variables])
+        texts = list(_strings([list(messages), variables]))
         check_size(sum(map(len, texts)), context_length)
         for text in texts:
             check_text(text)
         forged = _pattern(tokenizer.special_tokens)
         if not any(forged.search(text) for text in texts):
-            return tokenizer.encode(self.render(messages), allow_special=True, add_special_tokens=False)
+            return tokenizer.encode(self.render(messages, **variables), allow_special=True, add_special_tokens=False)
         marker = _unused_character(texts)
         found: list[str] = []
 
@@ -78,7 +85,8 @@ class ChatTemplate:
             found.append(match.group())
             return f"{marker}{len(found) - 1}{marker}"
 
-        rendered = self.render(_mapped(list(messages), lambda text: forged.sub(hide, text)))
+        hidden = _mapped({"messages": list(messages), **variables}, lambda text: forged.sub(hide, text))
+        rendered = self.render(**hidden)
         ids: list[int] = []
         for index, piece in enumerate(re.split(f"{marker}(\\d+){marker}", rendered)):
             text = found[int(piece)] if index % 2 else piece
@@ -133,22 +141,34 @@ def _pattern(tokens: Mapping[str, int]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
+def check_depth(value: Any) -> None:
+    """RequestError for nesting that would exhaust the stack: a tool call's arguments are JSON within JSON."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        if not level:
+            return
+        inner = [item.values() if isinstance(item, Mapping) else item for item in level]
+        level = [each for item in inner if not isinstance(item, str) and isinstance(item, Collection) for each in item]
+    raise RequestError(f"the messages nest more than {MOST_LEVELS} levels", where="messages", hint="flatten them")
+
+
 def _strings(value: Any) -> Sequence[str]:
+    """All text, names too: those in schemas and arguments are the user's."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [*value, *value.values()]
     if isinstance(value, list | tuple):
         return [text for item in value for text in _strings(item)]
     return []
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of nested messages with every string changed."""
+    """A copy of nested messages with every string changed, names too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mapped(item, change) for item in value]
     return value

@@ -16,6 +16,16 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MOST_CHARACTERS_PER_TOKEN = 64
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level BPE writes bytes (Radford et al. 2019, GPT-2): shifted when unprintable."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
+
+
 class TextTokenizer:
     """The tokenizer of an artifact.
 
@@ -35,6 +45,8 @@ class TextTokenizer:
             ) from error
         self._user.encode_special_tokens = True
         added = self._trusted.get_added_tokens_decoder()
+        # tokens that are never the sum of others, tool call and think tags among them
+        self.added_tokens: dict[str, int] = {t.content: index for index, t in added.items()}
         self.special_tokens: dict[str, int] = {t.content: index for index, t in added.items() if t.special}
 
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = True) -> list[int]:
@@ -52,6 +64,14 @@ class TextTokenizer:
         tokenizer = self._trusted if allow_special else self._user
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def piece(self, token: int) -> tuple[str, bytes]:
+        """A single token as text and as bytes; a part of a character is U+FFFD as text."""
+        written = self._trusted.id_to_token(token) or ""
+        if token in self._trusted.get_added_tokens_decoder():
+            return written, written.encode()
+        raw = bytes(BYTES[character] for character in written if character in BYTES)
+        return raw.decode("utf-8", "replace"), raw
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""

@@ -7,12 +7,20 @@ from collections.abc import Callable, Sequence
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
+from qwen_onnx.runtime.batching.model import UnsupportedGraphError
 from qwen_onnx.runtime.template import has_template
 from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import latency
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import judge
-from qwen_onnx.verify.parity import CONVERSATIONS, NASTY, Mismatch, decode_positions, mismatches
+from qwen_onnx.verify.parity import (
+    CONVERSATIONS,
+    NASTY,
+    Mismatch,
+    batched_logits,
+    decode_positions,
+    mismatches,
+)
 from qwen_onnx.verify.records import CheckResult, Estimate, Latency, Verdict, worst
 from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most
@@ -189,6 +197,28 @@ def decode_parity(context: Context) -> CheckResult:
         verdicts.append(at_most(_exact(exact), context.limits.fp32_kld))
         measured["fp32_kld"], limit["fp32_kld"] = exact, context.limits.fp32_kld
     return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=limit)
+
+
+@check("batched", TIMED)
+def batch_parity(context: Context) -> CheckResult:
+    """Texts that share the steps of a batch, each joining later than the one before, get the logits of a lone run."""
+    prompts = {name: pool[0].ids[: context.options.decode_tokens] for name, pool in context.pools.items() if pool}
+    limit: dict[str, float | str] = {"kld_mean": DECODE_KLD, "top1": DECODE_TOP1}
+    try:
+        rows = batched_logits(context.artifact, list(prompts.values()), context.options.threads)
+    except UnsupportedGraphError as error:
+        return CheckResult(
+            name="batched", verdict=Verdict.PASS, limit=limit, detail=f"served one request at a time: {error.what}"
+        )
+    together = {tuple(ids): logits for ids, logits in zip(prompts.values(), rows, strict=True)}
+    found = decode_positions(lambda ids: together[tuple(ids)], context.scorer.logits, prompts)
+    kld, top1 = float(found.kld.mean()), float(found.agree.mean())
+    return CheckResult(
+        name="batched",
+        verdict=worst([at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]),
+        measured={"kld_mean": kld, "top1": top1, "positions": len(found.kld), "streams": len(prompts)},
+        limit=limit,
+    )
 
 
 @check("greedy")

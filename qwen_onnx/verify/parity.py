@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
+
+from qwen_onnx.runtime.batching.model import BatchModel
 from qwen_onnx.verify.corpus import Message
 from qwen_onnx.verify.scoring import Logits, Positions, compare
 
@@ -90,3 +94,31 @@ def decode_positions(
     return Positions.join(
         [compare(at_once(ids), forced(ids), ids) for ids in prompts.values()],
     )
+
+
+# steps by which each text joins a batch later than the one before it
+STAGGER = 7
+
+
+def batched_logits(folder: Path, texts: Sequence[Sequence[int]], threads: int | None) -> list[Logits]:
+    """Logits after each token of texts that share the steps of one batch, float32 [tokens, vocab_size] each.
+
+    Raises:
+        UnsupportedGraphError: the graph cannot be run by rows.
+    """
+    model = BatchModel(folder, rows=len(texts), capacity=max(map(len, texts)) + 1, threads=threads)
+    done: list[list[np.ndarray[Any, Any]]] = [[] for _ in texts]
+    step = 0
+    while waiting := [row for row, text in enumerate(texts) if len(done[row]) < len(text)]:
+        joined = [row for row in waiting if row * STAGGER <= step]
+        step += 1
+        if not joined:
+            continue
+        first, last = joined[0], joined[-1]
+        tokens = np.zeros((last - first + 1, 1), np.int64)
+        for row in joined:
+            tokens[row - first] = texts[row][len(done[row])]
+        logits = model.extend(first, tokens, [len(rows) for rows in done[first : last + 1]])
+        for row in joined:
+            done[row].append(logits[row - first].copy())
+    return [np.stack(rows) for rows in done]

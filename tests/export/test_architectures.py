@@ -22,12 +22,15 @@ from qwen_onnx.passes import GenAIModelBuilderConfig
 from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
 from qwen_onnx.qwen1_import import write_qwen2_form
 from qwen_onnx.runtime.engine import Engine
+from qwen_onnx.runtime.requests import TokenRequest
+from qwen_onnx.runtime.worker import EngineOptions, load_engine
 from qwen_onnx.schema import Readback
 from qwen_onnx.verify.scoring import OnnxScorer
 from tests.conftest import rewrite_json
 from tests.export.dequantized import with_weights_of
 from tests.fixtures_architectures import MAKERS, make_checkpoint
 from tests.fixtures_qwen1 import PublishedQwen1, make_qwen1_checkpoint
+from tests.runtime.batching.test_engine import Heard
 
 FP32 = GenAIModelBuilderConfig(precision="fp32")
 # level 1 keeps the activations in fp32: what is left is the arithmetic of the operators
@@ -53,6 +56,7 @@ ASKED = {
     "accuracy_level": 1,
     "prune_lm_head": True,
 }
+LINEAR_ATTENTION = ("Qwen3Next", "Qwen3_5")
 EXPERTS = {"bits": 4, "block_size": 32, "symmetric": True}
 
 
@@ -126,6 +130,18 @@ def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     assert matrices >= 4 * model.config.get_text_config().num_hidden_layers + 1
     assert np.abs(torch_logits(model, PROMPT) - unquantised).max() > 0.05
     assert_same(case.int4, model, 1e-4)
+
+
+def test_a_batch_answers_as_lone_runs_do(case: Case) -> None:
+    """As it is served: by rows of one batch, or one after the other where layers keep other state than a KV cache."""
+    reference = Engine(case.int4, threads=1)
+    served = load_engine(case.int4, EngineOptions(streams=3, capacity=512, threads=1))
+    assert served.stats().kind == ("serial" if case.architecture.startswith(LINEAR_ATTENTION) else "batch")
+    requests = [TokenRequest(tuple(PROMPT[start:]), 12, stop_on_eos=False) for start in (0, 90, 140)]
+    heard = [Heard(served, request) for request in requests]
+    for request, one in zip(requests, heard, strict=True):
+        assert one.tokens() == list(reference.generate(request.prompt_ids, max_new_tokens=12, stop_on_eos=False))
+    served.close()
 
 
 def test_every_graph_holds_what_was_asked_for(case: Case) -> None:

@@ -68,7 +68,8 @@ def assert_same(one: onnx.GraphProto, other: onnx.GraphProto) -> None:
     assert [value.name for value in one.output] == [value.name for value in other.output]
 
 
-@pytest.mark.parametrize("algorithm", ["k_quant_mixed", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", OPTIONS)
 def test_weights_in_files_change_nothing(algorithm: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     one = built(tiny_checkpoint, tmp_path / "stock", OPTIONS[algorithm], "stock")
     other = built(tiny_checkpoint, tmp_path / "files", OPTIONS[algorithm], "files")
@@ -85,15 +86,13 @@ def make_sharded(architecture: str, folder: Path) -> Path:
     return folder
 
 
-SLOW = pytest.mark.slow
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "algorithm"),
     [
         ("Qwen3MoeForCausalLM", "k_quant_last"),
         *(
-            pytest.param(f"{name}ForCausalLM", algorithm, marks=SLOW)
+            (f"{name}ForCausalLM", algorithm)
             for name, algorithm in (("Qwen2Moe", "default"), ("Qwen2Moe", "fp32"), ("Qwen3Next", "k_quant_last"))
         ),
     ],
@@ -146,7 +145,7 @@ def started(checkpoint: Path, folder: Path, options: str, kept: Path) -> subproc
         pytest.param(
             "quantised the matrices of part 1 of 3",
             ["packed the experts of layer", "quantised the matrices of part 1 of"],
-            marks=SLOW,
+            marks=pytest.mark.slow,
         ),
     ],
 )

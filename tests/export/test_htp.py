@@ -187,6 +187,7 @@ def test_int4_is_packed_as_onnx_says(checkpoint: Path, tmp_path: Path) -> None:
     assert read_qdq(tmp_path / "out" / graph_file(1, QDQ))["weights"]["lm_head"]["bits"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [({"group_size": 32}, "scales in a row"), ({"symmetric": False}, "has zero points")],

@@ -64,6 +64,7 @@ def make_sharded(tiny: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_bytes_of_quantising_in_memory(checkpoint: Path, tmp_path: Path) -> None:
     expected, precise = quantized_tensors(checkpoint, SMALL)
     quantize(checkpoint, tmp_path / "out", SMALL)
@@ -84,6 +85,7 @@ def whole(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_logits_in_pieces_choose_the_same_matrices(
     tiny_checkpoint: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_killed_quantisation_goes_on_behind_what_was_finished(
     assert overrides_of(tmp_path / "out") == overrides_of(whole)
 
 
+@pytest.mark.slow
 def test_a_build_killed_behind_its_last_step_finds_everything_finished(
     tiny_checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,11 @@ from openai import OpenAI
 
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.server import create_app
+from qwen_onnx.runtime.settings import ServerSettings
 from tests.conftest import free_port
+
+# the tests of the API look at what lies beyond the limits too: at the context's end, at long answers
+ROOMY = ServerSettings(max_input_characters=2_000_000, max_tokens=100_000)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +40,7 @@ class served:
 
     def __init__(self, artifact: Path, name: str) -> None:
         port = free_port()
-        self._app = create_app(QwenService(artifact, threads=2, isolated=True), name)
+        self._app = create_app(QwenService(artifact, threads=2, isolated=True), name, ROOMY)
         self._server = uvicorn.Server(uvicorn.Config(self._app, port=port, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)

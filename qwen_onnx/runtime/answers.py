@@ -1,0 +1,108 @@
+"""From token events to pieces of an answer: text, stop strings, log probabilities, and why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from qwen_onnx.runtime.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
+from qwen_onnx.runtime.requests import TokenEvent
+from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
+
+
+class Answer(Protocol):
+    """An answer that grows with the events of the engine."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last piece is told."""
+
+    def feed(self, event: TokenEvent) -> list[Delta]:
+        """The pieces that became certain. Raises QwenOnnxError: why there will be no more."""
+
+
+class Assembler:
+    """Builds one answer. Synchronous and asynchronous callers feed the same events to it."""
+
+    def __init__(self, tokenizer: TextTokenizer, config: GenerationConfig, prompt_tokens: int) -> None:
+        self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
+        self._decoder, self._stopper = StreamDecoder(tokenizer), StopStrings(config.stop)
+        self._count, self._cached = 0, 0
+        self._logprobs: list[TokenLogprob] = []
+        self.finished = False
+
+    def feed(self, event: TokenEvent) -> list[Delta]:
+        """The pieces that became certain; the last one has the reason.
+
+        Raises:
+            QwenOnnxError: the engine's, when the event carries one.
+        """
+        if event.error is not None:
+            self.finished = True
+            raise event.error
+        self._cached = max(self._cached, event.cached_tokens)
+        if event.token is None:
+            return self._end("length" if event.finish == "length" else "stop")
+        self._count += 1
+        if event.logprob is not None:
+            self._logprobs.append(self._entry(event.token, event.logprob, event.top))
+        text = self._stopper.push(self._decoder.push(event.token))
+        if self._stopper.hit:
+            # the tokens of the stop string are no part of the answer
+            self._logprobs.clear()
+            return [*self._piece(text), self._last("stop")]
+        return self._piece(text)
+
+    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
+        alternatives = tuple(self._entry(other, value) for other, value in top)
+        return TokenLogprob(*self._tokenizer.piece(token), logprob, alternatives)
+
+    def _piece(self, text: str) -> list[Delta]:
+        if not text:
+            return []
+        entries, self._logprobs = tuple(self._logprobs), []
+        return [Delta(text, self._prompt_tokens, self._count, None, self._cached, entries)]
+
+    def _end(self, reason: FinishReason) -> list[Delta]:
+        rest = self._stopper.push(self._decoder.flush()) + self._stopper.flush()
+        return [*self._piece(rest), self._last("stop" if self._stopper.hit else reason)]
+
+    def _last(self, reason: FinishReason) -> Delta:
+        self.finished = True
+        return Delta("", self._prompt_tokens, self._count, reason, self._cached, tuple(self._logprobs))
+
+
+class StopStrings:
+    """Cuts text at the first stop string, also one that spans tokens; the stop string itself is dropped."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that can no longer become a stop string."""
+        if self.hit:
+            return ""
+        self._held += text
+        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        if found:
+            self.hit = True
+            return self._release(min(found))
+        return self._release(len(self._held) - self._longest_prefix())
+
+    def _longest_prefix(self) -> int:
+        """Length of the longest tail that a stop string begins with."""
+        tails = (len(stop[:size]) for stop in self._stops for size in range(1, len(stop)) if self._ends(stop[:size]))
+        return max(tails, default=0)
+
+    def _ends(self, prefix: str) -> bool:
+        return self._held.endswith(prefix)
+
+    def _release(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back when no stop string came."""
+        return "" if self.hit else self._release(len(self._held))

@@ -1,0 +1,272 @@
+"""The engine's owner thread: takes requests in between two steps, and gives every step to all of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import psutil
+
+from qwen_onnx.errors import OverloadedError, QwenOnnxError, ServiceError
+from qwen_onnx.runtime.batching.guidance import Grammars
+from qwen_onnx.runtime.batching.model import BatchModel, Floats
+from qwen_onnx.runtime.batching.rows import Rows
+from qwen_onnx.runtime.batching.sampling import Sampler
+from qwen_onnx.runtime.engine import Shape
+from qwen_onnx.runtime.requests import (
+    ALL_FEATURES,
+    CLOSED,
+    EngineFinish,
+    EngineStats,
+    Listener,
+    TokenEvent,
+    TokenRequest,
+)
+
+log = logging.getLogger(__name__)
+# more at once would hold up the others for longer, fewer read the prompt more slowly (docs/lab-log.md)
+PREFILL_CHUNK = 64
+
+
+@dataclass(eq=False)
+class Stream:
+    """A request on its way: ``filled`` of its prompt's tokens are in its row; ``token`` waits to go in."""
+
+    request: TokenRequest
+    listener: Listener
+    sampler: Sampler
+    row: int = -1
+    filled: int = 0
+    cached: int = 0
+    token: int | None = None
+    drawn: int = 0
+    served: int = 0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """See ``requests.Handle``."""
+        self.cancelled.set()
+
+    @property
+    def seeded(self) -> bool:
+        """A seed is a promise: rounding depends on who else is in the batch, so such a stream runs alone."""
+        return self.request.sampling.seed is not None
+
+
+class BatchEngine:
+    """Continuous batching; see ``requests.TokenEngine``.
+
+    Args:
+        folder: flat folder of an exported model.
+        streams: requests at once; more wait.
+        queue_size: how many may wait.
+        capacity: tokens of a stream, prompt and answer; None: the context, or what the memory allows.
+        threads: threads of onnxruntime; None leaves it to onnxruntime.
+
+    Raises:
+        UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
+    """
+
+    features = ALL_FEATURES
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        streams: int = 4,
+        queue_size: int = 16,
+        capacity: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._model = BatchModel(folder, rows=streams, capacity=capacity, chunk=PREFILL_CHUNK, threads=threads)
+        self.shape = replace(Shape.read(folder), context_length=self._model.capacity)
+        self._grammars = Grammars(folder, self.shape)
+        self._rows, self._queue_size = Rows(streams), queue_size
+        self._waiting: deque[Stream] = deque()
+        self._active: list[Stream] = []
+        self._changed = threading.Condition()
+        self._closing, self._failed = False, False
+        self._counted = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+        self._clock = 0
+        # called by the owner thread when all events of a step are told
+        self.after_step: Callable[[], None] = lambda: None
+        self._thread = threading.Thread(target=self._run, name="qwen-onnx engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: TokenRequest, listener: Listener) -> Stream:
+        """See ``requests.TokenEngine``."""
+        self.shape.check(request.prompt_ids, request.max_new_tokens)
+        matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
+        forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
+        stream = Stream(request, listener, Sampler(request, matcher, forbidden))
+        with self._changed:
+            if self._closing or self._failed:
+                raise ServiceError(CLOSED)
+            waiting = len(self._waiting) + len(self._active) - len(self._rows.histories)
+            if waiting >= self._queue_size:
+                raise OverloadedError(f"{waiting} requests wait already", hint="try again later")
+            self._waiting.append(stream)
+            self._changed.notify()
+        return stream
+
+    def stats(self) -> EngineStats:
+        """See ``requests.TokenEngine``."""
+        return EngineStats(
+            kind="batch",
+            streams=len(self._rows.histories),
+            running=len(self._active),
+            waiting=len(self._waiting),
+            queue_size=self._queue_size,
+            kv_tokens=sum(map(len, self._rows.histories)),
+            kv_capacity=len(self._rows.histories) * self._model.capacity,
+            restarts=0,
+            resident_bytes=psutil.Process().memory_info().rss,
+            alive=not self._failed,
+            **self._counted,
+        )
+
+    def close(self) -> None:
+        """Cancel what runs and free the model."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._next_step_is_due():
+                self._step()
+                self.after_step()
+        # whatever it is, those who wait must hear of it; the owner of this engine starts another
+        except Exception as error:
+            log.exception("the engine failed")
+            self._failed = True
+            self._end_all(TokenEvent(error=ServiceError(f"the engine failed: {type(error).__name__}")))
+        else:
+            self._end_all(TokenEvent(error=ServiceError(CLOSED)))
+
+    def _next_step_is_due(self) -> bool:
+        with self._changed:
+            while not (self._closing or self._active or self._waiting):
+                self._changed.wait()
+            return not self._closing
+
+    def _end_all(self, event: TokenEvent) -> None:
+        with self._changed:
+            streams = [*self._active, *self._waiting]
+            self._active.clear()
+            self._waiting.clear()
+        for stream in streams:
+            stream.listener(event)
+        self.after_step()
+
+    def _step(self) -> None:
+        """One piece of one prompt, and one token of every answer."""
+        for stream in [stream for stream in self._active if stream.cancelled.is_set()]:
+            self._finish(stream, "cancelled")
+        self._admit()
+        unread = [stream for stream in self._active if stream.token is None]
+        if unread:
+            # in turns, so that a short prompt does not wait behind a long one
+            self._prefill(min(unread, key=lambda stream: stream.served))
+        decoding = [stream for stream in self._active if stream.token is not None]
+        together = [stream for stream in decoding if not stream.seeded]
+        for group in ([together] if together else []) + [[stream] for stream in decoding if stream.seeded]:
+            self._decode(group)
+
+    def _admit(self) -> None:
+        while self._waiting:
+            stream = self._waiting[0]
+            if stream.cancelled.is_set():
+                with self._changed:
+                    self._waiting.popleft()
+                stream.listener(TokenEvent(finish="cancelled"))
+                continue
+            row = self._rows.admit(stream.request.prompt_ids, reuse=not stream.seeded)
+            if row is None:
+                return
+            stream.row = row
+            self._found(stream, len(self._rows.histories[row]))
+            with self._changed:
+                self._active.append(self._waiting.popleft())
+
+    def _found(self, stream: Stream, filled: int) -> None:
+        """Count what needs no computing."""
+        self._counted["cached_tokens"] += filled - stream.filled
+        stream.cached += filled - stream.filled
+        stream.filled = filled
+
+    def _prefill(self, stream: Stream) -> None:
+        prompt, history = stream.request.prompt_ids, self._rows.histories[stream.row]
+        source, common = (stream.row, 0) if stream.seeded else self._rows.longest(prompt, stream.row)
+        if common:
+            self._model.copy(source, stream.row, common)
+            history[:] = prompt[:common]
+            self._found(stream, common)
+        piece = prompt[stream.filled : stream.filled + PREFILL_CHUNK]
+        logits = self._model.extend(stream.row, np.array([piece], np.int64), [stream.filled])
+        history += piece
+        stream.filled += len(piece)
+        self._clock += 1
+        stream.served = self._clock
+        self._counted["prompt_tokens"] += len(piece)
+        if stream.filled == len(prompt):
+            self._draw(stream, logits[0])
+
+    def _decode(self, streams: list[Stream]) -> None:
+        """One token for each; rows between them are computed for nothing, behind what they hold."""
+        histories = self._rows.histories
+        first, last = min(stream.row for stream in streams), max(stream.row for stream in streams)
+        tokens = np.zeros((last - first + 1, 1), np.int64)
+        past = [min(len(history), self._model.capacity - 1) for history in histories[first : last + 1]]
+        for stream in streams:
+            tokens[stream.row - first] = cast("int", stream.token)
+        for row in range(first, last + 1):
+            del histories[row][past[row - first] :]
+        logits = self._model.extend(first, tokens, past)
+        for stream in streams:
+            histories[stream.row].append(int(tokens[stream.row - first, 0]))
+            self._rows.touch(stream.row)
+        for stream, row in [(stream, stream.row) for stream in streams]:
+            self._draw(stream, logits[row - first])
+
+    def _draw(self, stream: Stream, logits: Floats) -> None:
+        try:
+            token, logprob, top = stream.sampler.draw(logits)
+        except QwenOnnxError as error:
+            self._release(stream)
+            stream.listener(TokenEvent(error=error))
+            return
+        if stream.request.stop_on_eos and token in self.shape.eos_token_ids:
+            self._finish(stream, "stop")
+            return
+        stream.token = token
+        stream.drawn += 1
+        self._counted["generated_tokens"] += 1
+        stream.listener(TokenEvent(token, logprob, top, cached_tokens=stream.cached))
+        if stream.sampler.finished:
+            self._finish(stream, "stop")
+        elif stream.drawn == stream.request.max_new_tokens:
+            self._finish(stream, "length")
+
+    def _finish(self, stream: Stream, reason: EngineFinish) -> None:
+        self._release(stream)
+        stream.listener(TokenEvent(finish=reason, cached_tokens=stream.cached))
+
+    def _release(self, stream: Stream) -> None:
+        """Free the row; a stream at an end of the batch moves into the gap."""
+        with self._changed:
+            self._active.remove(stream)
+        end = self._rows.release(stream.row)
+        if end is None:
+            return
+        moved = next(other for other in self._active if other.row == end)
+        self._model.copy(end, stream.row, len(self._rows.histories[end]))
+        self._rows.move(end, stream.row)
+        moved.row = stream.row

@@ -1,0 +1,216 @@
+"""The graph of an artifact over rows of a KV cache, run by ONNX Runtime itself.
+
+genai's static engine makes a late request wait until the batch has drained, and its dynamic engine needs a graph for
+paged attention, which the CPU lacks. The stock graph can do more than genai asks of it: GroupQueryAttention takes a
+length per row, and past and present may be the same memory. So each row of one large buffer is a conversation of its
+own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+
+from qwen_onnx.errors import ArtifactError, EnvironmentFault
+from qwen_onnx.runtime.engine import CONFIG_FILE, Shape
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# of the free memory, for the KV cache; pages are taken only when a conversation reaches them
+KV_SHARE = 0.5
+LEAST_TOKENS = 256
+# neighbours in a batch are rounded otherwise than a row alone, but the logits stay nearly parallel
+LEAST_COSINE = 0.98
+
+
+class UnsupportedGraphError(ArtifactError):
+    """The graph cannot be run by rows; the artifact is served one request at a time."""
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """Sizes of the KV cache: each of ``2 * layers`` buffers is [rows, heads, tokens, head_size]."""
+
+    layers: int
+    heads: int
+    head_size: int
+    names: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> KvLayout:
+        """From ``genai_config.json``."""
+        decoder = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model"]["decoder"]
+        inputs, outputs = decoder["inputs"], decoder["outputs"]
+        layers = int(decoder["num_hidden_layers"])
+        try:
+            names = tuple(
+                (inputs[f"past_{kind}_names"] % layer, outputs[f"present_{kind}_names"] % layer)
+                for layer in range(layers)
+                for kind in ("key", "value")
+            )
+        except KeyError as error:
+            raise UnsupportedGraphError(f"the graph has no KV cache called {error}", where=str(folder)) from error
+        return cls(layers, int(decoder["num_key_value_heads"]), int(decoder["head_size"]), names)
+
+    def bytes_per_token(self, item: int) -> int:
+        """Of one row."""
+        return len(self.names) * self.heads * self.head_size * item
+
+
+class BatchModel:
+    """Rows that are filled and continued independently.
+
+    Args:
+        folder: flat folder with ``genai_config.json`` and ``model.onnx``.
+        rows: conversations at once.
+        capacity: tokens of a row; None takes the context, or what the free memory allows.
+        chunk: most tokens that go in at once.
+        threads: threads within an operator; None leaves it to onnxruntime.
+
+    Raises:
+        UnsupportedGraphError: the graph has other inputs (linear attention), or its rows are not independent.
+        ArtifactError: the graph does not load. EnvironmentFault: too little memory for the rows.
+    """
+
+    def __init__(
+        self, folder: Path, *, rows: int, capacity: int | None = None, chunk: int = 64, threads: int | None = None
+    ) -> None:
+        shape = Shape.read(folder)
+        if shape.provider != "cpu":
+            raise UnsupportedGraphError(
+                f"built for {shape.provider}, which onnxruntime-genai drives", where=str(folder)
+            )
+        layout = KvLayout.read(folder)
+        self._session = _session(folder, threads)
+        self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
+        past = {name for name, _ in layout.names}
+        foreign = sorted(set(self._inputs) - past - {"input_ids", "attention_mask", "position_ids"})
+        if foreign or not past <= set(self._inputs) or "attention_mask" not in self._inputs:
+            raise UnsupportedGraphError(
+                f"the graph keeps other state than keys and values: {foreign}", where=str(folder)
+            )
+        self._type = TYPES[self._inputs[layout.names[0][0]].type]
+        self.vocab_size = shape.vocab_size
+        self.capacity = _capacity(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
+        self.rows, self._layout = rows, layout
+        sizes = (rows, layout.heads, self.capacity, layout.head_size)
+        self._kv = [_zeros(sizes, self._type) for _ in layout.names]
+        logits = next(output for output in self._session.get_outputs() if output.name == "logits")
+        # a pruned head computes the logits of the last token alone
+        self._pruned = logits.shape[1] == 1
+        self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
+        self._bindings: dict[tuple[int, int], Any] = {}
+        self._check_rows()
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one token in one row."""
+        return self._layout.bytes_per_token(np.dtype(self._type).itemsize)
+
+    def extend(self, first: int, tokens: np.ndarray[Any, Any], past: Sequence[int]) -> Floats:
+        """Put tokens behind what neighbouring rows hold.
+
+        Args:
+            first: the first row.
+            tokens: int64 [n, t]; row ``first + i`` gets ``tokens[i]``.
+            past: tokens that each row holds, n numbers.
+
+        Returns:
+            Logits after the last token of each row, float32 [n, vocab_size]; valid until the next call.
+        """
+        count, new = tokens.shape
+        mask = np.zeros((count, max(past) + new), np.int64)
+        for row, length in enumerate(past):
+            mask[row, : length + new] = 1
+        binding = self._binding(first, count)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
+        binding.bind_cpu_input("attention_mask", mask)
+        if "position_ids" in self._inputs:
+            positions = np.asarray(past, np.int64)[:, None] + np.arange(new, dtype=np.int64)
+            binding.bind_cpu_input("position_ids", positions)
+        kept = 1 if self._pruned else new
+        logits = self._logits[: count * kept].reshape(count, kept, self.vocab_size)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return logits[:, -1].astype(np.float32, copy=False)
+
+    def _binding(self, first: int, count: int) -> Any:
+        """Past and present of these rows are one memory, which GroupQueryAttention then writes in place."""
+        if (first, count) not in self._bindings:
+            binding = self._session.io_binding()
+            shape = (count, self._layout.heads, self.capacity, self._layout.head_size)
+            for (past, present), buffer in zip(self._layout.names, self._kv, strict=True):
+                address = buffer[first:].ctypes.data
+                binding.bind_input(past, "cpu", 0, self._type, shape, address)
+                binding.bind_output(present, "cpu", 0, self._type, shape, address)
+            self._bindings[first, count] = binding
+        return self._bindings[first, count]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first ``tokens`` of a row into another."""
+        for buffer in self._kv:
+            buffer[target, :, :tokens] = buffer[source, :, :tokens]
+
+    def _check_rows(self) -> None:
+        """Rows of different lengths, one after the other and as a batch, must say the same."""
+        if self.rows < 2:
+            return
+        prompts = ([1, 2, 3, 4, 5], [6, 7])
+        for row, prompt in enumerate(prompts):
+            self.extend(row, np.array([prompt]), [0])
+        lengths = [len(prompt) for prompt in prompts]
+        next_tokens = np.array([[8], [9]])
+        alone = [self.extend(row, next_tokens[row : row + 1], lengths[row : row + 1])[0].copy() for row in (0, 1)]
+        together = self.extend(0, next_tokens, lengths)
+        for one, both in zip(alone, together, strict=True):
+            cosine = float(one @ both / (np.linalg.norm(one) * np.linalg.norm(both)))
+            if not cosine >= LEAST_COSINE:
+                raise UnsupportedGraphError(f"the rows of a batch are not independent (cosine {cosine:.3f})")
+
+
+def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, Any]:
+    """Zeroed memory whose pages are taken when they are first written.
+
+    numpy asks for pages of 2 MB, which a short conversation in each row would take whole: 3 GB instead of 0.2.
+    """
+    memory = mmap.mmap(-1, max(1, int(np.prod(sizes)) * np.dtype(kind).itemsize))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, kind).reshape(sizes)
+
+
+def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path = folder / config["model"]["decoder"]["filename"]
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # onnxruntime's exceptions have no common class but Exception
+    except Exception as error:
+        raise ArtifactError(
+            f"onnxruntime cannot load the model: {error}", where=str(path), hint="build it again"
+        ) from error
+
+
+def _capacity(context: int, asked: int | None, rows: int, layout: KvLayout, item: int) -> int:
+    if asked is not None:
+        return min(asked, context)
+    free = int(psutil.virtual_memory().available * KV_SHARE)
+    fitting = free // (rows * layout.bytes_per_token(item)) // LEAST_TOKENS * LEAST_TOKENS
+    if fitting < min(LEAST_TOKENS, context):
+        raise EnvironmentFault(
+            f"{rows} streams of {LEAST_TOKENS} tokens do not fit into the free memory",
+            hint="serve with fewer --streams",
+        )
+    return min(context, fitting)

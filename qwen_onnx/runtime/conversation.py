@@ -1,0 +1,272 @@
+"""A conversation with a model: its messages and settings, how it is saved, what happens when the context is full."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from qwen_onnx.errors import ConfigError, PromptTooLongError, RequestError, TemplateError
+from qwen_onnx.runtime.generation import RANGES, ChatPrompt, Delta, GenerationConfig, Message
+from qwen_onnx.runtime.reasoning import OPEN, Kind, ThinkingSplitter
+from qwen_onnx.runtime.service import QwenService
+
+# what /set knows; the rest of a configuration are texts and tables, not numbers
+SETTINGS = tuple(name for name in RANGES if name != "logprobs")
+# an answer that is cut after some words helps nobody: so much of the context is kept free for it
+ROOM = 0.25
+
+
+class Record(BaseModel):
+    """Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SavedMessage(Record):
+    """One message. ``stopped``: the user stopped this answer, the text is what had come."""
+
+    role: Literal["user", "assistant"]
+    content: str
+    reasoning_content: str | None = None
+    stopped: bool = False
+
+    def plain(self) -> Message:
+        """For the chat template, which decides itself what to do with earlier reasoning."""
+        return self.model_dump(include={"role", "content", "reasoning_content"}, exclude_none=True)
+
+
+def _alternate(messages: list[SavedMessage]) -> list[SavedMessage]:
+    for index, message in enumerate(messages):
+        expected = "assistant" if index % 2 else "user"
+        if message.role != expected:
+            raise ValueError(f"message {index} is of the {message.role}, expected the {expected}")
+    if len(messages) % 2:
+        raise ValueError("the last question has no answer")
+    return messages
+
+
+class SavedChat(Record):
+    """The file that /save writes."""
+
+    format: Literal["qwen-onnx-chat/1"]
+    model: str
+    system: str | None
+    thinking: bool | None
+    settings: dict[str, int | float | None]
+    messages: Annotated[list[SavedMessage], AfterValidator(_alternate)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What an answer took. Seconds; ``tokens_per_second`` is of decoding alone, None for fewer than two tokens."""
+
+    last: Delta
+    stopped: bool
+    first_token_seconds: float | None
+    tokens_per_second: float | None
+
+
+class Conversation:
+    """Messages and settings.
+
+    Args:
+        service: answers.
+        config: how to answer, until ``set`` changes it.
+        model: name of the model, for files.
+        system: the system message.
+    """
+
+    def __init__(
+        self, service: QwenService, config: GenerationConfig, *, model: str, system: str | None = None
+    ) -> None:
+        self.service, self.config, self.model, self.system = service, config, model, system
+        self.thinking: bool | None = None
+        self.messages: list[SavedMessage] = []
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.service.engine.shape.context_length
+
+    def prompt(self) -> ChatPrompt:
+        """All that is said so far."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return ChatPrompt([*system, *(message.plain() for message in self.messages)], thinking=self.thinking)
+
+    def ask(self, text: str) -> None:
+        """Add a question."""
+        self.messages.append(SavedMessage(role="user", content=text))
+
+    def forget_answer(self) -> None:
+        """Take the last answer back, so that its question can be answered anew.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if not self.messages:
+            raise RequestError("there is no answer yet", where="/regenerate")
+        self.messages.pop()
+
+    def fit(self) -> tuple[int, int]:
+        """Drop the oldest questions and answers until the rest leaves room for an answer.
+
+        Returns:
+            Messages dropped, tokens that the prompt had before.
+
+        Raises:
+            PromptTooLongError: the last question alone is too long.
+        """
+        wanted = self.context_length - min(self.config.max_new_tokens, int(self.context_length * ROOM))
+        whole = self.messages
+        try:
+            before = size = self._tokens()
+            while size > wanted and len(self.messages) > 1:
+                self.messages = self.messages[2:]
+                size = self._tokens()
+            self.service.prepare(self.prompt(), self.config)
+        except PromptTooLongError:
+            self.messages = whole
+            raise
+        return len(whole) - len(self.messages), before
+
+    def _tokens(self) -> int:
+        try:
+            return len(self.service.encode_chat(self.prompt()))
+        except PromptTooLongError:
+            # longer than is worth counting: at least a token more than fits
+            if len(self.messages) == 1:
+                raise
+            return self.context_length + 1
+
+    def answer(self, show: Callable[[Kind, str], None], stopped: Callable[[], bool]) -> Outcome:
+        """Answer the last question piece by piece and add the answer, also one that is stopped.
+
+        Raises:
+            QwenOnnxError: the question is refused or the engine failed; the question is taken back.
+        """
+        prompt = self.prompt()
+        splitter = ThinkingSplitter(self.service.format_chat(prompt).rstrip().endswith(OPEN))
+        said: dict[Kind, str] = {"reasoning": "", "content": ""}
+        begin, first, last = time.perf_counter(), None, None
+        finished = False
+
+        def pass_on(pieces: list[tuple[Kind, str]]) -> None:
+            for kind, text in pieces:
+                said[kind] += text
+                show(kind, text)
+
+        try:
+            for last in self.service.stream(prompt, self.config, cancelled=stopped):
+                first = first or time.perf_counter()
+                pass_on(splitter.push(last.text))
+                if stopped():
+                    break
+            pass_on(splitter.flush())
+            finished = True
+        finally:
+            if not finished:
+                self.messages.pop()
+        # an answer that was at its end already is whole
+        cut = stopped() and not (last and last.finish_reason == "length")
+        self.messages.append(
+            SavedMessage(
+                role="assistant",
+                content=said["content"],
+                reasoning_content=said["reasoning"] or None,
+                stopped=cut,
+            )
+        )
+        last = last or Delta("", 0, 0)
+        decoding = time.perf_counter() - (first or begin)
+        speed = (last.completion_tokens - 1) / decoding if last.completion_tokens > 1 and decoding > 0 else None
+        return Outcome(last, cut, first and first - begin, speed)
+
+    def set(self, name: str, value: str) -> None:
+        """Change one setting.
+
+        Raises:
+            RequestError: no such setting, or a value out of its range.
+        """
+        if name not in SETTINGS:
+            raise RequestError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}", where="/set")
+        number: int | float | None = None
+        if not (name == "seed" and value == "none"):
+            try:
+                number = float(value) if isinstance(RANGES[name][0], float) else int(value)
+            except ValueError as error:
+                raise RequestError(f"{name} is {value!r}, not a number", where=name) from error
+        self.config = dataclasses.replace(self.config, **{name: number})  # type: ignore[arg-type]
+
+    def set_thinking(self, on: bool) -> None:
+        """Ask the template to have the model think, or not.
+
+        Raises:
+            TemplateError: the template makes no difference between the two.
+        """
+        trial = [{"role": "user", "content": "?"}]
+        yes, no = (self.service.format_chat(ChatPrompt(trial, thinking=value)) for value in (True, False))
+        if yes == no:
+            raise TemplateError(
+                f"{self.model}'s chat template has no enable_thinking: it cannot be switched", where="/think"
+            )
+        self.thinking = on
+
+    def save(self, path: Path) -> None:
+        """Write all to a file, by one rename, readable by its owner only.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        saved = SavedChat(
+            format="qwen-onnx-chat/1",
+            model=self.model,
+            system=self.system,
+            thinking=self.thinking,
+            settings={name: getattr(self.config, name) for name in SETTINGS},
+            messages=self.messages,
+        )
+        staging = None
+        try:
+            descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(saved.model_dump_json(indent=2) + "\n")
+            os.replace(staging, path)
+        except OSError as error:
+            if staging:
+                Path(staging).unlink(missing_ok=True)
+            raise ConfigError([f"{path}: cannot be written: {error.strerror}"]) from error
+
+    def load(self, path: Path) -> str | None:
+        """Take messages and settings from a file that ``save`` wrote; nothing changes when it is faulty.
+
+        Returns:
+            The model that the chat was held with, when it is another.
+
+        Raises:
+            ConfigError: the file cannot be read or is no saved chat, all faults at once.
+        """
+        try:
+            saved = SavedChat.model_validate_json(path.read_bytes())
+            unknown = sorted(saved.settings.keys() - set(SETTINGS))
+            if unknown:
+                raise ConfigError([f"{path}: settings.{name}: unknown key" for name in unknown])
+            config = dataclasses.replace(self.config, **saved.settings)  # type: ignore[arg-type]
+        except OSError as error:
+            raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+        except RequestError as error:
+            raise ConfigError([f"{path}: settings.{error.where}: {error.what}"]) from error
+        except ValidationError as error:
+            faults = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False)]
+            raise ConfigError([f"{path}: {place or '(top level)'}: {words}" for place, words in faults]) from error
+        if saved.thinking is not None:
+            self.set_thinking(saved.thinking)
+        self.config, self.system, self.messages = config, saved.system, list(saved.messages)
+        self.thinking = saved.thinking
+        return saved.model if saved.model != self.model else None

@@ -1,0 +1,128 @@
+"""How much a client may send: requests in a window of time, bytes, and JSON that is what it seems."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from qwen_onnx.errors import RequestError
+
+HOUR = 3600.0
+MOST_CLIENTS = 10_000
+# Python's own limit of digits is 4300; nothing here needs more than 64 bits
+MOST_DIGITS = 40
+TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+class RateLimiter:
+    """At most ``limit`` requests in any ``window`` seconds for each client: a sliding window, not a counter of hours.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, limit: int, window: float = HOUR, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit, self._window, self._clock = limit, window, clock
+        self._times: dict[str, deque[float]] = {}
+
+    def admit(self, client: str) -> int:
+        """0 when the request may pass, and is counted; else the whole seconds until one may."""
+        now = self._clock()
+        times = self._recent(client, now)
+        if len(times) >= self.limit:
+            return max(1, math.ceil(times[0] + self._window - now))
+        times.append(now)
+        return 0
+
+    def remaining(self, client: str) -> int:
+        """How many more may pass now."""
+        return self.limit - len(self._recent(client, self._clock()))
+
+    def _recent(self, client: str, now: float) -> deque[float]:
+        if client not in self._times and len(self._times) >= MOST_CLIENTS:
+            self._forget(now)
+        times = self._times.setdefault(client, deque())
+        while times and times[0] <= now - self._window:
+            times.popleft()
+        return times
+
+    def _forget(self, now: float) -> None:
+        """Those whose window is empty; when all are busy, the one that came first."""
+        for client in [name for name, times in self._times.items() if not times or times[-1] <= now - self._window]:
+            del self._times[client]
+        if len(self._times) >= MOST_CLIENTS:
+            del self._times[next(iter(self._times))]
+
+
+def read_json(body: bytes, most_depth: int) -> Any:
+    """JSON of UTF-8, without what parsers disagree about.
+
+    Raises:
+        RequestError: no JSON, not UTF-8, a key twice in an object, NaN or Infinity, a number of more than
+            ``MOST_DIGITS`` digits, nesting beyond ``most_depth``.
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_no_number,
+        )
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8: byte {error.start} is wrong") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"the body is not JSON: {error.msg} at character {error.pos}") from error
+    except RecursionError as error:
+        raise RequestError(f"the body is nested deeper than {most_depth} levels") from error
+    _check_depth(value, most_depth)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise RequestError("an object in the body has the same key twice")
+    return made
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise RequestError(f"a number in the body has {len(text)} digits, the most is {MOST_DIGITS}")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise RequestError("a number in the body is too large")
+    return number
+
+
+def _no_number(text: str) -> NoReturn:
+    raise RequestError(f"the body is not JSON: {text} is no number")
+
+
+def _check_depth(value: Any, most: int) -> None:
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if any(isinstance(item, dict | list) for item in level):
+        raise RequestError(f"the body is nested deeper than {most} levels")
+
+
+def check_token_fields(value: Any, most: int) -> None:
+    """RequestError when a request asks for more than ``most`` tokens, naming the field as the client wrote it."""
+    for name in TOKEN_FIELDS if isinstance(value, dict) else ():
+        asked = value.get(name)
+        if isinstance(asked, int) and asked > most:
+            raise RequestError(f"{name} is {asked}, the most is {most}", where=name)

@@ -1,0 +1,117 @@
+"""Structured logs on stderr, one JSON object a line, without a word of what people wrote or were answered."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import sys
+import traceback
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TextIO
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
+
+from qwen_onnx.runtime.generation import ChatPrompt, Prompt
+from qwen_onnx.runtime.monitor import Measurement
+
+log = logging.getLogger("qwen_onnx.request")
+SysExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+class Formatter(JsonFormatter):
+    """JSON lines. Of an exception it tells the class and where it came from: messages may quote what users sent."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "%(levelname)s %(name)s %(message)s",
+            # uvicorn's message once more, in colours
+            reserved_attrs=(*RESERVED_ATTRS, "color_message"),
+            rename_fields={"levelname": "level", "name": "logger"},
+            timestamp="time",
+            json_ensure_ascii=False,
+        )
+
+    def formatException(self, ei: SysExcInfo) -> str:
+        """Class and frames."""
+        kind = ei[0].__name__ if ei[0] else "none"
+        frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(ei[2])]
+        return "\n".join([*frames, kind])
+
+
+def configure(stream: TextIO | None = None) -> None:
+    """Send what this process logs, from INFO on, to ``stream`` (stderr) as JSON lines."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(Formatter())
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    # one line for each request is ours; httpx and the like tell addresses at INFO
+    for name in ("uvicorn.access", "httpx", "opentelemetry"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@dataclass
+class RequestRecord:
+    """What is told of a request; the layers that it passes fill it in."""
+
+    request_id: str
+    method: str
+    route: str = "unmatched"
+    status: int = 0
+    key: str | None = None
+    reason: str | None = None
+    prompt_hash: str | None = None
+    generations: list[Measurement] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Fields of the log line; what is not known is absent. Several answers (``n``) share one prompt."""
+        made = self.generations
+        first = [one.ttft for one in made if one.ttft is not None]
+        told: dict[str, Any] = {
+            "request_id": self.request_id,
+            "method": self.method,
+            "route": self.route,
+            "status": self.status,
+            "key": self.key,
+            "reason": self.reason,
+            "prompt_hmac": self.prompt_hash,
+            "prompt_tokens": made[0].prompt_tokens if made else None,
+            "cached_tokens": max(one.cached_tokens for one in made) if made else None,
+            "completion_tokens": sum(one.completion_tokens for one in made) if made else None,
+            "ttft": round(min(first), 6) if first else None,
+            "finish_reason": ",".join(one.finish_reason or "none" for one in made) if made else None,
+            "fault": next((one.fault for one in made if one.fault), None),
+        }
+        return {name: value for name, value in told.items() if value is not None}
+
+
+current: ContextVar[RequestRecord | None] = ContextVar("qwen_onnx_request", default=None)
+
+
+class PromptHash:
+    """HMAC-SHA-256: the same prompt has the same hash, and without the key nobody can try out what it was.
+
+    Args:
+        key: None draws one for this process.
+    """
+
+    def __init__(self, key: str | None = None) -> None:
+        self._key = key.encode() if key else secrets.token_bytes(32)
+
+    def of(self, prompt: Prompt) -> str:
+        """In hexadecimal, the first 128 bits."""
+        plain: Any = prompt
+        if isinstance(prompt, ChatPrompt):
+            plain = [list(prompt.messages), list(prompt.tools), prompt.thinking]
+        content = json.dumps(plain, sort_keys=True, default=str).encode()
+        return hmac.new(self._key, content, hashlib.sha256).hexdigest()[:32]
+
+
+def write(record: RequestRecord, seconds: float) -> None:
+    """The line of one request."""
+    level = logging.ERROR if record.status >= 500 and record.status not in (503, 504) else logging.INFO
+    log.log(level, "request", extra={**record.summary(), "duration": round(seconds, 6)})

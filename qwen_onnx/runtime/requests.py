@@ -1,0 +1,118 @@
+"""What a service asks of an engine and what comes back. Engines know token ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.runtime.engine import Shape
+from qwen_onnx.runtime.generation import Sampling
+
+# fields of ``GenerationConfig`` beyond max_new_tokens, temperature and stop, which every engine has
+ALL_FEATURES = frozenset(
+    (
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+        "logit_bias",
+        "logprobs",
+        "grammar",
+    )
+)
+CLOSED = "the engine is closed"
+EngineFinish = Literal["stop", "length", "cancelled"]
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """One generation: ids in [0, vocab_size), at most ``max_new_tokens`` more; EOS ends it and is not told."""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_on_eos: bool = True
+    logprobs: int | None = None
+    grammar: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A new token, or the end: ``finish`` or ``error``. After the end nothing more comes.
+
+    ``top`` holds (token id, log probability), most likely first.
+    """
+
+    token: int | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: EngineFinish | None = None
+    error: QwenOnnxError | None = None
+    cached_tokens: int = 0
+
+
+Listener = Callable[[TokenEvent], None]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A picture of the engine. Tokens and requests are counted since it was loaded.
+
+    Args:
+        streams: how many requests it runs at once at most; ``queue_size``: how many more may wait.
+        kv_tokens: tokens in the KV cache, those that are kept for their prefix included; ``kv_capacity``: at most.
+        restarts: how often the engine's process was started again.
+        resident_bytes: memory of the process that holds the model.
+    """
+
+    kind: str
+    streams: int
+    running: int
+    waiting: int
+    queue_size: int
+    kv_tokens: int
+    kv_capacity: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    restarts: int
+    resident_bytes: int
+    alive: bool = True
+
+
+class Handle(Protocol):
+    """A request under way."""
+
+    def cancel(self) -> None:
+        """Stop it within one step; the listener hears ``finish="cancelled"``. Idempotent, from any thread."""
+
+
+class TokenEngine(Protocol):
+    """Runs requests; thread-safe."""
+
+    shape: Shape
+    # which fields beyond max_new_tokens and temperature it honours; a service refuses the others
+    features: frozenset[str]
+
+    def submit(self, request: TokenRequest, listener: Listener) -> Handle:
+        """Queue a request. ``listener`` is called from a thread of the engine and must not block.
+
+        Raises:
+            RequestError, PromptTooLongError: see ``Shape.check``; or a field that the engine does not honour.
+            OverloadedError: the queue is full.
+            WorkerDiedError: the engine's process died and is not back yet.
+        """
+
+    def stats(self) -> EngineStats:
+        """Now."""
+
+    def close(self) -> None:
+        """Cancel what runs and free the model."""

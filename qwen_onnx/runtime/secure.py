@@ -1,0 +1,291 @@
+"""A service with limits: what a server must hold whatever route a request took, and the same for Python programs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwen_onnx.errors import (
+    DeadlineError,
+    OverloadedError,
+    QwenOnnxError,
+    RateLimitError,
+    RequestError,
+    WorkerDiedError,
+)
+from qwen_onnx.runtime.answers import Answer
+from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Delta, GenerationConfig, Prompt
+from qwen_onnx.runtime.limits import RateLimiter
+from qwen_onnx.runtime.logs import PromptHash, RequestRecord, current
+from qwen_onnx.runtime.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
+from qwen_onnx.runtime.requests import Handle, Listener, TokenEvent
+from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
+from qwen_onnx.runtime.service import QwenService, is_ids
+from qwen_onnx.runtime.template import check_depth
+
+Observer = Callable[[Measurement], None]
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+# values that are names out of a short list, and values whose whole content is the client's
+OWN, FREE = frozenset({"role", "type"}), frozenset({"parameters", "arguments"})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Limits of one generation; the fields are those of ``ServerSettings``."""
+
+    max_input_characters: int = 8192
+    max_tokens: int = 1024
+    request_seconds: float = 300.0
+    sanitise: bool = False
+    log_key: str | None = None
+
+
+class _Prepared(list[int]):
+    """Ids that ``prepare`` has let pass: what the template added to a text does not count against its limit."""
+
+
+class GuardedService(QwenService):
+    """A running service behind a policy. ``prepare`` and ``submit`` are where every form of generation passes.
+
+    Args:
+        inner: the service; closing this one closes it.
+        observers: told of every generation that ended.
+    """
+
+    def __init__(self, inner: QwenService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
+        # the same tokenizer, template and engine beneath the inherited methods: nothing is loaded again
+        self.__dict__ |= vars(inner)
+        self.policy, self._observers = policy, tuple(observers)
+        self._hash = PromptHash(policy.log_key)
+
+    def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
+        """Token ids of a prompt that the policy allows.
+
+        Raises:
+            RequestError: an unknown role, too many characters or tokens asked for; and see ``QwenService.prepare``.
+        """
+        _check_roles(prompt)
+        if not isinstance(prompt, _Prepared):
+            self._check_length(prompt)
+        self._bounded(config)
+        self._check_load()
+        if self.policy.sanitise:
+            prompt = _sanitised_prompt(prompt)
+        return _Prepared(super().prepare(prompt, config))
+
+    def _check_load(self) -> None:
+        """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""
+        stats = self.engine.stats()
+        if not stats.alive:
+            raise WorkerDiedError("the engine's process died; it is started again", retry_after=5)
+        if stats.running >= stats.streams and stats.waiting >= stats.queue_size:
+            raise OverloadedError(f"{stats.waiting} requests wait already", hint="try again later")
+
+    def _check_length(self, prompt: Prompt) -> None:
+        count = len(self.tokenizer.decode(self._known_ids(prompt))) if is_ids(prompt) else characters(prompt)
+        most = self.policy.max_input_characters
+        if count > most:
+            raise RequestError(
+                f"the input has {count} characters, the most is {most}", where="input", hint="send less text"
+            )
+
+    def _known_ids(self, prompt: Any) -> list[int]:
+        vocabulary = self.engine.shape.vocab_size
+        # unknown ids are refused by ``prepare``, which names them
+        return [token for token in prompt if 0 <= token < vocabulary]
+
+    def _bounded(self, config: GenerationConfig) -> GenerationConfig:
+        """The config under the cap; the default, which nobody asked for, gives way in silence."""
+        most = self.policy.max_tokens
+        if config.max_new_tokens > most:
+            if config.max_new_tokens != DEFAULT.max_new_tokens:
+                raise RequestError(
+                    f"max_tokens is {config.max_new_tokens}, the most is {most}",
+                    where="max_tokens",
+                    hint="ask for less",
+                )
+            config = replace(config, max_new_tokens=most)
+        if self.policy.sanitise and config.logprobs is not None:
+            raise RequestError("logprobs would tell what `sanitise` removes", where="logprobs", hint="leave them out")
+        return config
+
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
+        """See ``QwenService.submit``; the config is bounded first, and the answer is watched.
+
+        After ``request_seconds`` the listener hears of a DeadlineError.
+        """
+        record = current.get()
+        if record is not None:
+            record.prompt_hash = self._hash.of(prompt)
+        run = _Run(self, record)
+        try:
+            run.begin(*super().submit(prompt, self._bounded(config), listener), listener)
+        except QwenOnnxError as error:
+            run.end(error)
+            raise
+        return run, run
+
+    def ended(self, measurement: Measurement) -> None:
+        """Tell everybody of a generation."""
+        for observer in self._observers:
+            observer(measurement)
+
+
+class _Run:
+    """One generation under watch, its own handle and answer: stopwatch, filter, deadline, and its request's record."""
+
+    def __init__(self, service: GuardedService, record: RequestRecord | None) -> None:
+        self._service, self._record = service, record
+        self._watch = Stopwatch(time.monotonic)
+        self._sanitiser = Sanitiser() if service.policy.sanitise else None
+        self._timer: threading.Timer | None = None
+        self._ended = threading.Lock()
+
+    def begin(self, handle: Handle, answer: Answer, listener: Listener) -> None:
+        """It was submitted."""
+        self._handle, self._answer = handle, answer
+        seconds = self._service.policy.request_seconds
+
+        def late() -> None:
+            error = DeadlineError(f"the answer was not finished within {seconds:g} s")
+            listener(TokenEvent(error=error))
+            handle.cancel()
+
+        self._timer = threading.Timer(seconds, late)
+        self._timer.daemon = True
+        self._timer.start()
+
+    @property
+    def finished(self) -> bool:
+        """See ``Answer``."""
+        return self._answer.finished
+
+    def feed(self, event: TokenEvent) -> list[Delta]:
+        """See ``Answer``."""
+        try:
+            deltas = [piece for delta in self._answer.feed(event) for piece in self._pieces(delta)]
+        except QwenOnnxError as error:
+            self.end(error)
+            raise
+        if self.finished:
+            self.end(None)
+        return deltas
+
+    def _pieces(self, delta: Delta) -> Iterator[Delta]:
+        """What may go out of a piece."""
+        self._watch.piece(delta)
+        if self._sanitiser is None:
+            yield delta
+            return
+        ends = delta.finish_reason is not None
+        text = self._sanitiser.push(delta.text) + (self._sanitiser.flush() if ends else "")
+        if text or ends:
+            yield replace(delta, text=text)
+
+    def cancel(self) -> None:
+        """See ``Handle``. Whoever cancels before the end wants no more: the client left, or the server goes."""
+        self._handle.cancel()
+        self.end(None, cancelled=True)
+
+    def end(self, error: BaseException | None, *, cancelled: bool = False) -> None:
+        """Tell of the end, once."""
+        if not self._ended.acquire(blocking=False):
+            return
+        if self._timer:
+            self._timer.cancel()
+        measurement = self._watch.stop(error)
+        if cancelled:
+            measurement.fault, measurement.finish_reason = "Cancelled", "cancelled"
+        if self._record is not None:
+            self._record.generations.append(measurement)
+        self._service.ended(measurement)
+
+
+def characters(prompt: Any) -> int:
+    """Of all text that a client sends: every string but roles, kinds of parts, and the names of the API's own fields.
+
+    Within schemas and arguments, whose names are the client's too, names and numbers count as well.
+    """
+    waiting: list[tuple[Any, bool]] = [(prompt, False)]
+    count = 0
+    while waiting:
+        value, free = waiting.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, ChatPrompt):
+            waiting += [(list(value.messages), False), (list(value.tools), False)]
+        elif isinstance(value, Mapping):
+            waiting += [(item, free or key in FREE) for key, item in value.items() if free or key not in OWN]
+            count += sum(len(str(key)) for key in value) if free else 0
+        elif isinstance(value, list | tuple):
+            waiting += [(item, free) for item in value]
+        elif free:
+            # an integer of more than 4,300 digits has no text
+            count += value.bit_length() * 3 // 10 + 1 if isinstance(value, int) else len(str(value))
+    return count
+
+
+def _check_roles(prompt: Prompt) -> None:
+    messages = prompt.messages if isinstance(prompt, ChatPrompt) else prompt
+    if isinstance(messages, str) or is_ids(prompt):
+        return
+    for message in messages:
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ROLES:
+            raise RequestError(f"there is no role {role!r}; known: {', '.join(sorted(ROLES))}", where="messages.role")
+
+
+def _sanitised_prompt(prompt: Prompt) -> Prompt:
+    if isinstance(prompt, ChatPrompt):
+        check_depth(prompt.messages)
+        return replace(prompt, messages=sanitised(prompt.messages))
+    if is_ids(prompt):
+        # ids are no text: what they spell comes back in the output at most, which is filtered
+        return prompt
+    check_depth(prompt)
+    made: Prompt = sanitised(prompt)
+    return made
+
+
+class SecureQwenService(GuardedService):
+    """An artifact that answers within limits, watched by a monitor: what the server holds, for Python programs.
+
+    Args:
+        folder: flat folder of an exported model.
+        policy: limits of one generation.
+        rate_limit: generations in an hour; None: no limit.
+        thresholds: of the monitor.
+        clock: seconds, for the rate limit.
+        options: those of ``QwenService``.
+
+    Raises:
+        ArtifactError: the folder holds no model that loads.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        policy: Policy | None = None,
+        *,
+        rate_limit: int | None = 100,
+        thresholds: Thresholds | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **options: Any,
+    ) -> None:
+        inner = QwenService(folder, **options)
+        self.monitor = QwenMonitor(inner, thresholds)
+        super().__init__(inner, policy or Policy(), (self.monitor.add,))
+        self._limiter = RateLimiter(rate_limit, clock=clock) if rate_limit else None
+
+    def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
+        """See ``GuardedService.submit``. Raises RateLimitError when the hour's generations are used up."""
+        # faulty input costs nothing
+        self.prepare(prompt, config)
+        wait = self._limiter.admit("python") if self._limiter else 0
+        if wait:
+            raise RateLimitError("the generations of this hour are used up", retry_after=wait)
+        return super().submit(prompt, config, listener)
