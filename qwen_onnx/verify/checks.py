@@ -39,6 +39,7 @@ SIMULATED = frozenset({Verification.SIMULATOR})
 # paths lie equally near PyTorch; between them lies about a tenth of the drift allowed (docs/lab-log.md).
 DECODE_KLD = 2e-2
 DECODE_TOP1 = 0.85
+DECODE_LIMIT: dict[str, float | str] = {"kld_mean": DECODE_KLD, "top1": DECODE_TOP1}
 # What a device may add to the drift of the graph that it was compiled from: about a fifth of the drift allowed in int4.
 # The HTP's fp16 and its own exponentials are that far from the CPU on the starter (docs/lab-log.md).
 SIMULATOR_KLD = 4e-2
@@ -184,12 +185,10 @@ def decode_parity(context: Context) -> CheckResult:
 
     The fp32 export shows that graph and cache are right, the artifact that its kernels stay near each other.
     """
-    prompts = {name: pool[0].ids[: context.options.decode_tokens] for name, pool in context.pools.items() if pool}
+    prompts = _decoded_prompts(context)
     found = decode_positions(lambda ids: context.engine.forced_logits(ids[:1], ids[1:]), context.scorer.logits, prompts)
-    kld, top1 = float(found.kld.mean()), float(found.agree.mean())
-    verdicts = [at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]
-    measured: dict[str, float | str] = {"kld_mean": kld, "top1": top1, "positions": len(found.kld)}
-    limit: dict[str, float | str] = {"kld_mean": DECODE_KLD, "top1": DECODE_TOP1}
+    verdicts, measured = _agreement(found)
+    limit = dict(DECODE_LIMIT)
     if context.reference is None:
         verdicts.append(Verdict.INCONCLUSIVE)
     else:
@@ -199,11 +198,22 @@ def decode_parity(context: Context) -> CheckResult:
     return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=limit)
 
 
+def _decoded_prompts(context: Context) -> dict[str, tuple[int, ...]]:
+    """The beginning of one text of each kind."""
+    return {name: pool[0].ids[: context.options.decode_tokens] for name, pool in context.pools.items() if pool}
+
+
+def _agreement(found: Positions) -> tuple[list[Verdict], dict[str, float | str]]:
+    """Verdicts on ``DECODE_LIMIT``, and what was measured."""
+    kld, top1 = float(found.kld.mean()), float(found.agree.mean())
+    verdicts = [at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]
+    return verdicts, {"kld_mean": kld, "top1": top1, "positions": len(found.kld)}
+
+
 @check("batched", TIMED)
 def batch_parity(context: Context) -> CheckResult:
     """Texts that share the steps of a batch, each joining later than the one before, get the logits of a lone run."""
-    prompts = {name: pool[0].ids[: context.options.decode_tokens] for name, pool in context.pools.items() if pool}
-    limit: dict[str, float | str] = {"kld_mean": DECODE_KLD, "top1": DECODE_TOP1}
+    prompts, limit = _decoded_prompts(context), dict(DECODE_LIMIT)
     try:
         rows = batched_logits(context.artifact, list(prompts.values()), context.options.threads)
     except UnsupportedGraphError as error:
@@ -212,13 +222,9 @@ def batch_parity(context: Context) -> CheckResult:
         )
     together = {tuple(ids): logits for ids, logits in zip(prompts.values(), rows, strict=True)}
     found = decode_positions(lambda ids: together[tuple(ids)], context.scorer.logits, prompts)
-    kld, top1 = float(found.kld.mean()), float(found.agree.mean())
-    return CheckResult(
-        name="batched",
-        verdict=worst([at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]),
-        measured={"kld_mean": kld, "top1": top1, "positions": len(found.kld), "streams": len(prompts)},
-        limit=limit,
-    )
+    verdicts, measured = _agreement(found)
+    measured["streams"] = len(prompts)
+    return CheckResult(name="batched", verdict=worst(verdicts), measured=measured, limit=limit)
 
 
 @check("greedy")
