@@ -7,6 +7,7 @@ from typing import Protocol
 
 from qwen_onnx.runtime.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
 from qwen_onnx.runtime.requests import TokenEvent
+from qwen_onnx.runtime.tails import begun
 from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
 
 
@@ -89,15 +90,7 @@ class StopStrings:
         if found:
             self.hit = True
             return self._release(min(found))
-        return self._release(len(self._held) - self._longest_prefix())
-
-    def _longest_prefix(self) -> int:
-        """Length of the longest tail that a stop string begins with."""
-        tails = (len(stop[:size]) for stop in self._stops for size in range(1, len(stop)) if self._ends(stop[:size]))
-        return max(tails, default=0)
-
-    def _ends(self, prefix: str) -> bool:
-        return self._held.endswith(prefix)
+        return self._release(len(self._held) - begun(self._held, self._stops))
 
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from qwen_onnx.runtime.tails import begun
+
 OPEN, CLOSE = "<think>", "</think>"
 
 Kind = Literal["reasoning", "content"]
@@ -57,8 +59,7 @@ class ThinkingSplitter:
         text = self._trimmed()
         end = text.find(CLOSE)
         if end < 0:
-            sizes = (size for size in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:size]))
-            return self._release("reasoning", len(text[: len(text) - next(sizes, 0)].rstrip("\n")))
+            return self._release("reasoning", len(text[: len(text) - begun(text, [CLOSE])].rstrip("\n")))
         pieces = self._release("reasoning", len(text[:end].rstrip("\n")))
         self._held = text[end + len(CLOSE) :]
         self._state, self._trim = "content", True

@@ -15,6 +15,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen_onnx.runtime.tails import begun
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"arguments"\s*:\s*')
 
@@ -97,10 +99,8 @@ class ToolCallParser:
             self._gap, self._call = self._held[len(said) : begin], _Call()
             self._held, self._state = self._held[begin + len(OPEN) :], "call"
             return True
-        sizes = range(len(OPEN) - 1, 0, -1)
-        kept = next((size for size in sizes if self._held.endswith(OPEN[:size])), 0)
         # white space before a call is dropped: it waits until it is known what follows
-        certain = self._held[: len(self._held) - kept].rstrip()
+        certain = self._held[: len(self._held) - begun(self._held, [OPEN])].rstrip()
         self._say(certain)
         self._held = self._held[len(certain) :]
         return False
