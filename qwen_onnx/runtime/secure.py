@@ -284,8 +284,8 @@ class SecureQwenService(GuardedService):
     def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """See ``GuardedService.submit``. Raises RateLimitError when the hour's generations are used up."""
         # faulty input costs nothing
-        self.prepare(prompt, config)
+        ids = self.prepare(prompt, config)
         wait = self._limiter.admit("python") if self._limiter else 0
         if wait:
             raise RateLimitError("the generations of this hour are used up", retry_after=wait)
-        return super().submit(prompt, config, listener)
+        return super().submit(ids, config, listener)

@@ -171,14 +171,15 @@ class QwenService:
         config has a seed, which makes them equal and forgoes the speed. All prompts are checked before the first is
         answered.
         """
+        prepared = []
         for index, prompt in enumerate(prompts):
             try:
-                self.prepare(prompt, config)
+                prepared.append(self.prepare(prompt, config))
             except QwenOnnxError as error:
                 error.add_note(f"prompt {index} of the batch")
                 raise
         with ThreadPoolExecutor(max(1, self.engine.stats().streams), "qwen-onnx batch") as pool:
-            return list(pool.map(lambda prompt: self.generate(prompt, config), prompts))
+            return list(pool.map(lambda ids: self.generate(ids, config), prepared))
 
     def stats(self) -> EngineStats:
         """What the engine does now."""
