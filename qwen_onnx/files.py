@@ -1,8 +1,10 @@
-"""Checksums and sizes of files, the same way everywhere."""
+"""Checksums, sizes and replacement of files, the same way everywhere."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from pathlib import Path
 
 # our own list of checksums beside a checkpoint
@@ -26,3 +28,15 @@ def file_checksums(folder: Path, *, without: str) -> dict[str, str]:
 def folder_bytes(folder: Path) -> int:
     """Sum of the sizes of all files below ``folder``."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file by one rename; only its owner may read it. OSError leaves the old one and nothing else."""
+    # mkstemp makes it with mode 0600
+    descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(staging, path)
+    finally:
+        Path(staging).unlink(missing_ok=True)

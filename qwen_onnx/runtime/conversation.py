@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from qwen_onnx.errors import ConfigError, PromptTooLongError, RequestError, TemplateError
+from qwen_onnx.files import write_private
 from qwen_onnx.runtime.generation import RANGES, ChatPrompt, Delta, GenerationConfig, Message
-from qwen_onnx.runtime.reasoning import OPEN, Kind, ThinkingSplitter
+from qwen_onnx.runtime.reasoning import Kind, ThinkingSplitter, is_open
 from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.schema import Record
 
 # what /set knows; the rest of a configuration are texts and tables, not numbers
 SETTINGS = tuple(name for name in RANGES if name != "logprobs")
 # an answer that is cut after some words helps nobody: so much of the context is kept free for it
 ROOM = 0.25
-
-
-class Record(BaseModel):
-    """Unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SavedMessage(Record):
@@ -152,7 +146,7 @@ class Conversation:
             QwenOnnxError: the question is refused or the engine failed; the question is taken back.
         """
         prompt = self.prompt()
-        splitter = ThinkingSplitter(self.service.format_chat(prompt).rstrip().endswith(OPEN))
+        splitter = ThinkingSplitter(is_open(self.service.format_chat(prompt)))
         said: dict[Kind, str] = {"reasoning": "", "content": ""}
         begin, first, last = time.perf_counter(), None, None
         finished = False
@@ -232,15 +226,9 @@ class Conversation:
             settings={name: getattr(self.config, name) for name in SETTINGS},
             messages=self.messages,
         )
-        staging = None
         try:
-            descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(saved.model_dump_json(indent=2) + "\n")
-            os.replace(staging, path)
+            write_private(path, saved.model_dump_json(indent=2) + "\n")
         except OSError as error:
-            if staging:
-                Path(staging).unlink(missing_ok=True)
             raise ConfigError([f"{path}: cannot be written: {error.strerror}"]) from error
 
     def load(self, path: Path) -> str | None:

@@ -15,6 +15,11 @@ Kind = Literal["reasoning", "content"]
 Piece = tuple[Kind, str]
 
 
+def is_open(prompt: str) -> bool:
+    """Whether a prompt ends within reasoning, as the templates of thinking-only models have it."""
+    return prompt.rstrip().endswith(OPEN)
+
+
 class ThinkingSplitter:
     """Parts a streamed answer at its think tags. How the text is cut into pushes changes nothing.
 
@@ -22,7 +27,7 @@ class ThinkingSplitter:
     around the block belong to the tags and are dropped.
 
     Args:
-        inside: the prompt already ended with the opening tag, as the templates of thinking-only models have it.
+        inside: the prompt already ended with the opening tag; see ``is_open``.
     """
 
     def __init__(self, inside: bool = False) -> None:

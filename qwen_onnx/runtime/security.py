@@ -13,11 +13,11 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.files import write_private
 
 KEY_PREFIX = "qo-"
 KEYS_VARIABLE = "QWEN_ONNX_API_KEYS"
@@ -104,9 +104,5 @@ def new_key(name: str, path: Path) -> str:
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     names[name] = digest_of(key)
     text = json.dumps({"keys": [{"name": name, "sha256": digest} for name, digest in names.items()]}, indent=2)
-    # mkstemp makes it readable by its owner alone
-    handle, staging = tempfile.mkstemp(dir=path.parent, prefix=".keys-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-    os.replace(staging, path)
+    write_private(path, text + "\n")
     return key

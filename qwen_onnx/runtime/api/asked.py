@@ -11,7 +11,7 @@ from qwen_onnx.runtime.api.events import Reading
 from qwen_onnx.runtime.api.grammars import Calls, Grammar, check_grammar, check_schema
 from qwen_onnx.runtime.api.tool_calls import OPEN as CALL
 from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt
-from qwen_onnx.runtime.reasoning import OPEN
+from qwen_onnx.runtime.reasoning import OPEN, is_open
 from qwen_onnx.runtime.service import QwenService
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -89,7 +89,7 @@ def understood(service: QwenService, asked: Asked) -> tuple[list[int], str | Non
     chat = ChatPrompt(asked.messages, [tool.plain() for tool in tools], asked.thinking)
     # before the template is run, because it refuses a text that is too long before it works on it
     ids = service.prepare(chat, DEFAULT)
-    inside = service.format_chat(chat).rstrip().endswith(OPEN)
+    inside = is_open(service.format_chat(chat))
     may = "enable_thinking" in knows and asked.thinking is not False
     grammar = _grammar(service, asked, tools, "inside" if inside else "may" if may else "no")
     thinks = inside or "enable_thinking" in knows or OPEN in service.tokenizer.added_tokens
