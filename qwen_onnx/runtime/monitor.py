@@ -193,10 +193,6 @@ class QwenMonitor:
 
         return wrapper
 
-    def watch(self) -> Stopwatch:
-        """A stopwatch that its owner stops and gives to ``add``."""
-        return Stopwatch(self._clock)
-
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement."""
         measurement.resident_bytes = self.resident_bytes()
@@ -236,8 +232,6 @@ class QwenMonitor:
         means = self._averages([one for one in self.last(last) if one.begin + one.seconds >= since])
         growth = None if self._first_bytes is None else (self.resident_bytes() - self._first_bytes) / MIB
         slow, speed = means["seconds"], means["tokens_per_second"]
-        # a queue of size 0 is full as soon as every stream is taken
-        full = stats.waiting >= stats.queue_size and stats.running >= stats.streams
         checks = (
             Check("response_time", slow is None or slow <= limits.response_seconds, slow, limits.response_seconds, "s"),
             Check("memory_growth", (growth or 0) <= limits.memory_growth_mb, growth, limits.memory_growth_mb, "MiB"),
@@ -245,7 +239,7 @@ class QwenMonitor:
                 "speed", speed is None or speed >= limits.tokens_per_second, speed, limits.tokens_per_second, "tok/s"
             ),
             Check("worker", stats.alive, float(stats.alive), 1, "alive"),
-            Check("queue", not full, float(stats.waiting), float(stats.queue_size), "requests"),
+            Check("queue", not stats.full, float(stats.waiting), float(stats.queue_size), "requests"),
         )
         failed = [check for check in checks if not check.ok]
         status: Status = "healthy" if not failed else "degraded"

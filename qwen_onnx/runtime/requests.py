@@ -87,6 +87,11 @@ class EngineStats:
     resident_bytes: int
     alive: bool = True
 
+    @property
+    def full(self) -> bool:
+        """Whether one more request would be turned away; a queue of size 0 is full when every stream is taken."""
+        return self.running >= self.streams and self.waiting >= self.queue_size
+
 
 class Handle(Protocol):
     """A request under way."""

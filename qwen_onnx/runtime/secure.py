@@ -82,7 +82,7 @@ class GuardedService(QwenService):
         stats = self.engine.stats()
         if not stats.alive:
             raise WorkerDiedError("the engine's process died; it is started again", retry_after=5)
-        if stats.running >= stats.streams and stats.waiting >= stats.queue_size:
+        if stats.full:
             raise OverloadedError(f"{stats.waiting} requests wait already", hint="try again later")
 
     def _check_length(self, prompt: Prompt) -> None:
