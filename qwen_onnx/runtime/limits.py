@@ -79,7 +79,8 @@ def read_json(body: bytes, most_depth: int) -> Any:
         raise RequestError(f"the body is not JSON: {error.msg} at character {error.pos}") from error
     except RecursionError as error:
         raise RequestError(f"the body is nested deeper than {most_depth} levels") from error
-    _check_depth(value, most_depth)
+    if is_deeper(value, most_depth):
+        raise RequestError(f"the body is nested deeper than {most_depth} levels")
     return value
 
 
@@ -107,17 +108,13 @@ def _no_number(text: str) -> NoReturn:
     raise RequestError(f"the body is not JSON: {text} is no number")
 
 
-def _check_depth(value: Any, most: int) -> None:
-    level = [value]
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether JSON nests more than ``most`` objects and lists; found without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(most):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, dict | list)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    if any(isinstance(item, dict | list) for item in level):
-        raise RequestError(f"the body is nested deeper than {most} levels")
+        inner = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def check_token_fields(value: Any, most: int) -> None:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.generation import DEFAULT, RANGES, Delta, GenerationConfig
+from qwen_onnx.runtime.limits import is_deeper
 from qwen_onnx.runtime.requests import ALL_FEATURES
 
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
@@ -38,13 +39,9 @@ def ranged(name: str, description: str) -> Any:
 
 
 def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
-    level: list[Any] = [schema]
-    for _ in range(MOST_DEPTH):
-        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
-        level = [item for item in level if isinstance(item, dict | list)]
-        if not level:
-            return schema
-    raise ValueError(f"the schema is nested more than {MOST_DEPTH} levels deep")
+    if is_deeper(schema, MOST_DEPTH):
+        raise ValueError(f"the schema is nested more than {MOST_DEPTH} levels deep")
+    return schema
 
 
 Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
