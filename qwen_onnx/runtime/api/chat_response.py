@@ -12,6 +12,8 @@ from qwen_onnx.runtime.api.protocol import Strict, Usage
 from qwen_onnx.runtime.api.tool_calls import CallArguments, CallStart
 from qwen_onnx.runtime.generation import Delta, TokenLogprob
 
+# after the last chunk of a stream
+DONE = "data: [DONE]\n\n"
 # JSON has no infinity
 LEAST_LOGPROB = -9999.0
 

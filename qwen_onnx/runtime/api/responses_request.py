@@ -10,8 +10,10 @@ from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.api.asked import Asked, Tool
 from qwen_onnx.runtime.api.chat_request import (
     AssistantMessage,
+    Function,
     FunctionCall,
     FunctionName,
+    FunctionRef,
     SystemMessage,
     TemplateArguments,
     ToolCall,
@@ -89,21 +91,16 @@ class InputReasoning(Strict):
 InputItem = InputMessage | InputCall | CallOutput | InputReasoning
 
 
-class FunctionTool(Strict):
+class FunctionTool(Function):
     """A function; ``parameters`` is a JSON schema, absent: it has none."""
 
     type: Literal["function"]
-    name: FunctionName
-    description: str | None = None
-    parameters: Schema | None = None
-    strict: bool | None = Field(default=None, description="Calls are held to the schema in any case.")
 
 
-class NamedFunction(Strict):
+class NamedFunction(FunctionRef):
     """The model must call this function."""
 
     type: Literal["function"]
-    name: str
 
 
 class TextFormat(Strict):

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from qwen_onnx.errors import QwenOnnxError, RequestError
 from qwen_onnx.runtime.api.asked import understood
 from qwen_onnx.runtime.api.chat_request import ChatRequest
-from qwen_onnx.runtime.api.chat_response import ChatAnswers, ChatCompletion, sse
+from qwen_onnx.runtime.api.chat_response import DONE, ChatAnswers, ChatCompletion, sse
 from qwen_onnx.runtime.api.completions import CompletionRequest, TextAnswers, TextCompletion
 from qwen_onnx.runtime.api.events import Answer, End, Reader, Reading, Step
 from qwen_onnx.runtime.api.protocol import REFUSALS, Model, ModelList, configs, error_body
@@ -160,7 +160,7 @@ async def _chat_events(running: Generations, count: int, reading: Reading, bodie
         yield bodies.chunk(index, step)
     for chunk in bodies.usage_chunks(ends):
         yield chunk
-    yield "data: [DONE]\n\n"
+    yield DONE
 
 
 def _add_completions(router: APIRouter, service: QwenService, model_name: str) -> None:
@@ -200,7 +200,7 @@ async def _text_events(running: Generations, bodies: TextAnswers) -> AsyncIterat
         yield bodies.chunk(index, delta)
     for chunk in bodies.usage_chunks(last):
         yield chunk
-    yield "data: [DONE]\n\n"
+    yield DONE
 
 
 def _add_responses(router: APIRouter, service: QwenService, model_name: str) -> None:
