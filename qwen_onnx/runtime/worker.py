@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,7 @@ def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEng
         ArtifactError: neither loads it.
     """
     try:
-        return BatchEngine(
-            folder,
-            streams=options.streams,
-            queue_size=options.queue_size,
-            capacity=options.capacity,
-            threads=options.threads,
-        )
+        return BatchEngine(folder, **asdict(options))
     except UnsupportedGraphError as error:
         log.warning("one request at a time: %s", error.what)
         return SerialEngine(folder, queue_size=options.queue_size, threads=options.threads)
