@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -148,13 +147,6 @@ def starter_checkpoint() -> Path:
     """The starter's checkpoint in the cache; fetched when it is not there."""
     catalog = load_catalog(REPOSITORY)
     return fetch(make_plan(catalog, "starter", "cpu"), cache_root(REPOSITORY)).path
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_cli(*arguments: object, cwd: Path = REPOSITORY, **options: object) -> subprocess.CompletedProcess[str]:

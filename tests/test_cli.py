@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tests.conftest import edit_int4, edit_yaml, free_port, run_cli
+from qwen_onnx.runtime.live import free_port
+from tests.conftest import edit_int4, edit_yaml, run_cli
 
 VERBS = (
     "list",

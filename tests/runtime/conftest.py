@@ -12,9 +12,9 @@ import uvicorn
 from openai import OpenAI
 
 from qwen_onnx.runtime import QwenService
+from qwen_onnx.runtime.live import free_port
 from qwen_onnx.runtime.server import create_app
 from qwen_onnx.runtime.settings import ServerSettings
-from tests.conftest import free_port
 
 # the tests of the API look at what lies beyond the limits too: at the context's end, at long answers
 ROOMY = ServerSettings(max_input_characters=2_000_000, max_tokens=100_000)

@@ -16,10 +16,10 @@ import httpx
 
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.listening import Server, make_config
+from qwen_onnx.runtime.live import free_port
 from qwen_onnx.runtime.logs import Formatter
 from qwen_onnx.runtime.server import create_app
 from qwen_onnx.runtime.settings import ServerSettings
-from tests.conftest import free_port
 
 CHAT = "/v1/chat/completions"
 
