@@ -20,11 +20,7 @@ from qwen_onnx.commands.serve import keys_app, serve
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from qwen_onnx.plan import Plan
-    from qwen_onnx.runtime.generation import GenerationConfig
-    from qwen_onnx.runtime.service import QwenService
 
 app = typer.Typer(
     name="qwen-onnx",
@@ -289,19 +285,6 @@ def compare(
     print_comparison(rows, out)
 
 
-def _service(artifact: Path, threads: int | None) -> QwenService:
-    from qwen_onnx.artifact import open_artifact
-    from qwen_onnx.runtime.service import QwenService
-
-    return QwenService(open_artifact(artifact.resolve()).path, threads=threads, streams=1)
-
-
-def _config(max_tokens: int, temperature: float, stop: list[str] | None = None) -> GenerationConfig:
-    from qwen_onnx.runtime.generation import GenerationConfig
-
-    return GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
-
-
 @app.command()
 def generate(
     artifact: ArtifactPath,
@@ -312,21 +295,18 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Continue PROMPT as plain text, streaming; prints prompt and continuation."""
+    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.runtime.generation import GenerationConfig
+    from qwen_onnx.runtime.service import QwenService
+
     text = sys.stdin.read() if prompt == "-" else prompt
-    config = _config(max_tokens, temperature, stop)
-    service = _service(artifact, threads)
+    config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
+    service = QwenService(open_artifact(artifact.resolve()).path, threads=threads, streams=1)
     sys.stdout.write(text)
-    _write(delta.text for delta in service.stream(text, config))
-    sys.stdout.write("\n")
-
-
-def _write(pieces: Iterator[str]) -> str:
-    written = []
-    for piece in pieces:
-        written.append(piece)
-        sys.stdout.write(piece)
+    for delta in service.stream(text, config):
+        sys.stdout.write(delta.text)
         sys.stdout.flush()
-    return "".join(written)
+    sys.stdout.write("\n")
 
 
 app.command()(chat)
