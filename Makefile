@@ -13,7 +13,7 @@ NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify serve chat plans environments test test-slow lint clean
+.PHONY: help setup optimize verify package serve chat plans environments test test-slow lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,10 @@ optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
 
 verify: $(READY)  ## measure the artifact against PyTorch again
 	@$(BIN)/qwen-onnx verify artifacts/$(NAME) $(if $(SOURCE),--source '$(SOURCE)')
+
+package: $(READY)  ## a Foundry Local package of the artifact, in artifacts/packages; builds the artifact when it is missing
+	@test -e artifacts/$(NAME)/manifest.json || $(MAKE) --no-print-directory optimize
+	@$(BIN)/qwen-onnx package artifacts/$(NAME)
 
 serve: $(READY)  ## OpenAI-compatible server on port 8000
 	@$(BIN)/qwen-onnx serve artifacts/$(NAME)

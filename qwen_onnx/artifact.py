@@ -252,12 +252,18 @@ def full_disk(folder: Path) -> EnvironmentFault:
 
 
 def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:
-    """Write the manifest, flush everything to disk and rename ``staged`` to ``target``.
+    """Write the manifest and ``put_in_place``."""
+    (staged / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    put_in_place(staged, target)
+    return Artifact(path=target, manifest=manifest)
 
-    An artifact already there is exchanged in the same system call where the kernel can; elsewhere it is
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Flush everything to disk and rename ``staged`` to ``target``, under ``build_lock(target)``.
+
+    A folder already there is exchanged in the same system call where the kernel can; elsewhere it is
     set aside first, and ``build_lock`` restores it if we die in between.
     """
-    (staged / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     for path in sorted(staged.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
@@ -269,7 +275,6 @@ def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:
         os.rename(target, _aside(target))
         os.rename(staged, target)
         shutil.rmtree(_aside(target))
-    return Artifact(path=target, manifest=manifest)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -21,6 +21,9 @@ from qwen_onnx.schema import Environment, Family, Override, Pipeline, Precision,
 
 R = TypeVar("R", bound=Record)
 MERGE = "tag:yaml.org,2002:merge"
+PACKAGE = Path(__file__).resolve().parent
+# where setup.py puts recipes/ and pipelines/ into a wheel
+PACKAGED = PACKAGE / "data"
 
 
 class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -141,13 +144,19 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def find_root(start: Path | None = None) -> Path:
-    """The checkout: the first folder with recipes and pipelines, upwards from ``start`` or the working
-    directory, then beside this package."""
+    """The recipes and pipelines: the first folder that has both, upwards from ``start`` or the working
+    directory, then beside this package, then those that a wheel carries."""
     begin = (start or Path.cwd()).resolve()
-    for folder in (begin, *begin.parents, Path(__file__).resolve().parent.parent):
+    for folder in (begin, *begin.parents, PACKAGE.parent, PACKAGED):
         if (folder / "recipes").is_dir() and (folder / "pipelines").is_dir():
             return folder
     raise ConfigError([f"{begin}: no recipes/ and pipelines/ here or above"], hint="run inside a qwen-onnx checkout")
+
+
+def work_root() -> Path:
+    """Where artifacts and downloads go: the checkout, or the working directory without one."""
+    root = find_root()
+    return Path.cwd() if root == PACKAGED else root
 
 
 def load_catalog(root: Path) -> Catalog:

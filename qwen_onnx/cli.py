@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
+from qwen_onnx.commands.package import package
 from qwen_onnx.commands.serve import keys_app, serve
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
@@ -56,6 +57,12 @@ def _root() -> Path:
     from qwen_onnx.catalog import find_root
 
     return find_root()
+
+
+def _work() -> Path:
+    from qwen_onnx.catalog import work_root
+
+    return work_root()
 
 
 @app.command("list")
@@ -127,7 +134,7 @@ def plan(
         from qwen_onnx.estimate import print_estimate
         from qwen_onnx.sources import cache_root, checkpoint_at_hand
 
-        print_estimate(made, checkpoint_at_hand(made, cache_root(_root()), source), out)
+        print_estimate(made, checkpoint_at_hand(made, cache_root(_work()), source), out)
         return
     _progress(f"{made.name}: verification level: {made.verification.text}")
     print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
@@ -169,7 +176,7 @@ def fetch(
     from qwen_onnx.sources import cache_root
     from qwen_onnx.sources import fetch as fetch_source
 
-    checkpoint = fetch_source(_plan(model, "cpu"), cache_root(_root()), local=source, progress=_progress)
+    checkpoint = fetch_source(_plan(model, "cpu"), cache_root(_work()), local=source, progress=_progress)
     if dither is None:
         print(checkpoint.path)
         return
@@ -203,8 +210,8 @@ def optimize(
     from qwen_onnx.sources import cache_root
 
     made = _plan(model, target, precision)
-    where = output or _root() / "artifacts" / made.name
-    job = Job(made, where.resolve(), cache_root(_root()), source, verify=verify, wait=wait, force=force)
+    where = output or _work() / "artifacts" / made.name
+    job = Job(made, where.resolve(), cache_root(_work()), source, verify=verify, wait=wait, force=force)
     outcome = run(job, _progress)
     manifest = outcome.artifact.manifest
     if outcome.hit:
@@ -244,12 +251,12 @@ def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
 
     opened = open_artifact(artifact.resolve())
     made = opened.manifest.plan
-    checkpoint = fetch_source(made, cache_root(_root()), local=source, progress=_progress)
+    checkpoint = fetch_source(made, cache_root(_work()), local=source, progress=_progress)
     if weights_of(checkpoint.files) != weights_of(opened.manifest.source.files):
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
         )
-    report = verify_published(opened, checkpoint, cache_root(_root()), _progress)
+    report = verify_published(opened, checkpoint, cache_root(_work()), _progress)
     _show_report(opened.path, report.verdict)
 
 
@@ -276,7 +283,7 @@ def compare(
         raise ConfigError([f"--only {name}: no such variant; known: {known}" for name in unknown])
     chosen = [variant for variant in variants if not only or variant.name in only]
     plans = {variant.name: make_variant_plan(catalog, model, target, variant) for variant in chosen}
-    scratch = cache_root(catalog.root)
+    scratch = cache_root(_work())
     checkpoint = fetch_source(next(iter(plans.values())), scratch, local=source, progress=_progress)
     rows: dict[str, dict[str, Any]] = {}
     for name, made in plans.items():
@@ -309,6 +316,7 @@ def generate(
     sys.stdout.write("\n")
 
 
+app.command()(package)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")
@@ -319,7 +327,7 @@ def doctor(model: Model = "starter", target: Target = "cpu", precision: Precisio
     """Check this machine: versions, extras, memory and disk against what a recipe needs."""
     from qwen_onnx.doctor import examine
 
-    findings = examine(_plan(model, target, precision), _root())
+    findings = examine(_plan(model, target, precision), _work())
     table = Table("check", "", "found", "what mends it")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]fault[/]"
@@ -338,7 +346,7 @@ def environments() -> None:
 
     catalog = load_catalog(_root())
     for environment in catalog.environments.values():
-        print(interpreter_of(environment, cache_root(catalog.root), _progress).python)
+        print(interpreter_of(environment, cache_root(_work()), _progress).python)
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ QwenOnnxError                      exit 1
 ├── RequestError                   exit 8   the runtime refuses this input (HTTP 400)
 │   ├── PromptTooLongError                  prompt plus answer do not fit the context
 │   └── TemplateError                       the chat template refuses these messages
+├── PackageError                   exit 10  a package breaks a rule, was altered, or may not be made
+├── PublishError                   exit 11  a place to publish to or pull from fails, or holds what cannot be trusted
 └── ServiceError                   exit 9   the request is sound, but cannot be served now (HTTP 503)
     ├── OverloadedError                     too many wait already
     ├── RateLimitError                      this client asked too often (HTTP 429)
@@ -113,6 +115,18 @@ class VerificationError(QwenOnnxError):
 
 class VerdictError(VerificationError):
     """The artifact was measured and is not proven: FAIL or INCONCLUSIVE."""
+
+
+class PackageError(QwenOnnxError):
+    """The package breaks a rule, was altered, or may not be made of this artifact."""
+
+    exit_code = 10
+
+
+class PublishError(QwenOnnxError):
+    """A registry, hub or folder refuses, or gives something that cannot be trusted."""
+
+    exit_code = 11
 
 
 class RequestError(QwenOnnxError):

@@ -24,6 +24,7 @@ VERBS = (
     "optimize",
     "verify",
     "generate",
+    "package",
     "chat",
     "serve",
     "doctor",

@@ -1,0 +1,69 @@
+"""What a package says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from qwen_onnx.errors import PackageError
+from qwen_onnx.schema import Precision, Record
+
+PACKAGE = "package.json"
+Profile = Literal["sdk2", "cli1"]
+Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
+
+
+class PackageRecord(Record):
+    """``package.json``: what the package is and what may be said of it.
+
+    Attributes:
+        id: Foundry Local's id, ``<name>:<version>``; the folder is called ``<name>-<version>``.
+        profile: ``sdk2`` for foundry-local-sdk 2, ``cli1`` for the drop-in folders of the older command line.
+        artifact_key: build key of the artifact that is inside.
+        verdict: of that artifact's verification, and ``claim`` what it proves.
+        unverified: packaged with ``--allow-unverified`` though the verdict is not PASS.
+        measured: files that hold what was measured or when: the others are the same bytes in every build
+            of the same inputs.
+    """
+
+    schema_version: Literal[1] = 1
+    id: str
+    profile: Profile
+    model: str
+    target: str
+    precision: Precision
+    artifact_key: str
+    plan_digest: str
+    verdict: Verdict
+    claim: str
+    unverified: bool
+    measured: tuple[str, ...] = Field(default=())
+
+
+class Package(Record):
+    """A package folder and what it says of itself."""
+
+    path: Path
+    record: PackageRecord
+
+
+def read_package(folder: Path) -> Package:
+    """Read ``package.json``; the bytes of the other files are compared by ``package.verify``.
+
+    Raises:
+        PackageError: it is missing or not ours.
+    """
+    path = folder / PACKAGE
+    hint = "make one: qwen-onnx package ARTIFACT"
+    if not folder.is_dir():
+        raise PackageError("there is no package", where=str(folder), hint=hint)
+    try:
+        return Package(path=folder, record=PackageRecord.model_validate_json(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise PackageError(f"no {PACKAGE}: not a package of qwen-onnx", where=str(folder), hint=hint) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise PackageError(f"{PACKAGE} is damaged: {place}: {first['msg']}", where=str(path), hint=hint) from error
