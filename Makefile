@@ -13,7 +13,7 @@ NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify package serve chat plans environments test test-slow lint clean
+.PHONY: help setup optimize verify package serve chat plans environments wheel try-wheel test test-slow lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,6 +48,15 @@ plans: $(READY)  ## check all recipes, write plans.lock, golden plans and schema
 
 environments: $(READY)  ## make the Python environments of the NPU targets ahead of their first build
 	@$(BIN)/qwen-onnx environments
+
+wheel: $(READY)  ## dist/: the wheel, with recipes and pipelines inside
+	@rm -rf dist && $(BIN)/python -m build --outdir dist
+
+try-wheel: wheel  ## install it into an empty environment, away from the checkout, and build the starter there
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder/venv" \
+	&& "$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+	    --constraint constraints.txt "$$(echo $(CURDIR)/dist/*.whl)[export]" \
+	&& cd "$$folder" && env -u QWEN_ONNX_CACHE venv/bin/qwen-onnx optimize $(MODEL) --target $(TARGET) && ls artifacts/$(MODEL)
 
 test: $(READY)  ## the quick tests
 	@$(BIN)/python -m pytest -q -m 'not slow'
