@@ -1,0 +1,32 @@
+"""Check a package, offline: nothing but the folder itself and what it says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen_onnx.errors import PackageError
+from qwen_onnx.files import sha256_of
+from qwen_onnx.package.checksums import SUMS, check_sums
+from qwen_onnx.package.records import Package, read_package
+
+
+def package_digest(folder: Path) -> str:
+    """SHA-256 of ``SHA256SUMS``: pins every byte of a package that passes ``verify_package``."""
+    return sha256_of(folder / SUMS)
+
+
+def verify_package(folder: Path, expect: str | None = None) -> Package:
+    """Check every byte and every statement of a package.
+
+    Args:
+        folder: package folder.
+        expect: SHA-256 of its ``SHA256SUMS``, from a place that is trusted.
+
+    Raises:
+        PackageError: names every fault.
+    """
+    package = read_package(folder)
+    check_sums(folder)
+    if expect is not None and package_digest(folder) != expect:
+        raise PackageError(f"{SUMS} is not the expected one", where=str(folder), hint="get it from another place")
+    return package
