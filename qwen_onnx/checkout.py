@@ -37,4 +37,4 @@ def _git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        raise EnvironmentFault(f"git cannot read the checkout: {said}", hint="install git, or see its advice") from error
+        raise EnvironmentFault(f"git cannot read the checkout: {said}", hint="git status") from error

@@ -18,6 +18,7 @@ from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.commands.package import package
 from qwen_onnx.commands.serve import keys_app, serve
+from qwen_onnx.commands.trust import same, verify_package
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:
@@ -317,6 +318,8 @@ def generate(
 
 
 app.command()(package)
+app.command()(verify_package)
+app.command()(same)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")
