@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from qwen_onnx import __version__
+from qwen_onnx.checkout import Checkout
 from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault
 from qwen_onnx.files import file_checksums
 from qwen_onnx.plan import Plan, digest_of
@@ -66,6 +67,7 @@ class Manifest(Record):
         files: SHA-256 by relative name, the manifest itself apart.
         size_bytes: sum over all files.
         readback: options that were found in the finished graph.
+        checkout: of our own code, at the time of the build; None: it was installed, or not yet recorded.
         verdict: of the verification; UNVERIFIED when it was not asked for.
         claim: what that verdict proves at the target's verification level.
     """
@@ -77,6 +79,7 @@ class Manifest(Record):
     source: SourceRecord
     packages: dict[str, str]
     python: str
+    checkout: Checkout | None = None
     files: dict[str, str]
     size_bytes: int
     readback: dict[str, Any]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 # our own list of checksums beside a checkpoint
 CHECKSUMS = "checksums.json"
+# what of a checkpoint is its licence
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
 
 
 def sha256_of(path: Path) -> str:

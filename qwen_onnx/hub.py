@@ -21,12 +21,12 @@ from urllib.parse import quote
 import httpx
 
 from qwen_onnx.errors import ChecksumError, SourceError
-from qwen_onnx.files import CHECKSUMS, file_checksums
+from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums
 from qwen_onnx.schema import HubSource
 
 Progress = Callable[[str], None]
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "vocab.json", "merges.txt")
-WANTED_TOO = ("*.tiktoken", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "LICENSE*")
+WANTED_TOO = ("*.tiktoken", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", *LICENCE_FILES)
 HUGGINGFACE = "https://huggingface.co"
 MODELSCOPE = "https://www.modelscope.cn"
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)

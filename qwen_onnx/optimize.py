@@ -29,12 +29,13 @@ from qwen_onnx.artifact import (
     staged_manifest,
     staging_folder,
 )
+from qwen_onnx.checkout import this_checkout
 from qwen_onnx.environments import Interpreter, interpreter_of, is_ready
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.estimate import Estimate, estimate
 from qwen_onnx.plan import Plan
 from qwen_onnx.schema import Verification
-from qwen_onnx.sources import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
+from qwen_onnx.sources import Checkpoint, checkpoint_at_hand, expected_revisions, fetch, licence_files
 
 if TYPE_CHECKING:
     from qwen_onnx.runners.client import Runner
@@ -108,12 +109,16 @@ def _build(
     job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, kept: Path, progress: Progress
 ) -> Outcome:
     begin = time.monotonic()
+    # before hours of building in which the checkout may move on
+    checkout = this_checkout()
     log = staging / LOG_FILE
     try:
         folder, readback = build_model(job.plan, checkpoint, staging, log, progress, job.cache, kept)
     except ExportError as error:
         raise _with_kept_log(error, log, job) from error
     shutil.move(log, folder / LOG_FILE)
+    for file in licence_files(checkpoint.path):
+        shutil.copyfile(file, folder / file.name)
     progress("loading the artifact and generating")
     smoke(folder, job.plan, runner_of(job.plan, job.cache, progress))
     built = time.monotonic() - begin
@@ -126,6 +131,7 @@ def _build(
         plan_digest=job.plan.digest,
         source=SourceRecord(origin=checkpoint.origin, revision=checkpoint.revision, files=checkpoint.files),
         packages=packages,
+        checkout=checkout,
         readback=readback,
         verdict=verdict,
         built_seconds=round(built, 1),

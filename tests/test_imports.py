@@ -15,6 +15,7 @@ LAYERS = [
     {"faults"},
     {"catalog"},
     {"plan"},
+    {"checkout"},
     {"sizes"},
     {"select", "estimate"},
     {"committed"},

@@ -27,9 +27,19 @@ def package(
     from qwen_onnx.artifact import open_artifact
     from qwen_onnx.catalog import work_root
     from qwen_onnx.package.build import PackageJob, build_package
+    from qwen_onnx.package.verify import package_digest
 
     folder = output or work_root() / "artifacts/packages"
     job = PackageJob(open_artifact(artifact.resolve()), folder.resolve(), profile, name, version, allow_unverified)
     made = build_package(job)
     print(made.path)
-    print(json.dumps({"id": made.record.id, "verdict": made.record.verdict, "path": str(made.path)}))
+    print(
+        json.dumps(
+            {
+                "id": made.record.id,
+                "verdict": made.record.verdict,
+                "path": str(made.path),
+                "digest": package_digest(made.path),
+            }
+        )
+    )

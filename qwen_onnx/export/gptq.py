@@ -6,6 +6,8 @@ the Hessian's diagonal, since min-max grids spend their range on weights that ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ SHRINK = 0.02
 SMALLEST_SCALE = 1e-9
 # columns whose errors reach the rest of the matrix in one product
 COLUMNS = 128
+# LAPACK's sums depend on the number of threads: fixed, so that every machine and setting gives the same bits
+FACTOR_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,13 @@ def gptq(
     weight[:, dead] = 0
     hessian.diagonal().add_(damp * hessian.diagonal().mean())
     importance = hessian.diagonal().clone()
-    factor = torch.linalg.cholesky(hessian)
-    # each is as large as the input is wide, squared: none stays longer than it is needed
-    del hessian
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    inverse = torch.linalg.cholesky(inverse, upper=True)
+    with _threads(FACTOR_THREADS):
+        factor = torch.linalg.cholesky(hessian)
+        # each is as large as the input is wide, squared: none stays longer than it is needed
+        del hessian
+        inverse = torch.cholesky_inverse(factor)
+        del factor
+        inverse = torch.linalg.cholesky(inverse, upper=True)
     codes, scales, zeros = torch.empty_like(weight), [], []
     block = weight.shape[1] if block < 0 else block
     for start in range(0, weight.shape[1], block):
@@ -147,6 +152,16 @@ def gptq(
         scales.append(scale)
         zeros.append(zero)
     return Quantized(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _solve_block(

@@ -26,6 +26,8 @@ CONFIG_FILE = "genai_config.json"
 REQUIRED = (CONFIG_FILE, "tokenizer.json")
 # below the folder that Olive runs in, beside ``checkpoint``
 KEPT_FOLDER = "kept"
+# Olive's own bookkeeping beside a model: times and paths of the machine
+BOOKKEEPING = ("model_config.json", "footprint.json", "output_footprint.json", "run_history.txt")
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
 
 
@@ -125,7 +127,7 @@ def collect(model: Path, artifact: Path) -> None:
     """Move the files of a genai model into the artifact; Olive's own bookkeeping stays behind."""
     artifact.mkdir(exist_ok=True)
     for path in sorted(model.iterdir()):
-        if path.is_file() and path.name != "model_config.json":
+        if path.is_file() and path.name not in BOOKKEEPING:
             shutil.move(path, artifact / path.name)
 
 

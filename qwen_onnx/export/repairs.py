@@ -25,6 +25,8 @@ def repair(model: Path, accuracy_level: int | None) -> None:
         if accuracy_level is not None:
             set_accuracy_level(node, accuracy_level)
         keep_routing_mass(graph_file.graph, node)
+    # genai appends the commit of whatever git repository it happens to be installed below
+    graph_file.producer_version = graph_file.producer_version.partition("+")[0]
     onnx.save(graph_file, str(model))
 
 

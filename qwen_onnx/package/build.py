@@ -10,12 +10,12 @@ from pathlib import Path
 from qwen_onnx.artifact import MANIFEST, Artifact, build_lock, put_in_place, staging_folder
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.checksums import write_sums
+from qwen_onnx.package.documents import write_documents
 from qwen_onnx.package.foundry import package_name, write_foundry
-from qwen_onnx.package.records import PACKAGE, Package, PackageRecord, Profile
+from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile
+from qwen_onnx.package.verify import verify_package
 
 Progress = Callable[[str], None]
-# of the artifact, what a user of the package has no use for
-LEFT_BEHIND = ("build.log",)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
             if file not in LEFT_BEHIND:
                 shutil.copyfile(job.artifact.path / file, folder / file)
         write_foundry(folder, record)
+        record = write_documents(folder, record, manifest)
         (folder / PACKAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         write_sums(folder)
+        verify_package(folder)
         put_in_place(folder, target)
     return Package(path=target, record=record)

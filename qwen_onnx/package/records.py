@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +12,28 @@ from qwen_onnx.errors import PackageError
 from qwen_onnx.schema import Precision, Record
 
 PACKAGE = "package.json"
+# of the artifact, what a user of the package has no use for: paths and times of the machine that built it; Olive's
+# bookkeeping is in older artifacts only
+LEFT_BEHIND = ("build.log", "footprint.json", "output_footprint.json", "run_history.txt")
+# figures, or digests of files that hold figures; plots are drawn from them
+MEASURED = (
+    "manifest.json",
+    "report.json",
+    "report.html",
+    "README.md",
+    "drift.svg",
+    "drift-by-text.svg",
+    "speed.svg",
+    "provenance.intoto.json",
+    "SHA256SUMS",
+)
 Profile = Literal["sdk2", "cli1"]
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
+
+
+def measured_in(files: Collection[str]) -> tuple[str, ...]:
+    """Which of a package's files hold measurements."""
+    return tuple(name for name in MEASURED if name in files or name == "SHA256SUMS")
 
 
 class PackageRecord(Record):
@@ -24,8 +45,9 @@ class PackageRecord(Record):
         artifact_key: build key of the artifact that is inside.
         verdict: of that artifact's verification, and ``claim`` what it proves.
         unverified: packaged with ``--allow-unverified`` though the verdict is not PASS.
-        measured: files that hold what was measured or when: the others are the same bytes in every build
-            of the same inputs.
+        measured: files that hold what was measured or when, of ``MEASURED``: the others are the same bytes in every
+            build of the same inputs.
+        altered: files of the artifact that packaging changed or dropped; the others are as its manifest lists them.
     """
 
     schema_version: Literal[1] = 1
@@ -40,6 +62,7 @@ class PackageRecord(Record):
     claim: str
     unverified: bool
     measured: tuple[str, ...] = Field(default=())
+    altered: tuple[str, ...] = Field(default=())
 
 
 class Package(Record):

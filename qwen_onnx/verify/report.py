@@ -7,7 +7,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from qwen_onnx.verify import plots
 from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, Verdict, VerifyOptions
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from rich.console import Console
 
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "tokenizers", "torch", "transformers", "numpy", "qwen-onnx")
@@ -72,21 +73,37 @@ class Report(Frozen):
 
     def html(self) -> str:
         """The page: one file, no script, nothing loaded from elsewhere."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        page = _templates().get_template("report.html.j2")
+        return page.render(report=self, plots=plots, compared=compared, **self._charts())
 
-        environment = Environment(
-            loader=PackageLoader("qwen_onnx", "verify"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-        )
-        environment.filters["number"] = shown
+    def svgs(self) -> dict[str, str]:
+        """The page's plots as files of their own, by name; those that something was measured for."""
+        module: Any = _templates().get_template("plots.svg.j2").make_module({"plots": plots})
+        charts, style = self._charts(), module.style()
+        drawn = {
+            "drift.svg": charts["kld"] and module.kld_plot(charts["kld"], style),
+            "drift-by-text.svg": charts["bars"] and module.domain_plot(charts["bars"], style),
+            "speed.svg": charts["pairs"] and module.paired_plot(charts["pairs"], style),
+        }
+        return {name: f"{svg}\n" for name, svg in drawn.items() if svg}
+
+    def _charts(self) -> dict[str, plots.Chart | plots.Bars | None]:
         drift, limits = self.drift, self.limits
-        return environment.get_template("report.html.j2").render(
-            report=self,
-            plots=plots,
-            compared=compared,
-            kld=plots.kld_chart(drift, limits.kld_mean, limits.kld_p99) if drift else None,
-            bars=plots.domain_bars(drift, limits.domain_factor * limits.kld_mean) if drift else None,
-            pairs=plots.paired_chart(self.latency) if self.latency else None,
-        )
+        return {
+            "kld": plots.kld_chart(drift, limits.kld_mean, limits.kld_p99) if drift else None,
+            "bars": plots.domain_bars(drift, limits.domain_factor * limits.kld_mean) if drift else None,
+            "pairs": plots.paired_chart(self.latency) if self.latency else None,
+        }
+
+
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("qwen_onnx", "verify"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["number"] = shown
+    return environment
 
 
 def load_report(folder: Path) -> Report:

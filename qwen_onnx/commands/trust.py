@@ -1,0 +1,61 @@
+"""``qwen-onnx verify-package`` and ``qwen-onnx same``: what others can check of a package without us."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qwen_onnx.errors import PackageError
+
+out = Console()
+
+
+def verify_package(
+    folder: Annotated[Path, typer.Argument(help="package folder, e.g. artifacts/packages/starter-int4-generic-cpu-1")],
+    expect: Annotated[
+        str | None, typer.Option(help="SHA-256 of its SHA256SUMS, from a place that you trust, pins every byte")
+    ] = None,
+) -> None:
+    """Check every byte and every statement of a package, offline; exits 10 with all faults."""
+    from qwen_onnx.package.records import read_package
+    from qwen_onnx.package.verify import examine, package_digest, require_sound
+
+    package = read_package(folder.resolve())
+    checks = examine(package.path, expect)
+    table = Table("check", "", "faults", title=escape(package.record.id))
+    for check in checks:
+        mark = "[red]fault[/]" if check.faults else "[green]ok[/]"
+        table.add_row(check.name, mark, escape("\n".join(check.faults)))
+    out.print(table)
+    require_sound(package.path, checks)
+    out.print(f"verdict: {package.record.verdict}: {package.record.claim}", markup=False, soft_wrap=True)
+    line = {"id": package.record.id, "verdict": package.record.verdict, "digest": package_digest(package.path)}
+    print(json.dumps(line))
+
+
+def same(
+    one: Annotated[Path, typer.Argument(help="artifact or package")],
+    other: Annotated[Path, typer.Argument(help="another build of the same")],
+) -> None:
+    """Compare two builds file by file; exits 0 only if all that was not measured is the same, else 10."""
+    from qwen_onnx.package.compare import Relation, compare
+
+    found = compare(one.resolve(), other.resolve())
+    table = Table("file", "")
+    for name, relation in found.items():
+        table.add_row(escape(name), relation)
+    out.print(table)
+    count = Counter(found.values())
+    line = {relation.name.lower(): count[relation] for relation in Relation}
+    differing = [name for name, relation in found.items() if relation.proves_a_difference]
+    print(json.dumps({"identical": not differing, **line}))
+    if differing:
+        listing = ", ".join(differing)
+        raise PackageError(f"not the same build: {listing}", where=f"{one} and {other}", hint="see docs/trust.md")
