@@ -25,6 +25,7 @@ VERBS = (
     "verify",
     "generate",
     "package",
+    "foundry-check",
     "chat",
     "serve",
     "doctor",
