@@ -94,7 +94,7 @@ def check_in_foundry(
     """
     package = verify_package(folder)
     environment, backend = STACKS[package.record.profile]
-    interpreter = interpreter_of(catalog.environments[environment], cache, progress)
+    interpreter = interpreter_of(catalog.environment(environment), cache, progress)
     contents = Contents(folder)
     prompts = [
         {"name": name, "messages": messages, "tokens": tokens}
