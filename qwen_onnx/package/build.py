@@ -87,14 +87,16 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
 
 
 def _check_replaced(target: Path, record: PackageRecord) -> None:
-    """Two targets may share a suffix (dml and webgpu), and a folder may be anyone's: neither is replaced."""
+    """Two targets may share a suffix (dml and webgpu), two profiles the id, and a folder may be anyone's."""
     if not target.exists():
         return
     try:
-        there = read_package(target).record.target
+        there = read_package(target).record
     except PackageError as error:
         raise PackageError(error.what, where=error.where, hint=f"it is in the way: remove {target}") from error
-    if there != record.target:
+    if (there.target, there.profile) != (record.target, record.profile):
         raise PackageError(
-            f"the package of {there} has the id {record.id}", where=str(target), hint="--name, or another --output"
+            f"the package of {there.target} for {there.profile} has the id {record.id}",
+            where=str(target),
+            hint="--name, or another --output",
         )

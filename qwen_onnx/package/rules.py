@@ -156,7 +156,8 @@ def _licence(contents: Contents) -> Iterator[str]:
 
 @rule("size", "Foundry Local shows the size before a model is fetched.")
 def _size(contents: Contents) -> Iterator[str]:
-    if (said := contents.ints.get("filesize_mb")) != (found := model_megabytes(contents)):
+    whole = all((contents.path / name).is_file() for name in contents.model_files)
+    if whole and (said := contents.ints.get("filesize_mb")) != (found := model_megabytes(contents)):
         yield f"filesize_mb is {said}, the model's files have {found} MB"
 
 
