@@ -152,8 +152,10 @@ def supervise(say: Callable[[dict[str, Any]], None], out: int) -> int:
     job, alone = read_job(), cut_off_network()
     say({"step": "offline", "ok": True, "found": "no network but loopback" if alone else "by a proxy that is nobody"})
     running: list[subprocess.Popen[bytes]] = []
+    ending = threading.Event()
 
     def clean() -> None:
+        ending.set()
         for child in running:
             child.kill()
             child.wait()
@@ -174,6 +176,9 @@ def supervise(say: Callable[[dict[str, Any]], None], out: int) -> int:
         child.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
         child.stdin.flush()
         code = child.wait()
+        if ending.is_set():
+            # the watcher killed it, and ends this process when it has tidied up
+            threading.Event().wait()
         if code != 0:
             if code != FAILED:
                 say({"step": f"process of {name}", "ok": False, "found": f"died (exit {code})"})
