@@ -13,7 +13,7 @@ NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify package serve chat plans environments wheel try-wheel test test-slow lint clean
+.PHONY: help setup optimize verify package foundry-check serve chat plans environments wheel try-wheel test test-slow lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,9 @@ verify: $(READY)  ## measure the artifact against PyTorch again
 package: $(READY)  ## a Foundry Local package of the artifact, in artifacts/packages; builds the artifact when it is missing
 	@test -e artifacts/$(NAME)/manifest.json || $(MAKE) --no-print-directory optimize
 	@$(BIN)/qwen-onnx package artifacts/$(NAME)
+
+foundry-check: package  ## that package in Foundry Local itself: register, load, chat, serve, unregister, offline
+	@$(BIN)/qwen-onnx foundry-check "$$(ls -td artifacts/packages/$(MODEL)-* | head -1)"
 
 serve: $(READY)  ## OpenAI-compatible server on port 8000
 	@$(BIN)/qwen-onnx serve artifacts/$(NAME)

@@ -83,6 +83,12 @@ class Catalog:
             )
         return self.pipelines[target]
 
+    def environment(self, name: str) -> Environment:
+        """The environment ``name``; ConfigError when there is none."""
+        if name not in self.environments:
+            raise ConfigError([f"pipelines/environments/: no {name!r}{_nearest(name, self.environments)}"])
+        return self.environments[name]
+
     def precision(self, target: str, precision: str | None = None) -> Precision:
         """``precision``, or the target's default one.
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from qwen_onnx.commands.chat import chat
+from qwen_onnx.commands.foundry import foundry_check
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.commands.package import package
 from qwen_onnx.commands.serve import keys_app, serve
@@ -320,6 +321,7 @@ def generate(
 app.command()(package)
 app.command()(verify_package)
 app.command()(same)
+app.command("foundry-check")(foundry_check)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")

@@ -27,6 +27,7 @@ VERBS = (
     "package",
     "verify-package",
     "same",
+    "foundry-check",
     "chat",
     "serve",
     "doctor",

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_onnx.artifact import MANIFEST, Artifact, build_lock, put_in_place, staging_folder
+from qwen_onnx.catalog import find_root, load_catalog
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.checksums import write_sums
 from qwen_onnx.package.documents import write_documents
 from qwen_onnx.package.foundry import package_name, write_foundry
-from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile
+from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile, read_package
 from qwen_onnx.package.verify import verify_package
 
 Progress = Callable[[str], None]
@@ -41,6 +42,7 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
 
     Raises:
         PackageError: the verdict is not PASS, or a rule is broken; nothing was published.
+        ConfigError: no recipe has the artifact's model, from which its tasks are taken.
     """
     manifest = job.artifact.manifest
     if manifest.verdict != "PASS" and not job.allow_unverified:
@@ -50,6 +52,7 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
             hint=f"qwen-onnx verify {job.artifact.path}; --allow-unverified packages it and says so inside",
         )
     name = package_name(manifest.plan, job.name)
+    _, row = load_catalog(find_root()).row(manifest.plan.model)
     target = job.folder / f"{name}-{job.version}"
     record = PackageRecord(
         id=f"{name}:{job.version}",
@@ -62,10 +65,14 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
         verdict=manifest.verdict,
         claim=manifest.claim,
         unverified=manifest.verdict != "PASS",
+        kind=row.kind,
+        tasks=row.tasks,
     )
     progress(f"packaging {record.id} for {job.profile}")
     with build_lock(target, wait=True), staging_folder(target) as staging:
-        folder = staging / "package"
+        _check_replaced(target, record)
+        # by its own name: a rule compares it with the id
+        folder = staging / target.name
         folder.mkdir()
         for file in (*manifest.files, MANIFEST):
             if file not in LEFT_BEHIND:
@@ -77,3 +84,19 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
         verify_package(folder)
         put_in_place(folder, target)
     return Package(path=target, record=record)
+
+
+def _check_replaced(target: Path, record: PackageRecord) -> None:
+    """Two targets may share a suffix (dml and webgpu), two profiles the id, and a folder may be anyone's."""
+    if not target.exists():
+        return
+    try:
+        there = read_package(target).record
+    except PackageError as error:
+        raise PackageError(error.what, where=error.where, hint=f"it is in the way: remove {target}") from error
+    if (there.target, there.profile) != (record.target, record.profile):
+        raise PackageError(
+            f"the package of {there.target} for {there.profile} has the id {record.id}",
+            where=str(target),
+            hint="--name, or another --output",
+        )

@@ -1,20 +1,201 @@
-"""What Foundry Local reads of a package: its id, its configuration, its metadata."""
+"""What Foundry Local reads of a package: its id, its configuration, its metadata.
+
+Keys and values are those of foundry-local-sdk 2.2 (``foundry_local_c.h``, FOUNDRY_LOCAL_MODEL_PROP_*) and, for the
+profile ``cli1``, of the drop-in folders that its command line read before 2.1.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from qwen_onnx.errors import ConfigError, PackageError
+from qwen_onnx.package.contents import CONTENT, GENAI_CONFIG, INFERENCE, SIDECAR, Contents
 from qwen_onnx.package.records import PackageRecord
 from qwen_onnx.plan import Plan
+from qwen_onnx.runtime.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
 
-# id suffixes of Foundry Local: execution provider and device
-SUFFIXES = {"cpu": "generic-cpu"}
+NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a target's packages run.
+
+    Attributes:
+        suffix: end of the id, which tells Foundry's users where the variant runs.
+        provider: execution provider by ONNX Runtime's name, ``genai`` by that of ``genai_config.json``.
+        kind: CPU, GPU or NPU.
+    """
+
+    suffix: str
+    provider: str
+    genai: str
+    kind: str
+
+
+DEVICES = {
+    "cpu": Device("generic-cpu", "CPUExecutionProvider", "cpu", "CPU"),
+    "cuda": Device("cuda-gpu", "CUDAExecutionProvider", "cuda", "GPU"),
+    "dml": Device("generic-gpu", "DmlExecutionProvider", "dml", "GPU"),
+    "webgpu": Device("generic-gpu", "WebGpuExecutionProvider", "webgpu", "GPU"),
+    "trt-rtx": Device("trtrtx-gpu", "NvTensorRTRTXExecutionProvider", "NvTensorRtRtx", "GPU"),
+    "npu-openvino": Device("openvino-npu", "OpenVINOExecutionProvider", "OpenVINO", "NPU"),
+    "npu-qnn": Device("qnn-npu", "QNNExecutionProvider", "qnn", "NPU"),
+}
+UNSERVED = {
+    "npu-qnn": "onnxruntime-genai, by which Foundry Local runs models, has no loop for its two graphs of fixed shape",
+}
+# pairs of markers by the property that names them, and the keys of genai_config.json that hold their ids
+TOOL_MARKERS = ("<tool_call>", "</tool_call>")
+REASONING_MARKERS = ("<think>", "</think>")
+MARKER_IDS = {
+    "tool_call_start": "bot_token_id",
+    "tool_call_end": "eot_token_id",
+    "reasoning_start": "bor_token_id",
+    "reasoning_end": "eor_token_id",
+}
+# first Foundry Local that takes packages of a profile: register_model() came with 2.1
+LEAST_VERSION = {"sdk2": "2.1.0", "cli1": "0.8.0"}
+PUBLISHER = "qwen-onnx"
+UNVERIFIED = "unverified"
 
 
 def package_name(plan: Plan, name: str | None) -> str:
-    """Foundry's name of a variant: what it is, and the suffix that tells where it runs."""
-    return f"{name or f'{plan.model}-{plan.precision}'}-{SUFFIXES[plan.target]}"
+    """Foundry's name of a variant: what it is, and the suffix that tells where it runs.
+
+    Raises:
+        PackageError: Foundry Local cannot run artifacts of this target.
+        ConfigError: ``name`` is none that Foundry accepts.
+    """
+    if plan.target in UNSERVED or plan.target not in DEVICES:
+        why = UNSERVED.get(plan.target, "Foundry Local knows no such device")
+        raise PackageError(
+            f"no package for {plan.target}: {why}", where=plan.name, hint="package another target: qwen-onnx list"
+        )
+    if name is not None and not NAME.fullmatch(name):
+        raise ConfigError([f"--name: {name!r} must begin with a letter or digit; then . _ - may stand in it"])
+    return f"{name or f'{plan.model}-{plan.precision}'}-{DEVICES[plan.target].suffix}"
 
 
 def write_foundry(folder: Path, record: PackageRecord) -> None:
-    """Write what Foundry Local needs beside the model's files."""
+    """Write what Foundry Local needs beside the model's files, and set right what it would trip over.
+
+    ``folder`` holds the artifact's files; ``genai_config.json`` and the tokenizer's are changed, ``foundry_local.json``
+    and ``inference_model.json`` are added. What cannot be set right is left for the rules to tell.
+    """
+    contents = Contents(folder)
+    markers = markers_of(contents, record)
+    _write(folder / GENAI_CONFIG, _genai_config(contents, record, markers))
+    _keep_one_template(contents)
+    contents = Contents(folder)
+    properties = {
+        "model_id": record.id,
+        "string_properties": _strings(contents, record, markers),
+        "int_properties": _ints(contents, record, markers),
+    }
+    _write(folder / SIDECAR, properties)
+    # as in Microsoft's guide to compiling models: the template with the user's text as {Content}
+    template = {"assistant": CONTENT, "prompt": contents.user_prompt} if contents.templates else None
+    _write(folder / INFERENCE, {"Name": record.id, "PromptTemplate": template})
+
+
+def markers_of(contents: Contents, record: PackageRecord) -> dict[str, str]:
+    """Markers of tool calls and reasoning by property: single tokens that the chat template writes itself."""
+    source = "".join(contents.templates)
+    pairs = {"tool_call": TOOL_MARKERS}
+    # some templates strip think tags of models that never write any
+    if record.kind in ("thinking", "hybrid"):
+        pairs["reasoning"] = REASONING_MARKERS
+    return {
+        f"{name}_{end}": marker
+        for name, pair in pairs.items()
+        if all(marker in contents.tokenizer.added_tokens and marker in source for marker in pair)
+        for end, marker in zip(("start", "end"), pair, strict=True)
+    }
+
+
+def _genai_config(contents: Contents, record: PackageRecord, markers: dict[str, str]) -> dict[str, Any]:
+    """Lengths that fit the graph; marker ids for exactly the markers that are declared, none for genai 0.14."""
+    found = contents.genai
+    rows = contents.rope_rows
+    model, search = found["model"], found["search"]
+    context = min(model["context_length"], contents.manifest.plan.context, rows or model["context_length"])
+    ids = {key: contents.tokenizer.added_tokens[markers[name]] for name, key in MARKER_IDS.items() if name in markers}
+    kept = {key: value for key, value in model.items() if key not in MARKER_IDS.values()}
+    return found | {
+        "model": kept | {"context_length": context} | (ids if record.profile == "sdk2" else {}),
+        "search": search | {"max_length": min(search["max_length"], context)},
+    }
+
+
+def _keep_one_template(contents: Contents) -> None:
+    """Foundry prefers the template of tokenizer_config.json, our runtime the file of its own: only that stays."""
+    if not contents.templates:
+        return
+    source = ChatTemplate(contents.path).source
+    (contents.path / TEMPLATE_FILE).write_text(source, encoding="utf-8")
+    rest = {key: value for key, value in contents.tokenizer_config.items() if key != "chat_template"}
+    _write(contents.path / TOKENIZER_CONFIG, rest)
+
+
+def display_name(contents: Contents, record: PackageRecord) -> str:
+    """What Foundry's users see; an artifact without a PASS says so."""
+    name = f"{contents.manifest.plan.title} ({record.precision}, {record.target})"
+    return f"{name}, {UNVERIFIED}" if record.unverified else name
+
+
+def _strings(contents: Contents, record: PackageRecord, markers: dict[str, str]) -> dict[str, str]:
+    device = DEVICES[record.target]
+    found = {
+        "task": task_of(record),
+        "display_name": display_name(contents, record),
+        "publisher": PUBLISHER,
+        "min_fl_version": LEAST_VERSION[record.profile],
+        "capabilities": capabilities_of(markers),
+        "execution_provider": device.provider,
+        "device_type": device.kind,
+        **markers,
+    }
+    licence = contents.manifest.plan.license
+    return found | ({"license": licence} if licence else {})
+
+
+def _ints(contents: Contents, record: PackageRecord, markers: dict[str, str]) -> dict[str, int]:
+    return {
+        "supports_tool_calling": int("tool_call_start" in markers),
+        "supports_reasoning": int("reasoning_start" in markers),
+        "max_output_tokens": most_output(contents.genai["model"]["context_length"], record),
+        "filesize_mb": model_megabytes(contents),
+    }
+
+
+def task_of(record: PackageRecord) -> str:
+    """Foundry's task: ``coding`` for what is made for code alone."""
+    return "coding" if record.tasks == ("coding",) else "chat-completion"
+
+
+def capabilities_of(markers: dict[str, str]) -> str:
+    """Foundry's list of what a model can do."""
+    more = {"tool_call_start": "tool-calling", "reasoning_start": "reasoning"}
+    return ",".join(["chat", *(word for name, word in more.items() if name in markers)])
+
+
+def most_output(context: int, record: PackageRecord) -> int:
+    """Tokens of an answer: a quarter of the context, half of it for models that think first."""
+    thinks = record.kind in ("thinking", "hybrid")
+    return max(1, min(context // 2, 32768) if thinks else min(context // 4, 8192))
+
+
+def model_megabytes(contents: Contents) -> int:
+    """Size of the ONNX file and its data in MB of 10^6 bytes, rounded up; files that are missing count nothing."""
+    paths = [contents.path / name for name in contents.model_files]
+    return math.ceil(sum(path.stat().st_size for path in paths if path.is_file()) / 1e6)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

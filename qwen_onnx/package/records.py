@@ -45,6 +45,7 @@ class PackageRecord(Record):
         artifact_key: build key of the artifact that is inside.
         verdict: of that artifact's verification, and ``claim`` what it proves.
         unverified: packaged with ``--allow-unverified`` though the verdict is not PASS.
+        kind, tasks: of the model, from its recipe.
         measured: files that hold what was measured or when, of ``MEASURED``: the others are the same bytes in every
             build of the same inputs.
         altered: files of the artifact that packaging changed or dropped; the others are as its manifest lists them.
@@ -61,6 +62,8 @@ class PackageRecord(Record):
     verdict: Verdict
     claim: str
     unverified: bool
+    kind: Literal["base", "chat", "thinking", "hybrid"] | None = None
+    tasks: tuple[Literal["general", "coding", "math"], ...] = ()
     measured: tuple[str, ...] = Field(default=())
     altered: tuple[str, ...] = Field(default=())
 

@@ -1,30 +1,40 @@
-"""Packages for tests: of the tiny build, and of the tiny build with a report of its own."""
+"""A package of the tiny model, and folders of it that a test may break."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import run_cli
 
-
-@pytest.fixture(scope="session")
-def tiny_package(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny build, packaged by the command line."""
-    return package(tiny_build, tmp_path_factory.mktemp("packages"))
+NAME = "starter-int4-generic-cpu-1"
 
 
-def package(artifact: Path, folder: Path, *options: str) -> Path:
-    """``artifact``, packaged below ``folder``; its own folder."""
-    done = run_cli("package", artifact, "--output", folder, "--allow-unverified", *options)
+def packaged(artifact: Path, output: Path, *options: str) -> Path:
+    """The package that the verb makes of an artifact without a verdict."""
+    done = run_cli("package", artifact, "--output", output, "--allow-unverified", *options)
     assert done.returncode == 0, done.stderr
     return Path(json.loads(done.stdout.splitlines()[-1])["path"])
 
 
+@pytest.fixture(scope="session")
+def tiny_package(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packaged by the command line for the profile sdk2; not to be changed."""
+    return packaged(tiny_build, tmp_path_factory.mktemp("packages"))
+
+
 @pytest.fixture
-def copied(tiny_package: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage, in a folder of the same name."""
-    return Path(shutil.copytree(tiny_package, tmp_path / "copied" / tiny_package.name))
+def broken(tiny_package: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(tiny_package, tmp_path / tiny_package.name))
+
+
+def edit_json(path: Path, change: Any) -> None:
+    """Load, change in place and write a JSON file."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))

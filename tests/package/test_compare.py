@@ -19,36 +19,36 @@ def flip(path: Path) -> None:
     path.write_bytes(damaged)
 
 
-def test_one_bit_makes_another_build(tiny_package: Path, copied: Path) -> None:
-    done = run_cli("same", tiny_package, copied)
+def test_one_bit_makes_another_build(tiny_package: Path, broken: Path) -> None:
+    done = run_cli("same", tiny_package, broken)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["identical"] is True
-    flip(copied / "model.onnx.data")
-    done = run_cli("same", tiny_package, copied)
+    flip(broken / "model.onnx.data")
+    done = run_cli("same", tiny_package, broken)
     assert done.returncode == 10
     assert "not the same build: model.onnx.data" in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["identical"], found["different"]) == (False, 1)
 
 
-def test_what_was_measured_may_differ(tiny_package: Path, copied: Path) -> None:
-    (copied / "README.md").write_text("other figures")
-    rewrite_json(copied / "manifest.json", built_seconds=1e6)
-    found = compare(tiny_package, copied)
+def test_what_was_measured_may_differ(tiny_package: Path, broken: Path) -> None:
+    (broken / "README.md").write_text("other figures")
+    rewrite_json(broken / "manifest.json", built_seconds=1e6)
+    found = compare(tiny_package, broken)
     assert {found["README.md"], found["manifest.json"]} == {Relation.MEASURED}
     assert not any(relation.proves_a_difference for relation in found.values())
 
 
-def test_the_rest_of_the_manifest_may_not(tiny_package: Path, copied: Path) -> None:
-    rewrite_json(copied / "manifest.json", key="0" * 64)
-    assert compare(tiny_package, copied)["manifest.json"] is Relation.DIFFERENT
+def test_the_rest_of_the_manifest_may_not(tiny_package: Path, broken: Path) -> None:
+    rewrite_json(broken / "manifest.json", key="0" * 64)
+    assert compare(tiny_package, broken)["manifest.json"] is Relation.DIFFERENT
 
 
-def test_a_package_does_not_say_itself_what_was_measured(tiny_package: Path, copied: Path) -> None:
-    flip(copied / "model.onnx")
-    for folder in (copied,):
+def test_a_package_does_not_say_itself_what_was_measured(tiny_package: Path, broken: Path) -> None:
+    flip(broken / "model.onnx")
+    for folder in (broken,):
         rewrite_json(folder / "package.json", measured=["model.onnx"])
-    assert compare(tiny_package, copied)["model.onnx"] is Relation.DIFFERENT
+    assert compare(tiny_package, broken)["model.onnx"] is Relation.DIFFERENT
 
 
 def test_files_of_one_only_are_a_difference(tiny_build: Path, tmp_path: Path) -> None:

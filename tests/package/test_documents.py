@@ -25,7 +25,7 @@ from qwen_onnx.package.card import licence_fields
 from qwen_onnx.package.licences import notice_text, write_licences
 from qwen_onnx.package.sbom import SBOM, bill, purl_of
 from tests.conftest import run_cli
-from tests.package.conftest import package
+from tests.package.conftest import packaged
 
 
 def test_the_bill_of_materials_is_valid_and_names_what_shaped_the_bytes(tiny_package: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_cards_own_program_runs(tiny_package: Path) -> None:
 
 @pytest.mark.slow
 def test_the_card_of_a_verified_artifact_shows_what_was_measured(artifact_dir: Path, tmp_path: Path) -> None:
-    folder = package(artifact_dir, tmp_path)
+    folder = packaged(artifact_dir, tmp_path)
     card = ModelCard.load(folder / "README.md")
     report = json.loads((folder / "report.json").read_text())
     assert "**Verdict: PASS.** Proven: run here" in card.text

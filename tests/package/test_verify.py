@@ -37,12 +37,12 @@ def test_a_sound_package_passes_and_names_its_digest(tiny_package: Path) -> None
     assert verify_package(tiny_package).record.unverified
 
 
-def test_one_flipped_bit_in_any_file_is_found(copied: Path) -> None:
+def test_one_flipped_bit_in_any_file_is_found(broken: Path) -> None:
     dice = random.Random(0)
-    names = sorted(path.name for path in copied.iterdir())
+    names = sorted(path.name for path in broken.iterdir())
     assert len(names) > 10
     for name in names:
-        path = copied / name
+        path = broken / name
         whole = path.read_bytes()
         assert whole, name
         # both ends, and anywhere between
@@ -50,21 +50,21 @@ def test_one_flipped_bit_in_any_file_is_found(copied: Path) -> None:
             damaged = bytearray(whole)
             damaged[place] ^= 1 << dice.randrange(8)
             path.write_bytes(damaged)
-            faults_of(copied)
+            faults_of(broken)
         path.write_bytes(whole)
-    verify_package(copied)
+    verify_package(broken)
 
 
-def test_every_byte_of_the_small_files_counts(copied: Path) -> None:
+def test_every_byte_of_the_small_files_counts(broken: Path) -> None:
     """Those that hold statements: no byte of them is read in two ways."""
     for name in ("SHA256SUMS", "package.json"):
-        path = copied / name
+        path = broken / name
         whole = path.read_bytes()
         for place in range(0, len(whole), 7):
             damaged = bytearray(whole)
             damaged[place] ^= 1
             path.write_bytes(damaged)
-            faults_of(copied)
+            faults_of(broken)
         path.write_bytes(whole)
 
 
@@ -89,17 +89,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_what_was_removed_renamed_or_added_is_named(copied: Path, name: str) -> None:
+def test_what_was_removed_renamed_or_added_is_named(broken: Path, name: str) -> None:
     damage, word = DAMAGES[name]
-    damage(copied)
-    assert word in faults_of(copied)
+    damage(broken)
+    assert word in faults_of(broken)
 
 
-def test_all_faults_are_told_together(copied: Path) -> None:
-    (copied / "tokenizer.json").unlink()
-    (copied / "extra").write_text("x")
-    (copied / "LICENSE").write_text("public domain")
-    done = run_cli("verify-package", copied)
+def test_all_faults_are_told_together(broken: Path) -> None:
+    (broken / "tokenizer.json").unlink()
+    (broken / "extra").write_text("x")
+    (broken / "LICENSE").write_text("public domain")
+    done = run_cli("verify-package", broken)
     assert done.returncode == 10, done.stdout
     for word in ("tokenizer.json is missing", "extra was added", "LICENSE was altered"):
         assert word in done.stderr
@@ -166,32 +166,32 @@ LIES: dict[str, tuple[str, Callable[[dict], object], str]] = {  # type: ignore[t
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_a_statement_that_contradicts_another_is_found(copied: Path, name: str) -> None:
+def test_a_statement_that_contradicts_another_is_found(broken: Path, name: str) -> None:
     file, change, word = LIES[name]
-    rewritten(copied, file, change)
-    said = faults_of(copied)
+    rewritten(broken, file, change)
+    said = faults_of(broken)
     assert word in said, said
 
 
-def test_weights_that_were_exchanged_with_their_checksum_are_found(copied: Path) -> None:
-    (copied / "model.onnx.data").write_bytes(b"other weights")
-    write_sums(copied)
-    said = faults_of(copied)
+def test_weights_that_were_exchanged_with_their_checksum_are_found(broken: Path) -> None:
+    (broken / "model.onnx.data").write_bytes(b"other weights")
+    write_sums(broken)
+    said = faults_of(broken)
     assert "model.onnx.data is not that of the manifest" in said
     assert f"model.onnx.data is not the one in {PROVENANCE}" in said
     assert "model.onnx.data is not the one in sbom.cdx.json" in said
 
 
-def test_a_licence_must_travel(copied: Path) -> None:
-    (copied / "LICENSE").unlink()
-    write_sums(copied)
-    assert "LICENSE is missing" in faults_of(copied)
+def test_a_licence_must_travel(broken: Path) -> None:
+    (broken / "LICENSE").unlink()
+    write_sums(broken)
+    assert "LICENSE is missing" in faults_of(broken)
 
 
-def test_a_digest_from_a_trusted_place_pins_every_byte(copied: Path) -> None:
-    digest = package_digest(copied)
-    verify_package(copied, digest)
-    done = run_cli("verify-package", copied, "--expect", "0" * 64)
+def test_a_digest_from_a_trusted_place_pins_every_byte(broken: Path) -> None:
+    digest = package_digest(broken)
+    verify_package(broken, digest)
+    done = run_cli("verify-package", broken, "--expect", "0" * 64)
     assert done.returncode == 10
     assert digest in done.stderr
 
@@ -203,10 +203,10 @@ def test_what_is_no_package_is_told(tmp_path: Path, tiny_build: Path) -> None:
         assert word in done.stderr
 
 
-def test_a_package_is_run_as_an_artifact_is(copied: Path) -> None:
-    done = run_cli("generate", copied, "Hello", "--max-tokens", "2")
+def test_a_package_is_run_as_an_artifact_is(broken: Path) -> None:
+    done = run_cli("generate", broken, "Hello", "--max-tokens", "2")
     assert done.returncode == 0, done.stderr
-    rewrite_json(copied / "genai_config.json", model={})
-    done = run_cli("generate", copied, "Hello", "--max-tokens", "2")
+    rewrite_json(broken / "genai_config.json", model={})
+    done = run_cli("generate", broken, "Hello", "--max-tokens", "2")
     assert done.returncode == 10
     assert "genai_config.json was altered" in done.stderr
