@@ -17,7 +17,9 @@ from rich.table import Column, Table
 from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.commands.package import package
+from qwen_onnx.commands.release import release
 from qwen_onnx.commands.serve import keys_app, serve
+from qwen_onnx.commands.verify_package import verify_package
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:
@@ -317,6 +319,8 @@ def generate(
 
 
 app.command()(package)
+app.command("verify-package")(verify_package)
+app.command()(release)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")

@@ -25,6 +25,8 @@ VERBS = (
     "verify",
     "generate",
     "package",
+    "verify-package",
+    "release",
     "chat",
     "serve",
     "doctor",
