@@ -58,7 +58,7 @@ def release(
     )
     with Board(Console(stderr=True)) as board:
         made, folder = run(order, board.say)
-    print_summary(made, Console(file=sys.stdout))
+    print_summary(made, Console(width=None if sys.stdout.isatty() else 120))
     print(json_line(made, folder, sha256_of(folder / SUMS)))
     if not made.passed:
         failed = [job.name for job in made.jobs if not job.passed]

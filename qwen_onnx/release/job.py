@@ -150,9 +150,7 @@ class _Run:
     def _judge(self) -> None:
         missed = [gate for gate in self.gates if gate.verdict != "PASS"]
         if missed:
-            told = "; ".join(
-                f"{gate.name} is {gate.measured}, asked for {gate.limit}: {gate.verdict}" for gate in missed
-            )
+            told = "; ".join(f"{gate.name} {gate.verdict}: {gate.told}" for gate in missed)
             # as the verdict itself, VerificationError
             raise StepError("gates", told, 7)
 

@@ -29,7 +29,9 @@ def run_guarded(order: Order, environment: dict[str, str] | None = None) -> Ende
         start_new_session=True,
         env={**os.environ, **(environment or {})},
     )
-    assert guard.stdin and guard.stdout and guard.stderr
+    assert guard.stdin is not None
+    assert guard.stdout is not None
+    assert guard.stderr is not None
     try:
         # not communicate(), which would close standard input: the guard takes that for the end of this process
         said = guard.stdout.read()

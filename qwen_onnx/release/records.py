@@ -26,6 +26,13 @@ class GateResult(Record):
     upper: float | None = None
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
+    @property
+    def told(self) -> str:
+        """What was measured and what was asked for."""
+        bounds = f" [{self.lower!r}, {self.upper!r}]" if self.lower != self.upper else ""
+        measured = "not measured" if self.measured is None else f"{self.measured!r}{bounds}"
+        return f"{measured}, asked for {self.limit!r}"
+
 
 class PackageResult(Record):
     """One verified package.

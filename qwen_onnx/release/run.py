@@ -135,12 +135,12 @@ def _results(order: ReleaseOrder, jobs: Sequence[ReleaseJob], store: Store, say:
                 code=code_key(plan),
             )
         )
-    for result in _run(order, tasks, store, say):
+    for result in _executed(order, tasks, store, say):
         say(result.name, "passed" if result.passed else f"FAILED: {result.stage}")
         yield result
 
 
-def _run(order: ReleaseOrder, tasks: Sequence[Task], store: Store, say: Say) -> Iterator[JobResult]:
+def _executed(order: ReleaseOrder, tasks: Sequence[Task], store: Store, say: Say) -> Iterator[JobResult]:
     if order.on == "local" or not tasks:
         return run_local(tasks, store, order.workers, say)
     from qwen_onnx.release.on_ray import run_on_ray

@@ -64,9 +64,13 @@ class Store:
         """Where the finished job is, or will be."""
         return self.root / job.slug
 
+    def unfinished_name(self, job: ReleaseJob, attempt: str) -> str:
+        """Name of the folder of one attempt at a job, below the root."""
+        return f"{UNFINISHED}{job.slug}-{attempt}"
+
     def unfinished(self, job: ReleaseJob, attempt: str) -> Path:
-        """A fresh folder for one attempt at a job."""
-        folder = self.root / f"{UNFINISHED}{job.slug}-{attempt}"
+        """That folder, fresh."""
+        folder = self.root / self.unfinished_name(job, attempt)
         folder.mkdir()
         return folder
 
@@ -85,22 +89,18 @@ class Store:
             result = JobResult.model_validate_json((folder / RESULT).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
-        if (
-            not result.passed
-            or result.key != key
-            or not all(_whole(folder, item.folder, item.digest) for item in result.packages)
-        ):
+        if not result.passed or result.key != key:
             return None
-        return result.model_copy(update={"cached": True})
+        whole = all(_whole(folder / package.folder, package.digest) for package in result.packages)
+        return result.model_copy(update={"cached": True}) if whole else None
 
 
-def _whole(folder: Path, name: str, digest: str) -> bool:
-    place = folder / name
+def _whole(package: Path, digest: str) -> bool:
     try:
-        check_sums(place)
+        check_sums(package)
     except PackageError:
         return False
-    return package_digest(place) == digest
+    return package_digest(package) == digest
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -37,7 +37,7 @@ def _suite(job: JobResult) -> ElementTree.Element:
     steps = f"{job.stage}: {job.fault}" if job.stage not in (None, "gates") else None
     cases = [_case(job, "steps", steps, 0 if job.cached else job.seconds)]
     for gate in job.gates:
-        fault = None if gate.verdict == "PASS" else f"{gate.verdict}: {gate.measured}, asked for {gate.limit}"
+        fault = None if gate.verdict == "PASS" else f"{gate.verdict}: {gate.told}"
         cases.append(_case(job, f"gate {gate.name}", fault))
     cases += [_case(job, f"package {package.id} {package.profile}", None) for package in job.packages]
     suite = ElementTree.Element("testsuite", _counts(job.name, cases))
@@ -71,20 +71,21 @@ def json_line(release: Release, place: Path, digest: str) -> str:
 
 
 def print_summary(release: Release, console: Console) -> None:
-    """The table, and below it what each failed job said."""
+    """The table, and below it the packages with their digests and what each failed job said."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"release: {'PASS' if release.passed else 'FAIL'}")
     right = ("KLD", "MB", "seconds", "peak GB")
-    for column in ("job", "verdict", "gates", "KLD", "MB", "seconds", "peak GB", "cached", "packages"):
-        table.add_column(column, justify="right" if column in right else "left")
+    for column in ("job", "verdict", "gates", *right, "cached"):
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=column == "job")
     for job in release.jobs:
         table.add_row(*(escape(cell) for cell in _cells(job)), style=None if job.passed else "red")
     console.print(table)
-    for job in release.jobs:
-        if not job.passed:
-            console.print(f"{job.name}: {job.stage}: {job.fault}", markup=False, highlight=False, soft_wrap=True)
+    lines = [f"{package.digest}  {package.folder}" for job in release.jobs for package in job.packages]
+    lines += [f"{job.name}: {job.stage}: {job.fault}" for job in release.jobs if not job.passed]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cells(job: JobResult) -> tuple[str, ...]:
@@ -99,5 +100,4 @@ def _cells(job: JobResult) -> tuple[str, ...]:
         f"{job.seconds:.1f}",
         f"{job.peak_bytes / 1e9:.2f}",
         "yes" if job.cached else "no",
-        "\n".join(f"{package.id} {package.profile} {package.digest[:12]}" for package in job.packages) or "–",
     )
