@@ -6,6 +6,8 @@ TARGET ?= cpu
 PRECISION ?=
 SOURCE ?=
 OUTPUT ?=
+MATRIX ?=
+ONLY   ?=
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -13,7 +15,7 @@ NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify package serve chat plans environments test test-slow lint clean
+.PHONY: help setup optimize verify package release serve chat plans environments test test-slow lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,6 +38,9 @@ verify: $(READY)  ## measure the artifact against PyTorch again
 package: $(READY)  ## a Foundry Local package of the artifact, in artifacts/packages; builds the artifact when it is missing
 	@test -e artifacts/$(NAME)/manifest.json || $(MAKE) --no-print-directory optimize
 	@$(BIN)/qwen-onnx package artifacts/$(NAME)
+
+release: $(READY)  ## every job of pipelines/release.yaml (or MATRIX=file; ONLY=job), proven and packaged, in artifacts/release
+	@$(BIN)/qwen-onnx release $(if $(MATRIX),'$(MATRIX)') $(if $(ONLY),--only '$(ONLY)') $(if $(OUTPUT),--output '$(OUTPUT)')
 
 serve: $(READY)  ## OpenAI-compatible server on port 8000
 	@$(BIN)/qwen-onnx serve artifacts/$(NAME)
