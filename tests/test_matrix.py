@@ -91,9 +91,10 @@ def test_what_an_entry_may_not_say(tmp_path: Path, change: dict[str, Any], fault
     assert any(fault in line for line in told), told
 
 
-@pytest.mark.parametrize(
-    "gates", [{"kld_mean": 0.18}, {"kld_mean": 0.1}, {"decode_speedup": 3.5}, {"max_bytes": 10**8}]
-)
+TIGHT = {"kld_mean": 0.18}, {"kld_mean": 0.1}, {"decode_speedup": 3.5}, {"max_bytes": 10**8}
+
+
+@pytest.mark.parametrize("gates", TIGHT)
 def test_gates_that_are_as_tight_or_tighter(tmp_path: Path, gates: dict[str, float]) -> None:
     [job] = load_matrix(CATALOG, written(tmp_path, ENTRY | {"gates": gates}))
     assert job.gates.limits == gates

@@ -93,7 +93,7 @@ class _Run:
             for profile in self.job.packages:
                 self._package(profile)
             # after the steps: a download pins what was not pinned before
-            key = job_key(self.job, plan, self.task.cache, self.task.source)
+            key = job_key(self.job, plan, self.task.cache, self.task.source, self.task.code)
         except StepError as error:
             stage, fault, code = error.stage, error.what, error.code
         except QwenOnnxError as error:

@@ -21,7 +21,7 @@ from qwen_onnx.errors import ConfigError, EnvironmentFault, ReleaseError
 from qwen_onnx.release.job import Task, run_job
 from qwen_onnx.release.local import SayOf
 from qwen_onnx.release.records import JobResult
-from qwen_onnx.release.store import Store
+from qwen_onnx.release.store import Store, whole
 
 RETRIES = 3
 # of a file, at a time: each piece is in the memory of three processes
@@ -191,6 +191,9 @@ def _submitted(ray: Any, tasks: Sequence[Task], store: Store, say: SayOf) -> Ite
             say(job, stage)
         for reference in ended:
             yield _taken(ray, reference, running.pop(reference), store)
+    # of attempts whose worker died
+    store.sweep()
+    (store.root / SEEN).unlink()
 
 
 def _taken(ray: Any, reference: Any, task: Task, store: Store) -> JobResult:
@@ -202,6 +205,10 @@ def _taken(ray: Any, reference: Any, task: Task, store: Store) -> JobResult:
         # the cluster's failure is this job's: the others go on
         name, told = _lost(task, store, f"{type(error).__name__}: {error}", begin)
     result = JobResult.model_validate_json(told)
+    if not whole(store.root / name, result):
+        broken = {"passed": False, "key": None, "stage": "transfer", "exit_code": ReleaseError.exit_code}
+        fault = "the packages are not those that the worker made"
+        result = result.model_copy(update={**broken, "fault": fault, "packages": ()})
     store.finish(task.job, store.root / name, result)
     return result
 

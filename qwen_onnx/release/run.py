@@ -119,7 +119,8 @@ def _results(order: ReleaseOrder, jobs: Sequence[ReleaseJob], store: Store, say:
     tasks = []
     for job in jobs:
         plan, source = make_plan(order.catalog, job.model, job.target, job.precision), order.sources.get(job.model)
-        found = None if order.fresh else store.found(job, job_key(job, plan, order.cache, source))
+        code = code_key(plan)
+        found = None if order.fresh else store.found(job, job_key(job, plan, order.cache, source, code))
         if found:
             say(job.name, "finished already")
             yield found
@@ -132,7 +133,7 @@ def _results(order: ReleaseOrder, jobs: Sequence[ReleaseJob], store: Store, say:
                 cache=order.cache,
                 source=source,
                 force=order.fresh,
-                code=code_key(plan),
+                code=code,
             )
         )
     for result in _executed(order, tasks, store, say):

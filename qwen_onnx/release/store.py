@@ -37,12 +37,12 @@ def code_key(plan: Plan) -> str:
     return digest_of([plan.digest, package_versions(), digest_of(code), platform.machine()])
 
 
-def job_key(job: ReleaseJob, plan: Plan, cache: Path, source: Path | None) -> str:
-    """Digest of everything that decides what becomes of a job."""
+def job_key(job: ReleaseJob, plan: Plan, cache: Path, source: Path | None, code: str) -> str:
+    """Digest of everything that decides what becomes of a job; ``code`` is that of ``code_key``."""
     packages, exporter = package_versions(), exporter_digest()
     pins = expected_revisions(plan, cache, source)
     keys = sorted(build_key(plan, pin, packages, exporter) for pin in pins)
-    return digest_of([job.model_dump(mode="json"), keys, code_key(plan)])
+    return digest_of([job.model_dump(mode="json"), keys, code])
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,13 @@ class Store:
         """The store of the release at ``output``; what a killed run left unfinished is removed."""
         store = cls(cache / "release" / digest_of(str(output))[:12])
         store.root.mkdir(parents=True, exist_ok=True)
-        for leftover in store.root.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(leftover)
+        store.sweep()
         return store
+
+    def sweep(self) -> None:
+        """Remove the folders of attempts that nobody works in any longer."""
+        for leftover in self.root.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover)
 
     def folder(self, job: ReleaseJob) -> Path:
         """Where the finished job is, or will be."""
@@ -91,16 +95,17 @@ class Store:
             return None
         if not result.passed or result.key != key:
             return None
-        whole = all(_whole(folder / package.folder, package.digest) for package in result.packages)
-        return result.model_copy(update={"cached": True}) if whole else None
+        return result.model_copy(update={"cached": True}) if whole(folder, result) else None
 
 
-def _whole(package: Path, digest: str) -> bool:
+def whole(folder: Path, result: JobResult) -> bool:
+    """Whether every package of ``result`` is in ``folder``, byte for byte."""
     try:
-        check_sums(package)
+        for package in result.packages:
+            check_sums(folder / package.folder)
     except PackageError:
         return False
-    return package_digest(package) == digest
+    return all(package_digest(folder / package.folder) == package.digest for package in result.packages)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -107,7 +107,8 @@ def test_kill_9_of_whoever_started_it_leaves_no_orphan(tmp_path: Path) -> None:
 
 
 def test_a_guard_that_is_killed_is_told_and_takes_its_command_along(tmp_path: Path) -> None:
-    code = "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGKILL); time.sleep(300)"
+    suicide = "os.kill(os.getppid(), signal.SIGKILL); time.sleep(300)"
+    code = f"import os, signal, time; print(os.getpid(), flush=True); {suicide}"
     with pytest.raises(ReleaseError, match="the guard of a job died"):
         run(tmp_path, code)
     assert gone(int(first_line(tmp_path / "log")))
