@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
+from qwen_onnx.catalog import load_catalog
+from qwen_onnx.matrix import load_matrix
 from qwen_onnx.package.checksums import check_sums
 from qwen_onnx.package.verify import package_digest, verify_package
 from qwen_onnx.release.records import Release
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, run_cli
 from tests.release.conftest import Run, last_line, release_command, write_matrix
 from tests.release.test_guard import gone
 
@@ -294,3 +297,19 @@ def test_the_starter_is_judged_by_its_report(place: Path, artifact_dir: Path) ->
         assert own.verdict == "PASS"
         assert (gate.measured, gate.lower, gate.upper) == (measured["value"], measured["lower"], measured["upper"])
         assert gate.verdict == verdict
+
+
+def test_the_documented_matrix_is_one(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs/release.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "matrix.yaml").write_text(example)
+    jobs = load_matrix(load_catalog(REPOSITORY), tmp_path / "matrix.yaml")
+    assert [job.name for job in jobs] == ["starter/cpu-int4", "starter/cpu-fp32"]
+
+
+def test_the_documented_options_exist() -> None:
+    text = (REPOSITORY / "docs/release.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(--[a-z]+)", text)) - {"--head", "--check"}
+    known = run_cli("release", "--help").stdout
+    assert len(named) > 6
+    assert {option for option in named if option not in known} == set()
