@@ -6,6 +6,8 @@ TARGET ?= cpu
 PRECISION ?=
 SOURCE ?=
 OUTPUT ?=
+MATRIX ?=
+ONLY   ?=
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -13,7 +15,8 @@ NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify package foundry-check serve chat plans environments wheel try-wheel test test-slow lint clean
+.PHONY: help setup optimize verify package foundry-check release serve chat plans environments wheel try-wheel test test-slow lint \
+  clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +42,9 @@ package: $(READY)  ## a Foundry Local package of the artifact, in artifacts/pack
 
 foundry-check: package  ## that package in Foundry Local itself: register, load, chat, serve, unregister, offline
 	@$(BIN)/qwen-onnx foundry-check "$$(ls -td artifacts/packages/$(MODEL)-* | head -1)"
+
+release: $(READY)  ## every job of pipelines/release.yaml (or MATRIX=file; ONLY=job), proven and packaged, in artifacts/release
+	@$(BIN)/qwen-onnx release $(if $(MATRIX),'$(MATRIX)') $(if $(ONLY),--only '$(ONLY)') $(if $(OUTPUT),--output '$(OUTPUT)')
 
 serve: $(READY)  ## OpenAI-compatible server on port 8000
 	@$(BIN)/qwen-onnx serve artifacts/$(NAME)

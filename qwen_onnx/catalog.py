@@ -20,6 +20,7 @@ from qwen_onnx.faults import describe, further_faults
 from qwen_onnx.schema import Environment, Family, Override, Pipeline, Precision, Record, Row, Variants
 
 R = TypeVar("R", bound=Record)
+RELEASE_FILE = "pipelines/release.yaml"
 MERGE = "tag:yaml.org,2002:merge"
 PACKAGE = Path(__file__).resolve().parent
 # where setup.py puts recipes/ and pipelines/ into a wheel
@@ -173,6 +174,8 @@ def load_catalog(root: Path) -> Catalog:
     """
     faults: list[str] = []
     recipes, targets = _read_folder(root, "recipes", faults), _read_folder(root, "pipelines", faults)
+    # a list of builds, not a target: matrix.py reads it
+    targets.pop(RELEASE_FILE, None)
     families, by_file = _checked(recipes, Family, faults), _checked(targets, Pipeline, faults)
     folder = "pipelines/environments"
     environments = _by_name(_checked(_read_folder(root, folder, faults), Environment, faults), "name", faults)
@@ -183,7 +186,8 @@ def load_catalog(root: Path) -> Catalog:
         if pipeline.environment and pipeline.environment not in environments
     ]
     # of a file that cannot be read its own faults are enough
-    unread = {path.stem for path in (root / "pipelines").glob("*.y*ml") if f"pipelines/{path.name}" not in by_file}
+    found = {f"pipelines/{path.name}": path.stem for path in (root / "pipelines").glob("*.y*ml")}
+    unread = {stem for file, stem in found.items() if file not in by_file and file != RELEASE_FILE}
     owner: dict[str, str] = {}
     for file, family in families.items():
         for row in family.sizes:
@@ -221,7 +225,7 @@ def load_variants(root: Path, target: str) -> Variants:
     if not (root / file).exists():
         raise ConfigError([f"{file}: no such file"], hint="write one after pipelines/variants/cpu.yaml")
     faults: list[str] = []
-    loaded = _checked(_read(root / file, file, faults), Variants, faults)
+    loaded = _checked(read_yaml(root / file, file, faults), Variants, faults)
     if faults:
         raise ConfigError(faults, hint="correct these keys; recipes/variants.schema.json describes them")
     return loaded[file]
@@ -229,10 +233,10 @@ def load_variants(root: Path, target: str) -> Variants:
 
 def _read_folder(root: Path, folder: str, faults: list[str]) -> dict[str, Any]:
     paths = sorted((root / folder).glob("*.y*ml"))
-    return {file: data for path in paths for file, data in _read(path, f"{folder}/{path.name}", faults).items()}
+    return {file: data for path in paths for file, data in read_yaml(path, f"{folder}/{path.name}", faults).items()}
 
 
-def _read(path: Path, file: str, faults: list[str]) -> dict[str, Any]:
+def read_yaml(path: Path, file: str, faults: list[str]) -> dict[str, Any]:
     """What a YAML file holds, by its name; nothing when it cannot be read."""
     try:
         # the loader is a SafeLoader with one more check

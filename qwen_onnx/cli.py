@@ -18,6 +18,7 @@ from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.foundry import foundry_check
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.commands.package import package
+from qwen_onnx.commands.release import release
 from qwen_onnx.commands.serve import keys_app, serve
 from qwen_onnx.commands.trust import same, verify_package
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
@@ -322,6 +323,7 @@ app.command()(package)
 app.command()(verify_package)
 app.command()(same)
 app.command("foundry-check")(foundry_check)
+app.command()(release)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")

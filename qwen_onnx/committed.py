@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from qwen_onnx.catalog import Catalog
+from qwen_onnx.catalog import RELEASE_FILE, Catalog
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.matrix import SCHEMA_FILE, Matrix, load_matrix
 from qwen_onnx.plan import make_all_plans, make_plan
 from qwen_onnx.schema import json_schemas
 from qwen_onnx.select import matrix
@@ -32,7 +33,13 @@ def lock_text(catalog: Catalog) -> str:
 
 
 def committed_files(catalog: Catalog) -> dict[str, str]:
-    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas."""
+    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas.
+
+    Raises:
+        ConfigError: what the release lists cannot be built.
+    """
+    if (catalog.root / RELEASE_FILE).exists():
+        load_matrix(catalog)
     files = {LOCK_FILE: lock_text(catalog)}
     model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
     for target in catalog.targets_of(catalog.row(model)[1]):
@@ -40,6 +47,7 @@ def committed_files(catalog: Catalog) -> dict[str, str]:
         files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
     schemas = json_schemas()
     files |= {f"recipes/{name}": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
+    files[SCHEMA_FILE] = json.dumps(Matrix.model_json_schema(), indent=2) + "\n"
     readme = catalog.root / "README.md"
     if readme.exists():
         files["README.md"] = with_matrix(readme.read_text(encoding="utf-8"), catalog)

@@ -16,6 +16,7 @@ QwenOnnxError                      exit 1
 │   └── TemplateError                       the chat template refuses these messages
 ├── PackageError                   exit 10  a package breaks a rule, was altered, or may not be made
 ├── PublishError                   exit 11  a place to publish to or pull from fails, or holds what cannot be trusted
+├── ReleaseError                   exit 12  a job of a release did not pass, or the release may not be made
 └── ServiceError                   exit 9   the request is sound, but cannot be served now (HTTP 503)
     ├── OverloadedError                     too many wait already
     ├── RateLimitError                      this client asked too often (HTTP 429)
@@ -127,6 +128,12 @@ class PublishError(QwenOnnxError):
     """A registry, hub or folder refuses, or gives something that cannot be trusted."""
 
     exit_code = 11
+
+
+class ReleaseError(QwenOnnxError):
+    """A job of a release failed, or the release itself cannot be made as asked."""
+
+    exit_code = 12
 
 
 class RequestError(QwenOnnxError):

@@ -28,6 +28,7 @@ VERBS = (
     "verify-package",
     "same",
     "foundry-check",
+    "release",
     "chat",
     "serve",
     "doctor",
