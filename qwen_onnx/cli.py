@@ -302,13 +302,13 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Continue PROMPT as plain text, streaming; prints prompt and continuation."""
-    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.artifact import open_runnable
     from qwen_onnx.runtime.generation import GenerationConfig
     from qwen_onnx.runtime.service import QwenService
 
     text = sys.stdin.read() if prompt == "-" else prompt
     config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
-    service = QwenService(open_artifact(artifact.resolve()).path, threads=threads, streams=1)
+    service = QwenService(open_runnable(artifact.resolve()).path, threads=threads, streams=1)
     sys.stdout.write(text)
     for delta in service.stream(text, config):
         sys.stdout.write(delta.text)

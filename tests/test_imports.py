@@ -9,7 +9,7 @@ from pathlib import Path
 
 LAYERS = [
     {"__init__"},
-    {"errors", "files", "htp"},
+    {"errors", "files", "checksums", "htp"},
     {"schema"},
     {"passes"},
     {"faults"},
@@ -24,6 +24,7 @@ LAYERS = [
     {"runners"},
     {"verify"},
     {"package"},
+    {"publish"},
     {"optimize"},
     {"doctor", "compare"},
     {"commands"},
