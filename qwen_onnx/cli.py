@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.commands.package import package
+from qwen_onnx.commands.publish import publish, pull
 from qwen_onnx.commands.serve import keys_app, serve
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
@@ -317,6 +318,8 @@ def generate(
 
 
 app.command()(package)
+app.command()(publish)
+app.command()(pull)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")

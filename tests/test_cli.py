@@ -25,6 +25,8 @@ VERBS = (
     "verify",
     "generate",
     "package",
+    "publish",
+    "pull",
     "chat",
     "serve",
     "doctor",
