@@ -80,3 +80,4 @@ def test_help_loads_nothing_heavy() -> None:
         "try: cli.main()\nexcept SystemExit: pass"
     )
     assert not loaded & {"torch", "olive", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "numpy"}
+    assert not loaded & {"httpx", "huggingface_hub", "httpx2", "modelscope_hub", "requests"}

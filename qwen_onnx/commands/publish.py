@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_onnx.errors import PublishError
+from qwen_onnx.errors import EnvironmentFault, PublishError
 
 DESTINATION = "a folder, oci:PATH:TAG, oci://HOST/REPOSITORY:TAG, hf://ORG/NAME[@REVISION] or ms://ORG/NAME"
 PlainHttp = Annotated[bool, typer.Option("--plain-http", help="allow http to a registry beyond this machine")]
@@ -19,6 +21,15 @@ PlainHttp = Annotated[bool, typer.Option("--plain-http", help="allow http to a r
 
 def _progress(message: str) -> None:
     Console(stderr=True).print(f"[cyan]›[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Only the client of the place that is asked for is loaded; one that is not installed is named."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EnvironmentFault(f"{error.name} is not installed", hint="pip install 'qwen-onnx[publish]'") from error
 
 
 def publish(
@@ -30,7 +41,8 @@ def publish(
     """Verify PACKAGE and publish it; only a verdict of PASS leaves. Prints one line of JSON."""
     from qwen_onnx.publish.transfer import publish_package
 
-    receipt = publish_package(package.resolve(), destination, _progress, private=private, plain_http=plain_http)
+    with _extra():
+        receipt = publish_package(package.resolve(), destination, _progress, private=private, plain_http=plain_http)
     print(json.dumps({key: value for key, value in asdict(receipt).items() if value is not None}))
 
 
@@ -52,7 +64,8 @@ def pull(
         raise PublishError("--expect is not a SHA-256 in hex", hint="take `digest` from the output of publish")
     target = output.resolve() if output else None
     parent = target.parent if target else (work_root() / "artifacts/packages").resolve()
-    got = pull_package(source, parent, _progress, target=target, expect=expect, plain_http=plain_http)
+    with _extra():
+        got = pull_package(source, parent, _progress, target=target, expect=expect, plain_http=plain_http)
     print(got.package.path)
     print(
         json.dumps(

@@ -51,7 +51,7 @@ class Downloads:
 
 
 def obsolete_files(source: Source, remote: dict[str, RemoteFile], bundle: Bundle, where: str) -> list[str]:
-    """Files of the repository, ``remote``, that the new package does not have and that the old one, or the hub, put there.
+    """Files of the repository, ``remote``, that the old package or the hub put there and the new one does not have.
 
     Raises:
         PublishError: there are files of somebody else; publishing would leave a mixture or lose them.

@@ -6,6 +6,7 @@ hub says what it has, compares what it gets, and nothing that was not verified c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -117,7 +118,12 @@ def _api(token: SecretStr | None) -> Any:
     # its bars and warnings would stand between our lines
     disable_progress_bars()
     logging.set_verbosity_error()
-    return HfApi(token=token.get_secret_value() if token else False, library_name="qwen-onnx")
+    return HfApi(_endpoint(), token=token.get_secret_value() if token else False, library_name="qwen-onnx")
+
+
+def _endpoint() -> str | None:
+    """The client reads it once, when it is imported."""
+    return os.environ.get("HF_ENDPOINT")
 
 
 @contextmanager
@@ -182,7 +188,7 @@ class HuggingFaceSource:
             found = []
             for item in api.list_repo_tree(repository, recursive=True, revision=self._commit):
                 if isinstance(item, RepoFile) and item.path not in OWN:
-                    url = hf_hub_url(repository, item.path, revision=self._commit)
+                    url = hf_hub_url(repository, item.path, revision=self._commit, endpoint=_endpoint())
                     sha256 = item.lfs.sha256 if item.lfs else None
                     found.append(RemoteFile(item.path, item.size, sha256, None if sha256 else item.blob_id, url))
         return found

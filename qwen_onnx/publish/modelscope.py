@@ -7,6 +7,7 @@ all blobs are there before one commit names them.
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -120,7 +121,7 @@ def _api(token: SecretStr | None) -> Any:
     # its warnings repeat answers of the server
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
     # an empty token: use none, not the one that a login saved
-    return HubApi(token=token.get_secret_value() if token else "")
+    return HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT"), token=token.get_secret_value() if token else "")
 
 
 @contextmanager
