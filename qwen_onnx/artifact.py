@@ -24,7 +24,8 @@ from pydantic import ValidationError
 
 from qwen_onnx import __version__
 from qwen_onnx.checkout import Checkout
-from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault
+from qwen_onnx.checksums import SUMS, check_sums
+from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError
 from qwen_onnx.files import file_checksums
 from qwen_onnx.plan import Plan, digest_of
 from qwen_onnx.schema import Record
@@ -148,6 +149,23 @@ def open_artifact(folder: Path) -> Artifact:
     if faults:
         raise ArtifactError("; ".join(faults), where=str(folder), hint="build it again: make optimize TARGET=cpu")
     return Artifact(path=folder, manifest=manifest)
+
+
+def open_runnable(folder: Path) -> Artifact:
+    """An artifact, or a package of one, which ``SHA256SUMS`` tells apart: what serves an artifact serves a package.
+
+    A package holds more files than the artifact's manifest lists, so its bytes are compared with its own list.
+
+    Raises:
+        ArtifactError: a file is missing, altered, or was added.
+    """
+    if not (folder / SUMS).exists():
+        return open_artifact(folder)
+    try:
+        check_sums(folder)
+    except PackageError as error:
+        raise ArtifactError(error.what, where=error.where, hint="package or pull it again") from error
+    return Artifact(path=folder, manifest=read_manifest(folder))
 
 
 def cached(folder: Path, keys: Collection[str]) -> Artifact | None:

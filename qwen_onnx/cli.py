@@ -18,6 +18,7 @@ from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.foundry import foundry_check
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.commands.package import package
+from qwen_onnx.commands.publish import publish, pull
 from qwen_onnx.commands.release import release
 from qwen_onnx.commands.serve import keys_app, serve
 from qwen_onnx.commands.trust import same, verify_package
@@ -305,13 +306,13 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Continue PROMPT as plain text, streaming; prints prompt and continuation."""
-    from qwen_onnx.commands.opening import open_model
+    from qwen_onnx.artifact import open_runnable
     from qwen_onnx.runtime.generation import GenerationConfig
     from qwen_onnx.runtime.service import QwenService
 
     text = sys.stdin.read() if prompt == "-" else prompt
     config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
-    service = QwenService(open_model(artifact)[0], threads=threads, streams=1)
+    service = QwenService(open_runnable(artifact.resolve()).path, threads=threads, streams=1)
     sys.stdout.write(text)
     for delta in service.stream(text, config):
         sys.stdout.write(delta.text)
@@ -324,6 +325,8 @@ app.command()(verify_package)
 app.command()(same)
 app.command("foundry-check")(foundry_check)
 app.command()(release)
+app.command()(publish)
+app.command()(pull)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")

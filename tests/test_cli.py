@@ -29,6 +29,8 @@ VERBS = (
     "same",
     "foundry-check",
     "release",
+    "publish",
+    "pull",
     "chat",
     "serve",
     "doctor",

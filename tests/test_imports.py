@@ -9,7 +9,7 @@ from pathlib import Path
 
 LAYERS = [
     {"__init__"},
-    {"errors", "files", "htp"},
+    {"errors", "files", "checksums", "htp"},
     {"schema"},
     {"passes"},
     {"faults"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"runners"},
     {"verify"},
     {"package"},
-    {"matrix"},
+    {"publish", "matrix"},
     {"committed"},
     {"optimize"},
     {"doctor", "compare"},
@@ -82,3 +82,4 @@ def test_help_loads_nothing_heavy() -> None:
         "try: cli.main()\nexcept SystemExit: pass"
     )
     assert not loaded & {"torch", "olive", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "numpy"}
+    assert not loaded & {"httpx", "huggingface_hub", "httpx2", "modelscope_hub", "requests"}

@@ -18,13 +18,13 @@ def chat(
 
     Without a terminal each line of standard input is a question, and an empty line ends.
     """
-    from qwen_onnx.commands.opening import open_model
+    from qwen_onnx.artifact import open_runnable
     from qwen_onnx.runtime.conversation import Conversation
     from qwen_onnx.runtime.generation import GenerationConfig
     from qwen_onnx.runtime.service import QwenService
     from qwen_onnx.runtime.terminal import Terminal
 
-    folder, model = open_model(artifact)
+    opened = open_runnable(artifact.resolve())
     config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature)
-    with QwenService(folder, threads=threads, streams=1) as service:
-        Terminal(Conversation(service, config, model=model, system=system)).run()
+    with QwenService(opened.path, threads=threads, streams=1) as service:
+        Terminal(Conversation(service, config, model=opened.manifest.plan.model, system=system)).run()

@@ -32,9 +32,9 @@ def release(
     from rich.console import Console
 
     from qwen_onnx.catalog import find_root, load_catalog, work_root
+    from qwen_onnx.checksums import SUMS
     from qwen_onnx.files import sha256_of
     from qwen_onnx.matrix import load_matrix
-    from qwen_onnx.package.checksums import SUMS
     from qwen_onnx.release.board import Board
     from qwen_onnx.release.run import ReleaseOrder
     from qwen_onnx.release.run import release as run

@@ -56,7 +56,7 @@ def serve(
     """
     import os
 
-    from qwen_onnx.commands.opening import open_model
+    from qwen_onnx.artifact import open_runnable
     from qwen_onnx.runtime.server import serve as run
     from qwen_onnx.runtime.settings import ServerSettings
 
@@ -79,5 +79,5 @@ def serve(
         sanitise=sanitise,
         otlp=otlp,
     )
-    folder, model = open_model(artifact)
-    run(folder, model_name=name or model, settings=settings, threads=threads)
+    opened = open_runnable(artifact.resolve())
+    run(opened.path, model_name=name or opened.manifest.plan.model, settings=settings, threads=threads)

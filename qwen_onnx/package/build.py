@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qwen_onnx.artifact import MANIFEST, Artifact, build_lock, put_in_place, staging_folder
 from qwen_onnx.catalog import find_root, load_catalog
+from qwen_onnx.checksums import write_sums
 from qwen_onnx.errors import PackageError
-from qwen_onnx.package.checksums import write_sums
 from qwen_onnx.package.documents import write_documents
 from qwen_onnx.package.foundry import package_name, write_foundry
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile, read_package

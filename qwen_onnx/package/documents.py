@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen_onnx.artifact import Manifest
+from qwen_onnx.checksums import sums_of
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.card import write_card
-from qwen_onnx.package.checksums import sums_of
 from qwen_onnx.package.licences import write_licences
 from qwen_onnx.package.provenance import PROVENANCE, write_provenance
 from qwen_onnx.package.records import LEFT_BEHIND, PackageRecord, measured_in

@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwen_onnx.catalog import Catalog
+from qwen_onnx.checksums import check_sums
 from qwen_onnx.environments import Interpreter, interpreter_of
 from qwen_onnx.errors import PackageError
-from qwen_onnx.package.checksums import check_sums
 from qwen_onnx.package.contents import Contents
 from qwen_onnx.package.records import Package
 from qwen_onnx.package.verify import verify_package

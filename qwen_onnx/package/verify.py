@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 
 from qwen_onnx.artifact import MANIFEST, Manifest, read_manifest
+from qwen_onnx.checksums import SUMS, check_sums, sums_of
 from qwen_onnx.errors import ArtifactError, PackageError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.package.checksums import SUMS, check_sums, sums_of
 from qwen_onnx.package.licences import LICENCE, NOTICE, OWN_LICENCE
 from qwen_onnx.package.provenance import PACKAGING, PROVENANCE, VERDICT, Statement, read_statement, verdict_of
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, measured_in, read_package

@@ -157,7 +157,7 @@ def serve_replicas(folder: Path, model_name: str, settings: ServerSettings, *, r
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.artifact import open_runnable
 
     parser = argparse.ArgumentParser(prog="python -m qwen_onnx.runtime.ray_serve", description="serve by replicas")
     parser.add_argument("artifact", type=Path)
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", type=Path, help="file of API keys; other settings: QWEN_ONNX_* in the environment")
     parser.add_argument("--name", help="model name in the API; default: the recipe's id")
     given = parser.parse_args(arguments)
-    opened = open_artifact(given.artifact.resolve())
+    opened = open_runnable(given.artifact.resolve())
     name = given.name or opened.manifest.plan.model
     settings = ServerSettings.read(os.environ, host=given.host, port=given.port, keys=given.keys)
     serve_replicas(opened.path, name, settings, replicas=given.replicas, threads=given.threads)

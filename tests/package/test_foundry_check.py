@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from qwen_onnx.catalog import load_catalog
+from qwen_onnx.checksums import write_sums
 from qwen_onnx.environments import Interpreter, interpreter_of
-from qwen_onnx.package.checksums import write_sums
 from qwen_onnx.package.foundry_check import PROMPTS, expected_counts, run_steps
 from qwen_onnx.runners.foundry import Job
 from qwen_onnx.sources import cache_root

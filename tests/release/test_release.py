@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from qwen_onnx.catalog import load_catalog
+from qwen_onnx.checksums import check_sums
 from qwen_onnx.matrix import load_matrix
-from qwen_onnx.package.checksums import check_sums
 from qwen_onnx.package.verify import package_digest, verify_package
 from qwen_onnx.release.records import Release
 from tests.conftest import REPOSITORY, run_cli

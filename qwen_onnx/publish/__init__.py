@@ -1,0 +1,1 @@
+"""Packages leave this machine and come back: folders, OCI layouts and registries, Hugging Face Hub, ModelScope."""

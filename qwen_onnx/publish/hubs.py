@@ -1,0 +1,123 @@
+"""What publishing to Hugging Face Hub and to ModelScope has in common."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from pydantic import SecretStr
+
+from qwen_onnx.checksums import SUMS, read_sums
+from qwen_onnx.errors import PublishError
+from qwen_onnx.publish.bundle import Bundle, Item
+from qwen_onnx.publish.receive import SMALL, RemoteFile, Source
+from qwen_onnx.publish.transport import blocks_from, make_client, range_header, reaching
+
+# a hub may write one into a repository that it makes
+WELCOME = "README.md"
+
+
+class Downloads:
+    """Files of a hub by their URLs; the token goes to the hub's own host and is dropped on the way to another."""
+
+    def __init__(self, where: str, token: SecretStr | None) -> None:
+        self._where = where
+        self._client = make_client(plain_http=False)
+        if token:
+            self._client.headers["Authorization"] = f"Bearer {token.get_secret_value()}"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    @contextmanager
+    def read(self, file: RemoteFile, offset: int) -> Iterator[Iterator[bytes]]:
+        """The bytes of ``file`` from ``offset`` on.
+
+        Raises:
+            PublishError: the hub refuses or cannot be reached.
+        """
+        with (
+            reaching(self._where),
+            self._client.stream("GET", file.place, headers=range_header(offset)) as response,
+        ):
+            if response.status_code not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
+                raise PublishError(f"the hub answered {response.status_code} for {file.name}", where=self._where)
+            yield blocks_from(response, offset)
+
+
+def obsolete_files(source: Source, remote: dict[str, RemoteFile], bundle: Bundle, where: str) -> list[str]:
+    """Files of the repository, ``remote``, that the old package or the hub put there and the new one does not have.
+
+    Raises:
+        PublishError: there are files of somebody else; publishing would leave a mixture or lose them.
+    """
+    surplus = remote.keys() - {item.name for item in bundle.items}
+    ours = set(_remote_sums(source, remote[SUMS], where)) if SUMS in remote else {WELCOME}
+    foreign = sorted(surplus - ours)
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise PublishError(
+            f"the repository holds files that are no package's: {shown}",
+            where=where,
+            hint="choose another repository, or delete them there",
+        )
+    return sorted(surplus)
+
+
+def _remote_sums(source: Source, file: RemoteFile, where: str) -> dict[str, str]:
+    if file.size > SMALL:
+        raise PublishError(f"{SUMS} there has {file.size:,} bytes", where=where)
+    data = bytearray()
+    with source.read(file, 0) as blocks:
+        for block in blocks:
+            data += block
+            if len(data) > file.size:
+                raise PublishError(f"{SUMS} is longer than announced", where=where)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / SUMS).write_bytes(data)
+        return read_sums(Path(folder))
+
+
+def git_blob(item: Item) -> str:
+    """SHA-1 of a file as git names its blob."""
+    content = item.path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def is_same(item: Item, file: RemoteFile | None) -> bool:
+    """Whether the hub's digest of a file is that of ours."""
+    if file is None or file.size != item.size:
+        return False
+    return file.sha256 == item.sha256 if file.sha256 else file.git_blob == git_blob(item)
+
+
+def require_same(bundle: Bundle, remote: dict[str, RemoteFile], where: str) -> None:
+    """Compare what the hub holds after the commit.
+
+    Raises:
+        PublishError: a file is missing, has other bytes, or was added.
+    """
+    faults = [f"{item.name} is not what was sent" for item in bundle.items if not is_same(item, remote.get(item.name))]
+    faults += [f"{name} was added" for name in sorted(remote.keys() - {item.name for item in bundle.items})]
+    if faults:
+        raise PublishError(f"after the commit: {'; '.join(faults)}", where=where, hint="publish again")
+
+
+def status_fault(status: int, variable: str, where: str) -> PublishError:
+    """The error for a hub's refusal; the hub's own text, which may repeat what it was sent, stays out."""
+    causes = {
+        401: f"the hub does not take the token in {variable}, or wants one",
+        403: f"the token in {variable} may not do this here",
+        404: "no such repository or revision, or it is private",
+        409: "somebody else is changing the repository",
+        412: "somebody else changed the repository in the meantime",
+        429: "the hub asks to wait",
+    }
+    hints = {401: f"export {variable}=…", 403: f"export {variable}=…, one that may write there"}
+    what = causes.get(status, f"the hub answered {status}")
+    return PublishError(what, where=where, hint=hints.get(status, "the same command goes on where this one stopped"))
