@@ -149,7 +149,9 @@ class CheckedFile(io.BufferedIOBase):
         if place == self._hashed:
             self._digest.update(block)
             self._hashed += len(block)
-            if self._hashed >= self._item.size and self._digest.hexdigest() != self._item.sha256:
+            # no block: the file became shorter
+            whole = self._hashed >= self._item.size or (not block and size != 0)
+            if whole and self._digest.hexdigest() != self._item.sha256:
                 raise changed(self._item)
         if self._sent:
             self._sent(len(block))

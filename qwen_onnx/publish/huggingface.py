@@ -20,6 +20,7 @@ from qwen_onnx.publish.credentials import HF_TOKEN, missing, secret
 from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.publish.receive import Progress, RemoteFile, teller
+from qwen_onnx.publish.transport import require_encrypted
 
 # the hub writes it into every repository
 OWN = (".gitattributes",)
@@ -123,7 +124,10 @@ def _api(token: SecretStr | None) -> Any:
 
 def _endpoint() -> str | None:
     """The client reads it once, when it is imported."""
-    return os.environ.get("HF_ENDPOINT")
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    if endpoint:
+        require_encrypted(endpoint, "let HF_ENDPOINT begin with https")
+    return endpoint
 
 
 @contextmanager

@@ -93,6 +93,9 @@ def test_wrong_missing_and_broken_tokens(hub: Any, passing_package: Path, monkey
 def test_a_hub_that_cannot_be_reached(hub: Any, passing_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    # how patient the client is does not matter here
+    monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda *_: None)
     assert "cannot be reached" in refused("publish", passing_package, hub.address)
     assert "cannot be reached" in refused("pull", hub.address, "--output", "/nonexistent/got")
 
@@ -123,3 +126,26 @@ def test_a_whole_forgery_is_refused_by_the_pin(hub: Any, package: Path, tmp_path
 def test_no_such_repository(hub: Any, tmp_path: Path) -> None:
     said = refused("pull", hub.address, "--output", tmp_path / "got")
     assert "no such repository" in said
+
+
+def test_a_revision_is_a_branch(huggingface: Any, passing_package: Path) -> None:
+    publish(passing_package, "hf://org/tiny@candidate")
+    posted = [path for method, path, _ in huggingface.log if method == "POST"]
+    assert "/api/models/org/tiny/branch/candidate" in posted
+    assert posted[-1] == "/api/models/org/tiny/commit/candidate"
+
+
+def test_a_hub_over_http_elsewhere_is_refused(hub: Any, passing_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
+        monkeypatch.setenv(name, "http://192.0.2.1")
+    assert "http to 192.0.2.1 is not encrypted" in refused("publish", passing_package, hub.address)
+
+
+def test_large_files_come_from_elsewhere_without_the_token(
+    huggingface: Any, passing_package: Path, tmp_path: Path
+) -> None:
+    publish(passing_package, huggingface.address)
+    pull(huggingface.address, "--output", tmp_path / "got")
+    elsewhere = [sent for _, path, sent in huggingface.log if path.startswith("/cdn/")]
+    assert elsewhere
+    assert set(elsewhere) == {None}
