@@ -20,7 +20,7 @@ from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item, checked_bytes
 from qwen_onnx.publish.credentials import MODELSCOPE_TOKEN, missing, secret
-from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault
+from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.publish.receive import Progress, RemoteFile, teller
 from qwen_onnx.publish.transport import require_encrypted
@@ -144,11 +144,7 @@ def _faults(where: str) -> Iterator[None]:
     except APIError as error:
         raise status_fault(error.status_code or 0, MODELSCOPE_TOKEN, where) from None
     except (NetworkError, requests.exceptions.RequestException) as error:
-        raise PublishError(
-            f"the hub cannot be reached ({type(error).__name__})",
-            where=where,
-            hint="go online; MODELSCOPE_ENDPOINT names the hub",
-        ) from None
+        raise unreachable(error, "MODELSCOPE_ENDPOINT", where) from None
     except (HubError, ValueError, LookupError, AttributeError) as error:
         raise PublishError(f"the hub's answer is of no use ({type(error).__name__})", where=where) from None
 

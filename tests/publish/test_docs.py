@@ -34,6 +34,6 @@ def test_the_commands_of_the_document(
         assert code == 0, err
         assert out.strip()
     assert huggingface.private == modelscope.private == {"me/starter"}
-    pulled = list((checkout / "pulled").iterdir())
+    pulled = [path for path in (checkout / "pulled").iterdir() if path.is_dir()]
     assert len(pulled) == 4
     assert all(files_of(folder) == files_of(passing_package) for folder in pulled)
