@@ -11,7 +11,7 @@ from pathlib import Path
 from qwen_onnx.checksums import SUMS, read_sums
 from qwen_onnx.errors import PublishError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.package.records import Package, PackageRecord
+from qwen_onnx.package.records import Package, PackageRecord, read_package
 from qwen_onnx.package.verify import verify_package
 
 BLOCK = 1 << 20
@@ -68,6 +68,8 @@ def open_bundle(folder: Path) -> Bundle:
         PackageError: it is not a package, or breaks a rule.
         PublishError: its verdict is not PASS, or it changed while it was verified.
     """
+    # by its own word first: gigabytes need not be hashed to refuse it
+    require_pass(read_package(folder).record, str(folder))
     package = verify_package(folder)
     require_pass(package.record, str(folder))
     sums = read_sums(folder)
@@ -149,7 +151,9 @@ class CheckedFile(io.BufferedIOBase):
         if place == self._hashed:
             self._digest.update(block)
             self._hashed += len(block)
-            if self._hashed >= self._item.size and self._digest.hexdigest() != self._item.sha256:
+            # no block: the file became shorter
+            whole = self._hashed >= self._item.size or (not block and size != 0)
+            if whole and self._digest.hexdigest() != self._item.sha256:
                 raise changed(self._item)
         if self._sent:
             self._sent(len(block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,24 @@ def require_same(bundle: Bundle, remote: dict[str, RemoteFile], where: str) -> N
     faults += [f"{name} was added" for name in sorted(remote.keys() - {item.name for item in bundle.items})]
     if faults:
         raise PublishError(f"after the commit: {'; '.join(faults)}", where=where, hint="publish again")
+
+
+def unreachable(error: BaseException, variable: str, where: str) -> PublishError:
+    """The error for a hub that does not answer: the system's own word for it, and not the client's, which quotes URLs.
+
+    Args:
+        variable: the environment variable that moves the hub.
+    """
+    # ModelScope's client keeps it in its text alone
+    quoted = re.search(r"\[Errno -?[0-9]+\] ([A-Za-z ]+)", str(error))
+    cause, link = quoted[1] if quoted else type(error).__name__, error
+    while following := link.__cause__ or link.__context__:
+        link = following
+        if isinstance(link, OSError) and link.strerror:
+            cause = link.strerror
+    return PublishError(
+        f"the hub cannot be reached ({cause})", where=where, hint=f"go online; {variable} names the hub"
+    )
 
 
 def status_fault(status: int, variable: str, where: str) -> PublishError:

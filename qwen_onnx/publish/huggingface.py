@@ -17,9 +17,10 @@ from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item
 from qwen_onnx.publish.credentials import HF_TOKEN, missing, secret
-from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault
+from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.publish.receive import Progress, RemoteFile, teller
+from qwen_onnx.publish.transport import require_encrypted
 
 # the hub writes it into every repository
 OWN = (".gitattributes",)
@@ -123,7 +124,10 @@ def _api(token: SecretStr | None) -> Any:
 
 def _endpoint() -> str | None:
     """The client reads it once, when it is imported."""
-    return os.environ.get("HF_ENDPOINT")
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    if endpoint:
+        require_encrypted(endpoint, "let HF_ENDPOINT begin with https")
+    return endpoint
 
 
 @contextmanager
@@ -151,11 +155,7 @@ def _fault(error: BaseException, where: str) -> PublishError:
     if isinstance(error, HfHubHTTPError):
         return status_fault(error.response.status_code, HF_TOKEN, where)
     if isinstance(error, httpx2.TransportError):
-        return PublishError(
-            f"the hub cannot be reached ({type(error).__name__})",
-            where=where,
-            hint="go online; HF_ENDPOINT names the hub",
-        )
+        return unreachable(error, "HF_ENDPOINT", where)
     # the client wraps what went wrong with one file
     if error.__cause__:
         return _fault(error.__cause__, where)

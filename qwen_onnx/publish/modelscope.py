@@ -20,9 +20,10 @@ from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item, checked_bytes
 from qwen_onnx.publish.credentials import MODELSCOPE_TOKEN, missing, secret
-from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault
+from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.publish.receive import Progress, RemoteFile, teller
+from qwen_onnx.publish.transport import require_encrypted
 
 # the hub writes them into every repository
 OWN = (".gitattributes", "configuration.json")
@@ -94,8 +95,11 @@ def _upload(api: Any, repository: str, items: list[Item], progress: Progress) ->
     for item in items:
         if places.get(item.sha256):
             progress(f"{item.name} ({item.size / 1e6:,.1f} MB)")
+            place = places.pop(item.sha256)
+            # the client sends the token there too: ModelScope stores large files on a host of its own
+            require_encrypted(place, "the hub named this place: tell ModelScope")
             with CheckedFile(item, teller(item.name, item.size, progress)) as file:
-                api.legacy.upload_blob(upload_url=places.pop(item.sha256), data=file, size=item.size)
+                api.legacy.upload_blob(upload_url=place, data=file, size=item.size)
             sent += item.size
     return sent
 
@@ -120,8 +124,11 @@ def _api(token: SecretStr | None) -> Any:
 
     # its warnings repeat answers of the server
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
+    endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or None
+    if endpoint:
+        require_encrypted(endpoint, "let MODELSCOPE_ENDPOINT begin with https")
     # an empty token: use none, not the one that a login saved
-    return HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT"), token=token.get_secret_value() if token else "")
+    return HubApi(endpoint=endpoint, token=token.get_secret_value() if token else "")
 
 
 @contextmanager
@@ -137,11 +144,7 @@ def _faults(where: str) -> Iterator[None]:
     except APIError as error:
         raise status_fault(error.status_code or 0, MODELSCOPE_TOKEN, where) from None
     except (NetworkError, requests.exceptions.RequestException) as error:
-        raise PublishError(
-            f"the hub cannot be reached ({type(error).__name__})",
-            where=where,
-            hint="go online; MODELSCOPE_ENDPOINT names the hub",
-        ) from None
+        raise unreachable(error, "MODELSCOPE_ENDPOINT", where) from None
     except (HubError, ValueError, LookupError, AttributeError) as error:
         raise PublishError(f"the hub's answer is of no use ({type(error).__name__})", where=where) from None
 

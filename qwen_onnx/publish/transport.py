@@ -10,7 +10,6 @@ import httpx
 
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import is_loopback
-from qwen_onnx.publish.bundle import BLOCK
 
 # a registry may take a while to store a blob before it answers
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -24,11 +23,8 @@ def make_client(*, plain_http: bool) -> httpx.Client:
     """
 
     def guard(request: httpx.Request) -> None:
-        if request.url.scheme != "https" and not plain_http and not is_loopback(request.url.host):
-            raise PublishError(
-                f"http to {request.url.host} is not encrypted",
-                hint="--plain-http allows it, where you trust the network",
-            )
+        if not plain_http:
+            require_encrypted(request.url, "--plain-http allows it for a registry, where you trust the network")
 
     # identity: sizes and digests are those of the bytes on the wire
     return httpx.Client(
@@ -37,6 +33,13 @@ def make_client(*, plain_http: bool) -> httpx.Client:
         event_hooks={"request": [guard]},
         headers={"Accept-Encoding": "identity", "User-Agent": "qwen-onnx"},
     )
+
+
+def require_encrypted(url: httpx.URL | str, hint: str) -> None:
+    """PublishError for http to another machine than this one: tokens and passwords would be read on the way."""
+    url = httpx.URL(url)
+    if url.scheme != "https" and not is_loopback(url.host):
+        raise PublishError(f"{url.scheme or 'no scheme'} to {url.host} is not encrypted", hint=hint)
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def bounded(response: httpx.Response, limit: int, what: str) -> bytes:
         PublishError: it is longer than ``limit`` bytes, or does not end.
     """
     body = bytearray()
-    for block in response.iter_raw(1 << 16):
+    for block in response.iter_raw():
         body += block
         if len(body) > limit:
             raise PublishError(f"{what} is longer than {limit:,} bytes", where=response.url.host)
@@ -81,7 +84,8 @@ def blocks_from(response: httpx.Response, offset: int) -> Iterator[bytes]:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             raise PublishError("the server answered with another range than asked for", where=response.url.host)
         skip = 0
-    for block in response.iter_raw(BLOCK):
+    # as they arrive: blocks of a fixed size would be lost, half full, when the connection breaks
+    for block in response.iter_raw():
         if skip >= len(block):
             skip -= len(block)
             continue

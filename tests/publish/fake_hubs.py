@@ -30,7 +30,7 @@ class FakeHub(Handler):
     Attributes:
         repositories: commits by repository, each a dictionary of files.
         stored: large files by SHA-256.
-        token: the only one that may write; None in place of a repository is an answer of 401.
+        token: the only one that may write.
         refuse: status for every write, when set.
         stalls: the upload of a large file is read to its end and then not answered until this is set.
     """
@@ -102,6 +102,8 @@ class FakeHuggingFace(FakeHub):
     def _post(self, path: str, sent: bytes) -> None:
         if path == "/api/repos/create":
             self._create(json.loads(sent))
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/branch/[^/]+", path):
+            self.send_json({})
         elif path == "/api/validate-yaml":
             self.send_json({"errors": [], "warnings": []})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):

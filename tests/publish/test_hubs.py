@@ -66,10 +66,9 @@ def test_large_files_of_an_interrupted_run_are_not_sent_again(hub: Any, passing_
     assert sha256(content) not in hub.puts
 
 
-@pytest.mark.parametrize(("status", "words"), [(403, "may not do this"), (429, "asks to wait"), (409, "")])
-def test_refusals_name_the_variable_and_not_the_token(hub: Any, passing_package: Path, status: int, words: str) -> None:
-    if status == 409 and hub.address.startswith("hf"):
-        pytest.skip("409 says that the repository exists there")
+@pytest.mark.parametrize(("status", "words"), [(403, "may not do this"), (413, "the hub answered 413")])
+def test_refusals_do_not_repeat_the_token(hub: Any, passing_package: Path, status: int, words: str) -> None:
+    """The fake does, in its answer."""
     hub.refuse = status
     said = refused("publish", passing_package, hub.address)
     assert words in said
@@ -90,11 +89,15 @@ def test_wrong_missing_and_broken_tokens(hub: Any, passing_package: Path, monkey
     assert not hub.repositories
 
 
-def test_a_hub_that_cannot_be_reached(hub: Any, passing_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached(
+    hub: Any, passing_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
-    assert "cannot be reached" in refused("publish", passing_package, hub.address)
-    assert "cannot be reached" in refused("pull", hub.address, "--output", "/nonexistent/got")
+    # how patient the client is does not matter here
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert "cannot be reached (Connection refused)" in refused("publish", passing_package, hub.address)
+    assert "cannot be reached (Connection refused)" in refused("pull", hub.address, "--output", tmp_path / "got")
 
 
 def test_content_that_was_changed_there(hub: Any, passing_package: Path, tmp_path: Path) -> None:
@@ -123,3 +126,26 @@ def test_a_whole_forgery_is_refused_by_the_pin(hub: Any, package: Path, tmp_path
 def test_no_such_repository(hub: Any, tmp_path: Path) -> None:
     said = refused("pull", hub.address, "--output", tmp_path / "got")
     assert "no such repository" in said
+
+
+def test_a_revision_is_a_branch(huggingface: Any, passing_package: Path) -> None:
+    publish(passing_package, "hf://org/tiny@candidate")
+    posted = [path for method, path, _ in huggingface.log if method == "POST"]
+    assert "/api/models/org/tiny/branch/candidate" in posted
+    assert posted[-1] == "/api/models/org/tiny/commit/candidate"
+
+
+def test_a_hub_over_http_elsewhere_is_refused(hub: Any, passing_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
+        monkeypatch.setenv(name, "http://192.0.2.1")
+    assert "http to 192.0.2.1 is not encrypted" in refused("publish", passing_package, hub.address)
+
+
+def test_large_files_come_from_elsewhere_without_the_token(
+    huggingface: Any, passing_package: Path, tmp_path: Path
+) -> None:
+    publish(passing_package, huggingface.address)
+    pull(huggingface.address, "--output", tmp_path / "got")
+    elsewhere = [sent for _, path, sent in huggingface.log if path.startswith("/cdn/")]
+    assert elsewhere
+    assert set(elsewhere) == {None}

@@ -1,0 +1,39 @@
+"""Every command of docs/publish.md works, in its order."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.publish.conftest import files_of, run
+
+
+def test_the_commands_of_the_document(
+    repository: Path,
+    passing_package: Path,
+    checkout: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    registry: Any,
+    huggingface: Any,
+    modelscope: Any,
+) -> None:
+    text = (repository / "docs/publish.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 11
+    shutil.copytree(passing_package, checkout / "artifacts/packages/starter-int4-generic-cpu-1")
+    monkeypatch.chdir(checkout)
+    for command in commands:
+        words = shlex.split(command.replace("localhost:5000", f"127.0.0.1:{registry.port}"))
+        assert words[0] == "qwen-onnx"
+        code, out, err = run(*words[1:])
+        assert code == 0, err
+        assert out.strip()
+    assert huggingface.private == modelscope.private == {"me/starter"}
+    pulled = [path for path in (checkout / "pulled").iterdir() if path.is_dir()]
+    assert len(pulled) == 4
+    assert all(files_of(folder) == files_of(passing_package) for folder in pulled)
