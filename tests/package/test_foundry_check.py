@@ -161,10 +161,13 @@ def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Inte
     )
     command = [sys.executable, "-c", code, str(interpreter.package)]
     parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: list(place.glob("*/hanging")))
-    assert children_of(place)
-    parent.send_signal(number)
-    parent.wait(timeout=ENDS_WITHIN)
+    try:
+        wait_until(lambda: list(place.glob("*/hanging")))
+        assert children_of(place)
+        parent.send_signal(number)
+        parent.wait(timeout=ENDS_WITHIN)
+    finally:
+        parent.kill()
     wait_until(lambda: not children_of(place) and not leftovers(place))
 
 
@@ -261,9 +264,11 @@ def test_the_real_check_leaves_nothing_when_killed(tiny_package: Path, place: Pa
     environment("foundry")
     command = [sys.executable, "-m", "qwen_onnx.cli", "foundry-check", str(tiny_package)]
     parent = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: children_of(place))
-    parent.kill()
-    parent.wait()
+    try:
+        wait_until(lambda: children_of(place))
+    finally:
+        parent.kill()
+        parent.wait()
     wait_until(lambda: not children_of(place) and not leftovers(place))
 
 
