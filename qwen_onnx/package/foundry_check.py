@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -101,10 +102,8 @@ def check_in_foundry(
         for (name, messages), tokens in zip(PROMPTS.items(), expected_counts(folder, PROMPTS.values()), strict=True)
     ]
     progress(f"{package.record.id} in the environment {environment}")
-    with tempfile.TemporaryDirectory(prefix="qwen-onnx-foundry-", ignore_cleanup_errors=True) as state:
-        strings, ints = contents.strings, contents.ints
-        job = Job(backend, str(folder.resolve()), package.record.id, state, strings, ints, prompts)
-        steps = tuple(run_steps(job, interpreter, progress, seconds))
+    job = Job(backend, str(folder.resolve()), package.record.id, contents.strings, contents.ints, prompts)
+    steps = tuple(run_steps(job, interpreter, progress, seconds))
     return Outcome(package, (*steps, _assets_kept(folder)))
 
 
@@ -128,51 +127,66 @@ def expected_counts(folder: Path, conversations: Any) -> list[int]:
 
 
 def run_steps(job: Job, interpreter: Interpreter, progress: Progress, seconds: float) -> Iterator[Step]:
-    """The child's steps as they come; one that fails is the last. Ends the child in any case."""
-    with tempfile.TemporaryFile() as log, _child(interpreter, log, seconds) as (child, expired):
+    """The child's steps as they come; one that fails is the last. Ends the child in any case, and its folder."""
+    with tempfile.TemporaryFile() as log, _child(interpreter, log, seconds) as child:
         last = "start"
         failed = False
         try:
-            child.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-            child.stdin.flush()
+            child.process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+            child.process.stdin.flush()
         except BrokenPipeError:
             # it died at once: its exit code and its last words tell more
             progress("the process ended before it read its job")
-        for line in child.stdout:
-            step = Step(**json.loads(line))
+        for line in child.process.stdout:
+            told = json.loads(line)
+            if "state" in told:
+                child.state = told["state"]
+                continue
+            step = Step(**told)
             last, failed = step.step, failed or not step.ok
             progress(f"{step.step}: {step.found}" if step.found else step.step)
             yield step
-        code = child.wait()
-        if expired.is_set():
+        code = child.process.wait()
+        if child.expired.is_set():
             yield Step(f"after {last}", False, f"not finished within {seconds:g} s")
         elif code != 0 and not failed:
             yield Step(f"after {last}", False, f"the process died (exit {code}){_last_words(log)}")
 
 
+@dataclass
+class _Child:
+    """The process, the folder that it made, and whether its time is over."""
+
+    process: Any
+    expired: threading.Event
+    state: str = ""
+
+
 @contextmanager
-def _child(interpreter: Interpreter, log: Any, seconds: float) -> Iterator[tuple[Any, threading.Event]]:
-    """The child and whether its time is over. It tidies up and ends when its input does."""
+def _child(interpreter: Interpreter, log: Any, seconds: float) -> Iterator[_Child]:
+    """It tidies up and ends when its input does; when it was killed instead, its folder is removed here."""
     command = [str(interpreter.python), "-m", "qwen_onnx.runners.foundry"]
-    child = subprocess.Popen(
+    process = subprocess.Popen(
         command, env=interpreter.variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
     )
-    expired = threading.Event()
+    child = _Child(process, threading.Event())
 
     def expire() -> None:
-        expired.set()
-        _end(child)
+        child.expired.set()
+        _end(process)
 
     timer = threading.Timer(seconds, expire)
     timer.daemon = True
     timer.start()
     try:
-        yield child, expired
+        yield child
     finally:
         timer.cancel()
-        _end(child)
-        assert child.stdout is not None
-        child.stdout.close()
+        _end(process)
+        assert process.stdout is not None
+        process.stdout.close()
+        if child.state:
+            shutil.rmtree(child.state, ignore_errors=True)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,8 @@
 
 It reads a ``Job`` as one line of JSON from standard input, cuts itself off from the network, and runs the job's phases
 one after another, each in a process of its own: ``python -m qwen_onnx.runners.foundry PHASE``. Every step is a line of
-JSON on standard output. All of them end when their standard input does, so that nothing outlives who asked.
+JSON on standard output, after a first one with the folder for all that Foundry writes. All of them end when their
+standard input does, and the first takes that folder with it, so that nothing outlives who asked.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 FAILED = 3
+STATE_PREFIX = "qwen-onnx-foundry-"
 # a proxy that nobody is: for systems where the network cannot be cut off
 NOWHERE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 LOCAL = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
@@ -42,18 +45,18 @@ class Job:
     Attributes:
         backend: module of ``qwen_onnx.runners`` with ``PHASES``.
         folder: the package; ``model_id`` its id.
-        state: an empty folder for all that Foundry writes; it is removed when the job's input ends early.
         strings, ints: properties to register.
         prompts: each a name, messages of role and content, and the tokens that they must count.
+        state: the folder for all that Foundry writes; the child that gets the job makes it.
     """
 
     backend: str
     folder: str
     model_id: str
-    state: str
     strings: dict[str, str]
     ints: dict[str, int]
     prompts: list[dict[str, Any]]
+    state: str = ""
 
 
 def compared(job: Job, counts: list[int]) -> str:
@@ -149,7 +152,9 @@ def run_phase(name: str, say: Callable[[dict[str, Any]], None]) -> int:
 def supervise(say: Callable[[dict[str, Any]], None], out: int) -> int:
     """Run every phase of the job; stops at the first that fails."""
     # before there are threads, which the kernel does not allow here
-    job, alone = read_job(), cut_off_network()
+    alone = cut_off_network()
+    job = replace(read_job(), state=tempfile.mkdtemp(prefix=STATE_PREFIX))
+    say({"state": job.state})
     say({"step": "offline", "ok": True, "found": "no network but loopback" if alone else "by a proxy that is nobody"})
     running: list[subprocess.Popen[bytes]] = []
     ending = threading.Event()
@@ -162,8 +167,20 @@ def supervise(say: Callable[[dict[str, Any]], None], out: int) -> int:
         shutil.rmtree(job.state, ignore_errors=True)
 
     end_with_input(clean)
-    phases = importlib.import_module(f"qwen_onnx.runners.{job.backend}").PHASE_NAMES
-    for name in phases:
+    try:
+        return _run_phases(job, say, out, running, ending)
+    finally:
+        shutil.rmtree(job.state, ignore_errors=True)
+
+
+def _run_phases(
+    job: Job,
+    say: Callable[[dict[str, Any]], None],
+    out: int,
+    running: list[subprocess.Popen[bytes]],
+    ending: threading.Event,
+) -> int:
+    for name in importlib.import_module(f"qwen_onnx.runners.{job.backend}").PHASE_NAMES:
         child = subprocess.Popen(
             [sys.executable, "-m", "qwen_onnx.runners.foundry", name],
             env={**os.environ, **NOWHERE, **LOCAL, "HOME": job.state, "TMPDIR": job.state},

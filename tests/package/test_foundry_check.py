@@ -60,10 +60,12 @@ def wait_until(condition: Any) -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> dict[str, str]:
-    """Environment variables under which all temporary files go to ``tmp_path``."""
-    (tmp_path / "temporary").mkdir()
-    return {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files of the processes that the test starts go."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
 
 
 def test_a_folder_that_is_no_package_is_refused_before_anything_runs(tmp_path: Path, tiny_package: Path) -> None:
@@ -116,17 +118,15 @@ def interpreter(tmp_path: Path) -> Interpreter:
     return Interpreter(Path(sys.executable), tmp_path / "package")
 
 
-def run_job(
-    model_id: str, interpreter: Interpreter, tmp_path: Path, seconds: float = 60
-) -> list[tuple[str, bool, str]]:
-    (tmp_path / "state").mkdir()
-    job = Job("testing", "folder", model_id, str(tmp_path / "state"), {}, {}, [])
+def run_job(model_id: str, interpreter: Interpreter, seconds: float = 60) -> list[tuple[str, bool, str]]:
+    job = Job("testing", "folder", model_id, {}, {}, [])
     return [(step.step, step.ok, step.found) for step in run_steps(job, interpreter, lambda _: None, seconds)]
 
 
-def test_steps_of_all_phases_are_told(interpreter: Interpreter, tmp_path: Path) -> None:
-    steps = run_job("well", interpreter, tmp_path)
+def test_steps_of_all_phases_are_told(interpreter: Interpreter, place: Path) -> None:
+    steps = run_job("well", interpreter)
     assert [step[:2] for step in steps] == [("offline", True), ("first", True), ("second", True)]
+    assert not leftovers(place)
 
 
 @pytest.mark.parametrize(
@@ -134,64 +134,65 @@ def test_steps_of_all_phases_are_told(interpreter: Interpreter, tmp_path: Path) 
     [("raise", "second", "RuntimeError: no such thing"), ("die", "process of two", r"died \(exit 7\)")],
 )
 def test_a_step_that_fails_is_the_last(
-    model_id: str, step: str, words: str, interpreter: Interpreter, tmp_path: Path
+    model_id: str, step: str, words: str, interpreter: Interpreter, place: Path
 ) -> None:
-    steps = run_job(model_id, interpreter, tmp_path)
+    steps = run_job(model_id, interpreter)
     assert [each[:2] for each in steps] == [("offline", True), ("first", True), (step, False)]
     assert re.search(words, steps[-1][2])
+    assert not leftovers(place)
 
 
-def test_a_child_that_hangs_is_ended_with_all_that_it_began(interpreter: Interpreter, tmp_path: Path) -> None:
-    steps = run_job("hang", interpreter, tmp_path, seconds=5)
-    assert steps[-1] == ("after first", False, "not finished within 5 s")
-    assert not children_of(tmp_path)
-    assert not (tmp_path / "state").exists(), "the child left its folder to others"
+def test_a_child_that_hangs_is_ended_with_all_that_it_began(interpreter: Interpreter, place: Path) -> None:
+    steps = run_job("hang", interpreter, seconds=5)
+    assert not steps[-1][1]
+    assert "not finished within 5 s" in steps[-1][2]
+    assert not children_of(place)
+    assert not leftovers(place)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_check_that_is_killed_leaves_nothing(
-    number: signal.Signals, interpreter: Interpreter, tmp_path: Path
-) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
+def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Interpreter, place: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from qwen_onnx.environments import Interpreter\n"
         "from qwen_onnx.package.foundry_check import run_steps; from qwen_onnx.runners.foundry import Job\n"
-        "job = Job('testing', 'folder', 'hang', sys.argv[1], {}, {}, [])\n"
-        "list(run_steps(job, Interpreter(Path(sys.executable), Path(sys.argv[2])), print, 600))"
+        "job = Job('testing', 'folder', 'hang', {}, {}, [])\n"
+        "list(run_steps(job, Interpreter(Path(sys.executable), Path(sys.argv[1])), print, 600))"
     )
-    command = [sys.executable, "-c", code, str(state), str(interpreter.package)]
+    command = [sys.executable, "-c", code, str(interpreter.package)]
     parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until((state / "hanging").exists)
-    assert children_of(tmp_path)
-    parent.send_signal(number)
-    parent.wait(timeout=ENDS_WITHIN)
-    wait_until(lambda: not children_of(tmp_path) and not state.exists())
+    try:
+        wait_until(lambda: list(place.glob("*/hanging")))
+        assert children_of(place)
+        parent.send_signal(number)
+        parent.wait(timeout=ENDS_WITHIN)
+    finally:
+        parent.kill()
+    wait_until(lambda: not children_of(place) and not leftovers(place))
 
 
 @pytest.mark.slow
-def test_the_tiny_package_passes_every_step(tiny_package: Path, here: dict[str, str]) -> None:
-    done = run_cli("foundry-check", tiny_package, env=here)
+def test_the_tiny_package_passes_every_step(tiny_package: Path, place: Path) -> None:
+    done = run_cli("foundry-check", tiny_package)
     assert done.returncode == 0, done.stderr
     said = summary(done)
     assert said["passed"]
     assert len(said["steps"]) == STEPS
     assert all(said["steps"].values())
-    assert not leftovers(Path(here["TMPDIR"]))
+    assert not leftovers(place)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", ["sdk2", "cli1"])
-def test_the_starters_package_passes(profile: str, artifact_dir: Path, tmp_path: Path, here: dict[str, str]) -> None:
+def test_the_starters_package_passes(profile: str, artifact_dir: Path, tmp_path: Path, place: Path) -> None:
     made = run_cli("package", artifact_dir, "--output", tmp_path, "--profile", profile)
     assert made.returncode == 0, made.stderr
-    done = run_cli("foundry-check", summary(made)["path"], env=here)
+    done = run_cli("foundry-check", summary(made)["path"])
     assert done.returncode == 0, done.stderr
     said = summary(done)
     assert said["profile"] == profile
     assert said["passed"]
-    assert not leftovers(Path(here["TMPDIR"]))
+    assert not leftovers(place)
 
 
 def without_task(folder: Path) -> None:
@@ -222,7 +223,6 @@ def test_a_broken_package_fails_at_its_step(spoil: Any, step: str, tiny_package:
     spoil(broken)
     write_sums(broken)
     interpreter = environment("foundry")
-    (tmp_path / "state").mkdir()
     sidecar = json.loads((broken / "foundry_local.json").read_text())
     counts = expected_counts(tiny_package, PROMPTS.values())
     prompts = [
@@ -230,7 +230,7 @@ def test_a_broken_package_fails_at_its_step(spoil: Any, step: str, tiny_package:
         for (name, messages), tokens in zip(PROMPTS.items(), counts, strict=True)
     ]
     properties = sidecar["string_properties"], sidecar["int_properties"]
-    job = Job("foundry_sdk2", str(broken), sidecar["model_id"], str(tmp_path / "state"), *properties, prompts)
+    job = Job("foundry_sdk2", str(broken), sidecar["model_id"], *properties, prompts)
     *before, last = run_steps(job, interpreter, lambda _: None, 120)
     assert all(each.ok for each in before)
     assert (last.step, last.ok) == (step, False), last
@@ -238,7 +238,7 @@ def test_a_broken_package_fails_at_its_step(spoil: Any, step: str, tiny_package:
 
 @pytest.mark.slow
 def test_a_package_for_another_device_is_well_made_and_fails_where_there_is_none(
-    tiny_checkpoint: Path, tmp_path: Path, here: dict[str, str]
+    tiny_checkpoint: Path, tmp_path: Path, place: Path
 ) -> None:
     """The environment's Foundry Local has no execution provider for CUDA."""
     artifact = tmp_path / "artifact"
@@ -247,7 +247,7 @@ def test_a_package_for_another_device_is_well_made_and_fails_where_there_is_none
     assert built.returncode == 0, built.stderr
     package = packaged(artifact, tmp_path / "packages")
     assert package.name == "starter-int4-cuda-gpu-1"
-    done = run_cli("foundry-check", package, env=here)
+    done = run_cli("foundry-check", package)
     assert done.returncode == 10
     assert "load: " in done.stderr
     assert "CUDAExecutionProvider" in done.stderr
@@ -256,30 +256,31 @@ def test_a_package_for_another_device_is_well_made_and_fails_where_there_is_none
     assert said["passed"] is False
     assert said["steps"]["list"] is True
     assert said["steps"]["load"] is False
-    assert not leftovers(Path(here["TMPDIR"]))
+    assert not leftovers(place)
 
 
 @pytest.mark.slow
-def test_the_real_check_leaves_nothing_when_killed(tiny_package: Path, here: dict[str, str]) -> None:
+def test_the_real_check_leaves_nothing_when_killed(tiny_package: Path, place: Path) -> None:
     environment("foundry")
-    place = Path(here["TMPDIR"])
     command = [sys.executable, "-m", "qwen_onnx.cli", "foundry-check", str(tiny_package)]
-    parent = subprocess.Popen(command, cwd=REPOSITORY, env=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: children_of(place))
-    parent.kill()
-    parent.wait()
+    parent = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: children_of(place))
+    finally:
+        parent.kill()
+        parent.wait()
     wait_until(lambda: not children_of(place) and not leftovers(place))
 
 
 @pytest.mark.slow
-def test_time_is_limited(artifact_dir: Path, tmp_path: Path, here: dict[str, str]) -> None:
+def test_time_is_limited(artifact_dir: Path, tmp_path: Path, place: Path) -> None:
     package = packaged(artifact_dir, tmp_path)
     environment("foundry")
-    done = run_cli("foundry-check", package, "--seconds", "1", env=here)
+    done = run_cli("foundry-check", package, "--seconds", "1")
     assert done.returncode == 10
     assert "not finished within 1 s" in done.stderr
     assert summary(done)["passed"] is False
-    assert not leftovers(Path(here["TMPDIR"]))
+    assert not leftovers(place)
 
 
 def environment(name: str) -> Interpreter:
