@@ -101,11 +101,14 @@ def test_a_release_is_whole_though_a_machine_and_a_worker_are_killed(
     process = start(cluster, place, tiny_checkpoint, *JOBS)
     lost = awaited(lambda: building(first))
     hit = awaited(lambda: building(second))
+    # Ray's own helpers of that machine end in their own time
+    ours = {child.pid: line for child in lost if "qwen_onnx" in (line := " ".join(child.cmdline()))}
+    assert len(ours) >= 3
     survivor = raylet(second)
     # a whole machine, and the process of a job on the other one
     raylet(first).kill()
     worker_of(hit).kill()
-    assert all(gone(child.pid, seconds=60) for child in lost)
+    assert [line for pid, line in ours.items() if not gone(pid, seconds=60)] == []
     done = finished(process)
     assert done.returncode == 0, done.stderr
     assert survivor.is_running()
