@@ -33,11 +33,19 @@ def cluster(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "memory": 10**9, "object_store_memory": 80 << 20, "include_dashboard": False}
-    made = Cluster(initialize_head=True, connect=False, head_node_args=head)
+    made = patiently(lambda: Cluster(initialize_head=True, connect=False, head_node_args=head))
     try:
         yield made
     finally:
         made.shutdown()
+
+
+def patiently(begin: Callable[[], Any]) -> Any:
+    """Ray gives a machine 30 seconds to start, which two busy cores may need more than once."""
+    for _ in range(3):
+        with contextlib.suppress(Exception):
+            return begin()
+    return begin()
 
 
 def start(cluster: Any, place: Path, checkpoint: Path, *entries: dict[str, Any]) -> subprocess.Popen[str]:
@@ -88,16 +96,19 @@ def worker_of(family: list[psutil.Process]) -> psutil.Process:
 def test_a_release_is_whole_though_a_machine_and_a_worker_are_killed(
     cluster: Any, place: Path, tiny_checkpoint: Path
 ) -> None:
-    first, second = cluster.add_node(**WORKER), cluster.add_node(**WORKER)
+    first, second = (patiently(lambda: cluster.add_node(**WORKER)) for _ in range(2))
     cluster.wait_for_nodes()
     process = start(cluster, place, tiny_checkpoint, *JOBS)
     lost = awaited(lambda: building(first))
     hit = awaited(lambda: building(second))
+    # Ray's own helpers of that machine end in their own time
+    ours = {child.pid: line for child in lost if "qwen_onnx" in (line := " ".join(child.cmdline()))}
+    assert len(ours) >= 3
     survivor = raylet(second)
     # a whole machine, and the process of a job on the other one
     raylet(first).kill()
     worker_of(hit).kill()
-    assert all(gone(child.pid, seconds=60) for child in lost)
+    assert [line for pid, line in ours.items() if not gone(pid, seconds=60)] == []
     done = finished(process)
     assert done.returncode == 0, done.stderr
     assert survivor.is_running()
@@ -162,7 +173,7 @@ def test_a_worker_without_the_disk_sends_its_packages(
 
 @pytest.mark.slow
 def test_a_job_that_fits_no_machine_is_told_at_once(cluster: Any, place: Path, tiny_checkpoint: Path) -> None:
-    cluster.add_node(**WORKER)
+    patiently(lambda: cluster.add_node(**WORKER))
     cluster.wait_for_nodes()
     done = finished(start(cluster, place, tiny_checkpoint, {"memory": "5GB"}))
     assert done.returncode == 12
