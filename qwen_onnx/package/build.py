@@ -14,6 +14,7 @@ from qwen_onnx.errors import PackageError
 from qwen_onnx.package.documents import write_documents
 from qwen_onnx.package.foundry import package_name, write_foundry
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile, read_package
+from qwen_onnx.package.rules import check_rules
 from qwen_onnx.package.verify import verify_package
 
 Progress = Callable[[str], None]
@@ -81,6 +82,7 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
         record = write_documents(folder, record, manifest)
         (folder / PACKAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         write_sums(folder)
+        check_rules(folder)
         verify_package(folder)
         put_in_place(folder, target)
     return Package(path=target, record=record)

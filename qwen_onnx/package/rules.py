@@ -38,6 +38,8 @@ INTS = {"supports_tool_calling", "supports_reasoning", "max_output_tokens", "fil
 # files that hold weights, or parts of a download
 WEIGHTS = {".onnx", ".data", ".bin", ".xml", ".safetensors", ".gguf", ".ortpackage", ".tmp"}
 DOWNLOAD = "download.tmp"
+# the one rule about where a package lies: it is kept when one is made
+FOLDER_NAME = "folder-name"
 # properties of ``Contents``, each of a file that must be there
 READ = ("genai", "sidecar", "inference", "tokenizer_config", "tokenizer", "templates", "record", "manifest", "graph")
 
@@ -118,7 +120,7 @@ def _one_name(contents: Contents) -> Iterator[str]:
             yield f"{file} says {name!r}, package.json {contents.record.id!r}"
 
 
-@rule("folder-name", "A colon cannot stand in a folder's name everywhere, so that the version follows a hyphen.")
+@rule(FOLDER_NAME, "A colon cannot stand in a folder's name everywhere, so that the version follows a hyphen.")
 def _folder_name(contents: Contents) -> Iterator[str]:
     wanted = contents.record.id.replace(":", "-")
     if contents.path.resolve().name != wanted:

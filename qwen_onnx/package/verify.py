@@ -19,7 +19,7 @@ from qwen_onnx.files import sha256_of
 from qwen_onnx.package.licences import LICENCE, NOTICE, OWN_LICENCE
 from qwen_onnx.package.provenance import PACKAGING, PROVENANCE, VERDICT, Statement, read_statement, verdict_of
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, measured_in, read_package
-from qwen_onnx.package.rules import broken_rules
+from qwen_onnx.package.rules import FOLDER_NAME, broken_rules
 from qwen_onnx.package.sbom import SBOM, listed_files
 from qwen_onnx.plan import digest_of
 
@@ -221,9 +221,10 @@ def _licence(contents: _Contents) -> Iterator[str]:
 
 
 def _foundry(contents: _Contents) -> Iterator[str]:
-    """Foundry Local's rules are kept."""
+    """Foundry Local's rules are kept, wherever the folder lies and whatever it is called there."""
     for name, faults in broken_rules(contents.folder).items():
-        yield from (f"{name}: {fault}" for fault in faults)
+        if name != FOLDER_NAME:
+            yield from (f"{name}: {fault}" for fault in faults)
 
 
 CHECKS: dict[str, Callable[[_Contents], Iterator[str]]] = {

@@ -19,30 +19,63 @@ import pytest
 from qwen_onnx import cli
 from qwen_onnx.artifact import MANIFEST, open_artifact, read_manifest
 from qwen_onnx.checksums import write_sums
+from qwen_onnx.files import file_checksums
 from qwen_onnx.package.build import PackageJob, build_package
+from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions
+from qwen_onnx.verify.report import Report
 from tests.publish.fake_hubs import FakeHuggingFace, FakeModelScope
 from tests.publish.fake_registry import TOKEN, FakeRegistry
 from tests.publish.fake_server import running
 
 LARGEST = "model.onnx.data"
+# what two versions with the same weights do not share, in bytes
+SMALL_FILES = 200_000
 
 
 @pytest.fixture(scope="session")
 def passing_artifact(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fixture and no proof: the tiny artifact, with a manifest that claims PASS. test_honest.py has a real one."""
+    """A fixture and no proof: the tiny artifact with a report that claims PASS. test_honest.py has a real one."""
     folder = Path(shutil.copytree(tiny_build, tmp_path_factory.mktemp("passing") / "int4"))
-    manifest = read_manifest(folder)
+    plan = read_manifest(folder).plan
+    check = CheckResult(name="tokenizer", verdict=Verdict.PASS, detail="made up for a test")
+    Report(
+        verdict=Verdict.PASS,
+        verification=plan.verification,
+        claim=plan.verification.claim("PASS"),
+        checks=(check,),
+        limits=plan.limits,
+        options=VerifyOptions(),
+    ).save(folder)
+    return claim_pass(folder)
+
+
+def claim_pass(artifact: Path) -> Path:
+    """Write the manifest anew, over the files that are there."""
+    manifest = read_manifest(artifact)
+    files = file_checksums(artifact, without=MANIFEST)
     claim = manifest.plan.verification.claim("PASS")
-    manifest = manifest.model_copy(update={"verdict": "PASS", "claim": claim})
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-    return folder
+    manifest = manifest.model_copy(update={"verdict": "PASS", "claim": claim, "files": files})
+    (artifact / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    return artifact
 
 
 @pytest.fixture(scope="session")
 def passing_package(passing_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package that may be published. Tests that change it copy it."""
-    job = PackageJob(open_artifact(passing_artifact), tmp_path_factory.mktemp("packages"))
-    return build_package(job, lambda _: None).path
+    return packaged(passing_artifact, tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="session")
+def newer_package(passing_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another package with the same id: one small file more, the large ones the same."""
+    artifact = Path(shutil.copytree(passing_artifact, tmp_path_factory.mktemp("newer") / "int4"))
+    (artifact / "NEWS").write_text("new")
+    return packaged(claim_pass(artifact), tmp_path_factory.mktemp("newer-packages"))
+
+
+def packaged(artifact: Path, folder: Path) -> Path:
+    """``artifact``, packaged below ``folder``."""
+    return build_package(PackageJob(open_artifact(artifact), folder), lambda _: None).path
 
 
 @pytest.fixture

@@ -86,15 +86,12 @@ def test_links_and_foreign_folders_are_refused(package: Path, tmp_path: Path) ->
     assert "not a plain file" in refused("pull", package, "--output", tmp_path / "got")
 
 
-def test_a_new_version_replaces_the_old_one_whole(package: Path, tmp_path: Path) -> None:
-    publish(package, tmp_path / "out")
-    (package / "NEWS").write_text("new")
-    (package / "report.html").unlink(missing_ok=True)
-    rewrite(package)
-    sent = publish(package, tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(package)
-    assert sent["sent"] > 0
-    assert publish(package, tmp_path / "out")["sent"] == 0
+def test_a_new_version_replaces_the_old_one_whole(passing_package: Path, newer_package: Path, tmp_path: Path) -> None:
+    for package in (passing_package, newer_package, passing_package):
+        sent = publish(package, tmp_path / "out")
+        assert files_of(tmp_path / "out") == files_of(package)
+        assert sent["sent"] > 0
+    assert publish(passing_package, tmp_path / "out")["sent"] == 0
 
 
 def test_an_interrupted_copy_goes_on(passing_package: Path, tmp_path: Path) -> None:

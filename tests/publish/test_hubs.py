@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen_onnx.runtime.live import free_port
-from tests.publish.conftest import LARGEST, files_of, publish, pull, refused, rewrite
+from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, publish, pull, refused
 from tests.publish.fake_hubs import sha256
 
 HUB_S_OWN = {".gitattributes", "configuration.json"}
@@ -39,15 +39,12 @@ def test_private_and_again(hub: Any, passing_package: Path) -> None:
     assert len(hub.repositories["org/tiny"]) == 2, "no empty commit"
 
 
-def test_a_new_version_is_one_commit_and_old_files_go(hub: Any, package: Path) -> None:
-    (package / "OLD").write_text("old")
-    publish(rewrite(package), hub.address)
-    (package / "OLD").unlink()
-    (package / "NEWS").write_text("new")
-    sent = publish(rewrite(package), hub.address)
-    assert ours(hub) == files_of(package)
+def test_a_new_version_is_one_commit_and_old_files_go(hub: Any, passing_package: Path, newer_package: Path) -> None:
+    publish(newer_package, hub.address)
+    sent = publish(passing_package, hub.address)
+    assert ours(hub) == files_of(passing_package)
     assert len(hub.repositories["org/tiny"]) == 3
-    assert 0 < sent["sent"] < 10_000
+    assert 0 < sent["sent"] < SMALL_FILES
 
 
 def test_files_of_somebody_else_are_neither_lost_nor_mixed_in(hub: Any, passing_package: Path) -> None:
@@ -116,10 +113,11 @@ def test_content_that_was_changed_there(hub: Any, passing_package: Path, tmp_pat
     pull(hub.address, "--output", tmp_path / "got")
 
 
-def test_a_whole_forgery_is_refused_by_the_pin(hub: Any, package: Path, tmp_path: Path) -> None:
-    sent = publish(package, hub.address)
-    (package / "tokenizer.json").write_text("{}")
-    publish(rewrite(package), hub.address)
+def test_a_whole_forgery_is_refused_by_the_pin(
+    hub: Any, passing_package: Path, newer_package: Path, tmp_path: Path
+) -> None:
+    sent = publish(passing_package, hub.address)
+    publish(newer_package, hub.address)
     assert "expected was" in refused("pull", hub.address, "--output", tmp_path / "got", "--expect", sent["digest"])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.publish.conftest import LARGEST, files_of, leftovers, publish, pull, rewrite
+from tests.publish.conftest import LARGEST, files_of, leftovers, publish, pull
 from tests.publish.fake_hubs import sha256
 
 # stops the run, as a debugger would, at the first call of a function that is named; the function itself is the real one
@@ -43,14 +43,6 @@ def killed_at(place: str, call: int, *arguments: object) -> None:
     assert done.returncode == -signal.SIGKILL, (done.returncode, done.stderr)
 
 
-@pytest.fixture
-def newer(package: Path) -> Path:
-    """Another version of the package."""
-    (package / "tokenizer.json").write_text("{}")
-    (package / "NEWS").write_text("new")
-    return rewrite(package)
-
-
 @pytest.mark.parametrize(
     ("place", "call"),
     [
@@ -61,13 +53,13 @@ def newer(package: Path) -> Path:
         ("shutil:rmtree", 1),
     ],
 )
-def test_a_folder(passing_package: Path, newer: Path, tmp_path: Path, place: str, call: int) -> None:
+def test_a_folder(passing_package: Path, newer_package: Path, tmp_path: Path, place: str, call: int) -> None:
     out = tmp_path / "out"
     publish(passing_package, out)
-    killed_at(place, call, "publish", newer, out)
-    assert files_of(out) in (files_of(passing_package), files_of(newer))
-    publish(newer, out)
-    assert files_of(out) == files_of(newer)
+    killed_at(place, call, "publish", newer_package, out)
+    assert files_of(out) in (files_of(passing_package), files_of(newer_package))
+    publish(newer_package, out)
+    assert files_of(out) == files_of(newer_package)
     assert not leftovers(tmp_path)
 
 
@@ -80,13 +72,13 @@ def test_a_folder(passing_package: Path, newer: Path, tmp_path: Path, place: str
         ("qwen_onnx.publish.layout:Receipt", 1),
     ],
 )
-def test_a_layout(passing_package: Path, newer: Path, tmp_path: Path, place: str, call: int) -> None:
+def test_a_layout(passing_package: Path, newer_package: Path, tmp_path: Path, place: str, call: int) -> None:
     address = f"oci:{tmp_path}/layout:v1"
     old = publish(passing_package, address)
-    killed_at(place, call, "publish", newer, address)
+    killed_at(place, call, "publish", newer_package, address)
     seen = pull(address, "--output", tmp_path / "seen")
     assert (seen["digest"] == old["digest"]) == (place != "qwen_onnx.publish.layout:Receipt")
-    new = publish(newer, address)
+    new = publish(newer_package, address)
     assert new["sent"] < (tmp_path / "seen/model.onnx.data").stat().st_size
     assert pull(address, "--output", tmp_path / "got", "--expect", new["digest"])["digest"] == new["digest"]
     assert {path.name for path in (tmp_path / "layout").iterdir()} == {"blobs", "index.json", "oci-layout"}

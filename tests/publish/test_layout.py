@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qwen_onnx.checksums import SUMS
-from tests.publish.conftest import files_of, publish, pull, refused, rewrite
+from tests.publish.conftest import SMALL_FILES, files_of, publish, pull, refused
 
 
 def blob(layout: Path, digest: str) -> Path:
@@ -60,17 +60,18 @@ def test_a_layout_is_what_the_specification_says(passing_package: Path, tmp_path
     assert {path.name for path in layout.iterdir()} == {"blobs", "index.json", "oci-layout"}
 
 
-def test_tags_share_blobs_and_the_same_package_has_the_same_manifest(package: Path, tmp_path: Path) -> None:
-    first = publish(package, f"oci:{tmp_path}/layout:v1")
-    second = publish(package, f"oci:{tmp_path}/layout:v2")
+def test_tags_share_blobs_and_the_same_package_has_the_same_manifest(
+    passing_package: Path, newer_package: Path, tmp_path: Path
+) -> None:
+    first = publish(passing_package, f"oci:{tmp_path}/layout:v1")
+    second = publish(passing_package, f"oci:{tmp_path}/layout:v2")
     assert second["manifest"] == first["manifest"]
     assert second["sent"] == 0
-    (package / "NEWS").write_text("new")
-    third = publish(rewrite(package), f"oci:{tmp_path}/layout:v2")
-    assert 0 < third["sent"] < 10_000
+    third = publish(newer_package, f"oci:{tmp_path}/layout:v2")
+    assert 0 < third["sent"] < SMALL_FILES
     assert pull(f"oci:{tmp_path}/layout:v1", "--output", tmp_path / "one")["digest"] == first["digest"]
     assert pull(f"oci:{tmp_path}/layout:v2", "--output", tmp_path / "two")["digest"] == third["digest"]
-    assert files_of(tmp_path / "two") == files_of(package)
+    assert files_of(tmp_path / "two") == files_of(newer_package)
 
 
 def test_a_damaged_blob_is_replaced_on_the_way_out_and_refused_on_the_way_in(

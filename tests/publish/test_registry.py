@@ -17,7 +17,7 @@ import pytest
 
 from qwen_onnx.publish.addresses import RegistryAddress, is_loopback, parse_address
 from qwen_onnx.runtime.live import free_port
-from tests.publish.conftest import LARGEST, files_of, leftovers, publish, pull, refused, rewrite
+from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, leftovers, publish, pull, refused
 from tests.publish.fake_registry import PASSWORD, TOKEN, USER, digest_of
 
 
@@ -193,15 +193,14 @@ def real_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         server.wait(10)
 
 
-def test_a_real_registry(real_registry: int, package: Path, tmp_path: Path) -> None:
-    sent = publish(package, address(real_registry))
-    assert publish(package, address(real_registry))["sent"] == 0
-    (package / "NEWS").write_text("new")
-    again = publish(rewrite(package), address(real_registry))
-    assert 0 < again["sent"] < 10_000
+def test_a_real_registry(real_registry: int, passing_package: Path, newer_package: Path, tmp_path: Path) -> None:
+    sent = publish(passing_package, address(real_registry))
+    assert publish(passing_package, address(real_registry))["sent"] == 0
+    again = publish(newer_package, address(real_registry))
+    assert 0 < again["sent"] < SMALL_FILES
     assert again["digest"] != sent["digest"]
     pull(address(real_registry), "--output", tmp_path / "got", "--expect", again["digest"])
-    assert files_of(tmp_path / "got") == files_of(package)
+    assert files_of(tmp_path / "got") == files_of(newer_package)
     pinned = f"oci://127.0.0.1:{real_registry}/models/tiny@{sent['manifest']}"
     assert pull(pinned, "--output", tmp_path / "old")["digest"] == sent["digest"], "the old one is still there"
 
