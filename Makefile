@@ -55,7 +55,7 @@ chat: $(READY)  ## chat in the terminal
 plans: $(READY)  ## check all recipes, write plans.lock, golden plans and schemas
 	@$(BIN)/qwen-onnx plans
 
-environments: $(READY)  ## make the Python environments of the NPU targets ahead of their first build
+environments: $(READY)  ## make the Python environments of NPU targets and Foundry Local ahead of their first use
 	@$(BIN)/qwen-onnx environments
 
 wheel: $(READY)  ## dist/: the wheel, with recipes and pipelines inside

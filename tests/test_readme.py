@@ -16,7 +16,17 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # these are the script of CI itself; a test that ran them would run itself
-IN_CI = ("make optimize TARGET=cpu", "make test", "make environments", "make test-slow", "make lint")
+IN_CI = (
+    "make optimize TARGET=cpu",
+    "make package TARGET=cpu",
+    "make foundry-check",
+    "make release",
+    "make lint",
+    "make test",
+    "make environments",
+    "make test-slow",
+    "make try-wheel",
+)
 SLOW_OR_LASTING = {
     ".venv/bin/qwen-onnx serve artifacts/starter/cpu-int4": "the server fixture runs it",
     "make verify": "the next command does the same",
