@@ -22,7 +22,7 @@ from qwen_onnx.checksums import write_sums
 from qwen_onnx.files import file_checksums
 from qwen_onnx.package.build import PackageJob, build_package
 from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions
-from qwen_onnx.verify.report import Report
+from qwen_onnx.verify.report import Report, environment
 from tests.publish.fake_hubs import FakeHuggingFace, FakeModelScope
 from tests.publish.fake_registry import TOKEN, FakeRegistry
 from tests.publish.fake_server import running
@@ -45,6 +45,7 @@ def passing_artifact(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory)
         checks=(check,),
         limits=plan.limits,
         options=VerifyOptions(),
+        environment={**environment(), "seconds": 0.0},
     ).save(folder)
     return claim_pass(folder)
 
