@@ -18,7 +18,7 @@ from qwen_onnx.estimate import estimate
 from qwen_onnx.plan import Plan
 from qwen_onnx.sources import cache_root, checkpoint_at_hand
 
-EXTRAS = ("serve", "export", "dev")
+EXTRAS = ("serve", "export", "package", "publish", "dev")
 SDK, GENAI, ORT = "foundry-local-sdk", "onnxruntime-genai", "onnxruntime"
 NEWER_SDK = "raise foundry-local-sdk and its pins in pipelines/environments/foundry.yaml"
 

@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import httpx
 from pydantic import SecretStr
 
 from qwen_onnx.checksums import SUMS, read_sums
 from qwen_onnx.errors import PublishError
+from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, Item
 from qwen_onnx.publish.receive import SMALL, RemoteFile, Source
 from qwen_onnx.publish.transport import blocks_from, make_client, range_header, reaching
@@ -22,17 +24,22 @@ from qwen_onnx.publish.transport import blocks_from, make_client, range_header, 
 WELCOME = "README.md"
 
 
-class Downloads:
-    """Files of a hub by their URLs; the token goes to the hub's own host and is dropped on the way to another."""
+class HubReader:
+    """Files of a hub's repository by their URLs; use it as a context manager, add ``listing``.
 
-    def __init__(self, where: str, token: SecretStr | None) -> None:
-        self._where = where
+    The token goes to the hub's own host and is dropped on the way to another.
+    """
+
+    def __init__(self, address: HubAddress, token: SecretStr | None) -> None:
+        self._address, self._where, self._token = address, str(address), token
         self._client = make_client(plain_http=False)
         if token:
             self._client.headers["Authorization"] = f"Bearer {token.get_secret_value()}"
 
-    def close(self) -> None:
-        """Close the connections."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._client.close()
 
     @contextmanager

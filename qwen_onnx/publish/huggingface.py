@@ -17,7 +17,7 @@ from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item
 from qwen_onnx.publish.credentials import HF_TOKEN, missing, secret
-from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault, unreachable
+from qwen_onnx.publish.hubs import HubReader, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.publish.receive import Progress, RemoteFile, teller
 from qwen_onnx.publish.transport import require_encrypted
@@ -162,19 +162,12 @@ def _fault(error: BaseException, where: str) -> PublishError:
     return PublishError(f"the hub's answer is of no use ({type(error).__name__})", where=where)
 
 
-class HuggingFaceSource:
-    """A revision of a repository, pinned to its commit when it is first read. Use it as a context manager."""
+class HuggingFaceSource(HubReader):
+    """A revision of a repository, pinned to its commit when it is first read."""
 
     def __init__(self, address: HubAddress, commit: str | None = None) -> None:
-        self._address, self._where, self._commit = address, str(address), commit
-        self._token = secret(HF_TOKEN)
-        self._downloads = Downloads(self._where, self._token)
-
-    def __enter__(self) -> HuggingFaceSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._downloads.close()
+        super().__init__(address, secret(HF_TOKEN))
+        self._commit = commit
 
     def listing(self) -> list[RemoteFile]:
         """The repository's files with the hub's digests; the hub's own files are left out."""
@@ -192,9 +185,3 @@ class HuggingFaceSource:
                     sha256 = item.lfs.sha256 if item.lfs else None
                     found.append(RemoteFile(item.path, item.size, sha256, None if sha256 else item.blob_id, url))
         return found
-
-    @contextmanager
-    def read(self, file: RemoteFile, offset: int) -> Iterator[Iterator[bytes]]:
-        """The bytes of ``file`` from ``offset`` on."""
-        with self._downloads.read(file, offset) as blocks:
-            yield blocks

@@ -20,7 +20,7 @@ from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item, checked_bytes
 from qwen_onnx.publish.credentials import MODELSCOPE_TOKEN, missing, secret
-from qwen_onnx.publish.hubs import Downloads, is_same, obsolete_files, require_same, status_fault, unreachable
+from qwen_onnx.publish.hubs import HubReader, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.publish.receive import Progress, RemoteFile, teller
 from qwen_onnx.publish.transport import require_encrypted
@@ -149,19 +149,11 @@ def _faults(where: str) -> Iterator[None]:
         raise PublishError(f"the hub's answer is of no use ({type(error).__name__})", where=where) from None
 
 
-class ModelScopeSource:
-    """A branch of a repository. Use it as a context manager."""
+class ModelScopeSource(HubReader):
+    """A branch of a repository."""
 
     def __init__(self, address: HubAddress) -> None:
-        self._address, self._where = address, str(address)
-        self._token = secret(MODELSCOPE_TOKEN)
-        self._downloads = Downloads(self._where, self._token)
-
-    def __enter__(self) -> ModelScopeSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._downloads.close()
+        super().__init__(address, secret(MODELSCOPE_TOKEN))
 
     def listing(self) -> list[RemoteFile]:
         """The repository's files with the hub's digests; the hub's own files are left out.
@@ -189,9 +181,3 @@ class ModelScopeSource:
                 )
                 for file in files
             ]
-
-    @contextmanager
-    def read(self, file: RemoteFile, offset: int) -> Iterator[Iterator[bytes]]:
-        """The bytes of ``file`` from ``offset`` on."""
-        with self._downloads.read(file, offset) as blocks:
-            yield blocks

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -109,21 +109,25 @@ def registry() -> Iterator[Any]:
         yield fake
 
 
+@contextmanager
+def hub_of(kind: type, monkeypatch: pytest.MonkeyPatch, endpoint: str, variable: str, address: str) -> Iterator[Any]:
+    """A faked hub that the real client is led to by its own variables."""
+    with running(kind, repositories={}, stored={}, private=set(), puts=[]) as hub:
+        monkeypatch.setenv(endpoint, f"http://127.0.0.1:{hub.port}")
+        monkeypatch.setenv(variable, hub.token)
+        hub.address, hub.variable = address, variable
+        yield hub
+
+
 @pytest.fixture
 def huggingface(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    with running(FakeHuggingFace, repositories={}, stored={}, private=set(), puts=[]) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.port}")
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        hub.address, hub.variable = "hf://org/tiny", "HF_TOKEN"
+    with hub_of(FakeHuggingFace, monkeypatch, "HF_ENDPOINT", "HF_TOKEN", "hf://org/tiny") as hub:
         yield hub
 
 
 @pytest.fixture
 def modelscope(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    with running(FakeModelScope, repositories={}, stored={}, private=set(), puts=[]) as hub:
-        monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"http://127.0.0.1:{hub.port}")
-        monkeypatch.setenv("MODELSCOPE_API_TOKEN", hub.token)
-        hub.address, hub.variable = "ms://org/tiny", "MODELSCOPE_API_TOKEN"
+    with hub_of(FakeModelScope, monkeypatch, "MODELSCOPE_ENDPOINT", "MODELSCOPE_API_TOKEN", "ms://org/tiny") as hub:
         yield hub
 
 
