@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from qwen_onnx.catalog import RELEASE_FILE, Catalog, read_yaml
-from qwen_onnx.errors import ConfigError
+from qwen_onnx.errors import ConfigError, PackageError
 from qwen_onnx.faults import describe
+from qwen_onnx.package.devices import package_name
 from qwen_onnx.package.records import Profile
 from qwen_onnx.plan import Plan, make_plan
 from qwen_onnx.schema import Limits, Name, Precision, Record
@@ -164,8 +165,12 @@ def _jobs(catalog: Catalog, entry: Entry, version: int, place: str, faults: list
     for model, target, precision in wanted:
         try:
             plan = make_plan(catalog, model, target, precision)
+            package_name(plan, None)
         except ConfigError as error:
             faults += [f"{place}: {fault}" for fault in error.faults]
+            continue
+        except PackageError as error:
+            faults.append(f"{place}: {error.what}")
             continue
         faults += [f"{place}.{fault}, for {plan.name}" for fault in entry.gates.looser_than(plan.limits)]
         jobs.append(_job(entry, plan, version))

@@ -57,6 +57,7 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
         ENTRY | {"targets": ["cpuu"]},
         ENTRY | {"precisions": ["fp16"]},
         ENTRY | {"precisions": ["int8"], "gates": {"kld_mean": 0.5, "top1": 0.5}},
+        ENTRY | {"targets": ["npu-qnn"]},
     )
     told = "\n".join(faults_of(path))
     for fault in (
@@ -67,6 +68,7 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
         f"{path}: matrix.3: pipelines/cpu.yaml: fp16 is unavailable",
         f"{path}: matrix.4.gates.kld_mean: 0.5 is looser than the target's own 0.005, for starter/cpu-int8",
         f"{path}: matrix.4.gates.top1: 0.5 is looser than the target's own 0.95, for starter/cpu-int8",
+        f"{path}: matrix.5: no package for npu-qnn: onnxruntime-genai",
     ):
         assert fault in told, told
 

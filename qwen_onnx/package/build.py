@@ -11,8 +11,9 @@ from qwen_onnx.artifact import MANIFEST, Artifact, build_lock, put_in_place, sta
 from qwen_onnx.catalog import find_root, load_catalog
 from qwen_onnx.checksums import write_sums
 from qwen_onnx.errors import PackageError
+from qwen_onnx.package.devices import package_name
 from qwen_onnx.package.documents import write_documents
-from qwen_onnx.package.foundry import package_name, write_foundry
+from qwen_onnx.package.foundry import write_foundry
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile, read_package
 from qwen_onnx.package.rules import check_rules
 from qwen_onnx.package.verify import verify_package
@@ -89,7 +90,7 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
 
 
 def _check_replaced(target: Path, record: PackageRecord) -> None:
-    """Two targets may share a suffix (dml and webgpu), two profiles the id, and a folder may be anyone's."""
+    """Two profiles share the id, two targets may by --name, and a folder may be anyone's."""
     if not target.exists():
         return
     try:

@@ -8,48 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.errors import ConfigError, PackageError
 from qwen_onnx.package.contents import CONTENT, GENAI_CONFIG, INFERENCE, SIDECAR, Contents
+from qwen_onnx.package.devices import DEVICES
 from qwen_onnx.package.records import PackageRecord
-from qwen_onnx.plan import Plan
 from qwen_onnx.runtime.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
 
-NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where a target's packages run.
-
-    Attributes:
-        suffix: end of the id, which tells Foundry's users where the variant runs.
-        provider: execution provider by ONNX Runtime's name, ``genai`` by that of ``genai_config.json``.
-        kind: CPU, GPU or NPU.
-    """
-
-    suffix: str
-    provider: str
-    genai: str
-    kind: str
-
-
-DEVICES = {
-    "cpu": Device("generic-cpu", "CPUExecutionProvider", "cpu", "CPU"),
-    "cuda": Device("cuda-gpu", "CUDAExecutionProvider", "cuda", "GPU"),
-    "dml": Device("generic-gpu", "DmlExecutionProvider", "dml", "GPU"),
-    "webgpu": Device("generic-gpu", "WebGpuExecutionProvider", "webgpu", "GPU"),
-    "trt-rtx": Device("trtrtx-gpu", "NvTensorRTRTXExecutionProvider", "NvTensorRtRtx", "GPU"),
-    "npu-openvino": Device("openvino-npu", "OpenVINOExecutionProvider", "OpenVINO", "NPU"),
-    "npu-qnn": Device("qnn-npu", "QNNExecutionProvider", "qnn", "NPU"),
-}
-UNSERVED = {
-    "npu-qnn": "onnxruntime-genai, by which Foundry Local runs models, has no loop for its two graphs of fixed shape",
-}
 # pairs of markers by the property that names them, and the keys of genai_config.json that hold their ids
 TOOL_MARKERS = ("<tool_call>", "</tool_call>")
 REASONING_MARKERS = ("<think>", "</think>")
@@ -63,23 +29,6 @@ MARKER_IDS = {
 LEAST_VERSION = {"sdk2": "2.1.0", "cli1": "0.8.0"}
 PUBLISHER = "qwen-onnx"
 UNVERIFIED = "unverified"
-
-
-def package_name(plan: Plan, name: str | None) -> str:
-    """Foundry's name of a variant: what it is, and the suffix that tells where it runs.
-
-    Raises:
-        PackageError: Foundry Local cannot run artifacts of this target.
-        ConfigError: ``name`` is none that Foundry accepts.
-    """
-    if plan.target in UNSERVED or plan.target not in DEVICES:
-        why = UNSERVED.get(plan.target, "Foundry Local knows no such device")
-        raise PackageError(
-            f"no package for {plan.target}: {why}", where=plan.name, hint="package another target: qwen-onnx list"
-        )
-    if name is not None and not NAME.fullmatch(name):
-        raise ConfigError([f"--name: {name!r} must begin with a letter or digit; then . _ - may stand in it"])
-    return f"{name or f'{plan.model}-{plan.precision}'}-{DEVICES[plan.target].suffix}"
 
 
 def write_foundry(folder: Path, record: PackageRecord) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.package.contents import CONTENT, INFERENCE, Contents, token_ids
-from qwen_onnx.package.foundry import DEVICES, MARKER_IDS, capabilities_of
+from qwen_onnx.package.devices import DEVICES
+from qwen_onnx.package.foundry import MARKER_IDS, capabilities_of
 from qwen_onnx.package.registry import rule
 
 # tokens that foundry-local-sdk 2.2 reserves for the answer when a request does not say how many

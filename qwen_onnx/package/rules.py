@@ -13,7 +13,8 @@ from pathlib import Path
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package import model_rules  # noqa: F401 - registers its rules
 from qwen_onnx.package.contents import INFERENCE, SIDECAR, Contents, Unreadable
-from qwen_onnx.package.foundry import DEVICES, NAME, UNVERIFIED, model_megabytes
+from qwen_onnx.package.devices import DEVICES, NAME
+from qwen_onnx.package.foundry import UNVERIFIED, model_megabytes
 from qwen_onnx.package.registry import RULES, rule
 
 # a canonical version: no sign, no leading zero; Foundry keeps it in 32 bits

@@ -12,7 +12,8 @@ import pytest
 from qwen_onnx.artifact import read_manifest
 from qwen_onnx.catalog import load_catalog
 from qwen_onnx.errors import ConfigError, PackageError
-from qwen_onnx.package.foundry import DEVICES, UNSERVED, package_name, write_foundry
+from qwen_onnx.package.devices import DEVICES, UNSERVED, package_name
+from qwen_onnx.package.foundry import write_foundry
 from qwen_onnx.package.records import PackageRecord, read_package
 from qwen_onnx.plan import Plan, make_plan
 from tests.conftest import run_cli
@@ -159,8 +160,8 @@ def test_every_target_has_a_suffix_or_a_reason(repository: Path) -> None:
     assert suffixes == {
         "cpu": "generic-cpu",
         "cuda": "cuda-gpu",
-        "dml": "generic-gpu",
-        "webgpu": "generic-gpu",
+        "dml": "dml-generic-gpu",
+        "webgpu": "webgpu-generic-gpu",
         "trt-rtx": "trtrtx-gpu",
         "npu-openvino": "openvino-npu",
     }
