@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,8 @@ def run_cli(*arguments: object, cwd: Path = REPOSITORY, **options: object) -> su
     """``qwen-onnx`` as users run it; never raises for an exit code."""
     command = [sys.executable, "-m", "qwen_onnx.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def as_in_a_terminal() -> None:
+    """In a child: Ctrl-C works, also where the tests themselves run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

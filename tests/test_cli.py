@@ -72,7 +72,7 @@ def test_plan_prints_the_complete_olive_config() -> None:
         (["optimize", "starter", "--target", "npu-vitisai"], 2, ["unavailable", "Ryzen AI"]),
         (["select", "--ram", "8GB", "--device", "npu-vitisai"], 2, ["unavailable", "Ryzen AI"]),
         (["generate", "artifacts/none", "Hi"], 6, ["there is no artifact", "make optimize TARGET=cpu"]),
-        (["optimize", "starter", "--source", "/nonexistent"], 4, ["/nonexistent"]),
+        (["optimize", "starter", "--source", "/nonexistent/weights"], 4, ["/nonexistent/weights"]),
         (["generate"], 2, ["Missing argument"]),
     ],
 )

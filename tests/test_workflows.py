@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,19 +23,22 @@ def steps(path: Path) -> list[dict[str, str]]:
     return [step for job in jobs.values() for step in job["steps"]]
 
 
-def test_actionlint_finds_nothing() -> None:
-    actionlint = shutil.which("actionlint")
-    if actionlint is None:
+@pytest.fixture
+def actionlint() -> str:
+    """It lies beside the Python that runs the tests, whose folder need not be on PATH."""
+    found = shutil.which("actionlint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
         pytest.skip("actionlint is not installed; the extra `dev` brings it on Linux")
+    return found
+
+
+def test_actionlint_finds_nothing(actionlint: str) -> None:
     done = subprocess.run([actionlint, *WORKFLOWS], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert {path.name for path in WORKFLOWS} == {"ci.yml", "release.yml"}
 
 
-def test_actionlint_finds_a_fault_when_there_is_one(tmp_path: Path) -> None:
-    actionlint = shutil.which("actionlint")
-    if actionlint is None:
-        pytest.skip("actionlint is not installed; the extra `dev` brings it on Linux")
+def test_actionlint_finds_a_fault_when_there_is_one(actionlint: str, tmp_path: Path) -> None:
     broken = tmp_path / "release.yml"
     broken.write_text((FOLDER / "release.yml").read_text().replace("runs-on:", "runs-at:"))
     done = subprocess.run([actionlint, broken], capture_output=True, text=True, check=False)
@@ -52,5 +57,7 @@ def test_rights_are_few_and_actions_pinned(path: Path) -> None:
 def test_they_run_the_commands_of_a_shell() -> None:
     ran = {path.name: [step["run"] for step in steps(path) if "run" in step] for path in WORKFLOWS}
     assert ran == {"ci.yml": ["bash .ci/run"], "release.yml": ["make release"]}
-    made = subprocess.run(["make", "-n", "release"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        ["make", "-n", "--no-print-directory", "release"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert made.stdout.splitlines()[-1].split() == [".venv/bin/qwen-onnx", "release"]

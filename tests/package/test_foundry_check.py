@@ -22,7 +22,7 @@ from qwen_onnx.environments import Interpreter, interpreter_of
 from qwen_onnx.package.foundry_check import PROMPTS, expected_counts, run_steps
 from qwen_onnx.runners.foundry import Job
 from qwen_onnx.sources import cache_root
-from tests.conftest import REPOSITORY, run_cli
+from tests.conftest import REPOSITORY, as_in_a_terminal, run_cli
 from tests.package.conftest import edit_json, packaged
 
 STEPS = 17
@@ -160,7 +160,9 @@ def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Inte
         "list(run_steps(job, Interpreter(Path(sys.executable), Path(sys.argv[1])), print, 600))"
     )
     command = [sys.executable, "-c", code, str(interpreter.package)]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=as_in_a_terminal
+    )
     try:
         wait_until(lambda: list(place.glob("*/hanging")))
         assert children_of(place)

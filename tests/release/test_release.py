@@ -21,7 +21,7 @@ from qwen_onnx.checksums import check_sums
 from qwen_onnx.matrix import load_matrix
 from qwen_onnx.package.verify import package_digest, verify_package
 from qwen_onnx.release.records import Release
-from tests.conftest import REPOSITORY, run_cli
+from tests.conftest import REPOSITORY, as_in_a_terminal, run_cli
 from tests.release.conftest import Run, last_line, release_command, write_matrix
 from tests.release.test_guard import gone
 
@@ -162,7 +162,7 @@ def test_unverified_must_be_allowed_by_name(run: Run, place: Path) -> None:
     [
         (("--only", "starter/cuda-*"), 2, ["matches no job", "starter/cpu-int4"]),
         (("--source", "starter"), 2, ["give MODEL=PATH"]),
-        (("--source", "starter=/nonexistent"), 2, ["there is no /nonexistent"]),
+        (("--source", "starter=/nonexistent/weights"), 2, ["there is no /nonexistent/weights"]),
         (("--source", "qwen3-0.6b=/"), 2, ["no job builds qwen3-0.6b"]),
         (("--jobs", "0"), 2, ["--jobs"]),
         (("--on", "ray", "--address", "ray://127.0.0.1:10001"), 2, ["a Ray client has no machine"]),
@@ -201,7 +201,14 @@ def test_a_part_does_not_replace_the_whole(run: Run, place: Path) -> None:
 def start(place: Path, checkpoint: Path, *entries: dict[str, Any]) -> subprocess.Popen[str]:
     arguments = release_command(place, checkpoint, write_matrix(place, *entries))
     command = [sys.executable, "-m", "qwen_onnx.cli", *arguments]
-    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=as_in_a_terminal,
+    )
 
 
 def kill_with_witness(process: subprocess.Popen[str]) -> None:
