@@ -161,7 +161,10 @@ def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Inte
     )
     command = [sys.executable, "-c", code, str(interpreter.package)]
     parent = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=as_in_a_terminal
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=as_in_a_terminal,  # noqa: PLW1509 - the tests have one thread here
     )
     try:
         wait_until(lambda: list(place.glob("*/hanging")))

@@ -207,7 +207,7 @@ def start(place: Path, checkpoint: Path, *entries: dict[str, Any]) -> subprocess
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        preexec_fn=as_in_a_terminal,
+        preexec_fn=as_in_a_terminal,  # noqa: PLW1509 - the tests have one thread here
     )
 
 
