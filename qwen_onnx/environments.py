@@ -21,7 +21,6 @@ from qwen_onnx.schema import Environment
 
 Progress = Callable[[str], None]
 STAMP = ".ready"
-PACKAGE_FOLDER = "package"
 ANNOUNCED_PYTHON, ANNOUNCED_PACKAGE = "QWEN_ONNX_TARGET_PYTHON", "QWEN_ONNX_TARGET_PACKAGE"
 
 
@@ -86,7 +85,7 @@ def interpreter_of(environment: Environment, cache: Path, progress: Progress) ->
         if not (folder / STAMP).exists():
             progress(f"environment {environment.name}: installing {len(environment.requirements)} packages, once")
             _make(environment, folder)
-    return Interpreter(_python(folder), folder / PACKAGE_FOLDER)
+        return Interpreter(_python(folder), _linked_package(folder))
 
 
 def _python(folder: Path) -> Path:
@@ -101,12 +100,21 @@ def _make(environment: Environment, folder: Path) -> None:
     _run(environment, [*pip, "install", "--no-compile", *environment.requirements])
     if environment.removed:
         _run(environment, [*pip, "uninstall", "--yes", *environment.removed])
-    packages = folder / PACKAGE_FOLDER
-    packages.mkdir()
-    # not the folder above this package: installed from a wheel, it is full of the packages that must not be seen
-    own = Path(__file__).resolve().parent
-    (packages / own.name).symlink_to(own, target_is_directory=True)
     (folder / STAMP).touch()
+
+
+def _linked_package(folder: Path) -> Path:
+    """A folder with this package alone; checkouts that share a cache have one each in the environment.
+
+    Not the folder above this package: installed from a wheel, it is full of the packages that must not be seen.
+    """
+    own = Path(__file__).resolve().parent
+    packages = folder / "packages" / digest_of(str(own))[:12]
+    packages.mkdir(parents=True, exist_ok=True)
+    link = packages / own.name
+    if not link.is_symlink():
+        link.symlink_to(own, target_is_directory=True)
+    return packages
 
 
 def _run(environment: Environment, command: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_it_has_its_own_packages_and_ours_but_none_of_those_beside_ours(tmp_path
     assert len(said) == 1
     assert interpreter_of(wanted, tmp_path, said.append) == made
     assert len(said) == 1, "it is there and was made again"
+
+
+def test_an_environment_that_another_checkout_made_runs_our_code(tmp_path: Path) -> None:
+    wanted = environment(wheel(tmp_path, "first"))
+    made = interpreter_of(wanted, tmp_path, lambda _: None)
+    shutil.rmtree(made.package)
+    elsewhere = made.package.with_name("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "qwen_onnx").symlink_to(tmp_path / "a checkout that is gone")
+    assert run(interpreter_of(wanted, tmp_path, lambda _: None), "import first, qwen_onnx") == 0
 
 
 def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
