@@ -154,8 +154,6 @@ def supervise(say: Callable[[dict[str, Any]], None], out: int) -> int:
     # before there are threads, which the kernel does not allow here
     alone = cut_off_network()
     job = replace(read_job(), state=tempfile.mkdtemp(prefix=STATE_PREFIX))
-    say({"state": job.state})
-    say({"step": "offline", "ok": True, "found": "no network but loopback" if alone else "by a proxy that is nobody"})
     running: list[subprocess.Popen[bytes]] = []
     ending = threading.Event()
 
@@ -167,7 +165,11 @@ def supervise(say: Callable[[dict[str, Any]], None], out: int) -> int:
         shutil.rmtree(job.state, ignore_errors=True)
 
     end_with_input(clean)
+    network = "no network but loopback" if alone else "by a proxy that is nobody"
     try:
+        # whoever asked may be gone by now, and nobody reads
+        say({"state": job.state})
+        say({"step": "offline", "ok": True, "found": network})
         return _run_phases(job, say, out, running, ending)
     finally:
         shutil.rmtree(job.state, ignore_errors=True)
