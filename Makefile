@@ -68,7 +68,7 @@ try-wheel: wheel  ## install it into an empty environment, away from the checkou
 	&& cd "$$folder" && env -u QWEN_ONNX_CACHE venv/bin/qwen-onnx optimize $(MODEL) --target $(TARGET) && ls artifacts/$(MODEL)
 
 test: $(READY)  ## the quick tests
-	@$(BIN)/python -m pytest -q -m 'not slow'
+	@$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(READY)  ## the tests that build or measure
 	@$(BIN)/python -m pytest -q -m slow --durations=20
