@@ -18,6 +18,7 @@ from qwen_onnx.commands.chat import chat
 from qwen_onnx.commands.foundry import foundry_check
 from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
 from qwen_onnx.commands.package import package
+from qwen_onnx.commands.progress import progress as _progress
 from qwen_onnx.commands.publish import publish, pull
 from qwen_onnx.commands.release import release
 from qwen_onnx.commands.serve import keys_app, serve
@@ -44,10 +45,6 @@ SourceOption = Annotated[
     Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
 ]
 TASKS = ("general", "coding", "math")
-
-
-def _progress(message: str) -> None:
-    err.print(f"[cyan]›[/] {escape(message)}")
 
 
 def _plan(model: str, target: str, precision: str | None = None) -> Plan:

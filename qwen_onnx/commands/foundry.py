@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from qwen_onnx.commands.progress import progress
 
 
 def foundry_check(
@@ -18,11 +19,6 @@ def foundry_check(
     from qwen_onnx.catalog import find_root, load_catalog, work_root
     from qwen_onnx.package.foundry_check import check_in_foundry, report
     from qwen_onnx.sources import cache_root
-
-    err = Console(stderr=True)
-
-    def progress(message: str) -> None:
-        err.print(f"[cyan]›[/] {escape(message)}", highlight=False)
 
     cache = cache_root(work_root())
     outcome = check_in_foundry(package.resolve(), load_catalog(find_root()), cache, progress, seconds=seconds)

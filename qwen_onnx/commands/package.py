@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from qwen_onnx.commands.options import ArtifactPath
+from qwen_onnx.commands.progress import progress
 
 
 def package(
@@ -31,7 +32,7 @@ def package(
 
     folder = output or work_root() / "artifacts/packages"
     job = PackageJob(open_artifact(artifact.resolve()), folder.resolve(), profile, name, version, allow_unverified)
-    made = build_package(job)
+    made = build_package(job, progress)
     print(made.path)
     print(
         json.dumps(

@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from qwen_onnx.commands.progress import progress
 from qwen_onnx.errors import EnvironmentFault, PublishError
 
 DESTINATION = "a folder, oci:PATH:TAG, oci://HOST/REPOSITORY:TAG, hf://ORG/NAME[@REVISION] or ms://ORG/NAME"
 PlainHttp = Annotated[bool, typer.Option("--plain-http", help="allow http to a registry beyond this machine")]
-
-
-def _progress(message: str) -> None:
-    Console(stderr=True).print(f"[cyan]›[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -42,7 +37,7 @@ def publish(
     from qwen_onnx.publish.transfer import publish_package
 
     with _extra():
-        receipt = publish_package(package.resolve(), destination, _progress, private=private, plain_http=plain_http)
+        receipt = publish_package(package.resolve(), destination, progress, private=private, plain_http=plain_http)
     print(json.dumps({key: value for key, value in asdict(receipt).items() if value is not None}))
 
 
@@ -65,7 +60,7 @@ def pull(
     target = output.resolve() if output else None
     parent = target.parent if target else (work_root() / "artifacts/packages").resolve()
     with _extra():
-        got = pull_package(source, parent, _progress, target=target, expect=expect, plain_http=plain_http)
+        got = pull_package(source, parent, progress, target=target, expect=expect, plain_http=plain_http)
     print(got.package.path)
     print(
         json.dumps(
