@@ -42,3 +42,8 @@ def write_private(path: Path, text: str) -> None:
         os.replace(staging, path)
     finally:
         Path(staging).unlink(missing_ok=True)
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The licence and notices of a checkpoint, which travel with everything that is made of it."""
+    return sorted(path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file())

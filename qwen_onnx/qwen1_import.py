@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_onnx.checkpoint import INDEX_FILE, read_json, shards
 from qwen_onnx.errors import UnsupportedModelError
-from qwen_onnx.files import LICENCE_FILES
+from qwen_onnx.files import licence_files
 from qwen_onnx.tiktoken_import import END_OF_TEXT, IM_END, TIKTOKEN_FILE, write_tokenizer, write_tokenizer_config
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ def write_qwen2_form(checkpoint: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings | tokens, indent=2), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(kept | tokens, indent=2), encoding="utf-8")
     write_tokenizer_config(folder, CHATML if chats else None)
-    for pattern in LICENCE_FILES:
-        for path in checkpoint.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    for path in licence_files(checkpoint):
+        shutil.copyfile(path, folder / path.name)
 
 
 def _require_all(names: Iterable[str], layers: int) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
-from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums, sha256_of
+from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.plan import Plan, digest_of
 from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
 from qwen_onnx.qwen1_import import write_qwen2_form
@@ -282,11 +282,6 @@ def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:
 def weights_of(files: dict[str, str]) -> dict[str, str]:
     """The part of a checkpoint's checksums that are its weights."""
     return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
-
-
-def licence_files(folder: Path) -> list[Path]:
-    """The licence and notices of a checkpoint, which travel with everything that is made of it."""
-    return sorted(path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file())
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:

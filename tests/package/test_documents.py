@@ -181,7 +181,7 @@ def test_a_licence_goes_from_the_checkpoint_into_artifact_and_package(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """Through the very step of the build, without building again."""
-    from qwen_onnx.sources import licence_files
+    from qwen_onnx.files import licence_files
 
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     (checkpoint / "LICENSE").write_text("of the weights")
