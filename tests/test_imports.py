@@ -7,36 +7,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-LAYERS = [
-    {"__init__"},
-    {"errors", "files", "checksums", "htp"},
-    {"schema"},
-    {"passes"},
-    {"faults"},
+# from left to right: a room imports from the rooms to its left; export and runtime do not see each other
+ORDER = [
+    {"__init__", "errors", "files", "git"},
+    {"processes"},
     {"catalog"},
-    {"plan"},
-    {"checkout"},
-    {"sizes"},
-    {"select", "estimate"},
-    {"environments"},
-    {"artifact", "hub", "checkpoint", "gguf_import", "qwen1_import", "tiktoken_import", "sources"},
+    {"artifact"},
+    {"sources"},
     {"export", "runtime"},
-    {"runners"},
     {"verify"},
+    {"build"},
     {"package"},
-    {"publish", "matrix"},
-    {"committed"},
-    {"optimize"},
-    {"doctor", "compare"},
+    {"publish"},
     {"release"},
-    {"commands"},
     {"cli"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+# modules on their way into their rooms
+MOVING = {
+    "checkout": "git",
+    "environments": "processes",
+    **dict.fromkeys(["schema", "passes", "faults", "plan", "sizes", "select", "committed"], "catalog"),
+    **dict.fromkeys(["checksums", "htp"], "artifact"),
+    **dict.fromkeys(["hub", "checkpoint", "gguf_import", "qwen1_import", "tiktoken_import"], "sources"),
+    "runners": "runtime",
+    **dict.fromkeys(["optimize", "estimate", "compare", "doctor"], "build"),
+    "matrix": "release",
+    "commands": "cli",
+}
+# imports against the order that are still to be turned round
+PENDING: set[tuple[str, str]] = {
+    ("git", "catalog"),
+    ("processes", "catalog"),
+    ("catalog", "release"),
+}
 
 
-def _part(module: str) -> str:
-    return module.split(".")[1] if "." in module else "__init__"
+def _room(module: str) -> str:
+    name = module.split(".")[1] if "." in module else "__init__"
+    return MOVING.get(name, name)
 
 
 def _imports(path: Path) -> set[str]:
@@ -46,23 +55,24 @@ def _imports(path: Path) -> set[str]:
             found.add(node.module)
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-    return found
+    return {module for module in found if module.split(".")[0] == "qwen_onnx"}
 
 
 def test_imports_go_leftwards_only(repository: Path) -> None:
     package = repository / "qwen_onnx"
     files = sorted(package.rglob("*.py"))
     assert len(files) > 15
+    against = set()
     for path in files:
-        own = path.relative_to(package).parts[0].removesuffix(".py")
-        assert own in LEVEL, f"{own} has no place in the layers"
+        own = _room("qwen_onnx." + path.relative_to(package).parts[0].removesuffix(".py"))
+        assert own in LEVEL, f"{own} has no place in the order"
         for module in _imports(path):
-            if module.split(".")[0] != "qwen_onnx":
-                continue
-            other = _part(module)
-            allowed = other == own or LEVEL[other] < LEVEL[own] or (LEVEL[other] == LEVEL[own] and own != "runtime")
-            allowed = allowed and {own, other} != {"export", "runtime"}
-            assert allowed, f"{path.relative_to(repository)} imports {module}"
+            other = _room(module)
+            allowed = own == other or LEVEL[other] < LEVEL[own] or {own, other} <= ORDER[0]
+            if not allowed:
+                against.add((own, other))
+                assert (own, other) in PENDING, f"{path.relative_to(repository)} imports {module}"
+    assert against == PENDING, "what was turned round need not be listed"
 
 
 def _modules_after(statement: str) -> set[str]:
