@@ -348,7 +348,7 @@ def doctor(model: Model = "starter", target: Target = "cpu", precision: Precisio
 def environments() -> None:
     """Make the Python environments that some targets need, ahead of their first build."""
     from qwen_onnx.catalog import load_catalog
-    from qwen_onnx.environments import interpreter_of
+    from qwen_onnx.processes.environments import interpreter_of
     from qwen_onnx.sources import cache_root
 
     catalog = load_catalog(_root())

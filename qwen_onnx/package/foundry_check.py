@@ -19,11 +19,11 @@ from rich.table import Table
 
 from qwen_onnx.catalog import Catalog
 from qwen_onnx.checksums import check_sums
-from qwen_onnx.environments import Interpreter, interpreter_of
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.contents import Contents
 from qwen_onnx.package.records import Package
 from qwen_onnx.package.verify import verify_package
+from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.runners.foundry import Job
 from qwen_onnx.runtime.template import ChatTemplate
 from qwen_onnx.runtime.tokenizer import TextTokenizer

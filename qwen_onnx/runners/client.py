@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_onnx.environments import Interpreter
 from qwen_onnx.errors import ArtifactError, VerificationError
+from qwen_onnx.processes.environments import Interpreter
 from qwen_onnx.runtime.engine import Shape
 
 Logits = npt.NDArray[np.float32]

@@ -18,8 +18,8 @@ import pytest
 
 from qwen_onnx.catalog import load_catalog
 from qwen_onnx.checksums import write_sums
-from qwen_onnx.environments import Interpreter, interpreter_of
 from qwen_onnx.package.foundry_check import PROMPTS, expected_counts, run_steps
+from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.runners.foundry import Job
 from qwen_onnx.sources import cache_root
 from tests.conftest import REPOSITORY, as_in_a_terminal, run_cli
@@ -154,7 +154,7 @@ def test_a_child_that_hangs_is_ended_with_all_that_it_began(interpreter: Interpr
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Interpreter, place: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from qwen_onnx.environments import Interpreter\n"
+        "import sys; from pathlib import Path; from qwen_onnx.processes.environments import Interpreter\n"
         "from qwen_onnx.package.foundry_check import run_steps; from qwen_onnx.runners.foundry import Job\n"
         "job = Job('testing', 'folder', 'hang', {}, {}, [])\n"
         "list(run_steps(job, Interpreter(Path(sys.executable), Path(sys.argv[1])), print, 600))"

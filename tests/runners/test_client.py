@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_onnx.environments import Interpreter
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, VerificationError
+from qwen_onnx.processes.environments import Interpreter
 from qwen_onnx.runners import worker
 from qwen_onnx.runners.client import Runner
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qwen_onnx.catalog import load_catalog
-from qwen_onnx.environments import STAMP, Interpreter, interpreter_of, is_ready, place_of
 from qwen_onnx.errors import ConfigError, EnvironmentFault
+from qwen_onnx.processes.environments import STAMP, Interpreter, interpreter_of, is_ready, place_of
 from qwen_onnx.schema import Environment
 from tests.conftest import edit_yaml
 
