@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.catalog.schema import Shape
 from qwen_onnx.errors import SourceError, UnsupportedModelError
-from qwen_onnx.schema import Shape
 
 TOKENIZER_FILE = "tokenizer.json"
 # other files that an architecture has instead; sources.py converts them

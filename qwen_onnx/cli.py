@@ -26,7 +26,7 @@ from qwen_onnx.commands.trust import same, verify_package
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:
-    from qwen_onnx.plan import Plan
+    from qwen_onnx.catalog.plan import Plan
 
 app = typer.Typer(
     name="qwen-onnx",
@@ -48,20 +48,20 @@ TASKS = ("general", "coding", "math")
 
 
 def _plan(model: str, target: str, precision: str | None = None) -> Plan:
-    from qwen_onnx.catalog import find_root, load_catalog
-    from qwen_onnx.plan import make_plan
+    from qwen_onnx.catalog.load import find_root, load_catalog
+    from qwen_onnx.catalog.plan import make_plan
 
     return make_plan(load_catalog(find_root()), model, target, precision)
 
 
 def _root() -> Path:
-    from qwen_onnx.catalog import find_root
+    from qwen_onnx.catalog.load import find_root
 
     return find_root()
 
 
 def _work() -> Path:
-    from qwen_onnx.catalog import work_root
+    from qwen_onnx.catalog.load import work_root
 
     return work_root()
 
@@ -71,8 +71,8 @@ def list_models(
     text: Annotated[str, typer.Argument(help="show only models whose id contains this")] = "",
 ) -> None:
     """Models and the targets that recipes exist for; what cannot be built yet says why."""
-    from qwen_onnx.catalog import load_catalog
-    from qwen_onnx.select import HEADERS, columns, reasons, target_lines
+    from qwen_onnx.catalog.load import load_catalog
+    from qwen_onnx.catalog.select import HEADERS, columns, reasons, target_lines
 
     catalog = load_catalog(_root())
     shown = [row for _, row in catalog.rows.values() if text.lower() in row.id]
@@ -99,8 +99,8 @@ def select_models(
     most: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
 ) -> None:
     """Models that fit this memory, context and task, best first, with the reasons and the next command."""
-    from qwen_onnx.catalog import load_catalog
-    from qwen_onnx.select import BYTE_UNITS, TOKEN_UNITS, Wish, count, parse_amount, select
+    from qwen_onnx.catalog.load import load_catalog
+    from qwen_onnx.catalog.select import BYTE_UNITS, TOKEN_UNITS, Wish, count, parse_amount, select
 
     faults = [] if task in TASKS else [f"--task: {task!r} is none of {', '.join(TASKS)}"]
     faults += [] if license in (None, "commercial") else [f"--license: {license!r} is not `commercial`"]
@@ -146,8 +146,8 @@ def plans(
     check: bool = typer.Option(False, "--check", help="fail when recipes/plans.lock or the schemas are stale"),
 ) -> None:
     """Check every recipe on every target and write recipes/plans.lock, golden plans and JSON Schemas."""
-    from qwen_onnx.catalog import load_catalog
-    from qwen_onnx.committed import committed_files
+    from qwen_onnx.catalog.generated import committed_files
+    from qwen_onnx.catalog.load import load_catalog
 
     catalog = load_catalog(_root())
     stale = []
@@ -270,9 +270,9 @@ def compare(
     speed: bool = typer.Option(True, help="measure latency too"),
 ) -> None:
     """Build each variant of pipelines/variants/TARGET.yaml and measure size, drift and speed."""
-    from qwen_onnx.catalog import load_catalog, load_variants
+    from qwen_onnx.catalog.load import load_catalog, load_variants
+    from qwen_onnx.catalog.plan import make_variant_plan
     from qwen_onnx.compare import measure, print_comparison
-    from qwen_onnx.plan import make_variant_plan
     from qwen_onnx.sources import cache_root
     from qwen_onnx.sources import fetch as fetch_source
 
@@ -347,7 +347,7 @@ def doctor(model: Model = "starter", target: Target = "cpu", precision: Precisio
 @app.command()
 def environments() -> None:
     """Make the Python environments that some targets need, ahead of their first build."""
-    from qwen_onnx.catalog import load_catalog
+    from qwen_onnx.catalog.load import load_catalog
     from qwen_onnx.processes.environments import interpreter_of
     from qwen_onnx.sources import cache_root
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_onnx.passes import BATCH, LOGITS_PIECE, MATRIX_PIECE, CalibratedGptqConfig
-from qwen_onnx.plan import Plan
-from qwen_onnx.sizes import (
+from qwen_onnx.catalog.passes import BATCH, LOGITS_PIECE, MATRIX_PIECE, CalibratedGptqConfig
+from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.sizes import (
     Dimensions,
     body_bytes,
     build_step,

@@ -6,9 +6,9 @@ import subprocess
 
 from pydantic import Field
 
-from qwen_onnx.catalog import PACKAGE
+from qwen_onnx.catalog.load import PACKAGE
+from qwen_onnx.catalog.schema import COMMIT, Record
 from qwen_onnx.errors import EnvironmentFault
-from qwen_onnx.schema import COMMIT, Record
 
 
 class Checkout(Record):

@@ -20,9 +20,9 @@ from urllib.parse import quote
 
 import httpx
 
+from qwen_onnx.catalog.schema import HubSource
 from qwen_onnx.errors import ChecksumError, SourceError
 from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums
-from qwen_onnx.schema import HubSource
 
 Progress = Callable[[str], None]
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "vocab.json", "merges.txt")

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from qwen_onnx.catalog import RELEASE_FILE, Catalog, read_yaml
+from qwen_onnx.catalog.faults import describe
+from qwen_onnx.catalog.load import RELEASE_FILE, Catalog, read_yaml
+from qwen_onnx.catalog.plan import Plan, make_plan
+from qwen_onnx.catalog.schema import Limits, Name, Precision, Record
+from qwen_onnx.catalog.select import BYTE_UNITS, parse_amount
 from qwen_onnx.errors import ConfigError, PackageError
-from qwen_onnx.faults import describe
 from qwen_onnx.package.devices import package_name
 from qwen_onnx.package.records import Profile
-from qwen_onnx.plan import Plan, make_plan
-from qwen_onnx.schema import Limits, Name, Precision, Record
-from qwen_onnx.select import BYTE_UNITS, parse_amount
 
 SCHEMA_FILE = "recipes/release.schema.json"
 HINT = f"correct these keys; {SCHEMA_FILE} describes them"

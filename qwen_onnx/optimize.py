@@ -29,13 +29,13 @@ from qwen_onnx.artifact import (
     staged_manifest,
     staging_folder,
 )
+from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.estimate import Estimate, estimate
 from qwen_onnx.files import licence_files
 from qwen_onnx.git import this_checkout
-from qwen_onnx.plan import Plan
 from qwen_onnx.processes.environments import Interpreter, interpreter_of, is_ready
-from qwen_onnx.schema import Verification
 from qwen_onnx.sources import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qwen_onnx.catalog.plan import Plan, digest_of
+from qwen_onnx.catalog.schema import HubSource, Record, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
-from qwen_onnx.plan import Plan, digest_of
 from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
 from qwen_onnx.qwen1_import import write_qwen2_form
-from qwen_onnx.schema import HubSource, Record, Source, WheelSource
 
 Progress = Callable[[str], None]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen_onnx.catalog import load_catalog
-from qwen_onnx.plan import make_plan
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.sources import cache_root, fetch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def build_apart(checkpoint: Path, folder: Path, options: str) -> Path:
     """``folder``, built by the genai builder in a process of its own."""
     code = (
         "import sys; from pathlib import Path; from qwen_onnx.export.builder import build\n"
-        "from qwen_onnx.passes import GenAIModelBuilderConfig as Config\n"
+        "from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config\n"
         f"build(Path(sys.argv[1]), Path(sys.argv[2]), Config({options}))"
     )
     subprocess.run([sys.executable, "-c", code, str(checkpoint), str(folder)], check=True, capture_output=True)

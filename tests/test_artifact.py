@@ -24,9 +24,9 @@ from qwen_onnx.artifact import (
     staged_manifest,
     staging_folder,
 )
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, ExportError
-from qwen_onnx.plan import Plan, make_plan
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.doctor import GENAI, ORT, SDK, foundry_beside, foundry_skew
 from tests.conftest import edit_yaml, run_cli
 

@@ -13,10 +13,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import Plan, digest_of, make_plan
+from qwen_onnx.catalog.schema import HubSource, Shape
 from qwen_onnx.errors import ChecksumError, SourceError
-from qwen_onnx.plan import Plan, digest_of, make_plan
-from qwen_onnx.schema import HubSource, Shape
 from qwen_onnx.sources import expected_revisions, fetch
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import Plan, make_plan
+from qwen_onnx.catalog.schema import Shape
 from qwen_onnx.errors import QwenOnnxError, SourceError, UnsupportedModelError
-from qwen_onnx.plan import Plan, make_plan
 from qwen_onnx.qwen1_import import write_qwen2_form
-from qwen_onnx.schema import Shape
 from qwen_onnx.sources import fetch
 from qwen_onnx.tiktoken_import import SPECIAL_TOKENS, write_tokenizer
 from tests.conftest import rewrite_json

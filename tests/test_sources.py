@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import Plan, make_plan
+from qwen_onnx.catalog.schema import Shape, WheelSource
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError, UnsupportedModelError
 from qwen_onnx.gguf_import import write_dithered_checkpoint
-from qwen_onnx.plan import Plan, make_plan
-from qwen_onnx.schema import Shape, WheelSource
 from qwen_onnx.sources import expected_revisions, fetch, unpacked_gguf
 from tests.conftest import rewrite_json
 

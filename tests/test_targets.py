@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.catalog import load_catalog
-from qwen_onnx.committed import committed_files
+from qwen_onnx.catalog.generated import committed_files
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import make_plan
+from qwen_onnx.catalog.schema import Readback, Verification
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.plan import make_plan
-from qwen_onnx.schema import Readback, Verification
 from tests.conftest import edit_int4, edit_yaml
 
 TARGETS = {"cpu", "cuda", "dml", "webgpu", "trt-rtx", "npu-openvino", "npu-qnn", "npu-vitisai"}

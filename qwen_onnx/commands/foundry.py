@@ -16,7 +16,7 @@ def foundry_check(
     seconds: Annotated[float, typer.Option(min=1, help="most time that it may take")] = 600.0,
 ) -> None:
     """Use a package in Foundry Local itself, offline. Exits non-zero unless every step succeeds."""
-    from qwen_onnx.catalog import find_root, load_catalog, work_root
+    from qwen_onnx.catalog.load import find_root, load_catalog, work_root
     from qwen_onnx.package.foundry_check import check_in_foundry, report
     from qwen_onnx.sources import cache_root
 

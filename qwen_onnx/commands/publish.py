@@ -52,7 +52,7 @@ def pull(
     """Take in a package, verify it and put it in place. Prints its folder and one line of JSON."""
     import re
 
-    from qwen_onnx.catalog import work_root
+    from qwen_onnx.catalog.load import work_root
     from qwen_onnx.publish.transfer import pull_package
 
     if expect is not None and not re.fullmatch("[0-9a-f]{64}", expect):

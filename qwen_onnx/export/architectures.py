@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.catalog.passes import DENSE
 from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export import moe, qwen3_next
 from qwen_onnx.export.stock import builder
-from qwen_onnx.passes import DENSE
 
 
 @dataclass(frozen=True)

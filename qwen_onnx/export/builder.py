@@ -14,6 +14,8 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
+from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.checkpoint import TOKENIZER_FILE
 from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
@@ -21,8 +23,6 @@ from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.repairs import repair
 from qwen_onnx.export.streaming import weights_in_files
 from qwen_onnx.export.weights import CheckpointWeights
-from qwen_onnx.passes import GenAIModelBuilderConfig
-from qwen_onnx.plan import digest_of
 
 MODEL_FILE = "model.onnx"
 # below the folder of finished steps: the quantise pass has its own there

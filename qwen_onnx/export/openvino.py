@@ -17,8 +17,8 @@ from olive.passes import Pass
 from olive.passes.openvino.encapsulation import OpenVINOEncapsulation
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.catalog.passes import OpenVINOConversionConfig, OpenVINOPackageConfig
 from qwen_onnx.export.options import chosen, parameters
-from qwen_onnx.passes import OpenVINOConversionConfig, OpenVINOPackageConfig
 
 MODEL_NAME = "model"
 # of the checkpoint, as they are: optimum-intel saves a tokenizer anew

@@ -1,4 +1,4 @@
-"""What our Olive passes share: their options are records of ``qwen_onnx.passes``."""
+"""What our Olive passes share: their options are records of ``qwen_onnx.catalog.passes``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.schema import Record
+from qwen_onnx.catalog.schema import Record
 
 R = TypeVar("R", bound=Record)
 

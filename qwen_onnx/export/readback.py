@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
-from qwen_onnx.schema import Readback
 
 HEAD_NODE = "lm_head"
 # matrices that stay float in an int4 graph: what chooses experts, and the gates of linear attention

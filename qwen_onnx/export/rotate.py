@@ -18,11 +18,11 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.catalog.passes import RotateResidualConfig
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM
 from qwen_onnx.export.weights import INDEX_FILE, CheckpointWeights, create_safetensors
-from qwen_onnx.passes import RotateResidualConfig
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

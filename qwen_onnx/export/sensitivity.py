@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from qwen_onnx.catalog.passes import LOGITS_PIECE, CalibratedGptqConfig
 from qwen_onnx.export.gptq import round_to_nearest
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import Skeleton, call
 from qwen_onnx.export.weights import mapped, reopened, row_pieces
 from qwen_onnx.export.workfolder import WorkFolder
-from qwen_onnx.passes import LOGITS_PIECE, CalibratedGptqConfig
 
 # genai fuses q, k and v, so these share their bits
 ONE_PRECISION = {"k_proj": "q_proj", "v_proj": "q_proj"}

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qwen_onnx.artifact import Manifest
-from qwen_onnx.catalog import find_root, load_catalog
+from qwen_onnx.catalog.load import find_root, load_catalog
+from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.schema import HubSource
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.records import PackageRecord
-from qwen_onnx.plan import Plan
-from qwen_onnx.schema import HubSource
 
 if TYPE_CHECKING:
     from qwen_onnx.verify.records import Estimate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import ConfigError, PackageError
-from qwen_onnx.plan import Plan
 
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*")
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qwen_onnx.catalog import Catalog
+from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.checksums import check_sums
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.contents import Contents

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from qwen_onnx.artifact import Manifest
-from qwen_onnx.catalog import PACKAGE
+from qwen_onnx.catalog.load import PACKAGE
 from qwen_onnx.errors import EnvironmentFault, PackageError
 
 LICENCE, OWN_LICENCE, NOTICE = "LICENSE", "LICENSE.qwen-onnx", "NOTICE"

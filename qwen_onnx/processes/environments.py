@@ -15,9 +15,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from qwen_onnx.catalog.plan import digest_of
+from qwen_onnx.catalog.schema import Environment
 from qwen_onnx.errors import EnvironmentFault
-from qwen_onnx.plan import digest_of
-from qwen_onnx.schema import Environment
 
 Progress = Callable[[str], None]
 STAMP = ".ready"

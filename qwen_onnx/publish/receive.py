@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen_onnx.artifact import build_lock, full_disk, put_in_place
+from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.checksums import SUMS, read_sums
 from qwen_onnx.errors import PackageError, PublishError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import PACKAGE, Package, PackageRecord, read_package
 from qwen_onnx.package.verify import verify_package
-from qwen_onnx.plan import digest_of
 from qwen_onnx.publish.bundle import require_pass
 
 Progress = Callable[[str], None]

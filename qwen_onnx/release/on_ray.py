@@ -97,7 +97,7 @@ def _sees(root: Path, token: str) -> bool:
 
 
 def _own_root() -> Path:
-    from qwen_onnx.catalog import PACKAGE, find_root
+    from qwen_onnx.catalog.load import PACKAGE, find_root
 
     return find_root(PACKAGE)
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from qwen_onnx.catalog.schema import Precision, Record
 from qwen_onnx.package.records import Profile, Verdict
-from qwen_onnx.schema import Precision, Record
 
 RELEASE = "release.json"
 JUNIT = "junit.xml"

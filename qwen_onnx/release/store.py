@@ -16,13 +16,13 @@ from pydantic import ValidationError
 
 import qwen_onnx
 from qwen_onnx.artifact import build_key, package_versions, put_in_place
+from qwen_onnx.catalog.plan import Plan, digest_of
 from qwen_onnx.checksums import check_sums
 from qwen_onnx.errors import PackageError
 from qwen_onnx.export.olive import exporter_digest
 from qwen_onnx.files import file_checksums
 from qwen_onnx.matrix import ReleaseJob
 from qwen_onnx.package.verify import package_digest
-from qwen_onnx.plan import Plan, digest_of
 from qwen_onnx.release.records import JobResult
 from qwen_onnx.sources import expected_revisions
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify.checks import CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
 from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions, worst

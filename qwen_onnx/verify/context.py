@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from qwen_onnx.schema import Limits, Verification
+from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer, TorchBaseline
 from qwen_onnx.verify.drift import DriftStudy, Scorer

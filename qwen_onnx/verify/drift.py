@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen_onnx.schema import Limits
+from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.verify.corpus import Document, Window, take
 from qwen_onnx.verify.records import DomainDrift, Drift, Verdict, VerifyOptions, worst
 from qwen_onnx.verify.scoring import Logits, Positions, compare

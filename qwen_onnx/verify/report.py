@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import plots
 from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, Verdict, VerifyOptions
 

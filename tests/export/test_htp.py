@@ -12,6 +12,8 @@ import torch
 from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
+from qwen_onnx.catalog.passes import CalibratedGptqConfig, HtpQdqExportConfig, RotateResidualConfig
+from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.gptq import gptq, round_to_nearest
 from qwen_onnx.export.htp.decoder import Sizes
@@ -23,9 +25,7 @@ from qwen_onnx.export.readback import read_back
 from qwen_onnx.export.rotate import rotate, rotation
 from qwen_onnx.htp.folder import QDQ, HtpFolder, graph_file
 from qwen_onnx.htp.grid import Grid
-from qwen_onnx.passes import CalibratedGptqConfig, HtpQdqExportConfig, RotateResidualConfig
 from qwen_onnx.runners.qnn import Backend
-from qwen_onnx.schema import Readback
 from tests.fixtures_architectures import VOCABULARY, make_checkpoint
 
 ARCHITECTURES = ("Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow))

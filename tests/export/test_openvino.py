@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.readback import read_back
-from qwen_onnx.schema import Readback
 from qwen_onnx.sources import cache_root
 from tests.conftest import REPOSITORY, edit_yaml, run_cli
 

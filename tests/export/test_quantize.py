@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from qwen_onnx.catalog.passes import CalibratedGptqConfig
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export import calibration
 from qwen_onnx.export.gptq import gptq, round_to_nearest, search_grid
@@ -18,7 +19,6 @@ from qwen_onnx.export.sensitivity import choose_int8
 from qwen_onnx.export.skeleton import Skeleton
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
 from qwen_onnx.export.workfolder import WorkFolder
-from qwen_onnx.passes import CalibratedGptqConfig
 from qwen_onnx.verify import corpus
 
 SMALL = CalibratedGptqConfig(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)

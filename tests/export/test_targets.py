@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import Plan, make_plan
+from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import ArtifactError, ExportError
 from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.readback import compare, read_graph
-from qwen_onnx.plan import Plan, make_plan
 from qwen_onnx.runtime.engine import Engine
-from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 from tests.conftest import REPOSITORY, make_tiny_checkpoint
 
@@ -40,7 +40,7 @@ import json, sys
 from pathlib import Path
 from qwen_onnx.export.builder import build
 from qwen_onnx.export.quantize import quantize
-from qwen_onnx.passes import STEP_CONFIGS
+from qwen_onnx.catalog.passes import STEP_CONFIGS
 source, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 run = {"CalibratedGptq": quantize, "GenAIModelBuilder": build}
 for folder, steps in jobs.items():

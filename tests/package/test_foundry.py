@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from qwen_onnx.artifact import read_manifest
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.errors import ConfigError, PackageError
 from qwen_onnx.package.devices import DEVICES, UNSERVED, package_name
 from qwen_onnx.package.foundry import write_foundry
 from qwen_onnx.package.records import PackageRecord, read_package
-from qwen_onnx.plan import Plan, make_plan
 from tests.conftest import run_cli
 from tests.package.conftest import NAME, edit_json, packaged
 from tests.package.test_rules import add_tokens

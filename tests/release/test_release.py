@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
-from qwen_onnx.catalog import load_catalog
+from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.checksums import check_sums
 from qwen_onnx.matrix import load_matrix
 from qwen_onnx.package.verify import package_digest, verify_package

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.schema import Limits
 from qwen_onnx.verify.drift import judge
 from qwen_onnx.verify.records import Estimate, Verdict, worst
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen_onnx.catalog.passes import HtpQdqExportConfig
+from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.htp.qdq import export
 from qwen_onnx.htp.folder import HtpFolder
-from qwen_onnx.passes import HtpQdqExportConfig
 from qwen_onnx.processes.environments import own_interpreter
 from qwen_onnx.runners.client import Runner
-from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 from tests.conftest import make_tiny_checkpoint
 from tests.export.test_htp import quantized

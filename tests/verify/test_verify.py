@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.schema import Limits, Verification
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 
 # a random model's predictions are nearly uniform: its top-1 says little, and no damage makes a large divergence

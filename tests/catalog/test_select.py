@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.catalog import Catalog, load_catalog
-from qwen_onnx.errors import ConfigError
-from qwen_onnx.plan import make_all_plans, make_plan
-from qwen_onnx.schema import Shape
-from qwen_onnx.select import (
+from qwen_onnx.catalog.load import Catalog, load_catalog
+from qwen_onnx.catalog.plan import make_all_plans, make_plan
+from qwen_onnx.catalog.schema import Shape
+from qwen_onnx.catalog.select import (
     BYTE_UNITS,
     TOKEN_UNITS,
     Wish,
@@ -21,6 +20,7 @@ from qwen_onnx.select import (
     target_lines,
     targets_on,
 )
+from qwen_onnx.errors import ConfigError
 from tests.conftest import edit_yaml, run_cli
 
 GB = 10**9

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from qwen_onnx.catalog.faults import describe, further_faults
+from qwen_onnx.catalog.schema import Environment, Family, Override, Pipeline, Precision, Record, Row, Variants
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.faults import describe, further_faults
-from qwen_onnx.schema import Environment, Family, Override, Pipeline, Precision, Record, Row, Variants
 
 R = TypeVar("R", bound=Record)
 RELEASE_FILE = "pipelines/release.yaml"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.passes import DENSE, CalibratedGptqConfig, GenAIModelBuilderConfig, OpenVINOConversionConfig
-from qwen_onnx.plan import Plan
-from qwen_onnx.schema import Shape, WheelSource
+from qwen_onnx.catalog.passes import DENSE, CalibratedGptqConfig, GenAIModelBuilderConfig, OpenVINOConversionConfig
+from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.schema import Shape, WheelSource
 
 # attention and experts; of what is neither this nor dense only the number of weights is used
 MIXTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from qwen_onnx.catalog import RELEASE_FILE, Catalog
+from qwen_onnx.catalog.load import RELEASE_FILE, Catalog
+from qwen_onnx.catalog.plan import make_all_plans, make_plan
+from qwen_onnx.catalog.schema import json_schemas
+from qwen_onnx.catalog.select import matrix
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.matrix import SCHEMA_FILE, Matrix, load_matrix
-from qwen_onnx.plan import make_all_plans, make_plan
-from qwen_onnx.schema import json_schemas
-from qwen_onnx.select import matrix
 
 LOCK_FILE = "recipes/plans.lock"
 GOLDEN_MODEL = "starter"

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwen_onnx.passes import STEP_CONFIGS
-from qwen_onnx.schema import Limits, Readback, Record
+from qwen_onnx.catalog.passes import STEP_CONFIGS
+from qwen_onnx.catalog.schema import Limits, Readback, Record
 
 
 def describe(file: str, error: ValidationError, data: Any = None) -> list[str]:

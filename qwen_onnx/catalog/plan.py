@@ -12,11 +12,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from qwen_onnx.catalog import Catalog
-from qwen_onnx.errors import ConfigError
-from qwen_onnx.faults import describe, find, step_faults
-from qwen_onnx.passes import DENSE, DENSE_ONLY, PROVIDERS
-from qwen_onnx.schema import (
+from qwen_onnx.catalog.faults import describe, find, step_faults
+from qwen_onnx.catalog.load import Catalog
+from qwen_onnx.catalog.passes import DENSE, DENSE_ONLY, PROVIDERS
+from qwen_onnx.catalog.schema import (
     Build,
     Environment,
     Family,
@@ -31,6 +30,7 @@ from qwen_onnx.schema import (
     Variant,
     Verification,
 )
+from qwen_onnx.errors import ConfigError
 
 
 class Plan(Record):

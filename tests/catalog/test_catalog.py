@@ -9,10 +9,10 @@ import jsonschema
 import pytest
 import yaml
 
-from qwen_onnx.catalog import RELEASE_FILE, load_catalog
-from qwen_onnx.committed import committed_files
+from qwen_onnx.catalog.generated import committed_files
+from qwen_onnx.catalog.load import RELEASE_FILE, load_catalog
+from qwen_onnx.catalog.plan import make_all_plans, make_plan
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.plan import make_all_plans, make_plan
 from tests.conftest import edit_int4, edit_yaml
 
 

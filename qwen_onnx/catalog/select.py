@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qwen_onnx.catalog import Catalog
+from qwen_onnx.catalog.load import Catalog
+from qwen_onnx.catalog.plan import Plan, make_plan
+from qwen_onnx.catalog.schema import Family, Row, Verification
+from qwen_onnx.catalog.sizes import dimensions, graph_bytes
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.plan import Plan, make_plan
-from qwen_onnx.schema import Family, Row, Verification
-from qwen_onnx.sizes import dimensions, graph_bytes
 
 # licences whose text allows commercial use without asking, up to their own limits of users
 COMMERCIAL = frozenset({"Apache-2.0", "LicenseRef-Tongyi-Qianwen", "LicenseRef-Qwen"})

@@ -1,0 +1,1 @@
+"""What there is to build: recipes, pipelines, and the plans composed of them."""
