@@ -245,7 +245,7 @@ def _show_report(artifact: Path, verdict: str) -> None:
 @app.command()
 def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
-    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.optimize import verify_published
     from qwen_onnx.sources import cache_root, weights_of
     from qwen_onnx.sources import fetch as fetch_source
@@ -303,7 +303,7 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Continue PROMPT as plain text, streaming; prints prompt and continuation."""
-    from qwen_onnx.artifact import open_runnable
+    from qwen_onnx.artifact.manifest import open_runnable
     from qwen_onnx.runtime.generation import GenerationConfig
     from qwen_onnx.runtime.service import QwenService
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from qwen_onnx.artifact import (
+from qwen_onnx.artifact.manifest import (
     Artifact,
     SourceRecord,
     build_key,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.artifact import open_artifact
+from qwen_onnx.artifact.manifest import open_artifact
 from tests.conftest import make_tiny_checkpoint, rewrite_json
 
 # the collection that a line of Python goes into

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.artifact import read_manifest
+from qwen_onnx.artifact.manifest import read_manifest
 from tests.conftest import run_cli
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from onnx import numpy_helper
 
-from qwen_onnx.artifact import open_artifact
+from qwen_onnx.artifact.manifest import open_artifact
 from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.verify import Verdict, VerifyOptions, verify_artifact
 from tests.conftest import run_cli

@@ -18,7 +18,7 @@ def chat(
 
     Without a terminal each line of standard input is a question, and an empty line ends.
     """
-    from qwen_onnx.artifact import open_runnable
+    from qwen_onnx.artifact.manifest import open_runnable
     from qwen_onnx.runtime.conversation import Conversation
     from qwen_onnx.runtime.generation import GenerationConfig
     from qwen_onnx.runtime.service import QwenService

@@ -25,7 +25,7 @@ def package(
     ] = False,
 ) -> None:
     """Make a Foundry Local package of an artifact; prints its folder and one line of JSON."""
-    from qwen_onnx.artifact import open_artifact
+    from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.catalog.load import work_root
     from qwen_onnx.package.build import PackageJob, build_package
     from qwen_onnx.package.verify import package_digest

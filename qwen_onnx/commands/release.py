@@ -31,8 +31,8 @@ def release(
     """Build, prove and package every job of a matrix. Exits non-zero unless every job passed."""
     from rich.console import Console
 
+    from qwen_onnx.artifact.checksums import SUMS
     from qwen_onnx.catalog.load import find_root, load_catalog, work_root
-    from qwen_onnx.checksums import SUMS
     from qwen_onnx.files import sha256_of
     from qwen_onnx.matrix import load_matrix
     from qwen_onnx.release.board import Board

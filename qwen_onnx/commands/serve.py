@@ -56,7 +56,7 @@ def serve(
     """
     import os
 
-    from qwen_onnx.artifact import open_runnable
+    from qwen_onnx.artifact.manifest import open_runnable
     from qwen_onnx.runtime.server import serve as run
     from qwen_onnx.runtime.settings import ServerSettings
 

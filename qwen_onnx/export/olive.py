@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact import full_disk
+from qwen_onnx.artifact.manifest import full_disk
 from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.progress import PROGRESS

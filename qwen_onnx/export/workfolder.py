@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact import RECORD_SUFFIX
+from qwen_onnx.artifact.manifest import RECORD_SUFFIX
 from qwen_onnx.errors import ExportError
 from qwen_onnx.files import sha256_of
 

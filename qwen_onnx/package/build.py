@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_onnx.artifact import MANIFEST, Artifact, build_lock, put_in_place, staging_folder
+from qwen_onnx.artifact.checksums import write_sums
+from qwen_onnx.artifact.manifest import MANIFEST, Artifact, build_lock, put_in_place, staging_folder
 from qwen_onnx.catalog.load import find_root, load_catalog
-from qwen_onnx.checksums import write_sums
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.devices import package_name
 from qwen_onnx.package.documents import write_documents

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qwen_onnx.artifact import Manifest
+from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.catalog.load import find_root, load_catalog
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import HubSource

@@ -6,8 +6,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact import MANIFEST, read_manifest
-from qwen_onnx.checksums import SUMS, sums_of
+from qwen_onnx.artifact.checksums import SUMS, sums_of
+from qwen_onnx.artifact.manifest import MANIFEST, read_manifest
 from qwen_onnx.errors import PackageError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import LEFT_BEHIND, MEASURED, PACKAGE, read_package

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwen_onnx.artifact import MANIFEST, Manifest
+from qwen_onnx.artifact.manifest import MANIFEST, Manifest
 from qwen_onnx.errors import ArtifactError, EnvironmentFault, PackageError
 from qwen_onnx.package.records import PackageRecord, read_package
 from qwen_onnx.runtime.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen_onnx.artifact import Manifest
-from qwen_onnx.checksums import sums_of
+from qwen_onnx.artifact.checksums import sums_of
+from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.card import write_card
 from qwen_onnx.package.licences import write_licences

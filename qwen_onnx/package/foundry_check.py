@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qwen_onnx.artifact.checksums import check_sums
 from qwen_onnx.catalog.load import Catalog
-from qwen_onnx.checksums import check_sums
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.contents import Contents
 from qwen_onnx.package.records import Package

@@ -6,7 +6,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from qwen_onnx.artifact import Manifest
+from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.catalog.load import PACKAGE
 from qwen_onnx.errors import EnvironmentFault, PackageError
 

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError
 from pydantic.alias_generators import to_camel
 
 from qwen_onnx import __version__
-from qwen_onnx.artifact import Manifest
+from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.catalog.schema import Record
 from qwen_onnx.errors import PackageError
 from qwen_onnx.git import Checkout, this_checkout

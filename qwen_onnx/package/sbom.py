@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.artifact import Manifest, SourceRecord
+from qwen_onnx.artifact.manifest import Manifest, SourceRecord
 from qwen_onnx.catalog.plan import Plan, digest_of
 from qwen_onnx.errors import ConfigError, PackageError
 from qwen_onnx.package.records import PackageRecord

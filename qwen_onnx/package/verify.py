@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from qwen_onnx.artifact import MANIFEST, Manifest, read_manifest
+from qwen_onnx.artifact.checksums import SUMS, check_sums, sums_of
+from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
 from qwen_onnx.catalog.plan import digest_of
-from qwen_onnx.checksums import SUMS, check_sums, sums_of
 from qwen_onnx.errors import ArtifactError, PackageError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.licences import LICENCE, NOTICE, OWN_LICENCE

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_onnx.checksums import SUMS, read_sums
+from qwen_onnx.artifact.checksums import SUMS, read_sums
 from qwen_onnx.errors import PublishError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import Package, PackageRecord, read_package

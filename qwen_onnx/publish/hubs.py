@@ -13,7 +13,7 @@ from typing import Self
 import httpx
 from pydantic import SecretStr
 
-from qwen_onnx.checksums import SUMS, read_sums
+from qwen_onnx.artifact.checksums import SUMS, read_sums
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, Item

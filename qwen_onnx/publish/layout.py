@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from qwen_onnx.artifact import build_lock
+from qwen_onnx.artifact.manifest import build_lock
 from qwen_onnx.errors import PublishError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.publish.addresses import LayoutAddress

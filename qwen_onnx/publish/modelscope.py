@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from qwen_onnx.artifact import read_manifest
+from qwen_onnx.artifact.manifest import read_manifest
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item, checked_bytes

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qwen_onnx.artifact import build_lock, full_disk, put_in_place
+from qwen_onnx.artifact.checksums import SUMS, read_sums
+from qwen_onnx.artifact.manifest import build_lock, full_disk, put_in_place
 from qwen_onnx.catalog.plan import digest_of
-from qwen_onnx.checksums import SUMS, read_sums
 from qwen_onnx.errors import PackageError, PublishError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import PACKAGE, Package, PackageRecord, read_package

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qwen_onnx.artifact import Manifest
+from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.matrix import UPPER, Gates
 from qwen_onnx.release.records import GateResult
 from qwen_onnx.verify.records import Estimate

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_onnx.artifact import MANIFEST, Manifest, read_manifest
+from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import Record

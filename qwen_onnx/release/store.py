@@ -15,9 +15,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import qwen_onnx
-from qwen_onnx.artifact import build_key, package_versions, put_in_place
+from qwen_onnx.artifact.checksums import check_sums
+from qwen_onnx.artifact.manifest import build_key, package_versions, put_in_place
 from qwen_onnx.catalog.plan import Plan, digest_of
-from qwen_onnx.checksums import check_sums
 from qwen_onnx.errors import PackageError
 from qwen_onnx.export.olive import exporter_digest
 from qwen_onnx.files import file_checksums

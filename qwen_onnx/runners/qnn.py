@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_onnx.htp.cpu import cpu_session
-from qwen_onnx.htp.folder import CONTEXT, QDQ, HtpFolder
-from qwen_onnx.htp.static_decoder import Run
+from qwen_onnx.artifact.htp.cpu import cpu_session
+from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder
+from qwen_onnx.artifact.htp.static_decoder import Run
 
 Floats = npt.NDArray[np.float32]
 LIBRARY = "qnn"

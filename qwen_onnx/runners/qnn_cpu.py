@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen_onnx.htp.folder import CONTEXT, QDQ, HtpFolder
+from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder
 from qwen_onnx.runners import qnn
 
 

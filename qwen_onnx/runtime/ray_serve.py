@@ -157,7 +157,7 @@ def serve_replicas(folder: Path, model_name: str, settings: ServerSettings, *, r
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    from qwen_onnx.artifact import open_runnable
+    from qwen_onnx.artifact.manifest import open_runnable
 
     parser = argparse.ArgumentParser(prog="python -m qwen_onnx.runtime.ray_serve", description="serve by replicas")
     parser.add_argument("artifact", type=Path)

@@ -12,6 +12,8 @@ import torch
 from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
+from qwen_onnx.artifact.htp.folder import QDQ, HtpFolder, graph_file
+from qwen_onnx.artifact.htp.grid import Grid
 from qwen_onnx.catalog.passes import CalibratedGptqConfig, HtpQdqExportConfig, RotateResidualConfig
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
@@ -23,8 +25,6 @@ from qwen_onnx.export.htp.readback import read_qdq
 from qwen_onnx.export.quantize import quantize
 from qwen_onnx.export.readback import read_back
 from qwen_onnx.export.rotate import rotate, rotation
-from qwen_onnx.htp.folder import QDQ, HtpFolder, graph_file
-from qwen_onnx.htp.grid import Grid
 from qwen_onnx.runners.qnn import Backend
 from tests.fixtures_architectures import VOCABULARY, make_checkpoint
 

@@ -18,7 +18,7 @@ from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
 from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 
-from qwen_onnx.artifact import Manifest, open_artifact, read_manifest
+from qwen_onnx.artifact.manifest import Manifest, open_artifact, read_manifest
 from qwen_onnx.errors import PackageError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.card import licence_fields

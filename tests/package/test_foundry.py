@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwen_onnx.artifact import read_manifest
+from qwen_onnx.artifact.manifest import read_manifest
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.errors import ConfigError, PackageError

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from qwen_onnx.artifact.checksums import write_sums
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.checksums import write_sums
 from qwen_onnx.package.foundry_check import PROMPTS, expected_counts, run_steps
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.runners.foundry import Job

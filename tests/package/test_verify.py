@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.checksums import write_sums
+from qwen_onnx.artifact.checksums import write_sums
 from qwen_onnx.errors import PackageError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.provenance import PROVENANCE

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwen_onnx.checksums import SUMS
+from qwen_onnx.artifact.checksums import SUMS
 from tests.publish.conftest import SMALL_FILES, files_of, publish, pull, refused
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qwen_onnx.checksums import check_sums
+from qwen_onnx.artifact.checksums import check_sums
 from qwen_onnx.release.on_ray import Inbox
 from tests.conftest import REPOSITORY
 from tests.release.conftest import last_line, release_command, write_matrix

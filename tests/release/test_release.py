@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
+from qwen_onnx.artifact.checksums import check_sums
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.checksums import check_sums
 from qwen_onnx.matrix import load_matrix
 from qwen_onnx.package.verify import package_digest, verify_package
 from qwen_onnx.release.records import Release
@@ -288,7 +288,7 @@ def test_ctrl_c_ends_it_with_all_it_started(place: Path, tiny_checkpoint: Path) 
 def test_the_starter_is_judged_by_its_report(place: Path, artifact_dir: Path) -> None:
     """Gates that its report keeps, and one that it cannot: read as measured, by their bounds."""
     report = json.loads((artifact_dir / "report.json").read_text())
-    from qwen_onnx.artifact import read_manifest
+    from qwen_onnx.artifact.manifest import read_manifest
     from qwen_onnx.matrix import Gates
     from qwen_onnx.release.gates import judge
     from qwen_onnx.verify.report import load_report

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.passes import HtpContextConfig
 from qwen_onnx.catalog.plan import make_plan
@@ -17,7 +18,6 @@ from qwen_onnx.errors import ArtifactError, ExportError, VerificationError
 from qwen_onnx.export.htp.context import compile_in
 from qwen_onnx.export.htp.qdq import export
 from qwen_onnx.export.htp.readback import compare_folder, read_folder
-from qwen_onnx.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.runners.client import Runner
 from qwen_onnx.runners.qnn import Backend

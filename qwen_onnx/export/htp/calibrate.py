@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_onnx.artifact.htp.cpu import cpu_session
+from qwen_onnx.artifact.htp.folder import MASKED
+from qwen_onnx.artifact.htp.grid import Grid
+from qwen_onnx.artifact.htp.static_decoder import Cache, StaticDecoder, Tables
 from qwen_onnx.export.htp.decoder import COSINES, EMBEDDINGS, MASK, SINES, Decoder, Sizes
 from qwen_onnx.export.htp.linears import Linears
 from qwen_onnx.export.htp.writer import DataFile, FloatWriter
 from qwen_onnx.export.progress import Steps
-from qwen_onnx.htp.cpu import cpu_session
-from qwen_onnx.htp.folder import MASKED
-from qwen_onnx.htp.grid import Grid
-from qwen_onnx.htp.static_decoder import Cache, StaticDecoder, Tables
 
 # A masked score saturates at so much below the least score: each has e^-20 of the weight of any that is attended
 MARGIN = 20.0

@@ -12,10 +12,10 @@ from olive.model import ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.artifact.htp.folder import CONTEXT, HtpFolder, graph_file
 from qwen_onnx.catalog.passes import HtpContextConfig
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.options import chosen, parameters
-from qwen_onnx.htp.folder import CONTEXT, HtpFolder, graph_file
 from qwen_onnx.processes.environments import Interpreter, announced_interpreter
 
 

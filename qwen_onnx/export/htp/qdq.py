@@ -15,6 +15,8 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
+from qwen_onnx.artifact.htp.grid import Grid
 from qwen_onnx.catalog.passes import HtpQdqExportConfig
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.export.htp.calibrate import FloatTables, cache_of, calibrated_grids, float_decoder
@@ -22,8 +24,6 @@ from qwen_onnx.export.htp.decoder import COSINES, EMBEDDINGS, LOGITS, MASK, SINE
 from qwen_onnx.export.htp.linears import Linears
 from qwen_onnx.export.htp.writer import DataFile, FloatWriter, QdqWriter
 from qwen_onnx.export.options import chosen, parameters
-from qwen_onnx.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
-from qwen_onnx.htp.grid import Grid
 
 DATA_FILE = "weights.data"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

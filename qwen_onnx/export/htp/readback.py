@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
-from qwen_onnx.htp.folder import CONTEXT, QDQ, HtpFolder
 
 NODE, HEAD = "EPContext", "lm_head"
 COMPATIBILITY = "ep_compatibility_info.qnn"

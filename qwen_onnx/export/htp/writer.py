@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, ValueInfoProto, helper
 
+from qwen_onnx.artifact.htp.grid import Grid
 from qwen_onnx.export.htp.linears import Linear
-from qwen_onnx.htp.grid import Grid
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11

@@ -23,9 +23,9 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from qwen_onnx import __version__
+from qwen_onnx.artifact.checksums import SUMS, check_sums
 from qwen_onnx.catalog.plan import Plan, digest_of
 from qwen_onnx.catalog.schema import Record
-from qwen_onnx.checksums import SUMS, check_sums
 from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError
 from qwen_onnx.files import file_checksums
 from qwen_onnx.git import Checkout

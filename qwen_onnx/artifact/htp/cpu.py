@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen_onnx.htp.static_decoder import Run
+from qwen_onnx.artifact.htp.static_decoder import Run
 
 OPTIONS = {
     # integer weights become MatMulNBits, which would round activations to 8 bits

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx import artifact as artifacts
-from qwen_onnx.artifact import (
+from qwen_onnx.artifact import manifest as artifacts
+from qwen_onnx.artifact.manifest import (
     RECORD_SUFFIX,
     Artifact,
     SourceRecord,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_onnx.htp.grid import Grid
-from qwen_onnx.htp.static_decoder import Cache, Run, StaticDecoder, Tables
+from qwen_onnx.artifact.htp.grid import Grid
+from qwen_onnx.artifact.htp.static_decoder import Cache, Run, StaticDecoder, Tables
 
 DESCRIPTION = "htp.json"
 TABLES = ("embeddings", "cosines", "sines")

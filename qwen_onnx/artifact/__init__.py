@@ -1,0 +1,1 @@
+"""A built thing is a value: its manifest, checksums, locks and publication by one rename."""
