@@ -133,7 +133,7 @@ def plan(
         raise ConfigError(["--source: only with --estimate, a plan does not depend on it"])
     if estimate:
         from qwen_onnx.estimate import print_estimate
-        from qwen_onnx.sources import cache_root, checkpoint_at_hand
+        from qwen_onnx.sources.fetch import cache_root, checkpoint_at_hand
 
         print_estimate(made, checkpoint_at_hand(made, cache_root(_work()), source), out)
         return
@@ -174,8 +174,8 @@ def fetch(
     output: Path | None = typer.Option(None, help="folder for the dithered copy"),
 ) -> None:
     """Fetch and verify the checkpoint of MODEL; prints its folder."""
-    from qwen_onnx.sources import cache_root
-    from qwen_onnx.sources import fetch as fetch_source
+    from qwen_onnx.sources.fetch import cache_root
+    from qwen_onnx.sources.fetch import fetch as fetch_source
 
     checkpoint = fetch_source(_plan(model, "cpu"), cache_root(_work()), local=source, progress=_progress)
     if dither is None:
@@ -183,7 +183,7 @@ def fetch(
         return
     if output is None or output.exists():
         raise ConfigError(["--output: --dither needs a folder that does not exist yet"])
-    from qwen_onnx.gguf_import import write_dithered_checkpoint
+    from qwen_onnx.sources.gguf import write_dithered_checkpoint
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".dither-") as staging:
@@ -208,7 +208,7 @@ def optimize(
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.optimize import Job
     from qwen_onnx.optimize import optimize as run
-    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources.fetch import cache_root
 
     made = _plan(model, target, precision)
     where = output or _work() / "artifacts" / made.name
@@ -247,8 +247,8 @@ def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.optimize import verify_published
-    from qwen_onnx.sources import cache_root, weights_of
-    from qwen_onnx.sources import fetch as fetch_source
+    from qwen_onnx.sources.fetch import cache_root, weights_of
+    from qwen_onnx.sources.fetch import fetch as fetch_source
 
     opened = open_artifact(artifact.resolve())
     made = opened.manifest.plan
@@ -273,8 +273,8 @@ def compare(
     from qwen_onnx.catalog.load import load_catalog, load_variants
     from qwen_onnx.catalog.plan import make_variant_plan
     from qwen_onnx.compare import measure, print_comparison
-    from qwen_onnx.sources import cache_root
-    from qwen_onnx.sources import fetch as fetch_source
+    from qwen_onnx.sources.fetch import cache_root
+    from qwen_onnx.sources.fetch import fetch as fetch_source
 
     catalog = load_catalog(_root())
     variants = load_variants(catalog.root, target).variants
@@ -349,7 +349,7 @@ def environments() -> None:
     """Make the Python environments that some targets need, ahead of their first build."""
     from qwen_onnx.catalog.load import load_catalog
     from qwen_onnx.processes.environments import interpreter_of
-    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources.fetch import cache_root
 
     catalog = load_catalog(_root())
     for environment in catalog.environments.values():

@@ -12,7 +12,7 @@ from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.optimize import build_model, runner_of
-from qwen_onnx.sources import Checkpoint
+from qwen_onnx.sources.fetch import Checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console

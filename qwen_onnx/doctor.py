@@ -16,7 +16,7 @@ from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.estimate import estimate
 from qwen_onnx.processes.environments import is_ready
-from qwen_onnx.sources import cache_root, checkpoint_at_hand
+from qwen_onnx.sources.fetch import cache_root, checkpoint_at_hand
 
 EXTRAS = ("serve", "export", "package", "publish", "dev")
 SDK, GENAI, ORT = "foundry-local-sdk", "onnxruntime-genai", "onnxruntime"

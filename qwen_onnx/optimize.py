@@ -36,7 +36,7 @@ from qwen_onnx.estimate import Estimate, estimate
 from qwen_onnx.files import licence_files
 from qwen_onnx.git import this_checkout
 from qwen_onnx.processes.environments import Interpreter, interpreter_of, is_ready
-from qwen_onnx.sources import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
+from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
     from qwen_onnx.runners.client import Runner

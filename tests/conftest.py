@@ -14,7 +14,7 @@ import yaml
 
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import make_plan
-from qwen_onnx.sources import cache_root, fetch
+from qwen_onnx.sources.fetch import cache_root, fetch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ def foundry_check(
     """Use a package in Foundry Local itself, offline. Exits non-zero unless every step succeeds."""
     from qwen_onnx.catalog.load import find_root, load_catalog, work_root
     from qwen_onnx.package.foundry_check import check_in_foundry, report
-    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources.fetch import cache_root
 
     cache = cache_root(work_root())
     outcome = check_in_foundry(package.resolve(), load_catalog(find_root()), cache, progress, seconds=seconds)

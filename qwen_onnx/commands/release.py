@@ -39,7 +39,7 @@ def release(
     from qwen_onnx.release.run import ReleaseOrder
     from qwen_onnx.release.run import release as run
     from qwen_onnx.release.summary import json_line, print_summary
-    from qwen_onnx.sources import cache_root
+    from qwen_onnx.sources.fetch import cache_root
 
     catalog = load_catalog(find_root())
     place = (output or work_root() / "artifacts/release").resolve()

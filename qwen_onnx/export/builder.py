@@ -16,13 +16,13 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
 from qwen_onnx.catalog.plan import digest_of
-from qwen_onnx.checkpoint import TOKENIZER_FILE
 from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.qdq import write_signed
 from qwen_onnx.export.repairs import repair
 from qwen_onnx.export.streaming import weights_in_files
 from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.sources.checkpoint import TOKENIZER_FILE
 
 MODEL_FILE = "model.onnx"
 # below the folder of finished steps: the quantise pass has its own there

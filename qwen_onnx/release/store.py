@@ -24,7 +24,7 @@ from qwen_onnx.files import file_checksums
 from qwen_onnx.matrix import ReleaseJob
 from qwen_onnx.package.verify import package_digest
 from qwen_onnx.release.records import JobResult
-from qwen_onnx.sources import expected_revisions
+from qwen_onnx.sources.fetch import expected_revisions
 
 RESULT, LOG, PACKAGES = "result.json", "job.log", "packages"
 UNFINISHED = ".unfinished-"

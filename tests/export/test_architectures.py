@@ -20,11 +20,11 @@ from qwen_onnx.export.builder import build
 from qwen_onnx.export.readback import compare, read_graph
 from qwen_onnx.export.repairs import ROUTER_WEIGHTS
 from qwen_onnx.export.stock import builder
-from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
-from qwen_onnx.qwen1_import import write_qwen2_form
 from qwen_onnx.runtime.engine import Engine
 from qwen_onnx.runtime.requests import TokenRequest
 from qwen_onnx.runtime.worker import EngineOptions, load_engine
+from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
+from qwen_onnx.sources.qwen1 import write_qwen2_form
 from qwen_onnx.verify.scoring import OnnxScorer
 from tests.conftest import rewrite_json
 from tests.export.dequantized import with_weights_of

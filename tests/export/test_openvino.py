@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.readback import read_back
-from qwen_onnx.sources import cache_root
+from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY, edit_yaml, run_cli
 
 ASKED = Readback(form="OpenVINO", provider="OpenVINO", body_bits=4, head_bits=8, block_size=64, symmetric=True)

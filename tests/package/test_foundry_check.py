@@ -21,7 +21,7 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.package.foundry_check import PROMPTS, expected_counts, run_steps
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.runners.foundry import Job
-from qwen_onnx.sources import cache_root
+from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY, as_in_a_terminal, run_cli
 from tests.package.conftest import edit_json, packaged
 

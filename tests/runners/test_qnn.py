@@ -21,7 +21,7 @@ from qwen_onnx.export.htp.readback import compare_folder, read_folder
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.runners.client import Runner
 from qwen_onnx.runners.qnn import Backend
-from qwen_onnx.sources import cache_root
+from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY
 from tests.export.test_htp import EXPORT, IDS, PREFILL, quantized
 from tests.fixtures_architectures import make_checkpoint

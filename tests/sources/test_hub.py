@@ -17,7 +17,7 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, digest_of, make_plan
 from qwen_onnx.catalog.schema import HubSource, Shape
 from qwen_onnx.errors import ChecksumError, SourceError
-from qwen_onnx.sources import expected_revisions, fetch
+from qwen_onnx.sources.fetch import expected_revisions, fetch
 
 
 class FakeHub(BaseHTTPRequestHandler):

