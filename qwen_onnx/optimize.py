@@ -164,7 +164,7 @@ def build_model(
         ExportError: Olive failed, or the graph is not what the plan asked for.
     """
     from qwen_onnx.export.olive import collect, run_olive
-    from qwen_onnx.export.readback import read_back
+    from qwen_onnx.export.readback.onnx import read_back
 
     folder, work = staging / "artifact", staging / "work"
     interpreter, companion = olive_interpreter(plan, cache, progress), companion_of(plan, cache, progress)

@@ -117,7 +117,7 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 def build_apart(checkpoint: Path, folder: Path, options: str) -> Path:
     """``folder``, built by the genai builder in a process of its own."""
     code = (
-        "import sys; from pathlib import Path; from qwen_onnx.export.builder import build\n"
+        "import sys; from pathlib import Path; from qwen_onnx.export.passes.genai_builder.build import build\n"
         "from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config\n"
         f"build(Path(sys.argv[1]), Path(sys.argv[2]), Config({options}))"
     )

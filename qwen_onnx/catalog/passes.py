@@ -30,7 +30,7 @@ MATRIX_PIECE = 1 << 20
 
 
 class GenAIModelBuilderConfig(Record):
-    """Options of ``qwen_onnx.export.builder.GenAIModelBuilder`` (onnxruntime-genai 0.18 names)."""
+    """Options of ``qwen_onnx.export.passes.genai_builder.build.GenAIModelBuilder`` (onnxruntime-genai 0.18 names)."""
 
     precision: Literal["int4", "fp16", "fp32"]
     execution_provider: Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"] = "cpu"
@@ -55,7 +55,7 @@ class GenAIModelBuilderConfig(Record):
 
 
 class CalibratedGptqConfig(Record):
-    """Options of ``qwen_onnx.export.quantize.CalibratedGptq``."""
+    """Options of ``qwen_onnx.export.passes.gptq.quantize.CalibratedGptq``."""
 
     bits: Literal[4, 8] = 4
     head_bits: Literal[4, 8, 16] = Field(
@@ -74,7 +74,7 @@ class CalibratedGptqConfig(Record):
 
 
 class OpenVINOConversionConfig(Record):
-    """Options of ``qwen_onnx.export.openvino.OpenVINOConversion``."""
+    """Options of ``qwen_onnx.export.passes.openvino.convert.OpenVINOConversion``."""
 
     precision: Literal["int4", "int8", "fp16", "fp32"]
     group_size: Literal[64, 128, -1] = Field(
@@ -87,7 +87,7 @@ class OpenVINOConversionConfig(Record):
 
 
 class OpenVINOPackageConfig(Record):
-    """Options of ``qwen_onnx.export.openvino.OpenVINOPackage``."""
+    """Options of ``qwen_onnx.export.passes.openvino.convert.OpenVINOPackage``."""
 
     target_device: Literal["npu", "gpu", "cpu"]
     max_prompt_len: int = Field(gt=0, description="tokens of the longest prompt: the NPU compiles fixed shapes")
@@ -95,13 +95,13 @@ class OpenVINOPackageConfig(Record):
 
 
 class RotateResidualConfig(Record):
-    """Options of ``qwen_onnx.export.rotate.RotateResidual``."""
+    """Options of ``qwen_onnx.export.passes.rotate.rotate.RotateResidual``."""
 
     seed: int = Field(default=0, description="of the random orthogonal matrix")
 
 
 class HtpQdqExportConfig(Record):
-    """Options of ``qwen_onnx.export.htp.qdq.HtpQdqExport``."""
+    """Options of ``qwen_onnx.export.passes.htp_qdq.export.HtpQdqExport``."""
 
     form: Literal["qdq", "float"] = Field(
         default="qdq", description="float: the same graphs without quantisation, of any checkpoint, for the CPU"
@@ -114,7 +114,7 @@ class HtpQdqExportConfig(Record):
 
 
 class HtpContextConfig(Record):
-    """Options of ``qwen_onnx.export.htp.context.HtpContext``, by onnxruntime-qnn's names."""
+    """Options of ``qwen_onnx.export.passes.htp_context.context.HtpContext``, by onnxruntime-qnn's names."""
 
     soc_model: str = Field(default="60", pattern=r"^\d+$", description="Qualcomm's number of the chip")
     htp_arch: Literal["68", "69", "73", "75", "79", "81"] = "73"

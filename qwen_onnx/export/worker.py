@@ -16,13 +16,13 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PASS_MODULES = {
-    "CalibratedGptq": "qwen_onnx.export.quantize.CalibratedGptq",
-    "GenAIModelBuilder": "qwen_onnx.export.builder.GenAIModelBuilder",
-    "OpenVINOConversion": "qwen_onnx.export.openvino.OpenVINOConversion",
-    "OpenVINOPackage": "qwen_onnx.export.openvino.OpenVINOPackage",
-    "HtpContext": "qwen_onnx.export.htp.context.HtpContext",
-    "HtpQdqExport": "qwen_onnx.export.htp.qdq.HtpQdqExport",
-    "RotateResidual": "qwen_onnx.export.rotate.RotateResidual",
+    "CalibratedGptq": "qwen_onnx.export.passes.gptq.quantize.CalibratedGptq",
+    "GenAIModelBuilder": "qwen_onnx.export.passes.genai_builder.build.GenAIModelBuilder",
+    "OpenVINOConversion": "qwen_onnx.export.passes.openvino.convert.OpenVINOConversion",
+    "OpenVINOPackage": "qwen_onnx.export.passes.openvino.convert.OpenVINOPackage",
+    "HtpContext": "qwen_onnx.export.passes.htp_context.context.HtpContext",
+    "HtpQdqExport": "qwen_onnx.export.passes.htp_qdq.export.HtpQdqExport",
+    "RotateResidual": "qwen_onnx.export.passes.rotate.rotate.RotateResidual",
 }
 
 

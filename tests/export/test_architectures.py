@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError, UnsupportedModelError
-from qwen_onnx.export.builder import build
-from qwen_onnx.export.readback import compare, read_graph
-from qwen_onnx.export.repairs import ROUTER_WEIGHTS
-from qwen_onnx.export.stock import builder
+from qwen_onnx.export.architectures.stock import builder
+from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.genai_builder.repairs import ROUTER_WEIGHTS
+from qwen_onnx.export.readback.onnx import compare, read_graph
 from qwen_onnx.runtime.engine import Engine
 from qwen_onnx.runtime.requests import TokenRequest
 from qwen_onnx.runtime.worker import EngineOptions, load_engine

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.builder import build
+from qwen_onnx.export.passes.genai_builder.build import build
 from tests.conftest import rewrite_json
 from tests.fixtures_architectures import make_checkpoint
 

@@ -17,14 +17,14 @@ from qwen_onnx.artifact.htp.grid import Grid
 from qwen_onnx.catalog.passes import CalibratedGptqConfig, HtpQdqExportConfig, RotateResidualConfig
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.gptq import gptq, round_to_nearest
-from qwen_onnx.export.htp.decoder import Sizes
-from qwen_onnx.export.htp.linears import Linears
-from qwen_onnx.export.htp.qdq import export
-from qwen_onnx.export.htp.readback import read_qdq
-from qwen_onnx.export.quantize import quantize
-from qwen_onnx.export.readback import read_back
-from qwen_onnx.export.rotate import rotate, rotation
+from qwen_onnx.export.passes.gptq.quantize import quantize
+from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest
+from qwen_onnx.export.passes.htp_qdq.decoder import Sizes
+from qwen_onnx.export.passes.htp_qdq.export import export
+from qwen_onnx.export.passes.htp_qdq.linears import Linears
+from qwen_onnx.export.passes.rotate.rotate import rotate, rotation
+from qwen_onnx.export.readback.htp import read_qdq
+from qwen_onnx.export.readback.onnx import read_back
 from qwen_onnx.runners.qnn import Backend
 from tests.fixtures_architectures import VOCABULARY, make_checkpoint
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from qwen_onnx.catalog.passes import CalibratedGptqConfig
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export import calibration
-from qwen_onnx.export.gptq import gptq, round_to_nearest, search_grid
-from qwen_onnx.export.quantize import quantize
-from qwen_onnx.export.sensitivity import choose_int8
+from qwen_onnx.export.passes.gptq.quantize import quantize
+from qwen_onnx.export.passes.gptq.sensitivity import choose_int8
+from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest, search_grid
 from qwen_onnx.export.skeleton import Skeleton
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
 from qwen_onnx.export.workfolder import WorkFolder

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from qwen_onnx.catalog.passes import CalibratedGptqConfig
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export import sensitivity, weights
-from qwen_onnx.export.quantize import quantize
+from qwen_onnx.export import weights
+from qwen_onnx.export.passes.gptq import sensitivity
+from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.weights import CheckpointWeights, write_safetensors
 from qwen_onnx.export.workfolder import WorkFolder
 from tests.export.unstreamed import quantized_tensors
@@ -110,7 +111,7 @@ def test_the_index_names_every_tensor(whole: Path) -> None:
 def start(checkpoint: Path, output: Path, kept: Path) -> subprocess.Popen[str]:
     """The quantisation in a process of its own, to be killed."""
     code = (
-        "import sys; from pathlib import Path; from qwen_onnx.export.quantize import quantize\n"
+        "import sys; from pathlib import Path; from qwen_onnx.export.passes.gptq.quantize import quantize\n"
         "from qwen_onnx.catalog.passes import CalibratedGptqConfig as C\n"
         "quantize(*map(Path, sys.argv[1:3]), C.model_validate_json(sys.argv[3]), Path(sys.argv[4]))"
     )

@@ -15,8 +15,8 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import ArtifactError, ExportError
-from qwen_onnx.export.qdq import write_signed
-from qwen_onnx.export.readback import compare, read_graph
+from qwen_onnx.export.passes.genai_builder.qdq import write_signed
+from qwen_onnx.export.readback.onnx import compare, read_graph
 from qwen_onnx.runtime.engine import Engine
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 from tests.conftest import REPOSITORY, make_tiny_checkpoint
@@ -38,8 +38,8 @@ FAST = {"window": 64, "windows_per_domain": 1, "decode_tokens": 16, "greedy_toke
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from qwen_onnx.export.builder import build
-from qwen_onnx.export.quantize import quantize
+from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.catalog.passes import STEP_CONFIGS
 source, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 run = {"CalibratedGptq": quantize, "GenAIModelBuilder": build}

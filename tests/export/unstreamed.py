@@ -9,7 +9,7 @@ import torch
 
 from qwen_onnx.catalog.passes import CalibratedGptqConfig
 from qwen_onnx.export.calibration import calibration_ids
-from qwen_onnx.export.gptq import gptq, round_to_nearest
+from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest
 
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 FUSED = {"k_proj": "q_proj", "v_proj": "q_proj"}

@@ -15,9 +15,9 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.passes import HtpContextConfig
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.errors import ArtifactError, ExportError, VerificationError
-from qwen_onnx.export.htp.context import compile_in
-from qwen_onnx.export.htp.qdq import export
-from qwen_onnx.export.htp.readback import compare_folder, read_folder
+from qwen_onnx.export.passes.htp_context.context import compile_in
+from qwen_onnx.export.passes.htp_qdq.export import export
+from qwen_onnx.export.readback.htp import compare_folder, read_folder
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.runners.client import Runner
 from qwen_onnx.runners.qnn import Backend

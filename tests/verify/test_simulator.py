@@ -12,7 +12,7 @@ import pytest
 from qwen_onnx.artifact.htp.folder import HtpFolder
 from qwen_onnx.catalog.passes import HtpQdqExportConfig
 from qwen_onnx.catalog.schema import Limits, Verification
-from qwen_onnx.export.htp.qdq import export
+from qwen_onnx.export.passes.htp_qdq.export import export
 from qwen_onnx.processes.environments import own_interpreter
 from qwen_onnx.runners.client import Runner
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.moe import FloatRouting, require_sparse_layers
-from qwen_onnx.export.stock import Qwen35MoEModel, Qwen35MoETextModel
+from qwen_onnx.export.architectures.moe import FloatRouting, require_sparse_layers
+from qwen_onnx.export.architectures.stock import Qwen35MoEModel, Qwen35MoETextModel
 
 
 class Qwen3NextTextModel(FloatRouting, Qwen35MoETextModel):  # type: ignore[misc]

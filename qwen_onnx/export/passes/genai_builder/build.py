@@ -18,9 +18,9 @@ from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
 from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
-from qwen_onnx.export.qdq import write_signed
-from qwen_onnx.export.repairs import repair
-from qwen_onnx.export.streaming import weights_in_files
+from qwen_onnx.export.passes.genai_builder.qdq import write_signed
+from qwen_onnx.export.passes.genai_builder.repairs import repair
+from qwen_onnx.export.passes.genai_builder.streaming import weights_in_files
 from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.sources.checkpoint import TOKENIZER_FILE
 
@@ -61,7 +61,7 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig, kept:
     """
     from onnxruntime_genai.models import builder
 
-    from qwen_onnx.export.architectures import architecture_of, installed, present
+    from qwen_onnx.export.architectures.registry import architecture_of, installed, present
 
     architecture = architecture_of(checkpoint)
     options = config.model_dump(exclude_none=True, exclude={"precision", "execution_provider"})

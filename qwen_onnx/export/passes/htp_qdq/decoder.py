@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.htp.linears import Linears
-from qwen_onnx.export.htp.writer import Value, Writer
+from qwen_onnx.export.passes.htp_qdq.linears import Linears
+from qwen_onnx.export.passes.htp_qdq.writer import Value, Writer
 
 EMBEDDINGS, COSINES, SINES, MASK, LOGITS = "inputs_embeds", "cos", "sin", "mask", "logits"
 

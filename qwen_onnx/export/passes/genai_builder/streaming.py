@@ -18,8 +18,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qwen_onnx.export.graph_steps import ExpertSteps, external, quantize_matrices
-from qwen_onnx.export.mapped_model import mapped_model
+from qwen_onnx.export.passes.genai_builder.graph_steps import ExpertSteps, external, quantize_matrices
+from qwen_onnx.export.passes.genai_builder.mapped_model import mapped_model
 from qwen_onnx.export.weights import mapped
 from qwen_onnx.export.workfolder import WorkFolder
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.stock import Qwen3Model, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
+from qwen_onnx.export.architectures.stock import Qwen3Model, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
 
 
 class FloatRouting:

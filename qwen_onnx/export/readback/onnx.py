@@ -163,11 +163,11 @@ def read_back(folder: Path, asked: Readback) -> dict[str, Any]:
         ExportError: naming the differences.
     """
     if asked.provider == "OpenVINO":
-        from qwen_onnx.export.openvino_readback import compare_ir, read_ir
+        from qwen_onnx.export.readback.openvino import compare_ir, read_ir
 
         return compare_ir(read_ir(folder), asked)
     if asked.form == "HTP":
-        from qwen_onnx.export.htp.readback import compare_folder, read_folder
+        from qwen_onnx.export.readback.htp import compare_folder, read_folder
 
         if provider_of(folder) != asked.provider:
             raise ExportError(f"provider is {provider_of(folder)}, asked {asked.provider}", where=str(folder))

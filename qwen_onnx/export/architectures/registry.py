@@ -16,8 +16,8 @@ from typing import Any
 
 from qwen_onnx.catalog.passes import DENSE
 from qwen_onnx.errors import ExportError, UnsupportedModelError
-from qwen_onnx.export import moe, qwen3_next
-from qwen_onnx.export.stock import builder
+from qwen_onnx.export.architectures import moe, qwen3_next
+from qwen_onnx.export.architectures.stock import builder
 
 
 @dataclass(frozen=True)

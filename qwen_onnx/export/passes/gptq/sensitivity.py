@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qwen_onnx.catalog.passes import LOGITS_PIECE, CalibratedGptqConfig
-from qwen_onnx.export.gptq import round_to_nearest
+from qwen_onnx.export.passes.gptq.solver import round_to_nearest
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import Skeleton, call
 from qwen_onnx.export.weights import mapped, reopened, row_pieces

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from onnx import TensorProto, ValueInfoProto, helper
 
 from qwen_onnx.artifact.htp.grid import Grid
-from qwen_onnx.export.htp.linears import Linear
+from qwen_onnx.export.passes.htp_qdq.linears import Linear
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.readback import provider_of
+from qwen_onnx.export.readback.onnx import provider_of
 
 IR_FILE, WRAPPER_FILE = "model.xml", "model.onnx"
 # element types of the IR: codes of quantised weights, with a zero point or without; floats

@@ -19,11 +19,11 @@ from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
 from qwen_onnx.artifact.htp.grid import Grid
 from qwen_onnx.catalog.passes import HtpQdqExportConfig
 from qwen_onnx.export.calibration import calibration_ids
-from qwen_onnx.export.htp.calibrate import FloatTables, cache_of, calibrated_grids, float_decoder
-from qwen_onnx.export.htp.decoder import COSINES, EMBEDDINGS, LOGITS, MASK, SINES, Decoder, Sizes
-from qwen_onnx.export.htp.linears import Linears
-from qwen_onnx.export.htp.writer import DataFile, FloatWriter, QdqWriter
 from qwen_onnx.export.options import chosen, parameters
+from qwen_onnx.export.passes.htp_qdq.calibrate import FloatTables, cache_of, calibrated_grids, float_decoder
+from qwen_onnx.export.passes.htp_qdq.decoder import COSINES, EMBEDDINGS, LOGITS, MASK, SINES, Decoder, Sizes
+from qwen_onnx.export.passes.htp_qdq.linears import Linears
+from qwen_onnx.export.passes.htp_qdq.writer import DataFile, FloatWriter, QdqWriter
 
 DATA_FILE = "weights.data"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

@@ -29,11 +29,11 @@ from qwen_onnx.catalog.passes import BATCH, CalibratedGptqConfig
 from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
-from qwen_onnx.export.gptq import Quantized, gptq, round_to_nearest
 from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
+from qwen_onnx.export.passes.gptq.sensitivity import choose_int8, named_as
+from qwen_onnx.export.passes.gptq.solver import Quantized, gptq, round_to_nearest
 from qwen_onnx.export.progress import Steps
-from qwen_onnx.export.sensitivity import choose_int8, named_as
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
 from qwen_onnx.export.weights import (
     INDEX_FILE,

@@ -14,9 +14,9 @@ from qwen_onnx.artifact.htp.cpu import cpu_session
 from qwen_onnx.artifact.htp.folder import MASKED
 from qwen_onnx.artifact.htp.grid import Grid
 from qwen_onnx.artifact.htp.static_decoder import Cache, StaticDecoder, Tables
-from qwen_onnx.export.htp.decoder import COSINES, EMBEDDINGS, MASK, SINES, Decoder, Sizes
-from qwen_onnx.export.htp.linears import Linears
-from qwen_onnx.export.htp.writer import DataFile, FloatWriter
+from qwen_onnx.export.passes.htp_qdq.decoder import COSINES, EMBEDDINGS, MASK, SINES, Decoder, Sizes
+from qwen_onnx.export.passes.htp_qdq.linears import Linears
+from qwen_onnx.export.passes.htp_qdq.writer import DataFile, FloatWriter
 from qwen_onnx.export.progress import Steps
 
 # A masked score saturates at so much below the least score: each has e^-20 of the weight of any that is attended

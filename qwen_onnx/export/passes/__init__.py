@@ -1,0 +1,1 @@
+"""Our Olive passes, a folder each."""

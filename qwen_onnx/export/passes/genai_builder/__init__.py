@@ -1,0 +1,1 @@
+"""``GenAIModelBuilder``: the graph, by onnxruntime-genai's builder."""

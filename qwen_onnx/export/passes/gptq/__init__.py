@@ -1,0 +1,1 @@
+"""``CalibratedGptq``: GPTQ from calibration text, matrix by matrix."""

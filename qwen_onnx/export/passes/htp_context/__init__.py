@@ -1,0 +1,1 @@
+"""``HtpContext``: contexts compiled for Qualcomm's HTP."""

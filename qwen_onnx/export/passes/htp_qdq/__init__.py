@@ -1,0 +1,1 @@
+"""``HtpQdqExport``: graphs of fixed shapes in QDQ form for Qualcomm's HTP."""

@@ -1,0 +1,1 @@
+"""OpenVINO's IR and its package."""

@@ -1,0 +1,1 @@
+"""``RotateResidual``: a random rotation of the residual stream."""

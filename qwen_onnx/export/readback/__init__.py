@@ -1,0 +1,1 @@
+"""What a finished graph holds, read from the graph itself."""
