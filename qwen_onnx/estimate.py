@@ -1,7 +1,7 @@
 """What a build takes, before anything is downloaded: size of the artifact, disk, memory.
 
 Formulas over the sizes of the matrices; they come from the row's ``shape`` or from a local checkpoint's
-``config.json``. Each constant says where it comes from; ``python -m qwen_onnx.export.memory_benchmark`` measures the
+``config.json``. Each constant says where it comes from; ``python -m benchmarks.build_memory`` measures the
 same figures. Measured so far, dense models and mixtures of 0.05 to 4.4 GB: artifact and disk within 1 %, disk of the
 starter within 5 %; memory of build and verification within 8 %. Builds for NPUs: the artifact alone, memory of one.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from qwen_onnx.runtime.live import free_port
+from benchmarks.live import free_port
 from tests.conftest import edit_int4, edit_yaml, run_cli
 
 VERBS = (

@@ -18,8 +18,8 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.live import run
 from qwen_onnx.errors import EnvironmentFault, WorkerDiedError
-from qwen_onnx.runtime.live import run
 from qwen_onnx.runtime.security import KeyRing
 from qwen_onnx.runtime.server import create_app, load_service
 from qwen_onnx.runtime.service import QwenService

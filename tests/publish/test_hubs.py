@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwen_onnx.runtime.live import free_port
+from benchmarks.live import free_port
 from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, publish, pull, refused
 from tests.publish.fake_hubs import sha256
 

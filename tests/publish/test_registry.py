@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.live import free_port
 from qwen_onnx.publish.addresses import RegistryAddress, is_loopback, parse_address
-from qwen_onnx.runtime.live import free_port
 from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, leftovers, publish, pull, refused
 from tests.publish.fake_registry import PASSWORD, TOKEN, USER, digest_of
 

@@ -11,8 +11,8 @@ import pytest
 import uvicorn
 from openai import OpenAI
 
+from benchmarks.live import free_port
 from qwen_onnx.runtime import QwenService
-from qwen_onnx.runtime.live import free_port
 from qwen_onnx.runtime.server import create_app
 from qwen_onnx.runtime.settings import ServerSettings
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
+from benchmarks.live import free_port
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.listening import Server, make_config
-from qwen_onnx.runtime.live import free_port
 from qwen_onnx.runtime.logs import Formatter
 from qwen_onnx.runtime.server import create_app
 from qwen_onnx.runtime.settings import ServerSettings

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from qwen_onnx.runtime.live import LiveServer, free_port
+from benchmarks.live import LiveServer, free_port
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from qwen_onnx.runtime.live import LiveServer
+from benchmarks.live import LiveServer
 from tests.runtime.guarded import CHAT, exchange, request, statuses
 
 COUNT = 1000

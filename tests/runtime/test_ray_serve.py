@@ -12,9 +12,9 @@ import psutil
 import pytest
 from openai import APIStatusError, OpenAI
 
+from benchmarks.live import LiveServer
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.runtime import ray_serve
-from qwen_onnx.runtime.live import LiveServer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from qwen_onnx.runtime.live import LiveServer
+from benchmarks.live import LiveServer
 from tests.conftest import run_cli
 from tests.runtime.guarded import CHAT, until
 

@@ -15,10 +15,10 @@ import httpx
 import pytest
 import uvicorn
 
+from benchmarks.live import free_port
 from qwen_onnx.errors import OverloadedError, RequestError
 from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.runtime.generations import Generations
-from qwen_onnx.runtime.live import free_port
 from qwen_onnx.runtime.server import create_app
 from tests.runtime.conftest import ROOMY
 

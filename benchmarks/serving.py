@@ -1,6 +1,6 @@
 """What a server process does under load, measured over HTTP with streamed answers.
 
-``python -m qwen_onnx.runtime.benchmark ARTIFACT [--streams 2 4] [--prompt-tokens 64 256] [--rounds 5]``
+``python -m benchmarks.serving ARTIFACT [--streams 2 4] [--prompt-tokens 64 256] [--rounds 5]``
 
 Every round takes each condition once, in an order that rotates, so that whatever else the machine does meets all.
 Ratios are paired within a round. Times are a client's: they include HTTP and the server's event loop.
@@ -35,11 +35,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from benchmarks.figures import Bound, Figure, as_json, show
+from benchmarks.live import Answer, LiveServer, OnPiece, http_client, run, stream_chat
 from qwen_onnx.errors import ServiceError
 from qwen_onnx.runtime.engine import Shape
-from qwen_onnx.runtime.figures import Bound, Figure, as_json, show
 from qwen_onnx.runtime.generation import GenerationConfig
-from qwen_onnx.runtime.live import Answer, LiveServer, OnPiece, http_client, run, stream_chat
 from qwen_onnx.runtime.service import QwenService
 from qwen_onnx.runtime.tokenizer import TextTokenizer
 
@@ -288,7 +288,7 @@ def benchmark(folder: Path, options: Options, *, threads: int | None, say: Calla
     """
     prompts = Prompts(TextTokenizer(folder))
     arguments = [str(folder), *(() if threads is None else ("--threads", str(threads)))]
-    with LiveServer("qwen_onnx.runtime.lag", arguments) as server:
+    with LiveServer("benchmarks.lag", arguments) as server:
         bench = asyncio.run(measure(server, prompts, options, Shape.read(folder).eos_token_ids, say))
         engine = server.get_json("/probe")["engine"]
     say("batches")
@@ -311,7 +311,7 @@ def benchmark(folder: Path, options: Options, *, threads: int | None, say: Calla
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 when a bound is broken."""
     parser = argparse.ArgumentParser(
-        prog="python -m qwen_onnx.runtime.benchmark", description="load a server and measure it over HTTP"
+        prog="python -m benchmarks.serving", description="load a server and measure it over HTTP"
     )
     default = Options()
     parser.add_argument("artifact", type=Path)

@@ -1,6 +1,6 @@
 """The server with a probe inside: how late its event loop is, told at /probe.
 
-``python -m qwen_onnx.runtime.lag FOLDER --port 8000`` serves the same application as ``qwen-onnx serve``. It is for
+``python -m benchmarks.lag FOLDER --port 8000`` serves the same application as ``qwen-onnx serve``. It is for
 the benchmark alone: a clock outside the process would measure the client's event loop as well.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.runtime.live import LOOPBACK, run
+from benchmarks.live import LOOPBACK, run
 
 INTERVAL_S = 0.005
 PATH = "/probe"

@@ -1,4 +1,4 @@
-"""How much memory and disk a build takes: ``python -m qwen_onnx.export.memory_benchmark FOLDER``.
+"""How much memory and disk a build takes: ``python -m benchmarks.build_memory FOLDER``.
 
 Makes a random checkpoint, runs quantise and graph on it as a product build does, in a child process, and samples the
 child's anonymous memory (RssAnon of proc(5): what cannot be dropped and read again) and the disk. Prints a table,
@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.synthetic import SHARD, Size, write_checkpoint
 from qwen_onnx.export.olive import run_olive
-from qwen_onnx.export.synthetic import SHARD, Size, write_checkpoint
 from qwen_onnx.files import folder_bytes
 
 BOUND = 1_500_000_000  # bytes, besides the largest tensor in float32
@@ -199,7 +199,7 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(prog="python -m qwen_onnx.export.memory_benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.build_memory", description=__doc__)
     parser.add_argument("folder", type=Path, help="scratch folder; needs about twice the checkpoint's size")
     for item in fields(Size):
         parser.add_argument(f"--{item.name.replace('_', '-')}", type=int, default=item.default)

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.figures import Bound, Figure
+from benchmarks.live import Answer, read_event, stream_chat
+from benchmarks.serving import Window
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.runtime.benchmark import Window
-from qwen_onnx.runtime.figures import Bound, Figure
-from qwen_onnx.runtime.live import Answer, read_event, stream_chat
 
 
 def answer(*arrivals: float, tokens: int | None = None) -> Answer:
@@ -82,7 +82,7 @@ def test_line_separators_of_unicode_do_not_end_an_event() -> None:
 
 
 def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qwen_onnx.runtime.benchmark", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.serving", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 

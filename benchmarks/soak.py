@@ -1,6 +1,6 @@
 """Many kinds of requests for a long time: does the server keep its memory, its statuses and its promises?
 
-``python -m qwen_onnx.runtime.soak ARTIFACT [--minutes 15] [--clients 6]`` runs ``qwen-onnx serve`` in a process of its
+``python -m benchmarks.soak ARTIFACT [--minutes 15] [--clients 6]`` runs ``qwen-onnx serve`` in a process of its
 own. Exit 1 when its memory grows by more than ``--most-growth`` percent after warm-up, when a status comes that the
 request does not deserve, when an answer breaks off or hangs, or when the server does not end with 0 on SIGTERM.
 
@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from qwen_onnx.runtime.live import LiveServer, http_client, run, stream_chat
+from benchmarks.live import LiveServer, http_client, run, stream_chat
 
 if TYPE_CHECKING:
     import httpx
@@ -219,7 +219,7 @@ def show(tally: Tally, memory: Memory, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 when something is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m qwen_onnx.runtime.soak", description="load a server for long")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="load a server for long")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--clients", type=int, default=6)

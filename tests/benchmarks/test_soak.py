@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.runtime.soak import SOUND, Memory, Tally
+from benchmarks.soak import SOUND, Memory, Tally
 
 
 def test_growth_is_found_and_warm_up_is_left_out() -> None:
@@ -36,7 +36,7 @@ def test_what_a_request_does_not_deserve_is_a_fault(status: int, fault: str | No
 
 @pytest.mark.slow
 def test_a_minute_of_mixed_load(tiny_build: Path) -> None:
-    command = [sys.executable, "-m", "qwen_onnx.runtime.soak", str(tiny_build), "--minutes", "1"]
+    command = [sys.executable, "-m", "benchmarks.soak", str(tiny_build), "--minutes", "1"]
     command += ["--clients", "4", "--most-growth", "1000", "--serve-option=--threads=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout, done.stderr
