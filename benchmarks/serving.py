@@ -38,7 +38,7 @@ from rich.console import Console
 from benchmarks.figures import Bound, Figure, as_json, show
 from benchmarks.live import Answer, LiveServer, OnPiece, http_client, run, stream_chat
 from qwen_onnx.errors import ServiceError
-from qwen_onnx.runtime.engine import Shape
+from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.generation import GenerationConfig
 from qwen_onnx.runtime.service import QwenService
 from qwen_onnx.runtime.tokenizer import TextTokenizer

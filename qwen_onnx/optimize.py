@@ -39,7 +39,7 @@ from qwen_onnx.processes.environments import Interpreter, interpreter_of, is_rea
 from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
-    from qwen_onnx.runners.client import Runner
+    from qwen_onnx.runtime.engines.runners.client import Runner
     from qwen_onnx.verify.report import Report
 
 Progress = Callable[[str], None]
@@ -184,7 +184,7 @@ def runner_of(plan: Plan, cache: Path, progress: Progress) -> Callable[[Path], R
     """What runs a folder of the target where onnxruntime-genai cannot; None where it can."""
     if plan.environment is None:
         return None
-    from qwen_onnx.runners.client import Runner
+    from qwen_onnx.runtime.engines.runners.client import Runner
 
     name, interpreter = plan.environment.name, interpreter_of(plan.environment, cache, progress)
     # simulators are far too slow for thousands of positions: what was compiled is judged by the graph it came from
@@ -196,7 +196,7 @@ def simulator_of(plan: Plan, cache: Path, progress: Progress) -> Callable[[Path]
     """What runs a folder as the target's device would; None where the level promises no simulator."""
     if plan.environment is None or plan.verification is not Verification.SIMULATOR:
         return None
-    from qwen_onnx.runners.client import Runner
+    from qwen_onnx.runtime.engines.runners.client import Runner
 
     name, interpreter = plan.environment.name, interpreter_of(plan.environment, cache, progress)
     return lambda folder: Runner(folder, name, interpreter, threads=THREADS)
@@ -275,7 +275,7 @@ def smoke(folder: Path, plan: Plan, runner: Callable[[Path], Runner] | None = No
         ExportError: it does not load, gives no token, or its context is shorter than the plan's.
     """
     from qwen_onnx.errors import ArtifactError
-    from qwen_onnx.runtime.engine import Engine
+    from qwen_onnx.runtime.engines.genai import Engine
     from qwen_onnx.runtime.tokenizer import TextTokenizer
 
     if plan.verification is Verification.STRUCTURE:

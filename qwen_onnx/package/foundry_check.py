@@ -22,9 +22,9 @@ from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.contents import Contents
 from qwen_onnx.package.records import Package
+from qwen_onnx.package.sdk.job import Job
 from qwen_onnx.package.verify import verify_package
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
-from qwen_onnx.runners.foundry import Job
 from qwen_onnx.runtime.template import ChatTemplate
 from qwen_onnx.runtime.tokenizer import TextTokenizer
 
@@ -165,7 +165,7 @@ class _Child:
 @contextmanager
 def _child(interpreter: Interpreter, log: Any, seconds: float) -> Iterator[_Child]:
     """It tidies up and ends when its input does; when it was killed instead, its folder is removed here."""
-    command = [str(interpreter.python), "-m", "qwen_onnx.runners.foundry"]
+    command = [str(interpreter.python), "-m", "qwen_onnx.package.sdk.job"]
     process = subprocess.Popen(
         command, env=interpreter.variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from qwen_onnx.runtime.engines.interface import TokenEvent
 from qwen_onnx.runtime.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
-from qwen_onnx.runtime.requests import TokenEvent
 from qwen_onnx.runtime.tails import begun
 from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.answers import Answer
+from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEvent
 from qwen_onnx.runtime.generation import Delta, GenerationConfig, Prompt
-from qwen_onnx.runtime.requests import EngineStats, Handle, Listener, TokenEvent
 
 Job = tuple[Prompt, GenerationConfig]
 

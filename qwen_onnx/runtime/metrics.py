@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qwen_onnx.runtime.engines.interface import EngineStats
 from qwen_onnx.runtime.monitor import Measurement
-from qwen_onnx.runtime.requests import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "qwen_onnx_"

@@ -13,8 +13,8 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import psutil
 
+from qwen_onnx.runtime.engines.interface import EngineStats
 from qwen_onnx.runtime.generation import Completion, Delta
-from qwen_onnx.runtime.requests import EngineStats
 
 Status = Literal["healthy", "degraded", "unhealthy"]
 MOST_KEPT = 1000

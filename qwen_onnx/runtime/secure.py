@@ -18,11 +18,11 @@ from qwen_onnx.errors import (
     WorkerDiedError,
 )
 from qwen_onnx.runtime.answers import Answer
+from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEvent
 from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Delta, GenerationConfig, Prompt
 from qwen_onnx.runtime.limits import RateLimiter
 from qwen_onnx.runtime.logs import PromptHash, RequestRecord, current
 from qwen_onnx.runtime.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
-from qwen_onnx.runtime.requests import Handle, Listener, TokenEvent
 from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
 from qwen_onnx.runtime.service import QwenService, is_ids
 from qwen_onnx.runtime.template import check_depth

@@ -12,7 +12,9 @@ from typing import Any, Self, cast
 
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
 from qwen_onnx.runtime.answers import Answer, Assembler
-from qwen_onnx.runtime.engine import CONFIG_FILE, Cancelled
+from qwen_onnx.runtime.engines.genai import CONFIG_FILE, Cancelled
+from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEngine, TokenEvent, TokenRequest
+from qwen_onnx.runtime.engines.remote import EngineOptions, RemoteEngine, load_engine
 from qwen_onnx.runtime.generation import (
     DEFAULT,
     ChatPrompt,
@@ -24,10 +26,8 @@ from qwen_onnx.runtime.generation import (
     Sampling,
 )
 from qwen_onnx.runtime.generations import Generations
-from qwen_onnx.runtime.requests import EngineStats, Handle, Listener, TokenEngine, TokenEvent, TokenRequest
 from qwen_onnx.runtime.template import ChatTemplate, has_template
 from qwen_onnx.runtime.tokenizer import TextTokenizer, check_size
-from qwen_onnx.runtime.worker import EngineOptions, RemoteEngine, load_engine
 
 # seconds between two looks at ``cancelled`` while no token comes
 POLL = 0.05

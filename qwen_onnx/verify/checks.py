@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
-from qwen_onnx.runtime.batching.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.template import has_template
 from qwen_onnx.verify import latency
 from qwen_onnx.verify.context import Context

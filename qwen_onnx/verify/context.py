@@ -16,13 +16,13 @@ from qwen_onnx.verify.records import Drift, Latency, VerifyOptions
 from qwen_onnx.verify.scoring import Logits, OnnxScorer
 
 if TYPE_CHECKING:
-    from qwen_onnx.runtime.engine import Engine
+    from qwen_onnx.runtime.engines.genai import Engine
     from qwen_onnx.runtime.template import ChatTemplate
     from qwen_onnx.runtime.tokenizer import TextTokenizer
 
 
 class Runner(Protocol):
-    """An engine of another kind, see ``qwen_onnx.runners.client.Runner``."""
+    """An engine of another kind, see ``qwen_onnx.runtime.engines.runners.client.Runner``."""
 
     context_length: int
 
@@ -96,7 +96,7 @@ class Context:
         return self._engine(self.artifact, on_cpu=self.level is Verification.NUMERICS_ON_CPU)
 
     def _engine(self, folder: Path, *, on_cpu: bool = False) -> Engine | Runner:
-        from qwen_onnx.runtime.engine import Engine
+        from qwen_onnx.runtime.engines.genai import Engine
 
         return self._runner(folder) if self._runner else Engine(folder, threads=self.options.threads, on_cpu=on_cpu)
 

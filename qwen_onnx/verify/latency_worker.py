@@ -23,7 +23,7 @@ def load(engine: str, folder: Path, threads: int) -> Generate:
         from qwen_onnx.verify.baseline import TorchBaseline
 
         return TorchBaseline(folder, threads).generate
-    from qwen_onnx.runtime.engine import Engine
+    from qwen_onnx.runtime.engines.genai import Engine
 
     served = Engine(folder, threads=threads)
     return lambda ids, count: iter(served.generate(ids, max_new_tokens=count, stop_on_eos=False))

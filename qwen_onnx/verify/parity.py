@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qwen_onnx.runtime.batching.model import BatchModel
+from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.verify.corpus import Message
 from qwen_onnx.verify.scoring import Logits, Positions, compare
 

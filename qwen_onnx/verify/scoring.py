@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.runtime.engine import UNPACK_QDQ
+from qwen_onnx.runtime.engines.genai import UNPACK_QDQ
 
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]

@@ -20,9 +20,9 @@ from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.repairs import ROUTER_WEIGHTS
 from qwen_onnx.export.readback.onnx import compare, read_graph
-from qwen_onnx.runtime.engine import Engine
-from qwen_onnx.runtime.requests import TokenRequest
-from qwen_onnx.runtime.worker import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.genai import Engine
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.remote import EngineOptions, load_engine
 from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
 from qwen_onnx.sources.qwen1 import write_qwen2_form
 from qwen_onnx.verify.scoring import OnnxScorer
@@ -30,7 +30,7 @@ from tests.conftest import rewrite_json
 from tests.export.dequantized import with_weights_of
 from tests.fixtures_architectures import MAKERS, make_checkpoint
 from tests.fixtures_qwen1 import PublishedQwen1, make_qwen1_checkpoint
-from tests.runtime.batching.test_engine import Heard
+from tests.runtime.engines.batch.test_engine import Heard
 
 FP32 = GenAIModelBuilderConfig(precision="fp32")
 # level 1 keeps the activations in fp32: what is left is the arithmetic of the operators

@@ -1,5 +1,5 @@
 """The HTP's graphs on tiny models: rotation, shapes, cache, grids, readback; what the simulator makes of them:
-``tests/runners/test_qnn.py``."""
+``tests/runtime/engines/test_qnn.py``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qwen_onnx.export.passes.htp_qdq.linears import Linears
 from qwen_onnx.export.passes.rotate.rotate import rotate, rotation
 from qwen_onnx.export.readback.htp import read_qdq
 from qwen_onnx.export.readback.onnx import read_back
-from qwen_onnx.runners.qnn import Backend
+from qwen_onnx.runtime.engines.runners.qnn import Backend
 from tests.fixtures_architectures import VOCABULARY, make_checkpoint
 
 ARCHITECTURES = ("Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow))

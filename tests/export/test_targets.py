@@ -17,7 +17,7 @@ from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import ArtifactError, ExportError
 from qwen_onnx.export.passes.genai_builder.qdq import write_signed
 from qwen_onnx.export.readback.onnx import compare, read_graph
-from qwen_onnx.runtime.engine import Engine
+from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 from tests.conftest import REPOSITORY, make_tiny_checkpoint
 

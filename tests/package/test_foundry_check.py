@@ -19,8 +19,8 @@ import pytest
 from qwen_onnx.artifact.checksums import write_sums
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.package.foundry_check import PROMPTS, expected_counts, run_steps
+from qwen_onnx.package.sdk.job import Job
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
-from qwen_onnx.runners.foundry import Job
 from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY, as_in_a_terminal, run_cli
 from tests.package.conftest import edit_json, packaged
@@ -43,7 +43,7 @@ def children_of(place: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "qwen_onnx.runners.foundry" in process.cmdline() and process.environ().get("TMPDIR", "").startswith(
+            if "qwen_onnx.package.sdk.job" in process.cmdline() and process.environ().get("TMPDIR", "").startswith(
                 str(place)
             ):
                 found.append(process)
@@ -113,7 +113,7 @@ def interpreter(tmp_path: Path) -> Interpreter:
     """This Python, with the real child process and the tests' backend."""
     runners = tmp_path / "package/qwen_onnx/runners"
     runners.mkdir(parents=True)
-    shutil.copy(REPOSITORY / "qwen_onnx/runners/foundry.py", runners)
+    shutil.copy(REPOSITORY / "qwen_onnx/package/sdk/job.py", runners)
     (runners / "testing.py").write_text(BACKEND)
     return Interpreter(Path(sys.executable), tmp_path / "package")
 
@@ -155,7 +155,7 @@ def test_a_child_that_hangs_is_ended_with_all_that_it_began(interpreter: Interpr
 def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Interpreter, place: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from qwen_onnx.processes.environments import Interpreter\n"
-        "from qwen_onnx.package.foundry_check import run_steps; from qwen_onnx.runners.foundry import Job\n"
+        "from qwen_onnx.package.foundry_check import run_steps; from qwen_onnx.package.sdk.job import Job\n"
         "job = Job('testing', 'folder', 'hang', {}, {}, [])\n"
         "list(run_steps(job, Interpreter(Path(sys.executable), Path(sys.argv[1])), print, 600))"
     )

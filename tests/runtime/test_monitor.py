@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from qwen_onnx.runtime.engines.interface import EngineStats
 from qwen_onnx.runtime.generation import Completion, Delta
 from qwen_onnx.runtime.metrics import Metrics
 from qwen_onnx.runtime.monitor import MIB, Measurement, QwenMonitor, Thresholds
-from qwen_onnx.runtime.requests import EngineStats
 
 IDLE = EngineStats(
     kind="batch",

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.passes.genai_builder.build import build
-from qwen_onnx.runtime.batching.model import BatchModel, UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.model import BatchModel, UnsupportedGraphError
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.records import CheckResult, Verdict
 from tests.fixtures_architectures import make_checkpoint

@@ -14,7 +14,7 @@ from qwen_onnx.catalog.passes import HtpQdqExportConfig
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.passes.htp_qdq.export import export
 from qwen_onnx.processes.environments import own_interpreter
-from qwen_onnx.runners.client import Runner
+from qwen_onnx.runtime.engines.runners.client import Runner
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
 from tests.conftest import make_tiny_checkpoint
 from tests.export.test_htp import quantized

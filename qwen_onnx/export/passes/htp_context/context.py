@@ -41,7 +41,13 @@ def compile_in(interpreter: Interpreter, folder: Path, config: HtpContextConfig)
     Raises:
         ExportError: the HTP refuses a graph or a node of it; carries the last lines that the compiler wrote.
     """
-    command = [str(interpreter.python), "-m", "qwen_onnx.runners.qnn", str(folder), json.dumps(config.model_dump())]
+    command = [
+        str(interpreter.python),
+        "-m",
+        "qwen_onnx.runtime.engines.runners.qnn",
+        str(folder),
+        json.dumps(config.model_dump()),
+    ]
     lines: list[str] = []
     with subprocess.Popen(
         command, env=interpreter.variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.runners.foundry import Job, Phase, StepError, compared
+from qwen_onnx.package.sdk.job import Job, Phase, StepError, compared
 
 PHASE_NAMES = ("use", "again", "gone")
 APPLICATION = "qwen-onnx-foundry-check"

@@ -19,8 +19,8 @@ from qwen_onnx.export.passes.htp_context.context import compile_in
 from qwen_onnx.export.passes.htp_qdq.export import export
 from qwen_onnx.export.readback.htp import compare_folder, read_folder
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
-from qwen_onnx.runners.client import Runner
-from qwen_onnx.runners.qnn import Backend
+from qwen_onnx.runtime.engines.runners.client import Runner
+from qwen_onnx.runtime.engines.runners.qnn import Backend
 from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY
 from tests.export.test_htp import EXPORT, IDS, PREFILL, quantized

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from qwen_onnx.runtime import GenerationConfig, QwenService
-from qwen_onnx.runtime.batching.sampling import Sampler
+from qwen_onnx.runtime.engines.batch.sampling import Sampler
+from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.generation import Sampling
-from qwen_onnx.runtime.requests import TokenRequest
 
 VOCABULARY = 2000
 PROMPT = (3, 5, 5, 1999)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.errors import ArtifactError, OverloadedError, QwenOnnxError, WorkerDiedError
-from qwen_onnx.runtime.batching.engine import BatchEngine
-from qwen_onnx.runtime.batching.model import UnsupportedGraphError
-from qwen_onnx.runtime.engine import Shape
-from qwen_onnx.runtime.requests import EngineStats, Listener, TokenEvent, TokenRequest
-from qwen_onnx.runtime.serial import SerialEngine
+from qwen_onnx.runtime.engines.batch.engine import BatchEngine
+from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.genai import Shape
+from qwen_onnx.runtime.engines.interface import EngineStats, Listener, TokenEvent, TokenRequest
+from qwen_onnx.runtime.engines.serial import SerialEngine
 
 log = logging.getLogger(__name__)
 STATS_EVERY = 0.25

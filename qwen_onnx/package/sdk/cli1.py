@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from qwen_onnx.runners.foundry import Job, Phase, StepError, compared
+from qwen_onnx.package.sdk.job import Job, Phase, StepError, compared
 
 PHASE_NAMES = ("use",)
 ANSWER = 8

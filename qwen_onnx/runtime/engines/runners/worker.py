@@ -1,4 +1,4 @@
-"""The child process: ``python -m qwen_onnx.runners.worker BACKEND FOLDER THREADS``.
+"""The child process: ``python -m qwen_onnx.runtime.engines.runners.worker BACKEND FOLDER THREADS``.
 
 Requests are lines of JSON on standard input: ``{"op": "logits" | "start" | "step", "ids": [...]}``. An answer is a line
 of JSON, ``{"shape": [...]}`` or ``{"error": "..."}``, and then the float32 numbers in C order.

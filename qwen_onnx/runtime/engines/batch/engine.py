@@ -14,12 +14,12 @@ import numpy as np
 import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, ServiceError
-from qwen_onnx.runtime.batching.guidance import Grammars
-from qwen_onnx.runtime.batching.model import BatchModel, Floats
-from qwen_onnx.runtime.batching.rows import Rows
-from qwen_onnx.runtime.batching.sampling import Sampler
-from qwen_onnx.runtime.engine import Shape
-from qwen_onnx.runtime.requests import (
+from qwen_onnx.runtime.engines.batch.guidance import Grammars
+from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
+from qwen_onnx.runtime.engines.batch.rows import Rows
+from qwen_onnx.runtime.engines.batch.sampling import Sampler
+from qwen_onnx.runtime.engines.genai import Shape
+from qwen_onnx.runtime.engines.interface import (
     ALL_FEATURES,
     CLOSED,
     EngineFinish,

@@ -9,7 +9,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.engine import Shape
+from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.tokenizer import TOKENIZER_FILE
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qwen_onnx.errors import ArtifactError, VerificationError
 from qwen_onnx.processes.environments import Interpreter
-from qwen_onnx.runtime.engine import Shape
+from qwen_onnx.runtime.engines.genai import Shape
 
 Logits = npt.NDArray[np.float32]
 
@@ -37,7 +37,14 @@ class Runner:
         self.shape = Shape.read(folder)
         self.context_length = self.shape.context_length
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        command = [str(interpreter.python), "-m", "qwen_onnx.runners.worker", backend, str(folder), str(threads)]
+        command = [
+            str(interpreter.python),
+            "-m",
+            "qwen_onnx.runtime.engines.runners.worker",
+            backend,
+            str(folder),
+            str(threads),
+        ]
         self._child = subprocess.Popen(
             command, env=interpreter.variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
         )

@@ -20,7 +20,7 @@ import onnxruntime as ort
 import psutil
 
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
-from qwen_onnx.runtime.engine import CONFIG_FILE, Shape
+from qwen_onnx.runtime.engines.genai import CONFIG_FILE, Shape
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -12,8 +12,16 @@ from pathlib import Path
 import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
-from qwen_onnx.runtime.engine import Engine, SamplingOptions
-from qwen_onnx.runtime.requests import ALL_FEATURES, CLOSED, GREEDY, EngineStats, Listener, TokenEvent, TokenRequest
+from qwen_onnx.runtime.engines.genai import Engine, SamplingOptions
+from qwen_onnx.runtime.engines.interface import (
+    ALL_FEATURES,
+    CLOSED,
+    GREEDY,
+    EngineStats,
+    Listener,
+    TokenEvent,
+    TokenRequest,
+)
 
 log = logging.getLogger(__name__)
 # genai keeps seeds in 32 bits

@@ -12,9 +12,9 @@ import pytest
 
 from qwen_onnx.errors import OverloadedError, PromptTooLongError, RequestError, ServiceError
 from qwen_onnx.runtime import Engine
-from qwen_onnx.runtime.batching import BatchEngine
+from qwen_onnx.runtime.engines.batch import BatchEngine
+from qwen_onnx.runtime.engines.interface import TokenEngine, TokenEvent, TokenRequest
 from qwen_onnx.runtime.generation import Sampling
-from qwen_onnx.runtime.requests import TokenEngine, TokenEvent, TokenRequest
 
 
 class Heard:

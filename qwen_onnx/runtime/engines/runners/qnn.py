@@ -118,7 +118,7 @@ class Backend:
 
 
 def main(folder: str, options: str) -> int:
-    """Compile the graphs of a folder: ``python -m qwen_onnx.runners.qnn FOLDER OPTIONS-AS-JSON``."""
+    """Compile the graphs of a folder: ``python -m qwen_onnx.runtime.engines.runners.qnn FOLDER OPTIONS-AS-JSON``."""
     compile_contexts(HtpFolder.read(Path(folder)), json.loads(options))
     return 0
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_onnx.runtime.batching.guidance import Matcher
-from qwen_onnx.runtime.requests import TokenRequest
+from qwen_onnx.runtime.engines.batch.guidance import Matcher
+from qwen_onnx.runtime.engines.interface import TokenRequest
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Weights = np.ndarray[Any, np.dtype[np.float64]]

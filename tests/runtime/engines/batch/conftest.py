@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen_onnx.runtime import Engine
-from qwen_onnx.runtime.batching import BatchEngine
+from qwen_onnx.runtime.engines.batch import BatchEngine
 from tests.conftest import build_apart
 
 

@@ -11,13 +11,13 @@ import pytest
 
 from qwen_onnx.errors import OverloadedError, RequestError, ServiceError
 from qwen_onnx.runtime import Engine
-from qwen_onnx.runtime.batching import BatchEngine
-from qwen_onnx.runtime.batching.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch import BatchEngine
+from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.remote import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.serial import SerialEngine
 from qwen_onnx.runtime.generation import Sampling
-from qwen_onnx.runtime.requests import TokenRequest
-from qwen_onnx.runtime.serial import SerialEngine
-from qwen_onnx.runtime.worker import EngineOptions, load_engine
-from tests.runtime.batching.test_engine import Heard, alone, endless
+from tests.runtime.engines.batch.test_engine import Heard, alone, endless
 
 
 @pytest.fixture

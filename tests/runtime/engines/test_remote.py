@@ -20,9 +20,9 @@ from qwen_onnx.errors import (
     WorkerDiedError,
 )
 from qwen_onnx.runtime import RemoteEngine
-from qwen_onnx.runtime.requests import TokenRequest
-from qwen_onnx.runtime.worker import EngineOptions
-from tests.runtime.batching.test_engine import Heard, endless
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.remote import EngineOptions
+from tests.runtime.engines.batch.test_engine import Heard, endless
 
 
 @pytest.fixture(scope="module")

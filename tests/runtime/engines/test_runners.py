@@ -12,8 +12,8 @@ import pytest
 
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, VerificationError
 from qwen_onnx.processes.environments import Interpreter
-from qwen_onnx.runners import worker
-from qwen_onnx.runners.client import Runner
+from qwen_onnx.runtime.engines.runners import worker
+from qwen_onnx.runtime.engines.runners.client import Runner
 
 VOCABULARY, CONTEXT, EOS = 8, 16, 7
 COUNTING = '''

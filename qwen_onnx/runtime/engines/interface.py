@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qwen_onnx.errors import QwenOnnxError
-from qwen_onnx.runtime.engine import Shape
+from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.generation import Sampling
 
 # fields of ``GenerationConfig`` beyond max_new_tokens, temperature and stop, which every engine has

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder
-from qwen_onnx.runners import qnn
+from qwen_onnx.runtime.engines.runners import qnn
 
 
 class Backend(qnn.Backend):

@@ -1,7 +1,7 @@
-"""The child process of ``package.foundry_check``: ``python -m qwen_onnx.runners.foundry``.
+"""The child process of ``package.foundry_check``: ``python -m qwen_onnx.package.sdk.job``.
 
 It reads a ``Job`` as one line of JSON from standard input, cuts itself off from the network, and runs the job's phases
-one after another, each in a process of its own: ``python -m qwen_onnx.runners.foundry PHASE``. Every step is a line of
+one after another, each in a process of its own: ``python -m qwen_onnx.package.sdk.job PHASE``. Every step is a line of
 JSON on standard output, after a first one with the folder for all that Foundry writes. All of them end when their
 standard input does, and the first takes that folder with it, so that nothing outlives who asked.
 """
@@ -184,7 +184,7 @@ def _run_phases(
 ) -> int:
     for name in importlib.import_module(f"qwen_onnx.runners.{job.backend}").PHASE_NAMES:
         child = subprocess.Popen(
-            [sys.executable, "-m", "qwen_onnx.runners.foundry", name],
+            [sys.executable, "-m", "qwen_onnx.package.sdk.job", name],
             env={**os.environ, **NOWHERE, **LOCAL, "HOME": job.state, "TMPDIR": job.state},
             cwd=job.state,
             stdin=subprocess.PIPE,

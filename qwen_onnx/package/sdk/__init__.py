@@ -1,0 +1,1 @@
+"""What runs in Foundry Local's own environment."""
