@@ -40,8 +40,8 @@ from benchmarks.live import Answer, LiveServer, OnPiece, http_client, run, strea
 from qwen_onnx.errors import ServiceError
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.generation import GenerationConfig
+from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 from qwen_onnx.runtime.service import QwenService
-from qwen_onnx.runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import httpx

@@ -276,7 +276,7 @@ def smoke(folder: Path, plan: Plan, runner: Callable[[Path], Runner] | None = No
     """
     from qwen_onnx.errors import ArtifactError
     from qwen_onnx.runtime.engines.genai import Engine
-    from qwen_onnx.runtime.tokenizer import TextTokenizer
+    from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
     if plan.verification is Verification.STRUCTURE:
         return

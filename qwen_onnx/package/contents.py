@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from qwen_onnx.artifact.manifest import MANIFEST, Manifest
 from qwen_onnx.errors import ArtifactError, EnvironmentFault, PackageError
 from qwen_onnx.package.records import PackageRecord, read_package
-from qwen_onnx.runtime.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
-from qwen_onnx.runtime.tokenizer import TextTokenizer
+from qwen_onnx.runtime.processing.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
+from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
 GENAI_CONFIG = "genai_config.json"
 SIDECAR = "foundry_local.json"

@@ -14,7 +14,7 @@ from typing import Any
 from qwen_onnx.package.contents import CONTENT, GENAI_CONFIG, INFERENCE, SIDECAR, Contents
 from qwen_onnx.package.devices import DEVICES
 from qwen_onnx.package.records import PackageRecord
-from qwen_onnx.runtime.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
+from qwen_onnx.runtime.processing.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
 
 # pairs of markers by the property that names them, and the keys of genai_config.json that hold their ids
 TOOL_MARKERS = ("<tool_call>", "</tool_call>")

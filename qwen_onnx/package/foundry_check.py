@@ -25,8 +25,8 @@ from qwen_onnx.package.records import Package
 from qwen_onnx.package.sdk.job import Job
 from qwen_onnx.package.verify import verify_package
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
-from qwen_onnx.runtime.template import ChatTemplate
-from qwen_onnx.runtime.tokenizer import TextTokenizer
+from qwen_onnx.runtime.processing.template import ChatTemplate
+from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
 Progress = Callable[[str], None]
 # environment and backend of each profile

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from qwen_onnx.runtime.engines.interface import TokenEvent
 from qwen_onnx.runtime.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
-from qwen_onnx.runtime.tails import begun
-from qwen_onnx.runtime.tokenizer import StreamDecoder, TextTokenizer
+from qwen_onnx.runtime.processing.tails import begun
+from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
 
 
 class Answer(Protocol):

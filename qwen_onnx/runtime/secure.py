@@ -23,9 +23,9 @@ from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt, Delta, GenerationC
 from qwen_onnx.runtime.limits import RateLimiter
 from qwen_onnx.runtime.logs import PromptHash, RequestRecord, current
 from qwen_onnx.runtime.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
-from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
+from qwen_onnx.runtime.processing.sanitise import Sanitiser, sanitised
+from qwen_onnx.runtime.processing.template import check_depth
 from qwen_onnx.runtime.service import QwenService, is_ids
-from qwen_onnx.runtime.template import check_depth
 
 Observer = Callable[[Measurement], None]
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})

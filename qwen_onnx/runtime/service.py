@@ -26,8 +26,8 @@ from qwen_onnx.runtime.generation import (
     Sampling,
 )
 from qwen_onnx.runtime.generations import Generations
-from qwen_onnx.runtime.template import ChatTemplate, has_template
-from qwen_onnx.runtime.tokenizer import TextTokenizer, check_size
+from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
+from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
 
 # seconds between two looks at ``cancelled`` while no token comes
 POLL = 0.05

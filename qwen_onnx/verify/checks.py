@@ -9,7 +9,7 @@ from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
-from qwen_onnx.runtime.template import has_template
+from qwen_onnx.runtime.processing.template import has_template
 from qwen_onnx.verify import latency
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import judge

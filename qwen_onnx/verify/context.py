@@ -17,8 +17,8 @@ from qwen_onnx.verify.scoring import Logits, OnnxScorer
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.genai import Engine
-    from qwen_onnx.runtime.template import ChatTemplate
-    from qwen_onnx.runtime.tokenizer import TextTokenizer
+    from qwen_onnx.runtime.processing.template import ChatTemplate
+    from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
 
 class Runner(Protocol):
@@ -115,14 +115,14 @@ class Context:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that serves."""
-        from qwen_onnx.runtime.tokenizer import TextTokenizer
+        from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
         return TextTokenizer(self.artifact)
 
     @cached_property
     def template(self) -> ChatTemplate:
         """The chat template that serves."""
-        from qwen_onnx.runtime.template import ChatTemplate
+        from qwen_onnx.runtime.processing.template import ChatTemplate
 
         return ChatTemplate(self.artifact)
 

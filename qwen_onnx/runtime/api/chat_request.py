@@ -10,8 +10,8 @@ from pydantic import Field
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.api.asked import Asked, Tool
-from qwen_onnx.runtime.api.grammars import ANY_OBJECT
 from qwen_onnx.runtime.api.protocol import NO_CHANGE, SamplingFields, Schema, Strict
+from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 

@@ -11,7 +11,7 @@ from qwen_onnx.runtime.api.chat_response import call_id, sse
 from qwen_onnx.runtime.api.events import End, Reasoning, Step
 from qwen_onnx.runtime.api.protocol import Strict
 from qwen_onnx.runtime.api.responses_request import ReasoningText, ResponseRequest
-from qwen_onnx.runtime.api.tool_calls import CallArguments, CallStart
+from qwen_onnx.runtime.processing.tool_calls import CallArguments, CallStart
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 

@@ -21,8 +21,8 @@ from qwen_onnx.runtime.api.chat_request import (
     UserMessage,
     plain_messages,
 )
-from qwen_onnx.runtime.api.grammars import ANY_OBJECT
 from qwen_onnx.runtime.api.protocol import NO_CHANGE, Described, Schema, Strict, ranged
+from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 Status = Annotated[

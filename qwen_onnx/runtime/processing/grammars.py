@@ -13,8 +13,7 @@ from typing import Any, Literal
 from llguidance import LLMatcher
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime import reasoning
-from qwen_onnx.runtime.api import tool_calls
+from qwen_onnx.runtime.processing import reasoning, tool_calls
 
 # a model that is not sure would else write blanks until its tokens are spent
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,40}"

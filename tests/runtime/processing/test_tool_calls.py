@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_onnx.runtime.api.tool_calls import CallArguments, CallEvent, CallStart, Text, ToolCallParser
+from qwen_onnx.runtime.processing.tool_calls import CallArguments, CallEvent, CallStart, Text, ToolCallParser
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": [1, {"b": "}</tool_call>\\""}]}}\n</tool_call>'
 SHORT = '<tool_call>{"name":"g","arguments":{}}</tool_call>'

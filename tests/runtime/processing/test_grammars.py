@@ -9,7 +9,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime import QwenService
-from qwen_onnx.runtime.api.grammars import ANY_OBJECT, Calls, Grammar, check_schema
+from qwen_onnx.runtime.processing.grammars import ANY_OBJECT, Calls, Grammar, check_schema
 
 FLAG = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_onnx.runtime.reasoning import ThinkingSplitter
+from qwen_onnx.runtime.processing.reasoning import ThinkingSplitter
 
 
 def split(pushes: list[str], inside: bool = False) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen_onnx.runtime.tails import begun
+from qwen_onnx.runtime.processing.tails import begun
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"arguments"\s*:\s*')

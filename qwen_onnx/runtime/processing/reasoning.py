@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qwen_onnx.runtime.tails import begun
+from qwen_onnx.runtime.processing.tails import begun
 
 OPEN, CLOSE = "<think>", "</think>"
 

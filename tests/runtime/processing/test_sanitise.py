@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_onnx.runtime.sanitise import Sanitiser, sanitised
+from qwen_onnx.runtime.processing.sanitise import Sanitiser, sanitised
 
 FRAGMENTS = [
     "<script>", "</script>", "<script src=x>", "</script >", "<SCRIPT\n", "<iframe ", "</iframe>", "<scr", "ipt>",

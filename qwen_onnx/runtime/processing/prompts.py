@@ -15,7 +15,7 @@ import string
 from collections.abc import Sequence
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.tokenizer import TextTokenizer
+from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
 # https://huggingface.co/Qwen/Qwen2.5-Math-7B-Instruct#quick-start, https://huggingface.co/Qwen/QwQ-32B#usage-guidelines
 STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
