@@ -63,7 +63,7 @@ def main() -> int:
     import uvicorn
 
     from qwen_onnx.runtime.server import create_app
-    from qwen_onnx.runtime.service import QwenService
+    from qwen_onnx.runtime.service.qwen import QwenService
 
     parser = argparse.ArgumentParser(description="serve an artifact with a probe of the event loop")
     parser.add_argument("folder", type=Path)

@@ -39,9 +39,9 @@ from benchmarks.figures import Bound, Figure, as_json, show
 from benchmarks.live import Answer, LiveServer, OnPiece, http_client, run, stream_chat
 from qwen_onnx.errors import ServiceError
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.generation import GenerationConfig
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.generation import GenerationConfig
+from qwen_onnx.runtime.service.qwen import QwenService
 
 if TYPE_CHECKING:
     import httpx

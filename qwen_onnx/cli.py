@@ -304,8 +304,8 @@ def generate(
 ) -> None:
     """Continue PROMPT as plain text, streaming; prints prompt and continuation."""
     from qwen_onnx.artifact.manifest import open_runnable
-    from qwen_onnx.runtime.generation import GenerationConfig
-    from qwen_onnx.runtime.service import QwenService
+    from qwen_onnx.runtime.service.generation import GenerationConfig
+    from qwen_onnx.runtime.service.qwen import QwenService
 
     text = sys.stdin.read() if prompt == "-" else prompt
     config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))

@@ -20,8 +20,8 @@ def chat(
     """
     from qwen_onnx.artifact.manifest import open_runnable
     from qwen_onnx.runtime.conversation import Conversation
-    from qwen_onnx.runtime.generation import GenerationConfig
-    from qwen_onnx.runtime.service import QwenService
+    from qwen_onnx.runtime.service.generation import GenerationConfig
+    from qwen_onnx.runtime.service.qwen import QwenService
     from qwen_onnx.runtime.terminal import Terminal
 
     opened = open_runnable(artifact.resolve())

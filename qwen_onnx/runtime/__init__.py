@@ -2,13 +2,13 @@
 
 from qwen_onnx.runtime.engines.genai import Engine, SamplingOptions
 from qwen_onnx.runtime.engines.remote import RemoteEngine
-from qwen_onnx.runtime.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
-from qwen_onnx.runtime.monitor import Health, QwenMonitor, Thresholds
 from qwen_onnx.runtime.processing import prompts
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
-from qwen_onnx.runtime.secure import Policy, SecureQwenService
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
+from qwen_onnx.runtime.service.monitor import Health, QwenMonitor, Thresholds
+from qwen_onnx.runtime.service.qwen import QwenService
+from qwen_onnx.runtime.service.secure import Policy, SecureQwenService
 
 __all__ = [
     "ChatPrompt",

@@ -13,9 +13,9 @@ from pydantic import AfterValidator, ValidationError
 from qwen_onnx.catalog.schema import Record
 from qwen_onnx.errors import ConfigError, PromptTooLongError, RequestError, TemplateError
 from qwen_onnx.files import write_private
-from qwen_onnx.runtime.generation import RANGES, ChatPrompt, Delta, GenerationConfig, Message
 from qwen_onnx.runtime.processing.reasoning import Kind, ThinkingSplitter, is_open
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.generation import RANGES, ChatPrompt, Delta, GenerationConfig, Message
+from qwen_onnx.runtime.service.qwen import QwenService
 
 # what /set knows; the rest of a configuration are texts and tables, not numbers
 SETTINGS = tuple(name for name in RANGES if name != "logprobs")

@@ -19,10 +19,10 @@ from typing import Any
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime import logs
 from qwen_onnx.runtime.api.protocol import error_body
-from qwen_onnx.runtime.limits import RateLimiter, check_token_fields, read_json
 from qwen_onnx.runtime.logs import RequestRecord
 from qwen_onnx.runtime.metrics import Metrics
 from qwen_onnx.runtime.security import KeyRing
+from qwen_onnx.runtime.service.limits import RateLimiter, check_token_fields, read_json
 from qwen_onnx.runtime.settings import ServerSettings
 from qwen_onnx.runtime.tracing import Tracer
 

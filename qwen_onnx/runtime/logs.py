@@ -17,8 +17,8 @@ from typing import Any, TextIO
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-from qwen_onnx.runtime.generation import ChatPrompt, Prompt
-from qwen_onnx.runtime.monitor import Measurement
+from qwen_onnx.runtime.service.generation import ChatPrompt, Prompt
+from qwen_onnx.runtime.service.monitor import Measurement
 
 log = logging.getLogger("qwen_onnx.request")
 SysExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]

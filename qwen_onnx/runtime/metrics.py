@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from qwen_onnx.runtime.engines.interface import EngineStats
-from qwen_onnx.runtime.monitor import Measurement
+from qwen_onnx.runtime.service.monitor import Measurement
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "qwen_onnx_"

@@ -22,7 +22,7 @@ from benchmarks.live import run
 from qwen_onnx.errors import EnvironmentFault, WorkerDiedError
 from qwen_onnx.runtime.security import KeyRing
 from qwen_onnx.runtime.server import create_app, load_service
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.qwen import QwenService
 from qwen_onnx.runtime.settings import ServerSettings
 
 APPLICATION = "qwen-onnx"

@@ -22,13 +22,13 @@ from qwen_onnx.runtime import logs
 from qwen_onnx.runtime.api import make_router
 from qwen_onnx.runtime.faults import handle_errors
 from qwen_onnx.runtime.gate import Gate, Watch
-from qwen_onnx.runtime.generation import GenerationConfig
 from qwen_onnx.runtime.listening import Server, make_config
 from qwen_onnx.runtime.metrics import CONTENT_TYPE, Metrics
-from qwen_onnx.runtime.monitor import QwenMonitor
-from qwen_onnx.runtime.secure import GuardedService, Policy
 from qwen_onnx.runtime.security import KeyRing
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.generation import GenerationConfig
+from qwen_onnx.runtime.service.monitor import QwenMonitor
+from qwen_onnx.runtime.service.qwen import QwenService
+from qwen_onnx.runtime.service.secure import GuardedService, Policy
 from qwen_onnx.runtime.settings import ServerSettings
 from qwen_onnx.runtime.tracing import Tracer, make_tracer
 from qwen_onnx.runtime.web import make_web_router

@@ -57,7 +57,7 @@ import sys
 sys.modules["opentelemetry.sdk"] = sys.modules["opentelemetry.exporter"] = None
 from fastapi.testclient import TestClient
 from qwen_onnx.runtime.server import create_app
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.qwen import QwenService
 body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 with TestClient(create_app(QwenService(sys.argv[1], threads=1), "tiny")) as client:
     print(client.post("/v1/chat/completions", json=body).status_code)

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.api.events import Reading
-from qwen_onnx.runtime.generation import DEFAULT, ChatPrompt
 from qwen_onnx.runtime.processing.grammars import Calls, Grammar, check_grammar, check_schema
 from qwen_onnx.runtime.processing.reasoning import OPEN, is_open
 from qwen_onnx.runtime.processing.tool_calls import OPEN as CALL
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt
+from qwen_onnx.runtime.service.qwen import QwenService
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from qwen_onnx.runtime.api.events import Answer, End, Finish, Reasoning, Step
 from qwen_onnx.runtime.api.protocol import Strict, Usage
-from qwen_onnx.runtime.generation import Delta, TokenLogprob
 from qwen_onnx.runtime.processing.tool_calls import CallArguments, CallStart
+from qwen_onnx.runtime.service.generation import Delta, TokenLogprob
 
 # after the last chunk of a stream
 DONE = "data: [DONE]\n\n"

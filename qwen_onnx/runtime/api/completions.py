@@ -11,7 +11,7 @@ from pydantic import Field
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.api.chat_response import LEAST_LOGPROB, sse
 from qwen_onnx.runtime.api.protocol import SamplingFields, Strict, Usage
-from qwen_onnx.runtime.generation import Completion, Delta, TokenLogprob
+from qwen_onnx.runtime.service.generation import Completion, Delta, TokenLogprob
 
 MOST_PROMPTS = 128
 

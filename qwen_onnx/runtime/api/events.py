@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qwen_onnx.runtime.generation import Delta, TokenLogprob
 from qwen_onnx.runtime.processing.reasoning import Piece, ThinkingSplitter
 from qwen_onnx.runtime.processing.tool_calls import CallArguments, CallEvent, CallStart, Text, ToolCallParser
+from qwen_onnx.runtime.service.generation import Delta, TokenLogprob
 
 Finish = Literal["stop", "length", "tool_calls"]
 

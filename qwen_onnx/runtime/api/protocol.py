@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engines.interface import ALL_FEATURES
-from qwen_onnx.runtime.generation import DEFAULT, RANGES, Delta, GenerationConfig
-from qwen_onnx.runtime.limits import is_deeper
+from qwen_onnx.runtime.service.generation import DEFAULT, RANGES, Delta, GenerationConfig
+from qwen_onnx.runtime.service.limits import is_deeper
 
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
 MOST_STOPS = 4

@@ -22,9 +22,9 @@ from qwen_onnx.runtime.api.protocol import REFUSALS, Model, ModelList, configs, 
 from qwen_onnx.runtime.api.responses import ResponseAnswers, ResponseBody
 from qwen_onnx.runtime.api.responses_request import ResponseRequest
 from qwen_onnx.runtime.api.running import ClientLeft, unless_left
-from qwen_onnx.runtime.generation import Delta
-from qwen_onnx.runtime.generations import Generations, Job
-from qwen_onnx.runtime.service import QwenService
+from qwen_onnx.runtime.service.generation import Delta
+from qwen_onnx.runtime.service.generations import Generations, Job
+from qwen_onnx.runtime.service.qwen import QwenService
 
 EVENT_STREAM = "text/event-stream"
 # nginx's name for "no request": a status that nobody receives, for the logs

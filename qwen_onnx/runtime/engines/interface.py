@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.generation import Sampling
+from qwen_onnx.runtime.service.generation import Sampling
 
 # fields of ``GenerationConfig`` beyond max_new_tokens, temperature and stop, which every engine has
 ALL_FEATURES = frozenset(

@@ -18,8 +18,8 @@ from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
-from qwen_onnx.runtime.generation import Message
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size, check_text
+from qwen_onnx.runtime.service.generation import Message
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"

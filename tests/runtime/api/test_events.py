@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_onnx.runtime.api.events import Answer, Call, Reader, Reading, Step
-from qwen_onnx.runtime.generation import Delta, FinishReason, TokenLogprob
+from qwen_onnx.runtime.service.generation import Delta, FinishReason, TokenLogprob
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "</think>"}}\n</tool_call>'
 PLAIN, TOOLS = Reading(thinks=True), Reading(thinks=True, functions=["f"], trusted=True)

@@ -18,8 +18,8 @@ import uvicorn
 from benchmarks.live import free_port
 from qwen_onnx.errors import OverloadedError, RequestError
 from qwen_onnx.runtime import GenerationConfig, QwenService
-from qwen_onnx.runtime.generations import Generations
 from qwen_onnx.runtime.server import create_app
+from qwen_onnx.runtime.service.generations import Generations
 from tests.runtime.conftest import ROOMY
 
 LONG = GenerationConfig(max_new_tokens=8000, logit_bias={1: -100})

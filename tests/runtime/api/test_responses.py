@@ -15,8 +15,8 @@ from qwen_onnx.errors import WorkerDiedError
 from qwen_onnx.runtime.api.events import End, Reasoning, Step
 from qwen_onnx.runtime.api.responses import ResponseAnswers
 from qwen_onnx.runtime.api.responses_request import ResponseRequest
-from qwen_onnx.runtime.generation import Delta
 from qwen_onnx.runtime.processing.tool_calls import CallArguments, CallStart, Text
+from qwen_onnx.runtime.service.generation import Delta
 
 CITY = {
     "type": "object",

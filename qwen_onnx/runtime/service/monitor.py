@@ -14,7 +14,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 import psutil
 
 from qwen_onnx.runtime.engines.interface import EngineStats
-from qwen_onnx.runtime.generation import Completion, Delta
+from qwen_onnx.runtime.service.generation import Completion, Delta
 
 Status = Literal["healthy", "degraded", "unhealthy"]
 MOST_KEPT = 1000

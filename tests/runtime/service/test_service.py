@@ -14,7 +14,7 @@ import pytest
 
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, QwenOnnxError, RequestError, TemplateError
 from qwen_onnx.runtime import Delta, Engine, GenerationConfig, QwenService, StreamDecoder
-from qwen_onnx.runtime.answers import StopStrings
+from qwen_onnx.runtime.service.answers import StopStrings
 
 SHORT = GenerationConfig(max_new_tokens=24)
 SEEDED = GenerationConfig(max_new_tokens=24, seed=1)

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.answers import Answer
 from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEvent
-from qwen_onnx.runtime.generation import Delta, GenerationConfig, Prompt
+from qwen_onnx.runtime.service.answers import Answer
+from qwen_onnx.runtime.service.generation import Delta, GenerationConfig, Prompt
 
 Job = tuple[Prompt, GenerationConfig]
 

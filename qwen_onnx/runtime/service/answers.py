@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qwen_onnx.runtime.engines.interface import TokenEvent
-from qwen_onnx.runtime.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
 from qwen_onnx.runtime.processing.tails import begun
 from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
+from qwen_onnx.runtime.service.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
 
 
 class Answer(Protocol):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.limits import MOST_CLIENTS, RateLimiter, check_token_fields, read_json
+from qwen_onnx.runtime.service.limits import MOST_CLIENTS, RateLimiter, check_token_fields, read_json
 
 
 class Clock:

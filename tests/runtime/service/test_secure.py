@@ -12,7 +12,7 @@ import pytest
 
 from qwen_onnx.errors import DeadlineError, OverloadedError, RateLimitError, RequestError
 from qwen_onnx.runtime import ChatPrompt, GenerationConfig, Policy, QwenService, SecureQwenService
-from qwen_onnx.runtime.secure import GuardedService, characters
+from qwen_onnx.runtime.service.secure import GuardedService, characters
 
 SHORT = GenerationConfig(max_new_tokens=8)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
-from qwen_onnx.runtime.answers import Answer, Assembler
 from qwen_onnx.runtime.engines.genai import CONFIG_FILE, Cancelled
 from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEngine, TokenEvent, TokenRequest
 from qwen_onnx.runtime.engines.remote import EngineOptions, RemoteEngine, load_engine
-from qwen_onnx.runtime.generation import (
+from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
+from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
+from qwen_onnx.runtime.service.answers import Answer, Assembler
+from qwen_onnx.runtime.service.generation import (
     DEFAULT,
     ChatPrompt,
     Completion,
@@ -25,9 +27,7 @@ from qwen_onnx.runtime.generation import (
     Prompt,
     Sampling,
 )
-from qwen_onnx.runtime.generations import Generations
-from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
-from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
+from qwen_onnx.runtime.service.generations import Generations
 
 # seconds between two looks at ``cancelled`` while no token comes
 POLL = 0.05
