@@ -62,7 +62,7 @@ def main() -> int:
     """Serve with the probe until SIGTERM."""
     import uvicorn
 
-    from qwen_onnx.runtime.server import create_app
+    from qwen_onnx.runtime.server.app import create_app
     from qwen_onnx.runtime.service.qwen import QwenService
 
     parser = argparse.ArgumentParser(description="serve an artifact with a probe of the event loop")

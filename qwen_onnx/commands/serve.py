@@ -19,7 +19,7 @@ def new(
     file: Annotated[Path, typer.Option(help="file of keys; made when it does not exist")],
 ) -> None:
     """Make an API key: prints it, once; the file keeps a name and a hash."""
-    from qwen_onnx.runtime.security import new_key
+    from qwen_onnx.runtime.server.keys import new_key
 
     print(new_key(name, file))
 
@@ -57,8 +57,8 @@ def serve(
     import os
 
     from qwen_onnx.artifact.manifest import open_runnable
-    from qwen_onnx.runtime.server import serve as run
-    from qwen_onnx.runtime.settings import ServerSettings
+    from qwen_onnx.runtime.server.app import serve as run
+    from qwen_onnx.runtime.server.settings import ServerSettings
 
     settings = ServerSettings.read(
         os.environ,

@@ -13,8 +13,8 @@ from openai import OpenAI
 
 from benchmarks.live import free_port
 from qwen_onnx.runtime import QwenService
-from qwen_onnx.runtime.server import create_app
-from qwen_onnx.runtime.settings import ServerSettings
+from qwen_onnx.runtime.server.app import create_app
+from qwen_onnx.runtime.server.settings import ServerSettings
 
 # the tests of the API look at what lies beyond the limits too: at the context's end, at long answers
 ROOMY = ServerSettings(max_input_characters=2_000_000, max_tokens=100_000)

@@ -16,10 +16,10 @@ import httpx
 
 from benchmarks.live import free_port
 from qwen_onnx.runtime import QwenService
-from qwen_onnx.runtime.listening import Server, make_config
-from qwen_onnx.runtime.logs import Formatter
-from qwen_onnx.runtime.server import create_app
-from qwen_onnx.runtime.settings import ServerSettings
+from qwen_onnx.runtime.server.app import create_app
+from qwen_onnx.runtime.server.listening import Server, make_config
+from qwen_onnx.runtime.server.logs import Formatter
+from qwen_onnx.runtime.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 

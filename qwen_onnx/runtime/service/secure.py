@@ -18,9 +18,9 @@ from qwen_onnx.errors import (
     WorkerDiedError,
 )
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEvent
-from qwen_onnx.runtime.logs import PromptHash, RequestRecord, current
 from qwen_onnx.runtime.processing.sanitise import Sanitiser, sanitised
 from qwen_onnx.runtime.processing.template import check_depth
+from qwen_onnx.runtime.server.logs import PromptHash, RequestRecord, current
 from qwen_onnx.runtime.service.answers import Answer
 from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt, Delta, GenerationConfig, Prompt
 from qwen_onnx.runtime.service.limits import RateLimiter

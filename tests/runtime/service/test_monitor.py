@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen_onnx.runtime.engines.interface import EngineStats
-from qwen_onnx.runtime.metrics import Metrics
+from qwen_onnx.runtime.server.metrics import Metrics
 from qwen_onnx.runtime.service.generation import Completion, Delta
 from qwen_onnx.runtime.service.monitor import MIB, Measurement, QwenMonitor, Thresholds
 

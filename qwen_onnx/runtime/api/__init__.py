@@ -1,5 +1,0 @@
-"""OpenAI's API: what comes in, what goes out, and the routes between."""
-
-from qwen_onnx.runtime.api.routes import make_router
-
-__all__ = ["make_router"]

@@ -1,0 +1,279 @@
+"""Bodies of POST /v1/chat/completions: https://platform.openai.com/docs/api-reference/chat/create"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
+from qwen_onnx.runtime.server.api.asked import Asked, Tool
+from qwen_onnx.runtime.server.api.protocol import NO_CHANGE, SamplingFields, Schema, Strict
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class TextPart(Strict):
+    """A text part of a message; images and audio are refused by its type."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | list[TextPart]
+Name = Annotated[str | None, Field(description="Handed to the chat template, which may not use it.")]
+
+
+def joined(content: Content | None) -> str:
+    """Parts are joined to one text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+class SystemMessage(Strict):
+    """What the model is told first; ``developer`` is the newer word for it."""
+
+    role: Literal["system", "developer"]
+    content: Content
+    name: Name = None
+
+    def plain(self) -> dict[str, Any]:
+        """For the chat template."""
+        return {"role": "system", "content": joined(self.content)}
+
+
+class UserMessage(Strict):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Content
+    name: Name = None
+
+    def plain(self) -> dict[str, Any]:
+        """For the chat template."""
+        return {"role": "user", "content": joined(self.content)}
+
+
+class FunctionCall(Strict):
+    """An earlier call; ``arguments`` is a JSON object as text."""
+
+    name: FunctionName
+    arguments: str
+
+
+class ToolCall(Strict):
+    """An earlier call and its id."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    def plain(self, where: str) -> dict[str, Any]:
+        """For the chat template, which writes the arguments itself.
+
+        Raises:
+            RequestError: they are no JSON object.
+        """
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"arguments of the call {self.id!r} are no JSON: {error}", where=where) from error
+        if not isinstance(arguments, dict):
+            raise RequestError(f"arguments of the call {self.id!r} are no JSON object", where=where)
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class AssistantMessage(Strict):
+    """An earlier answer."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: str | None = Field(
+        default=None, description="Handed to the chat template, which drops what it has no use for."
+    )
+    tool_calls: list[ToolCall] | None = None
+    name: Name = None
+    refusal: None = Field(default=None, description=NO_CHANGE)
+    audio: None = Field(default=None, description=NO_CHANGE)
+    function_call: None = Field(default=None, description=NO_CHANGE)
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = Field(default=None, description=NO_CHANGE)
+
+    def plain(self, where: str) -> dict[str, Any]:
+        """For the chat template.
+
+        Raises:
+            RequestError: neither content nor calls, or a faulty call.
+        """
+        if self.content is None and not self.tool_calls:
+            raise RequestError("an answer without content needs tool_calls", where=where)
+        message: dict[str, Any] = {"role": "assistant", "content": joined(self.content)}
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain(where) for call in self.tool_calls]
+        return message
+
+
+class ToolMessage(Strict):
+    """What a function returned."""
+
+    role: Literal["tool"]
+    tool_call_id: str
+    content: Content
+    name: Name = None
+
+    def plain(self) -> dict[str, Any]:
+        """For the chat template."""
+        return {"role": "tool", "content": joined(self.content), "tool_call_id": self.tool_call_id}
+
+
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+]
+
+
+def plain_messages(messages: Sequence[Any], place: str = "messages") -> list[dict[str, Any]]:
+    """For the chat template, checked as a whole.
+
+    Raises:
+        RequestError: a faulty call, or a result of one that was never made.
+    """
+    plain: list[dict[str, Any]] = []
+    made: set[str] = set()
+    for index, message in enumerate(messages):
+        where = f"{place}.{index}"
+        if isinstance(message, ToolMessage) and message.tool_call_id not in made:
+            raise RequestError(f"there is no earlier call {message.tool_call_id!r}", where=f"{where}.tool_call_id")
+        if isinstance(message, AssistantMessage):
+            made |= {call.id for call in message.tool_calls or ()}
+            told = message.plain(where)
+        else:
+            told = message.plain()
+        plain.append(told if message.name is None else {**told, "name": message.name})
+    return plain
+
+
+class Function(Strict):
+    """A function; ``parameters`` is a JSON schema, absent: it has none."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = Field(default=None, description="Calls are held to the schema in any case.")
+
+
+class ChatTool(Strict):
+    """Something that the model may use; there are functions only."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionRef(Strict):
+    """Names a function."""
+
+    name: str
+
+
+class NamedChoice(Strict):
+    """The model must call this function."""
+
+    type: Literal["function"]
+    function: FunctionRef
+
+
+class JsonSchema(Strict):
+    """A schema for the content."""
+
+    name: FunctionName
+    description: str | None = Field(default=None, description=NO_CHANGE)
+    schema_: Schema | None = Field(default=None, alias="schema", description="Absent: any object.")
+    strict: bool | None = Field(default=None, description="The content is held to the schema in any case.")
+
+
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Strict):
+    """JSON after a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class TemplateArguments(Strict):
+    """What the chat template is told."""
+
+    enable_thinking: bool | None = None
+
+
+class ChatRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="The newer name of max_tokens.")
+    logprobs: bool | None = Field(default=None, description="Log probabilities of the answer's tokens.")
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Alternatives told; only with logprobs.")
+    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
+    tools: list[ChatTool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="False: at most one call. Absent: true.")
+    chat_template_kwargs: TemplateArguments | None = None
+    modalities: list[Literal["text"]] | None = Field(default=None, description="There is text only.")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``GenerationConfig`` that were given, but for the grammar.
+
+        Raises:
+            RequestError: fields that contradict each other.
+        """
+        given = self.sampling()
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise RequestError("max_tokens and max_completion_tokens differ", where="max_completion_tokens")
+            given["max_new_tokens"] = self.max_completion_tokens
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs", where="top_logprobs")
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        return given
+
+    def asked(self) -> Asked:
+        """The conversation.
+
+        Raises:
+            RequestError: faulty messages.
+        """
+        form, choice = self.response_format, self.tool_choice
+        schema: Schema | None = None
+        if isinstance(form, JsonObjectFormat):
+            schema = ANY_OBJECT
+        elif isinstance(form, JsonSchemaFormat):
+            schema = form.json_schema.schema_ if form.json_schema.schema_ is not None else ANY_OBJECT
+        functions = [tool.function for tool in self.tools or ()]
+        return Asked(
+            plain_messages(self.messages),
+            [Tool(function.name, function.description, function.parameters) for function in functions],
+            choice="required" if isinstance(choice, NamedChoice) else choice or "auto",
+            named=choice.function.name if isinstance(choice, NamedChoice) else None,
+            parallel=self.parallel_tool_calls is not False,
+            schema=schema,
+            thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
+        )

@@ -1,0 +1,218 @@
+"""Bodies of POST /v1/responses: https://platform.openai.com/docs/api-reference/responses/create"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
+from qwen_onnx.runtime.server.api.asked import Asked, Tool
+from qwen_onnx.runtime.server.api.chat_request import (
+    AssistantMessage,
+    Function,
+    FunctionCall,
+    FunctionName,
+    FunctionRef,
+    SystemMessage,
+    TemplateArguments,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+    plain_messages,
+)
+from qwen_onnx.runtime.server.api.protocol import NO_CHANGE, Described, Schema, Strict, ranged
+
+Empty = Annotated[list[Any], Field(max_length=0)]
+Status = Annotated[
+    Literal["in_progress", "completed", "incomplete"] | None, Field(description="Of an item that was an answer.")
+]
+
+
+class InputText(Strict):
+    """A text part; images and files are refused by its type."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: Empty | None = Field(default=None, description=NO_CHANGE)
+    logprobs: list[Any] | None = Field(default=None, description=NO_CHANGE)
+
+
+class InputMessage(Strict):
+    """A message; one with the role assistant may be an item of an earlier answer."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputText]
+    id: str | None = Field(default=None, description=NO_CHANGE)
+    status: Status = None
+
+
+class InputCall(Strict):
+    """A call of an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: FunctionName
+    arguments: str
+    id: str | None = Field(default=None, description=NO_CHANGE)
+    status: Status = None
+
+
+class CallOutput(Strict):
+    """What a function returned."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputText]
+    id: str | None = Field(default=None, description=NO_CHANGE)
+    status: Status = None
+
+
+class ReasoningText(Strict):
+    """What the model thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class InputReasoning(Strict):
+    """Reasoning of an earlier answer, handed to the chat template, which drops what it has no use for."""
+
+    type: Literal["reasoning"]
+    id: str | None = Field(default=None, description=NO_CHANGE)
+    summary: Empty | None = None
+    content: list[ReasoningText] | None = None
+    encrypted_content: None = None
+    status: Status = None
+
+
+InputItem = InputMessage | InputCall | CallOutput | InputReasoning
+
+
+class FunctionTool(Function):
+    """A function; ``parameters`` is a JSON schema, absent: it has none."""
+
+    type: Literal["function"]
+
+
+class NamedFunction(FunctionRef):
+    """The model must call this function."""
+
+    type: Literal["function"]
+
+
+class TextFormat(Strict):
+    """Any text or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Strict):
+    """JSON after a schema."""
+
+    type: Literal["json_schema"]
+    name: FunctionName
+    schema_: Schema = Field(alias="schema")
+    description: str | None = Field(default=None, description=NO_CHANGE)
+    strict: bool | None = Field(default=None, description="The answer is held to the schema in any case.")
+
+
+class TextOptions(Strict):
+    """What kind of text."""
+
+    format: TextFormat | SchemaFormat | None = None
+
+
+class ResponseStreamOptions(Strict):
+    """There is nothing to choose."""
+
+    include_obfuscation: Literal[False] | None = Field(default=None, description="Events are never padded.")
+
+
+class ResponseRequest(Described):
+    """Body of POST /v1/responses. The server keeps nothing: send the whole conversation."""
+
+    model: str
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: str | None = Field(default=None, description="A system message before the input.")
+    max_output_tokens: int | None = ranged("max_new_tokens", "Most tokens of the answer, reasoning included.")
+    temperature: float | None = ranged("temperature", "0 is greedy.")
+    top_p: float | None = ranged("top_p", "Nucleus sampling.")
+    stream: bool | None = Field(default=None, description="Server-sent events instead of one body.")
+    stream_options: ResponseStreamOptions | None = None
+    text: TextOptions | None = None
+    tools: list[FunctionTool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="False: at most one call. Absent: true.")
+    chat_template_kwargs: TemplateArguments | None = Field(default=None, description="Not in OpenAI's API.")
+    background: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = Field(default=None, description="What is too long is refused.")
+    include: Empty | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``GenerationConfig`` that were given, but for the grammar."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: set stream", where="stream_options")
+        given = {"max_new_tokens": self.max_output_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def asked(self) -> Asked:
+        """The conversation.
+
+        Raises:
+            RequestError: faulty items.
+        """
+        form, choice = self.text.format if self.text else None, self.tool_choice
+        schema: Schema | None = None
+        if isinstance(form, SchemaFormat):
+            schema = form.schema_
+        elif form and form.type == "json_object":
+            schema = ANY_OBJECT
+        messages = plain_messages(self._messages(), "input")
+        if self.instructions is not None:
+            messages.insert(0, {"role": "system", "content": self.instructions})
+        return Asked(
+            messages,
+            [Tool(tool.name, tool.description, tool.parameters) for tool in self.tools or ()],
+            choice="required" if isinstance(choice, NamedFunction) else choice or "auto",
+            named=choice.name if isinstance(choice, NamedFunction) else None,
+            parallel=self.parallel_tool_calls is not False,
+            schema=schema,
+            schema_field="text.format",
+            thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
+        )
+
+    def _messages(self) -> list[Any]:
+        """Items as messages of a chat; what the model gave in one go is one message."""
+        if isinstance(self.input, str):
+            return [UserMessage(role="user", content=self.input)]
+        messages: list[Any] = []
+        for item in self.input:
+            last = messages[-1] if messages and isinstance(messages[-1], AssistantMessage) else None
+            if isinstance(item, InputMessage) and item.role != "assistant":
+                kind = UserMessage if item.role == "user" else SystemMessage
+                messages.append(kind(role=item.role, content=_joined(item.content)))  # type: ignore[arg-type]
+            elif isinstance(item, CallOutput):
+                messages.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_joined(item.output)))
+            elif isinstance(item, InputCall):
+                last = last or _opened(messages)
+                call = FunctionCall(name=item.name, arguments=item.arguments)
+                last.tool_calls = [*(last.tool_calls or ()), ToolCall(id=item.call_id, function=call)]
+            elif isinstance(item, InputMessage):
+                # reasoning alone goes with the text that follows it
+                last = last if last and last.content == "" and not last.tool_calls else _opened(messages)
+                last.content = _joined(item.content)
+            else:
+                _opened(messages).reasoning_content = "".join(part.text for part in item.content or ()) or None
+        return messages
+
+
+def _opened(messages: list[Any]) -> AssistantMessage:
+    messages.append(AssistantMessage(role="assistant", content=""))
+    return messages[-1]  # type: ignore[no-any-return]
+
+
+def _joined(content: str | list[InputText]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)

@@ -1,0 +1,241 @@
+"""The routes below /v1."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qwen_onnx.errors import QwenOnnxError, RequestError
+from qwen_onnx.runtime.server.api.asked import understood
+from qwen_onnx.runtime.server.api.chat_request import ChatRequest
+from qwen_onnx.runtime.server.api.chat_response import DONE, ChatAnswers, ChatCompletion, sse
+from qwen_onnx.runtime.server.api.completions import CompletionRequest, TextAnswers, TextCompletion
+from qwen_onnx.runtime.server.api.events import Answer, End, Reader, Reading, Step
+from qwen_onnx.runtime.server.api.protocol import REFUSALS, Model, ModelList, configs, error_body
+from qwen_onnx.runtime.server.api.responses import ResponseAnswers, ResponseBody
+from qwen_onnx.runtime.server.api.responses_request import ResponseRequest
+from qwen_onnx.runtime.server.api.running import ClientLeft, unless_left
+from qwen_onnx.runtime.service.generation import Delta
+from qwen_onnx.runtime.service.generations import Generations, Job
+from qwen_onnx.runtime.service.qwen import QwenService
+
+EVENT_STREAM = "text/event-stream"
+# nginx's name for "no request": a status that nobody receives, for the logs
+CLIENT_LEFT = 499
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; the generations stop when it ends, also when the client leaves before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], running: Generations) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(_or_error(events), media_type=EVENT_STREAM, headers=headers)
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.cancel()
+
+
+async def _or_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        async for event in events:
+            yield event
+    except QwenOnnxError as error:
+        # the status line is long gone: an error event is what the openai client raises from
+        kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+        yield sse(error_body(error.what, kind=kind, param=error.where))
+
+
+def _documented(events: str) -> dict[int | str, dict[str, Any]]:
+    stream = {"schema": {"type": "string"}}
+    whole = {"description": f"The answer; with stream set {events}", "content": {EVENT_STREAM: stream}}
+    return {**REFUSALS, 200: whole}
+
+
+def make_router(service: QwenService, model_name: str) -> APIRouter:
+    """Models, chat completions, completions and responses of one model."""
+    router = APIRouter(prefix="/v1")
+    _add_models(router, model_name)
+    _add_chat(router, service, model_name)
+    _add_completions(router, service, model_name)
+    _add_responses(router, service, model_name)
+    return router
+
+
+def _add_models(router: APIRouter, model_name: str) -> None:
+    model = Model(id=model_name, created=int(time.time()))
+
+    @router.get("/models", responses={"4XX": REFUSALS["4XX"]})
+    async def models() -> ModelList:
+        """The model of this server."""
+        return ModelList(data=[model])
+
+    @router.get("/models/{model_id:path}", response_model=Model, responses={404: REFUSALS[404], "4XX": REFUSALS["4XX"]})
+    async def one(model_id: str) -> Model | JSONResponse:
+        """One model."""
+        return _unknown(model_id, model_name) or model
+
+
+def _unknown(asked: str, model_name: str) -> JSONResponse | None:
+    if asked == model_name:
+        return None
+    text = f"the model {asked!r} does not exist; this server has {model_name!r}"
+    return JSONResponse(error_body(text, kind="invalid_request_error", param="model", code="model_not_found"), 404)
+
+
+async def _answered(
+    request: Request,
+    running: Generations,
+    stream: bool | None,
+    events: Callable[[], AsyncIterator[str]],
+    whole: Callable[[], Coroutine[None, None, bytes]],
+) -> Response:
+    """Events or a whole answer, unless the client leaves."""
+    if stream:
+        return EventStream(events(), running)
+    try:
+        return Response(await unless_left(request, whole()), media_type="application/json")
+    except ClientLeft:
+        return Response(status_code=CLIENT_LEFT)
+    finally:
+        running.cancel()
+
+
+def _add_chat(router: APIRouter, service: QwenService, model_name: str) -> None:
+    @router.post("/chat/completions", response_model=ChatCompletion, responses=_documented("chat.completion.chunk"))
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        unknown = _unknown(body.model, model_name)
+        if unknown:
+            return unknown
+        options, asked = body.options(), body.asked()
+        ids, grammar, reading = await asyncio.to_thread(understood, service, asked)
+        options["grammar"] = grammar
+        jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
+        running = await Generations.begin(service, jobs)
+        bodies = ChatAnswers(
+            model_name, service.fingerprint, len(jobs), with_logprobs=bool(body.logprobs), with_usage=body.with_usage
+        )
+        return await _answered(
+            request,
+            running,
+            body.stream,
+            lambda: _chat_events(running, len(jobs), reading, bodies),
+            lambda: _chat_whole(running, len(jobs), reading, bodies),
+        )
+
+
+async def steps(running: Generations, count: int, reading: Reading) -> AsyncIterator[tuple[int, Step]]:
+    """(index of the answer, step of it) until all have ended."""
+    readers = [Reader(reading) for _ in range(count)]
+    async for index, delta in running:
+        for step in readers[index].feed(delta):
+            yield index, step
+
+
+async def _chat_whole(running: Generations, count: int, reading: Reading, bodies: ChatAnswers) -> bytes:
+    answers = [Answer() for _ in range(count)]
+    async for index, step in steps(running, count, reading):
+        answers[index].add(step)
+    return bodies.whole(answers)
+
+
+async def _chat_events(running: Generations, count: int, reading: Reading, bodies: ChatAnswers) -> AsyncIterator[str]:
+    ends: dict[int, End] = {}
+    for role in bodies.roles():
+        yield role
+    async for index, step in steps(running, count, reading):
+        if isinstance(step.event, End):
+            ends[index] = step.event
+        yield bodies.chunk(index, step)
+    for chunk in bodies.usage_chunks(ends):
+        yield chunk
+    yield DONE
+
+
+def _add_completions(router: APIRouter, service: QwenService, model_name: str) -> None:
+    @router.post("/completions", response_model=TextCompletion, responses=_documented("text_completion objects"))
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts."""
+        unknown = _unknown(body.model, model_name)
+        if unknown:
+            return unknown
+        each = configs(body.options(), body.choices, service.engine.features)
+        prompts = await asyncio.to_thread(lambda: [service.prepare(prompt, each[0]) for prompt in body.prompts()])
+        jobs: list[Job] = [(ids, config) for ids in prompts for config in each]
+        running = await Generations.begin(service, jobs)
+        bodies = TextAnswers(
+            model_name, service.fingerprint, len(each), logprobs=body.logprobs, with_usage=body.with_usage
+        )
+        return await _answered(
+            request,
+            running,
+            body.stream,
+            lambda: _text_events(running, bodies),
+            lambda: _text_whole(running, len(jobs), bodies),
+        )
+
+
+async def _text_whole(running: Generations, count: int, bodies: TextAnswers) -> bytes:
+    answers: list[list[Delta]] = [[] for _ in range(count)]
+    async for index, delta in running:
+        answers[index].append(delta)
+    return bodies.whole(answers)
+
+
+async def _text_events(running: Generations, bodies: TextAnswers) -> AsyncIterator[str]:
+    last: dict[int, Delta] = {}
+    async for index, delta in running:
+        last[index] = delta
+        yield bodies.chunk(index, delta)
+    for chunk in bodies.usage_chunks(last):
+        yield chunk
+    yield DONE
+
+
+def _add_responses(router: APIRouter, service: QwenService, model_name: str) -> None:
+    @router.post("/responses", response_model=ResponseBody, responses=_documented("response.* events"))
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        """Answer a conversation, in the form of OpenAI's Responses API. Nothing is kept."""
+        unknown = _unknown(body.model, model_name)
+        if unknown:
+            return unknown
+        options = body.options()
+        ids, options["grammar"], reading = await asyncio.to_thread(understood, service, body.asked())
+        running = await Generations.begin(service, [(ids, configs(options, 1, service.engine.features)[0])])
+        bodies = ResponseAnswers(body)
+        return await _answered(
+            request,
+            running,
+            body.stream,
+            lambda: _response_events(running, reading, bodies),
+            lambda: _response_whole(running, reading, bodies),
+        )
+
+
+async def _response_whole(running: Generations, reading: Reading, bodies: ResponseAnswers) -> bytes:
+    async for _, step in steps(running, 1, reading):
+        bodies.add(step)
+    return bodies.body().model_dump_json(exclude_unset=True).encode()
+
+
+async def _response_events(running: Generations, reading: Reading, bodies: ResponseAnswers) -> AsyncIterator[str]:
+    for event in bodies.begin():
+        yield event
+    try:
+        async for _, step in steps(running, 1, reading):
+            for event in bodies.add(step):
+                yield event
+    except QwenOnnxError as error:
+        for event in bodies.failed(error):
+            yield event

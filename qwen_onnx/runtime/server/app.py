@@ -1,0 +1,167 @@
+"""The HTTP server: one model, safe by default, and watched."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse, Response
+
+from qwen_onnx import __version__
+from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.runtime.server import logs
+from qwen_onnx.runtime.server.admission import Gate, Watch
+from qwen_onnx.runtime.server.api import make_router
+from qwen_onnx.runtime.server.faults import handle_errors
+from qwen_onnx.runtime.server.keys import KeyRing
+from qwen_onnx.runtime.server.listening import Server, make_config
+from qwen_onnx.runtime.server.metrics import CONTENT_TYPE, Metrics
+from qwen_onnx.runtime.server.settings import ServerSettings
+from qwen_onnx.runtime.server.tracing import Tracer, make_tracer
+from qwen_onnx.runtime.server.web import make_web_router
+from qwen_onnx.runtime.service.generation import GenerationConfig
+from qwen_onnx.runtime.service.monitor import QwenMonitor
+from qwen_onnx.runtime.service.qwen import QwenService
+from qwen_onnx.runtime.service.secure import GuardedService, Policy
+
+SNIPPET = """\
+{model} at {url}
+
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+{authorization}  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
+answer = client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello"}}])
+print(answer.choices[0].message.content)
+"""
+
+
+def create_app(
+    service: QwenService,
+    model_name: str,
+    settings: ServerSettings | None = None,
+    *,
+    keys: KeyRing | None = None,
+    tracer: Tracer | None = None,
+) -> FastAPI:
+    """The application around a running service, which it closes at its end.
+
+    Args:
+        settings: None: the defaults, under any Host, for a server that somebody else's program runs.
+        keys: None: no keys are asked for.
+    """
+    settings = settings or ServerSettings(allowed_hosts=("*",))
+    monitor = QwenMonitor(service)
+    metrics = Metrics(service.stats, lambda: int(psutil.Process().memory_info().rss))
+    policy = Policy(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Policy)})
+    guarded = GuardedService(service, policy, (monitor.add, metrics.generation))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(guarded.close)
+        if tracer:
+            await asyncio.to_thread(tracer.close)
+
+    app = FastAPI(title="qwen-onnx", version=__version__, lifespan=lifespan)
+    app.state.draining = False
+    handle_errors(app)
+    _add_health(app, model_name, monitor)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    app.include_router(make_router(guarded, model_name))
+    app.include_router(make_web_router(model_name))
+    known = frozenset({*app.openapi()["paths"], "/", "/docs", "/openapi.json"})
+    app.openapi_schema = None
+    app.add_middleware(Gate, settings=settings, keys=keys or KeyRing({}), watch=Watch(metrics, tracer), routes=known)
+    if settings.cors_origins:
+        # outermost: a browser's preflight carries no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    return app
+
+
+def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:
+    """Probes: whether the process answers, and whether it should get requests."""
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "ok", "model": model_name}
+
+    @app.get("/health/ready", responses={503: {"description": "unhealthy, or about to end"}})
+    async def ready() -> JSONResponse:
+        health = monitor.health_check()
+        told: dict[str, Any] = dataclasses.asdict(health)
+        if app.state.draining:
+            told["status"] = "draining"
+        return JSONResponse(told, 503 if told["status"] in ("unhealthy", "draining") else 200)
+
+
+def load_service(folder: Path, settings: ServerSettings, threads: int | None) -> QwenService:
+    """The model in a child process, which has answered once. ArtifactError when it does not load."""
+    service = QwenService(
+        folder,
+        threads=threads,
+        isolated=True,
+        streams=settings.streams,
+        queue_size=settings.queue_size,
+        context=settings.context,
+    )
+    service.generate("Hello", GenerationConfig(max_new_tokens=1))
+    return service
+
+
+def serve(folder: Path, *, model_name: str, settings: ServerSettings, threads: int | None = None) -> None:
+    """Load the model in a child process and serve until SIGTERM or SIGINT; running answers may end in the grace time.
+
+    Raises:
+        ArtifactError: the folder holds no model that loads.
+        ConfigError: keys that cannot be read; reachable from outside without any.
+        EnvironmentFault: the port is taken; ``otlp`` without its extra.
+    """
+    keys = KeyRing.load(settings.keys, os.environ)
+    settings.check_exposure(keyed=bool(keys))
+    logs.configure()
+    tracer = make_tracer(settings.otlp, model_name) if settings.otlp else None
+    service = load_service(folder, settings, threads)
+    app = create_app(service, model_name, settings, keys=keys, tracer=tracer)
+
+    def drain() -> None:
+        app.state.draining = True
+
+    def greet(port: int) -> None:
+        print(greeting(model_name, settings.host, port, keyed=bool(keys)), flush=True)
+
+    try:
+        Server(make_config(app, settings), greet, drain).run()
+    except SystemExit as error:
+        raise EnvironmentFault(
+            f"cannot listen at {settings.host}:{settings.port}", hint="another --port; 0 takes a free one"
+        ) from error
+
+
+def greeting(model: str, host: str, port: int, *, keyed: bool) -> str:
+    """The address, and how to use it: ready to be copied."""
+    # one cannot connect to "every address"
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    authorization = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if keyed else ""
+    key = "YOUR_KEY" if keyed else "none"
+    return SNIPPET.format(model=model, url=f"http://{name}:{port}", authorization=authorization, key=key)
