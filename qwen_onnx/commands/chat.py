@@ -19,10 +19,10 @@ def chat(
     Without a terminal each line of standard input is a question, and an empty line ends.
     """
     from qwen_onnx.artifact.manifest import open_runnable
-    from qwen_onnx.runtime.conversation import Conversation
+    from qwen_onnx.runtime.chat.conversation import Conversation
+    from qwen_onnx.runtime.chat.terminal import Terminal
     from qwen_onnx.runtime.service.generation import GenerationConfig
     from qwen_onnx.runtime.service.qwen import QwenService
-    from qwen_onnx.runtime.terminal import Terminal
 
     opened = open_runnable(artifact.resolve())
     config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_onnx.errors import ConfigError, QwenOnnxError
-from qwen_onnx.runtime.conversation import SETTINGS, Conversation, Outcome
-from qwen_onnx.runtime.line_input import piped, terminal_reader
+from qwen_onnx.runtime.chat.conversation import SETTINGS, Conversation, Outcome
+from qwen_onnx.runtime.chat.line_input import piped, terminal_reader
 from qwen_onnx.runtime.processing.reasoning import Kind
 
 DIM, RED, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"

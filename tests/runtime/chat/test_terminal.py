@@ -17,9 +17,9 @@ import pytest
 
 from qwen_onnx.errors import ConfigError, PromptTooLongError, TemplateError
 from qwen_onnx.runtime import GenerationConfig, QwenService
-from qwen_onnx.runtime.conversation import Conversation
-from qwen_onnx.runtime.line_input import is_complete, unwrap
-from qwen_onnx.runtime.terminal import Writer
+from qwen_onnx.runtime.chat.conversation import Conversation
+from qwen_onnx.runtime.chat.line_input import is_complete, unwrap
+from qwen_onnx.runtime.chat.terminal import Writer
 from tests.conftest import REPOSITORY, run_cli
 
 # whole control sequences, and one whose end has not come yet
