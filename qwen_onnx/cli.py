@@ -132,7 +132,7 @@ def plan(
     if source and not estimate:
         raise ConfigError(["--source: only with --estimate, a plan does not depend on it"])
     if estimate:
-        from qwen_onnx.estimate import print_estimate
+        from qwen_onnx.build.estimate import print_estimate
         from qwen_onnx.sources.fetch import cache_root, checkpoint_at_hand
 
         print_estimate(made, checkpoint_at_hand(made, cache_root(_work()), source), out)
@@ -206,8 +206,8 @@ def optimize(
     force: bool = typer.Option(False, help="build even when the same artifact exists"),
 ) -> None:
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
-    from qwen_onnx.optimize import Job
-    from qwen_onnx.optimize import optimize as run
+    from qwen_onnx.build.optimize import Job
+    from qwen_onnx.build.optimize import optimize as run
     from qwen_onnx.sources.fetch import cache_root
 
     made = _plan(model, target, precision)
@@ -246,7 +246,7 @@ def _show_report(artifact: Path, verdict: str) -> None:
 def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.artifact.manifest import open_artifact
-    from qwen_onnx.optimize import verify_published
+    from qwen_onnx.build.optimize import verify_published
     from qwen_onnx.sources.fetch import cache_root, weights_of
     from qwen_onnx.sources.fetch import fetch as fetch_source
 
@@ -270,9 +270,9 @@ def compare(
     speed: bool = typer.Option(True, help="measure latency too"),
 ) -> None:
     """Build each variant of pipelines/variants/TARGET.yaml and measure size, drift and speed."""
+    from qwen_onnx.build.variants import measure, print_comparison
     from qwen_onnx.catalog.load import load_catalog, load_variants
     from qwen_onnx.catalog.plan import make_variant_plan
-    from qwen_onnx.compare import measure, print_comparison
     from qwen_onnx.sources.fetch import cache_root
     from qwen_onnx.sources.fetch import fetch as fetch_source
 
@@ -332,7 +332,7 @@ app.add_typer(keys_app, name="keys")
 @app.command()
 def doctor(model: Model = "starter", target: Target = "cpu", precision: Precision = None) -> None:
     """Check this machine: versions, extras, memory and disk against what a recipe needs."""
-    from qwen_onnx.doctor import examine
+    from qwen_onnx.build.doctor import examine
 
     findings = examine(_plan(model, target, precision), _work())
     table = Table("check", "", "found", "what mends it")

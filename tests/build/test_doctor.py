@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qwen_onnx.build.doctor import GENAI, ORT, SDK, foundry_beside, foundry_skew
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.doctor import GENAI, ORT, SDK, foundry_beside, foundry_skew
 from tests.conftest import edit_yaml, run_cli
 
 PINS = ("foundry-local-sdk==2.2.1", "onnxruntime==1.31.0", "onnxruntime-genai-core==0.18.0", "numpy==2.4.6")

@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.build_memory import BOUND, measure, olive_config
 from benchmarks.synthetic import Size, write_checkpoint
+from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_all_plans, make_plan
 from qwen_onnx.catalog.sizes import dimensions
-from qwen_onnx.estimate import Estimate, estimate
 from qwen_onnx.files import folder_bytes
 from tests.conftest import run_cli
 

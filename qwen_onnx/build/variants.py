@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_onnx.build.optimize import build_model, runner_of
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.files import folder_bytes
-from qwen_onnx.optimize import build_model, runner_of
 from qwen_onnx.sources.fetch import Checkpoint
 
 if TYPE_CHECKING:

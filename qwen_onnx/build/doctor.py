@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
+from qwen_onnx.build.estimate import estimate
 from qwen_onnx.catalog.load import find_root, load_catalog
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.estimate import estimate
 from qwen_onnx.processes.environments import is_ready
 from qwen_onnx.sources.fetch import cache_root, checkpoint_at_hand
 

@@ -29,10 +29,10 @@ from qwen_onnx.artifact.manifest import (
     staged_manifest,
     staging_folder,
 )
+from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import EnvironmentFault, ExportError
-from qwen_onnx.estimate import Estimate, estimate
 from qwen_onnx.files import licence_files
 from qwen_onnx.git import this_checkout
 from qwen_onnx.processes.environments import Interpreter, interpreter_of, is_ready
