@@ -9,7 +9,7 @@ from qwen_onnx.catalog.plan import make_all_plans, make_plan
 from qwen_onnx.catalog.schema import json_schemas
 from qwen_onnx.catalog.select import matrix
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.matrix import SCHEMA_FILE, Matrix, load_matrix
+from qwen_onnx.release.matrix import SCHEMA_FILE, Matrix, load_matrix
 
 LOCK_FILE = "recipes/plans.lock"
 GOLDEN_MODEL = "starter"

@@ -34,8 +34,8 @@ def release(
     from qwen_onnx.artifact.checksums import SUMS
     from qwen_onnx.catalog.load import find_root, load_catalog, work_root
     from qwen_onnx.files import sha256_of
-    from qwen_onnx.matrix import load_matrix
     from qwen_onnx.release.board import Board
+    from qwen_onnx.release.matrix import load_matrix
     from qwen_onnx.release.run import ReleaseOrder
     from qwen_onnx.release.run import release as run
     from qwen_onnx.release.summary import json_line, print_summary

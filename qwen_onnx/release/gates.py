@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qwen_onnx.artifact.manifest import Manifest
-from qwen_onnx.matrix import UPPER, Gates
+from qwen_onnx.release.matrix import UPPER, Gates
 from qwen_onnx.release.records import GateResult
 from qwen_onnx.verify.records import Estimate
 from qwen_onnx.verify.report import Report

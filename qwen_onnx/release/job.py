@@ -18,11 +18,11 @@ from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import Record
 from qwen_onnx.errors import QwenOnnxError, ReleaseError
 from qwen_onnx.files import folder_bytes
-from qwen_onnx.matrix import ReleaseJob
 from qwen_onnx.package.records import Profile, read_package
 from qwen_onnx.package.verify import package_digest
 from qwen_onnx.release.gates import estimates, judge
 from qwen_onnx.release.guard import Ended, Order
+from qwen_onnx.release.matrix import ReleaseJob
 from qwen_onnx.release.process import run_guarded
 from qwen_onnx.release.records import GateResult, JobResult, PackageResult
 from qwen_onnx.release.store import LOG, PACKAGES, code_key, job_key

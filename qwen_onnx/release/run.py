@@ -20,9 +20,9 @@ from qwen_onnx.artifact.manifest import build_lock, put_in_place, staging_folder
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.errors import ConfigError, ReleaseError
-from qwen_onnx.matrix import ReleaseJob
 from qwen_onnx.release.job import Task
 from qwen_onnx.release.local import run_local
+from qwen_onnx.release.matrix import ReleaseJob
 from qwen_onnx.release.records import JUNIT, RELEASE, JobResult, Release
 from qwen_onnx.release.store import LOG, Store, code_key, job_key, link_or_copy
 from qwen_onnx.release.summary import junit

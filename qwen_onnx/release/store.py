@@ -21,8 +21,8 @@ from qwen_onnx.catalog.plan import Plan, digest_of
 from qwen_onnx.errors import PackageError
 from qwen_onnx.export.olive import exporter_digest
 from qwen_onnx.files import file_checksums
-from qwen_onnx.matrix import ReleaseJob
 from qwen_onnx.package.verify import package_digest
+from qwen_onnx.release.matrix import ReleaseJob
 from qwen_onnx.release.records import JobResult
 from qwen_onnx.sources.fetch import expected_revisions
 

@@ -18,8 +18,8 @@ import pytest
 
 from qwen_onnx.artifact.checksums import check_sums
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.matrix import load_matrix
 from qwen_onnx.package.verify import package_digest, verify_package
+from qwen_onnx.release.matrix import load_matrix
 from qwen_onnx.release.records import Release
 from tests.conftest import REPOSITORY, as_in_a_terminal, run_cli
 from tests.release.conftest import Run, last_line, release_command, write_matrix
@@ -289,8 +289,8 @@ def test_the_starter_is_judged_by_its_report(place: Path, artifact_dir: Path) ->
     """Gates that its report keeps, and one that it cannot: read as measured, by their bounds."""
     report = json.loads((artifact_dir / "report.json").read_text())
     from qwen_onnx.artifact.manifest import read_manifest
-    from qwen_onnx.matrix import Gates
     from qwen_onnx.release.gates import judge
+    from qwen_onnx.release.matrix import Gates
     from qwen_onnx.verify.report import load_report
 
     measured = report["drift"]["kld_mean"]

@@ -12,7 +12,7 @@ import yaml
 
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.matrix import SCHEMA_FILE, load_matrix
+from qwen_onnx.release.matrix import SCHEMA_FILE, load_matrix
 from tests.conftest import REPOSITORY, edit_yaml, run_cli
 
 CATALOG = load_catalog(REPOSITORY)
