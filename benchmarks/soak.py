@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--most-growth", type=float, default=3.0, help="percent")
     parser.add_argument("--serve-option", action="append", default=[], help="for qwen-onnx serve, e.g. --threads=1")
     given = parser.parse_args(arguments)
-    server = LiveServer("qwen_onnx.cli", ["serve", str(given.artifact), *given.serve_option])
+    server = LiveServer("qwen_onnx.cli.app", ["serve", str(given.artifact), *given.serve_option])
     with server:
         tally, memory = asyncio.run(soak(server, given.minutes, given.clients))
         code = server.stop()

@@ -152,7 +152,7 @@ def starter_checkpoint() -> Path:
 
 def run_cli(*arguments: object, cwd: Path = REPOSITORY, **options: object) -> subprocess.CompletedProcess[str]:
     """``qwen-onnx`` as users run it; never raises for an exit code."""
-    command = [sys.executable, "-m", "qwen_onnx.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 

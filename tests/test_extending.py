@@ -53,7 +53,7 @@ def test_the_walk_through_works(repository: Path, extended: Path) -> None:
     [script] = blocks(repository, "sh")
     said = {}
     for command in script.splitlines():
-        program = [sys.executable, "-m", "qwen_onnx.cli", *command.removeprefix("qwen-onnx ").split()]
+        program = [sys.executable, "-m", "qwen_onnx.cli.app", *command.removeprefix("qwen-onnx ").split()]
         done = subprocess.run(program, cwd=extended, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         said[command.split()[1]] = done.stdout
@@ -70,7 +70,7 @@ def test_the_walk_through_works(repository: Path, extended: Path) -> None:
 def test_an_architecture_that_is_not_registered_is_told(repository: Path, checkout: Path) -> None:
     block = next(block for block in blocks(repository, "yaml") if "twin.yaml" in block)
     (checkout / "recipes/twin.yaml").write_text(block)
-    program = [sys.executable, "-m", "qwen_onnx.cli", "plans"]
+    program = [sys.executable, "-m", "qwen_onnx.cli.app", "plans"]
     done = subprocess.run(program, cwd=checkout, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'Qwen2TwinForCausalLM' cannot be exported" in done.stderr

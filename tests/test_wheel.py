@@ -36,7 +36,7 @@ def unpacked(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def run(unpacked: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "PYTHONPATH": str(unpacked)}
-    command = [sys.executable, "-m", "qwen_onnx.cli", *arguments]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", *arguments]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 

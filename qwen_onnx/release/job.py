@@ -182,7 +182,7 @@ class _Run:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ qwen-onnx {' '.join(verb)}\n")
         order = Order(
-            command=(sys.executable, "-m", "qwen_onnx.cli", *verb),
+            command=(sys.executable, "-m", "qwen_onnx.cli.app", *verb),
             folder=self.task.root,
             log=log,
             memory=self.job.memory,

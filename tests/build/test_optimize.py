@@ -151,7 +151,7 @@ def test_a_second_build_fails_clearly_or_waits(tiny_build: Path, tiny_checkpoint
         refused = optimize(tiny_checkpoint, tiny_build, "--no-verify", "--no-wait")
         assert refused.returncode == 6
         assert "another process is building" in refused.stderr
-        command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
+        command = [sys.executable, "-m", "qwen_onnx.cli.app", "optimize", "starter", "--no-verify"]
         command += ["--source", str(tiny_checkpoint), "--output", str(tiny_build)]
         waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert waiting.stderr
@@ -188,7 +188,7 @@ def test_too_small_a_disk_is_refused_before_any_work(small_disk: Path, tiny_chec
 @pytest.mark.slow
 def test_a_disk_that_runs_full_leaves_nothing(large_disk: Path, tiny_checkpoint: Path) -> None:
     """Another program takes the room that the estimate saw."""
-    command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", "optimize", "starter", "--no-verify"]
     command += ["--source", str(tiny_checkpoint), "--output", str(large_disk / "int4")]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr
@@ -222,7 +222,7 @@ def test_a_killed_build_goes_on_with_its_finished_layers(
 ) -> None:
     monkeypatch.setenv("QWEN_ONNX_CACHE", str(tmp_path / "cache"))
     target = tmp_path / "out/int4"
-    command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify"]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", "optimize", "starter", "--no-verify"]
     command += ["--source", str(tiny_checkpoint), "--output", str(target)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr
@@ -244,7 +244,7 @@ def test_a_killed_build_goes_on_with_its_finished_layers(
 def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Twenty kills, spread over the length of a build by a seeded generator."""
     target = tmp_path / "int4"
-    command = [sys.executable, "-m", "qwen_onnx.cli", "optimize", "starter", "--no-verify", "--force"]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", "optimize", "starter", "--no-verify", "--force"]
     command += ["--source", str(tiny_checkpoint), "--output", str(target)]
     started = time.monotonic()
     subprocess.run([*command[:-1], str(tmp_path / "measured")], check=True, capture_output=True)

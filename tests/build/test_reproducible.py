@@ -33,7 +33,7 @@ def build_in_clone(repository: Path, clone: Path, checkpoint: Path, threads: int
         ("optimize", "starter", "--source", str(checkpoint), "--no-verify"),
         ("package", str(artifact), "--allow-unverified"),
     ):
-        command = [sys.executable, "-m", "qwen_onnx.cli", *arguments]
+        command = [sys.executable, "-m", "qwen_onnx.cli.app", *arguments]
         done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return artifact, Path(json.loads(done.stdout.splitlines()[-1])["path"])

@@ -267,7 +267,7 @@ def test_a_package_for_another_device_is_well_made_and_fails_where_there_is_none
 @pytest.mark.slow
 def test_the_real_check_leaves_nothing_when_killed(tiny_package: Path, place: Path) -> None:
     environment("foundry")
-    command = [sys.executable, "-m", "qwen_onnx.cli", "foundry-check", str(tiny_package)]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", "foundry-check", str(tiny_package)]
     parent = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: children_of(place))

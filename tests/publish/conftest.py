@@ -16,9 +16,9 @@ from unittest import mock
 
 import pytest
 
-from qwen_onnx import cli
 from qwen_onnx.artifact.checksums import write_sums
 from qwen_onnx.artifact.manifest import MANIFEST, open_artifact, read_manifest
+from qwen_onnx.cli import app as cli
 from qwen_onnx.files import file_checksums
 from qwen_onnx.package.build import PackageJob, build_package
 from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions

@@ -31,7 +31,7 @@ def stopped(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments, **options)
 setattr(owner, name, stopped)
-from qwen_onnx.cli import main
+from qwen_onnx.cli.app import main
 main()
 """
 
@@ -86,7 +86,7 @@ def test_a_layout(passing_package: Path, newer_package: Path, tmp_path: Path, pl
 
 def killed_while(busy: Any, *arguments: object) -> None:
     """Start the command line and kill it -9 once ``busy()`` is true."""
-    command = [sys.executable, "-m", "qwen_onnx.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", *map(str, arguments)]
     child = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
     try:
         for _ in range(600):

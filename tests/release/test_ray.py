@@ -51,7 +51,7 @@ def patiently(begin: Callable[[], Any]) -> Any:
 def start(cluster: Any, place: Path, checkpoint: Path, *entries: dict[str, Any]) -> subprocess.Popen[str]:
     more = "--on", "ray", "--address", cluster.address
     arguments = release_command(place, checkpoint, write_matrix(place, *entries), *more)
-    command = [sys.executable, "-m", "qwen_onnx.cli", *arguments]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", *arguments]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -186,7 +186,7 @@ def test_a_job_that_fits_no_machine_is_told_at_once(cluster: Any, place: Path, t
 @pytest.mark.slow
 def test_no_cluster_is_told(place: Path, tiny_checkpoint: Path) -> None:
     arguments = release_command(place, tiny_checkpoint, write_matrix(place, {}), "--on", "ray", "--address", "auto")
-    command = [sys.executable, "-m", "qwen_onnx.cli", *arguments]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr

@@ -200,7 +200,7 @@ def test_a_part_does_not_replace_the_whole(run: Run, place: Path) -> None:
 
 def start(place: Path, checkpoint: Path, *entries: dict[str, Any]) -> subprocess.Popen[str]:
     arguments = release_command(place, checkpoint, write_matrix(place, *entries))
-    command = [sys.executable, "-m", "qwen_onnx.cli", *arguments]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", *arguments]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,

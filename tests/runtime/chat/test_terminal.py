@@ -37,7 +37,7 @@ class Screen:
         self._ours, theirs = pty.openpty()
         environment = {**os.environ, "XDG_STATE_HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
         self.child = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, sys.executable, "-m", "qwen_onnx.cli", "chat", str(artifact), *options],
+            [sys.executable, "-c", LAUNCH, sys.executable, "-m", "qwen_onnx.cli.app", "chat", str(artifact), *options],
             cwd=REPOSITORY,
             env=environment,
             stdin=theirs,

@@ -45,7 +45,7 @@ def test_every_option_of_the_commands_exists() -> None:
         if words[0] == "pip":
             continue
         verb = ["keys", "new"] if words[1] == "keys" else ["serve"]
-        program = ["qwen_onnx.cli", *verb] if words[0] == "qwen-onnx" else [words[2]]
+        program = ["qwen_onnx.cli.app", *verb] if words[0] == "qwen-onnx" else [words[2]]
         done = subprocess.run([sys.executable, "-m", *program, "--help"], capture_output=True, text=True, check=True)
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout), f"{command}: no {option}"
@@ -91,7 +91,7 @@ def rendered(folder: Path, proxy_port: int, ports: list[int]) -> Path:
 @pytest.fixture(scope="module")
 def servers(tiny_build: Path) -> Iterator[list[LiveServer]]:
     options = ["serve", str(tiny_build), "--threads", "1"]
-    with LiveServer("qwen_onnx.cli", options) as one, LiveServer("qwen_onnx.cli", options) as two:
+    with LiveServer("qwen_onnx.cli.app", options) as one, LiveServer("qwen_onnx.cli.app", options) as two:
         yield [one, two]
 
 

@@ -206,7 +206,7 @@ def attacks() -> list[Attack]:
 def test_a_thousand_malformed_requests(tiny_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_ONNX_HEADER_SECONDS", "0.5")
     monkeypatch.setenv("QWEN_ONNX_BODY_SECONDS", "0.5")
-    with LiveServer("qwen_onnx.cli", ["serve", str(tiny_build), "--threads", "1"]) as server:
+    with LiveServer("qwen_onnx.cli.app", ["serve", str(tiny_build), "--threads", "1"]) as server:
 
         def run(attack: Attack) -> tuple[Attack, list[int] | None]:
             try:

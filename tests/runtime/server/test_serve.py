@@ -28,7 +28,7 @@ class Process:
     """A server started with ``--port 0``."""
 
     def __init__(self, artifact: Path, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "qwen_onnx.cli", "serve", str(artifact), "--port", "0", "--threads", "1"]
+        command = [sys.executable, "-m", "qwen_onnx.cli.app", "serve", str(artifact), "--port", "0", "--threads", "1"]
         self.out, self.err = folder / "out", folder / "err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen([*command, *options], stdout=out, stderr=err)
@@ -178,7 +178,7 @@ def test_no_word_of_prompt_or_answer_stands_in_the_log(tiny_build: Path, tmp_pat
 
 
 def test_the_server_says_when_its_worker_dies(tiny_build: Path) -> None:
-    with LiveServer("qwen_onnx.cli", ["serve", str(tiny_build), "--threads", "1"]) as server:
+    with LiveServer("qwen_onnx.cli.app", ["serve", str(tiny_build), "--threads", "1"]) as server:
         [worker] = [child for child in server.processes()[1:] if "spawn_main" in " ".join(child.cmdline())]
         client = httpx.Client(base_url=server.url, timeout=60, trust_env=False)
         body = {"model": server.model, "messages": HELLO, "max_tokens": 1000, "stream": True}

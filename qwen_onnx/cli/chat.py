@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
+from qwen_onnx.cli.options import ArtifactPath, MaxTokens, Temperature, Threads
 
 
 def chat(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qwen_onnx.commands.options import ArtifactPath, Threads
+from qwen_onnx.cli.options import ArtifactPath, Threads
 
 keys_app = typer.Typer(help="API keys of `qwen-onnx serve`.", no_args_is_help=True)
 DEFAULT = "; else QWEN_ONNX_{}, else {}"

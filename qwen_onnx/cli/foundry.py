@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qwen_onnx.commands.progress import progress
+from qwen_onnx.cli.progress import progress
 
 
 def foundry_check(

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from qwen_onnx.commands.progress import progress
+from qwen_onnx.cli.progress import progress
 from qwen_onnx.errors import EnvironmentFault, PublishError
 
 DESTINATION = "a folder, oci:PATH:TAG, oci://HOST/REPOSITORY:TAG, hf://ORG/NAME[@REVISION] or ms://ORG/NAME"

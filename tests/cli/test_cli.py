@@ -42,7 +42,7 @@ VERBS = (
 def test_every_verb_has_help(verb: str) -> None:
     done = run_cli(verb, "--help")
     assert done.returncode == 0
-    assert f"qwen_onnx.cli {verb}" in done.stdout or f"qwen-onnx {verb}" in done.stdout
+    assert f"qwen_onnx.cli.app {verb}" in done.stdout or f"qwen-onnx {verb}" in done.stdout
 
 
 def test_list_shows_whole_names() -> None:
@@ -143,7 +143,7 @@ def test_chat_answers_each_line_and_ends_with_the_input(tiny_build: Path) -> Non
 
 def test_serve_answers_the_openai_client_and_ends_on_sigterm(tiny_build: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "qwen_onnx.cli", "serve", str(tiny_build), "--port", str(port)]
+    command = [sys.executable, "-m", "qwen_onnx.cli.app", "serve", str(tiny_build), "--port", str(port)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr

@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from qwen_onnx.commands.chat import chat
-from qwen_onnx.commands.foundry import foundry_check
-from qwen_onnx.commands.options import ArtifactPath, MaxTokens, Temperature, Threads
-from qwen_onnx.commands.package import package
-from qwen_onnx.commands.progress import progress as _progress
-from qwen_onnx.commands.publish import publish, pull
-from qwen_onnx.commands.release import release
-from qwen_onnx.commands.serve import keys_app, serve
-from qwen_onnx.commands.trust import same, verify_package
+from qwen_onnx.cli.chat import chat
+from qwen_onnx.cli.foundry import foundry_check
+from qwen_onnx.cli.options import ArtifactPath, MaxTokens, Temperature, Threads
+from qwen_onnx.cli.package import package
+from qwen_onnx.cli.progress import progress as _progress
+from qwen_onnx.cli.publish import publish, pull
+from qwen_onnx.cli.release import release
+from qwen_onnx.cli.serve import keys_app, serve
+from qwen_onnx.cli.trust import same, verify_package
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from qwen_onnx.commands.options import ArtifactPath
-from qwen_onnx.commands.progress import progress
+from qwen_onnx.cli.options import ArtifactPath
+from qwen_onnx.cli.progress import progress
 
 
 def package(
