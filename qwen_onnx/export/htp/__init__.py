@@ -1,1 +1,0 @@
-"""Export for Qualcomm's HTP: a decoder of fixed shapes in QDQ form, and its compiled context."""
