@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.live import LOOPBACK, run
+from benchmarks.live import LOOPBACK
+from qwen_onnx.errors import run
 
 INTERVAL_S = 0.005
 PATH = "/probe"

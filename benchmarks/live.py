@@ -12,11 +12,11 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
-from qwen_onnx.errors import EnvironmentFault, QwenOnnxError, ServiceError
+from qwen_onnx.errors import EnvironmentFault, ServiceError
 
 if TYPE_CHECKING:
     import httpx
@@ -222,13 +222,3 @@ def http_client(base_url: str, *, connections: int, timeout: float, **options: A
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     # a proxy of the environment has no business between this process and its own child
     return httpx.AsyncClient(base_url=base_url, limits=limits, timeout=timeout, trust_env=False, **options)
-
-
-def run(main: Callable[[], int]) -> NoReturn:
-    """Exit with what ``main`` returns; a deliberate error becomes its message and exit code."""
-    try:
-        code = main()
-    except QwenOnnxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    sys.exit(code)

@@ -36,8 +36,8 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.figures import Bound, Figure, as_json, show
-from benchmarks.live import Answer, LiveServer, OnPiece, http_client, run, stream_chat
-from qwen_onnx.errors import ServiceError
+from benchmarks.live import Answer, LiveServer, OnPiece, http_client, stream_chat
+from qwen_onnx.errors import ServiceError, run
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 from qwen_onnx.runtime.service.generation import GenerationConfig

@@ -26,7 +26,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.live import LiveServer, http_client, run, stream_chat
+from benchmarks.live import LiveServer, http_client, stream_chat
+from qwen_onnx.errors import run
 
 if TYPE_CHECKING:
     import httpx

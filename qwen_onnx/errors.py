@@ -28,8 +28,9 @@ Each message says what happened, where, and the next command (``hint``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 
 class QwenOnnxError(Exception):
@@ -178,3 +179,13 @@ class WorkerDiedError(ServiceError):
 
 class DeadlineError(ServiceError):
     """The answer was not finished within the time allowed; the server answers 504."""
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Exit with what ``main`` returns; a deliberate error becomes its message and exit code."""
+    try:
+        code = main()
+    except QwenOnnxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)

@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+# the folder of this package, in a checkout or where it was installed
+PACKAGE = Path(__file__).resolve().parent
 # our own list of checksums beside a checkpoint
 CHECKSUMS = "checksums.json"
 # what of a checkpoint is its licence

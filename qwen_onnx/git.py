@@ -6,9 +6,9 @@ import subprocess
 
 from pydantic import Field
 
-from qwen_onnx.catalog.load import PACKAGE
-from qwen_onnx.catalog.schema import COMMIT, Record
 from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.files import PACKAGE
+from qwen_onnx.records import COMMIT, Record
 
 
 class Checkout(Record):

@@ -24,11 +24,11 @@ from pydantic import ValidationError
 
 from qwen_onnx import __version__
 from qwen_onnx.artifact.checksums import SUMS, check_sums
-from qwen_onnx.catalog.plan import Plan, digest_of
-from qwen_onnx.catalog.schema import Record
+from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError
 from qwen_onnx.files import file_checksums
 from qwen_onnx.git import Checkout
+from qwen_onnx.records import Record, digest_of
 
 MANIFEST = "manifest.json"
 # what these packages do ends up in the bytes of the graph or of the tokenizer

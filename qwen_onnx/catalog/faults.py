@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwen_onnx.catalog.passes import STEP_CONFIGS
-from qwen_onnx.catalog.schema import Limits, Readback, Record
+from qwen_onnx.catalog.schema import Limits, Readback
+from qwen_onnx.records import Record
 
 
 def describe(file: str, error: ValidationError, data: Any = None) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-from qwen_onnx.catalog.load import RELEASE_FILE, Catalog
+from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import make_all_plans, make_plan
 from qwen_onnx.catalog.schema import json_schemas
 from qwen_onnx.catalog.select import matrix
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.release.matrix import SCHEMA_FILE, Matrix, load_matrix
 
 LOCK_FILE = "recipes/plans.lock"
 GOLDEN_MODEL = "starter"
@@ -33,13 +32,7 @@ def lock_text(catalog: Catalog) -> str:
 
 
 def committed_files(catalog: Catalog) -> dict[str, str]:
-    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas.
-
-    Raises:
-        ConfigError: what the release lists cannot be built.
-    """
-    if (catalog.root / RELEASE_FILE).exists():
-        load_matrix(catalog)
+    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas, README's table."""
     files = {LOCK_FILE: lock_text(catalog)}
     model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
     for target in catalog.targets_of(catalog.row(model)[1]):
@@ -47,7 +40,6 @@ def committed_files(catalog: Catalog) -> dict[str, str]:
         files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
     schemas = json_schemas()
     files |= {f"recipes/{name}": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
-    files[SCHEMA_FILE] = json.dumps(Matrix.model_json_schema(), indent=2) + "\n"
     readme = catalog.root / "README.md"
     if readme.exists():
         files["README.md"] = with_matrix(readme.read_text(encoding="utf-8"), catalog)

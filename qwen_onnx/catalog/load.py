@@ -16,13 +16,15 @@ import yaml
 from pydantic import ValidationError
 
 from qwen_onnx.catalog.faults import describe, further_faults
-from qwen_onnx.catalog.schema import Environment, Family, Override, Pipeline, Precision, Record, Row, Variants
+from qwen_onnx.catalog.schema import Family, Override, Pipeline, Precision, Row, Variants
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.files import PACKAGE
+from qwen_onnx.processes.environments import Environment
+from qwen_onnx.records import Record
 
 R = TypeVar("R", bound=Record)
 RELEASE_FILE = "pipelines/release.yaml"
 MERGE = "tag:yaml.org,2002:merge"
-PACKAGE = Path(__file__).resolve().parent
 # where setup.py puts recipes/ and pipelines/ into a wheel
 PACKAGED = PACKAGE / "data"
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qwen_onnx.catalog.schema import Record
+from qwen_onnx.records import Record
 
 # genai's names of execution providers, and ONNX Runtime's
 PROVIDERS = {

@@ -6,8 +6,6 @@ each (model, target, precision), so that an edit shows which sizes it moved.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -17,13 +15,11 @@ from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.passes import DENSE, DENSE_ONLY, PROVIDERS
 from qwen_onnx.catalog.schema import (
     Build,
-    Environment,
     Family,
     Limits,
     Pipeline,
     Precision,
     Readback,
-    Record,
     Row,
     Shape,
     Source,
@@ -31,6 +27,8 @@ from qwen_onnx.catalog.schema import (
     Verification,
 )
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.processes.environments import Environment
+from qwen_onnx.records import Record, digest_of
 
 
 class Plan(Record):
@@ -64,12 +62,6 @@ class Plan(Record):
     def name(self) -> str:
         """Where the artifact goes below ``artifacts/``: ``<model>/<target>-<precision>``."""
         return f"{self.model}/{self.target}-{self.precision}"
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of ``value`` as JSON with sorted keys and no spaces."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def make_plan(catalog: Catalog, model: str, target: str, precision: str | None = None) -> Plan:

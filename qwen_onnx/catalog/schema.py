@@ -10,7 +10,10 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import Field, JsonValue, model_validator
+
+from qwen_onnx.processes.environments import Environment
+from qwen_onnx.records import COMMIT, Name, Reason, Record, Sha256
 
 # as config.json names them; what each needs of the exporter: export/architectures.py
 ARCHITECTURES = (
@@ -23,17 +26,7 @@ ARCHITECTURES = (
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
 )
-COMMIT = r"[0-9a-f]{40}"
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-Reason = Annotated[str, StringConstraints(min_length=10)]
 Precision = Literal["int4", "int8", "fp16", "fp32"]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Record(BaseModel):
-    """Frozen, strict about its keys: what a user mistypes is never ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Limits(Record):
@@ -166,16 +159,6 @@ class Build(Record):
         if doubled:
             raise ValueError(f"steps: name used twice: {', '.join(doubled)}")
         return self
-
-
-class Environment(Record):
-    """Packages that cannot stand beside ours: ``pipelines/environments/<name>.yaml``, made when a target needs it."""
-
-    name: Name
-    requirements: tuple[str, ...] = Field(min_length=1, description="pinned, as pip takes them")
-    removed: dict[Name, Reason] = Field(default_factory=dict, description="packages that pip pulls in and that must go")
-    bytes: int = Field(gt=0, description="disk that it takes")
-    olive: bool = Field(default=False, description="Olive itself runs in it, not only what was built")
 
 
 class Pipeline(Record):

@@ -146,12 +146,13 @@ def plans(
     check: bool = typer.Option(False, "--check", help="fail when recipes/plans.lock or the schemas are stale"),
 ) -> None:
     """Check every recipe on every target and write recipes/plans.lock, golden plans and JSON Schemas."""
-    from qwen_onnx.catalog.generated import committed_files
+    from qwen_onnx.catalog import generated
     from qwen_onnx.catalog.load import load_catalog
+    from qwen_onnx.release import matrix
 
     catalog = load_catalog(_root())
     stale = []
-    for name, text in committed_files(catalog).items():
+    for name, text in (generated.committed_files(catalog) | matrix.committed_files(catalog)).items():
         path = catalog.root / name
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue

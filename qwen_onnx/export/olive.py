@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.artifact.manifest import full_disk
-from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.progress import PROGRESS
 from qwen_onnx.files import file_checksums
 from qwen_onnx.processes.environments import Interpreter, own_interpreter
+from qwen_onnx.records import digest_of
 
 Progress = Callable[[str], None]
 CONFIG_FILE = "genai_config.json"

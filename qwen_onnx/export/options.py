@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.catalog.schema import Record
+from qwen_onnx.records import Record
 
 R = TypeVar("R", bound=Record)
 

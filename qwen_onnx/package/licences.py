@@ -7,8 +7,8 @@ from importlib import metadata
 from pathlib import Path
 
 from qwen_onnx.artifact.manifest import Manifest
-from qwen_onnx.catalog.load import PACKAGE
 from qwen_onnx.errors import EnvironmentFault, PackageError
+from qwen_onnx.files import PACKAGE
 
 LICENCE, OWN_LICENCE, NOTICE = "LICENSE", "LICENSE.qwen-onnx", "NOTICE"
 APACHE = "Apache-2.0"

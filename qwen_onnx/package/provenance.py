@@ -15,11 +15,11 @@ from pydantic.alias_generators import to_camel
 
 from qwen_onnx import __version__
 from qwen_onnx.artifact.manifest import Manifest
-from qwen_onnx.catalog.schema import Record
 from qwen_onnx.errors import PackageError
 from qwen_onnx.git import Checkout, this_checkout
 from qwen_onnx.package.records import PackageRecord
 from qwen_onnx.package.sbom import package_purl, purl_of, timestamp
+from qwen_onnx.records import Record
 
 PROVENANCE = "provenance.intoto.json"
 BUILD_TYPE = "urn:qwen-onnx:build:1"

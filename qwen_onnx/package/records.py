@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from qwen_onnx.catalog.schema import Precision, Record
+from qwen_onnx.catalog.schema import Precision
 from qwen_onnx.errors import PackageError
+from qwen_onnx.records import Record
 
 PACKAGE = "package.json"
 # of the artifact, what a user of the package has no use for: paths and times of the machine that built it; Olive's

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_onnx.artifact.manifest import Manifest, SourceRecord
-from qwen_onnx.catalog.plan import Plan, digest_of
+from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import ConfigError, PackageError
 from qwen_onnx.package.records import PackageRecord
+from qwen_onnx.records import digest_of
 
 if TYPE_CHECKING:
     from cyclonedx.model.component import Component

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from qwen_onnx.artifact.checksums import SUMS, check_sums, sums_of
 from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
-from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.errors import ArtifactError, PackageError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.licences import LICENCE, NOTICE, OWN_LICENCE
@@ -22,6 +21,7 @@ from qwen_onnx.package.provenance import PACKAGING, PROVENANCE, VERDICT, Stateme
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, measured_in, read_package
 from qwen_onnx.package.rules import FOLDER_NAME, broken_rules
 from qwen_onnx.package.sbom import SBOM, listed_files
+from qwen_onnx.records import digest_of
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
+from pydantic import Field
 
-from qwen_onnx.catalog.plan import digest_of
-from qwen_onnx.catalog.schema import Environment
 from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.files import PACKAGE
+from qwen_onnx.records import Name, Reason, Record, digest_of
 
 Progress = Callable[[str], None]
 STAMP = ".ready"
 ANNOUNCED_PYTHON, ANNOUNCED_PACKAGE = "QWEN_ONNX_TARGET_PYTHON", "QWEN_ONNX_TARGET_PACKAGE"
+
+
+class Environment(Record):
+    """Packages that cannot stand beside ours: ``pipelines/environments/<name>.yaml``, made when a target needs it."""
+
+    name: Name
+    requirements: tuple[str, ...] = Field(min_length=1, description="pinned, as pip takes them")
+    removed: dict[Name, Reason] = Field(default_factory=dict, description="packages that pip pulls in and that must go")
+    bytes: int = Field(gt=0, description="disk that it takes")
+    olive: bool = Field(default=False, description="Olive itself runs in it, not only what was built")
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ def announced_interpreter() -> Interpreter:
 
 def own_interpreter() -> Interpreter:
     """The Python that runs this, with this package and whatever is beside it."""
-    return Interpreter(Path(sys.executable), Path(__file__).resolve().parent.parent)
+    return Interpreter(Path(sys.executable), PACKAGE.parent)
 
 
 def place_of(environment: Environment, cache: Path) -> Path:
@@ -108,12 +119,11 @@ def _linked_package(folder: Path) -> Path:
 
     Not the folder above this package: installed from a wheel, it is full of the packages that must not be seen.
     """
-    own = Path(__file__).resolve().parent
-    packages = folder / "packages" / digest_of(str(own))[:12]
+    packages = folder / "packages" / digest_of(str(PACKAGE))[:12]
     packages.mkdir(parents=True, exist_ok=True)
-    link = packages / own.name
+    link = packages / PACKAGE.name
     if not link.is_symlink():
-        link.symlink_to(own, target_is_directory=True)
+        link.symlink_to(PACKAGE, target_is_directory=True)
     return packages
 
 

@@ -16,12 +16,12 @@ from typing import Protocol
 
 from qwen_onnx.artifact.checksums import SUMS, read_sums
 from qwen_onnx.artifact.manifest import build_lock, full_disk, put_in_place
-from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.errors import PackageError, PublishError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import PACKAGE, Package, PackageRecord, read_package
 from qwen_onnx.package.verify import verify_package
 from qwen_onnx.publish.bundle import require_pass
+from qwen_onnx.records import digest_of
 
 Progress = Callable[[str], None]
 # of SHA256SUMS and package.json, which are read before anything else is believed

@@ -24,7 +24,7 @@ from typing import Literal
 
 import psutil
 
-from qwen_onnx.catalog.schema import Record
+from qwen_onnx.records import Record
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 EVERY_S = 0.2

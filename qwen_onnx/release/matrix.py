@@ -5,6 +5,7 @@ Every combination of an entry's lists is one job. A gate is a limit beyond the t
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,11 +14,12 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from qwen_onnx.catalog.faults import describe
 from qwen_onnx.catalog.load import RELEASE_FILE, Catalog, read_yaml
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import Limits, Name, Precision, Record
+from qwen_onnx.catalog.schema import Limits, Precision
 from qwen_onnx.catalog.select import BYTE_UNITS, parse_amount
 from qwen_onnx.errors import ConfigError, PackageError
 from qwen_onnx.package.devices import package_name
 from qwen_onnx.package.records import Profile
+from qwen_onnx.records import Name, Record
 
 SCHEMA_FILE = "recipes/release.schema.json"
 HINT = f"correct these keys; {SCHEMA_FILE} describes them"
@@ -190,3 +192,14 @@ def _job(entry: Entry, plan: Plan, version: int) -> ReleaseJob:
         cpus=entry.cpus,
         version=version,
     )
+
+
+def committed_files(catalog: Catalog) -> dict[str, str]:
+    """Text of every file that `make plans` generates from the release's records, by path.
+
+    Raises:
+        ConfigError: what the release lists cannot be built.
+    """
+    if (catalog.root / RELEASE_FILE).exists():
+        load_matrix(catalog)
+    return {SCHEMA_FILE: json.dumps(Matrix.model_json_schema(), indent=2) + "\n"}

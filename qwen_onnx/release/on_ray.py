@@ -97,7 +97,8 @@ def _sees(root: Path, token: str) -> bool:
 
 
 def _own_root() -> Path:
-    from qwen_onnx.catalog.load import PACKAGE, find_root
+    from qwen_onnx.catalog.load import find_root
+    from qwen_onnx.files import PACKAGE
 
     return find_root(PACKAGE)
 

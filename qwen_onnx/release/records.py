@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from qwen_onnx.catalog.schema import Precision, Record
+from qwen_onnx.catalog.schema import Precision
 from qwen_onnx.package.records import Profile, Verdict
+from qwen_onnx.records import Record
 
 RELEASE = "release.json"
 JUNIT = "junit.xml"

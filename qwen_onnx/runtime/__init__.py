@@ -1,15 +1,43 @@
-"""Runtime: serves an exported model with onnxruntime-genai. Imports neither torch nor Olive."""
+"""Runtime: serves an exported model with onnxruntime-genai. Imports neither torch nor Olive.
 
-from qwen_onnx.runtime.engines.genai import Engine, SamplingOptions
-from qwen_onnx.runtime.engines.remote import RemoteEngine
-from qwen_onnx.runtime.processing import prompts
-from qwen_onnx.runtime.processing.template import ChatTemplate
-from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
-from qwen_onnx.runtime.service.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
-from qwen_onnx.runtime.service.monitor import Health, QwenMonitor, Thresholds
-from qwen_onnx.runtime.service.qwen import QwenService
-from qwen_onnx.runtime.service.secure import Policy, SecureQwenService
+The public names are loaded when they are first used: what runs in the environment of another engine imports modules
+below this one without their packages.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_onnx.runtime.engines.genai import Engine, SamplingOptions
+    from qwen_onnx.runtime.engines.remote import RemoteEngine
+    from qwen_onnx.runtime.processing import prompts
+    from qwen_onnx.runtime.processing.template import ChatTemplate
+    from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
+    from qwen_onnx.runtime.service.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
+    from qwen_onnx.runtime.service.monitor import Health, QwenMonitor, Thresholds
+    from qwen_onnx.runtime.service.qwen import QwenService
+    from qwen_onnx.runtime.service.secure import Policy, SecureQwenService
+
+_PLACES = {
+    "ChatPrompt": "service.generation",
+    "ChatTemplate": "processing.template",
+    "Completion": "service.generation",
+    "Delta": "service.generation",
+    "Engine": "engines.genai",
+    "GenerationConfig": "service.generation",
+    "Health": "service.monitor",
+    "Policy": "service.secure",
+    "QwenMonitor": "service.monitor",
+    "QwenService": "service.qwen",
+    "RemoteEngine": "engines.remote",
+    "SamplingOptions": "engines.genai",
+    "SecureQwenService": "service.secure",
+    "StreamDecoder": "processing.tokenizer",
+    "TextTokenizer": "processing.tokenizer",
+    "Thresholds": "service.monitor",
+    "TokenLogprob": "service.generation",
+    "prompts": "processing.prompts",
+}
 __all__ = [
     "ChatPrompt",
     "ChatTemplate",
@@ -30,3 +58,10 @@ __all__ = [
     "TokenLogprob",
     "prompts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_PLACES[name]}")
+    return module if _PLACES[name].endswith(f".{name}") else getattr(module, name)

@@ -18,10 +18,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qwen_onnx.catalog.plan import Plan, digest_of
-from qwen_onnx.catalog.schema import HubSource, Record, Source, WheelSource
+from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.schema import HubSource, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
+from qwen_onnx.records import Record, digest_of
 from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
 from qwen_onnx.sources.qwen1 import write_qwen2_form
 

@@ -13,6 +13,7 @@ from qwen_onnx.catalog.generated import committed_files
 from qwen_onnx.catalog.load import RELEASE_FILE, load_catalog
 from qwen_onnx.catalog.plan import make_all_plans, make_plan
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.release import matrix
 from tests.conftest import edit_int4, edit_yaml
 
 
@@ -105,7 +106,8 @@ def test_a_row_without_its_size_has_to_say_why(checkout: Path) -> None:
 
 
 def test_generated_files_are_not_stale(repository: Path) -> None:
-    for name, text in committed_files(load_catalog(repository)).items():
+    catalog = load_catalog(repository)
+    for name, text in (committed_files(catalog) | matrix.committed_files(catalog)).items():
         assert (repository / name).read_text() == text, f"{name} is stale: make plans"
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.catalog.schema import Environment
 from qwen_onnx.errors import ConfigError, EnvironmentFault
-from qwen_onnx.processes.environments import STAMP, Interpreter, interpreter_of, is_ready, place_of
+from qwen_onnx.processes.environments import STAMP, Environment, Interpreter, interpreter_of, is_ready, place_of
 from tests.conftest import edit_yaml
 
 

@@ -14,9 +14,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.catalog.plan import Plan, digest_of, make_plan
+from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import HubSource, Shape
 from qwen_onnx.errors import ChecksumError, SourceError
+from qwen_onnx.records import digest_of
 from qwen_onnx.sources.fetch import expected_revisions, fetch
 
 

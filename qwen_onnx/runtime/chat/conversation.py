@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ValidationError
 
-from qwen_onnx.catalog.schema import Record
 from qwen_onnx.errors import ConfigError, PromptTooLongError, RequestError, TemplateError
 from qwen_onnx.files import write_private
+from qwen_onnx.records import Record
 from qwen_onnx.runtime.processing.reasoning import Kind, ThinkingSplitter, is_open
 from qwen_onnx.runtime.service.generation import RANGES, ChatPrompt, Delta, GenerationConfig, Message
 from qwen_onnx.runtime.service.qwen import QwenService

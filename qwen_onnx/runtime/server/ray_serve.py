@@ -1,7 +1,7 @@
 """The server as a Ray Serve deployment: replicas of one application, each with a model of its own.
 
-``python -m qwen_onnx.runtime.server.ray_serve ARTIFACT --replicas 2 --port 8000`` starts a Ray of its own on this machine. To
-run on a cluster that is there already, give ``deployment`` to ``serve.run``. Ray spreads the requests, starts a
+``python -m qwen_onnx.runtime.server.ray_serve ARTIFACT --replicas 2 --port 8000`` starts a Ray of its own on this
+machine. To run on a cluster that is there already, give ``deployment`` to ``serve.run``. Ray spreads the requests, starts a
 replica again that died, and stops sending to one whose ``check_health`` fails. Every answer names its replica in
 ``X-Replica``.
 
@@ -18,8 +18,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.live import run
-from qwen_onnx.errors import EnvironmentFault, WorkerDiedError
+from qwen_onnx.errors import EnvironmentFault, WorkerDiedError, run
 from qwen_onnx.runtime.server.app import create_app, load_service
 from qwen_onnx.runtime.server.keys import KeyRing
 from qwen_onnx.runtime.server.settings import ServerSettings

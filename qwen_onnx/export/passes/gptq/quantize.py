@@ -26,7 +26,6 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.catalog.passes import BATCH, CalibratedGptqConfig
-from qwen_onnx.catalog.plan import digest_of
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.export.olive import KEPT_FOLDER
@@ -46,6 +45,7 @@ from qwen_onnx.export.weights import (
     write_safetensors,
 )
 from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.records import digest_of
 
 # matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

@@ -1,0 +1,26 @@
+"""What every record of ours is made of: strict, frozen, digested the same way everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+COMMIT = r"[0-9a-f]{40}"
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+Reason = Annotated[str, StringConstraints(min_length=10)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Frozen, strict about its keys: what a user mistypes is never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (hex) of ``value`` as JSON with sorted keys and no spaces."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
