@@ -1,11 +1,9 @@
 """The server as a Ray Serve deployment: replicas of one application, each with a model of its own.
 
 ``python -m qwen_onnx.runtime.server.ray_serve ARTIFACT --replicas 2 --port 8000`` starts a Ray of its own on this
-machine. To run on a cluster that is there already, give ``deployment`` to ``serve.run``. Ray spreads the requests, starts a
-replica again that died, and stops sending to one whose ``check_health`` fails. Every answer names its replica in
-``X-Replica``.
-
-https://docs.ray.io/en/latest/serve/http-guide.html
+machine. To run on a cluster that is there already, give ``deployment`` to ``serve.run``. Ray spreads the requests,
+starts a replica again that died, and stops sending to one whose ``check_health`` fails. Every answer names its
+replica in ``X-Replica``. https://docs.ray.io/en/latest/serve/http-guide.html
 """
 
 from __future__ import annotations
