@@ -16,7 +16,7 @@ import pytest
 from openai import OpenAI
 
 from qwen_onnx.runtime.server.web import TYPES, make_web_router
-from tests.runtime.browser import NAMES, Page, executable
+from tests.fixtures.browser import NAMES, Page, executable
 from tests.runtime.conftest import served
 
 ATTACK = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
