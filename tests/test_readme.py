@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.conftest import REPOSITORY
+
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # these are the script of CI itself; a test that ran them would run itself
 IN_CI = (

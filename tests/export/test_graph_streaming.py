@@ -24,7 +24,7 @@ from tests.fixtures.architectures import make_checkpoint
 STOCK = """
 import contextlib, sys
 from pathlib import Path
-from qwen_onnx.export import builder, graph_steps, streaming
+from qwen_onnx.export.passes.genai_builder import build as builder, graph_steps, streaming
 from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
 streaming.SMALLEST, graph_steps.MATRIX_PIECE = 64, 64 * 50
 if sys.argv[4] == "stock":
