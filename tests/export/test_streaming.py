@@ -137,8 +137,8 @@ def killed_after(line: str, checkpoint: Path, output: Path, kept: Path) -> list[
 @pytest.mark.parametrize(
     ("line", "again"),
     [
-        pytest.param("forward through layer 1 of", "forward through layer 1 of", marks=pytest.mark.slow),
-        pytest.param("backward through layer 1 of", "forward through layer", marks=pytest.mark.slow),
+        pytest.param("forward through layer 1 of", "forward through layer 1 of", marks=pytest.mark.release),
+        pytest.param("backward through layer 1 of", "forward through layer", marks=pytest.mark.release),
         ("quantised layer 1 of", "quantised layer 1 of"),
     ],
 )

@@ -110,6 +110,7 @@ def test_int4_graphs_are_what_was_asked_for_and_compute_what_pytorch_does(
     assert "latency" in report.not_checked
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(("target", "precision"), OTHERS)
 def test_other_precisions(
     others: Callable[[str, str], Path], tiny_checkpoint: Path, target: str, precision: str
@@ -157,7 +158,7 @@ def test_directml_has_no_operator_that_it_lacks(built: Callable[[str, str], Path
     assert "GatherBlockQuantized" in read_graph(built("cuda", "int4") / "model.onnx")["counts"]
 
 
-@pytest.mark.parametrize("target", ["cuda", "webgpu"])
+@pytest.mark.parametrize("target", ["cuda", pytest.param("webgpu", marks=pytest.mark.release)])
 def test_qwen3_norms_stay_outside_of_attention(target: str, tmp_path: Path) -> None:
     """The CPU's GroupQueryAttention refuses them, so that nothing could be judged here."""
     checkpoint = make_tiny_checkpoint(tmp_path / "qwen3", kind="qwen3")

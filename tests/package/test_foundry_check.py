@@ -187,7 +187,7 @@ def test_the_tiny_package_passes_every_step(tiny_package: Path, place: Path) -> 
     assert not leftovers(place)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("profile", ["sdk2", "cli1"])
 def test_the_starters_package_passes(profile: str, artifact_dir: Path, tmp_path: Path, place: Path) -> None:
     made = run_cli("package", artifact_dir, "--output", tmp_path, "--profile", profile)
