@@ -11,9 +11,10 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.sources.fetch import cache_root, fetch
 from tests.fixtures.models import exact_artifact, make_tiny_checkpoint, tiny_artifact, tiny_build, tiny_checkpoint
+from tests.fixtures.skips import pytest_make_collect_report, pytest_runtest_makereport
 from tests.fixtures.tools import REPOSITORY, as_in_a_terminal, edit_int4, edit_yaml, rewrite_json, run_cli
 
-# fixtures are found, and tools are imported, from here
+# fixtures and hooks are found, and tools are imported, from here
 __all__ = [
     "REPOSITORY",
     "as_in_a_terminal",
@@ -21,6 +22,8 @@ __all__ = [
     "edit_yaml",
     "exact_artifact",
     "make_tiny_checkpoint",
+    "pytest_make_collect_report",
+    "pytest_runtest_makereport",
     "rewrite_json",
     "run_cli",
     "tiny_artifact",
