@@ -94,7 +94,7 @@ def _some(names: list[str]) -> str:
 
 
 def matrix(catalog: Catalog) -> str:
-    """The README's comparison matrix in Markdown: one line per family."""
+    """The comparison matrix of docs/models.md in Markdown: one line per family."""
     lines = ["| family | sizes | weights | context | license | export |", "|---|---|---|---|---|---|"]
     for family in sorted(catalog.families.values(), key=lambda family: family.family):
         known = sorted(row.parameters for row in family.sizes if row.parameters)
