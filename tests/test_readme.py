@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.conftest import REPOSITORY
+
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("models", "targets", "use", "verification")))
 TEXT = "\n".join((REPOSITORY / page).read_text(encoding="utf-8") for page in PAGES)
 # these are the script of CI itself; a test that ran them would run itself

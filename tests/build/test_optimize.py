@@ -17,8 +17,8 @@ import pytest
 
 from qwen_onnx.artifact.manifest import build_lock, open_artifact
 from tests.conftest import edit_int4, edit_yaml, rewrite_json, run_cli
-from tests.fixtures_architectures import make_checkpoint
-from tests.fixtures_qwen1 import make_qwen1_checkpoint
+from tests.fixtures.architectures import make_checkpoint
+from tests.fixtures.qwen1 import make_qwen1_checkpoint
 
 
 def optimize(source: Path, target: Path, *more: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -27,9 +27,9 @@ from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
 from qwen_onnx.sources.qwen1 import write_qwen2_form
 from qwen_onnx.verify.scoring import OnnxScorer
 from tests.conftest import rewrite_json
-from tests.export.dequantized import with_weights_of
-from tests.fixtures_architectures import MAKERS, make_checkpoint
-from tests.fixtures_qwen1 import PublishedQwen1, make_qwen1_checkpoint
+from tests.fixtures.architectures import MAKERS, make_checkpoint
+from tests.fixtures.dequantized import with_weights_of
+from tests.fixtures.qwen1 import PublishedQwen1, make_qwen1_checkpoint
 from tests.runtime.engines.batch.test_engine import Heard
 
 FP32 = GenAIModelBuilderConfig(precision="fp32")

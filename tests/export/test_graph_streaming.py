@@ -18,13 +18,13 @@ from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.passes.genai_builder.build import build
 from tests.conftest import rewrite_json
-from tests.fixtures_architectures import make_checkpoint
+from tests.fixtures.architectures import make_checkpoint
 
 # a process of its own for each, as the builder leaves global state behind; "stock" is genai's builder as it comes
 STOCK = """
 import contextlib, sys
 from pathlib import Path
-from qwen_onnx.export import builder, graph_steps, streaming
+from qwen_onnx.export.passes.genai_builder import build as builder, graph_steps, streaming
 from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
 streaming.SMALLEST, graph_steps.MATRIX_PIECE = 64, 64 * 50
 if sys.argv[4] == "stock":

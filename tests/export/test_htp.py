@@ -26,7 +26,7 @@ from qwen_onnx.export.passes.rotate.rotate import rotate, rotation
 from qwen_onnx.export.readback.htp import read_qdq
 from qwen_onnx.export.readback.onnx import read_back
 from qwen_onnx.runtime.engines.runners.qnn import Backend
-from tests.fixtures_architectures import VOCABULARY, make_checkpoint
+from tests.fixtures.architectures import VOCABULARY, make_checkpoint
 
 ARCHITECTURES = ("Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow))
 PREFILL, CONTEXT = 16, 64

@@ -22,7 +22,7 @@ from qwen_onnx.export.passes.gptq import sensitivity
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.weights import CheckpointWeights, write_safetensors
 from qwen_onnx.export.workfolder import WorkFolder
-from tests.export.unstreamed import quantized_tensors
+from tests.fixtures.unstreamed import quantized_tensors
 
 SMALL = CalibratedGptqConfig(group_size=32, int8_share=0.3, windows=9, window=64, sensitivity_windows=3)
 

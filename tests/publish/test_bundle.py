@@ -16,8 +16,8 @@ from qwen_onnx.publish.layout import send_to_layout
 from qwen_onnx.publish.modelscope import send_to_modelscope
 from qwen_onnx.publish.receive import STEP, teller
 from qwen_onnx.publish.registry import send_to_registry
+from tests.fixtures.fake_hubs import sha256
 from tests.publish.conftest import publish, pull
-from tests.publish.fake_hubs import sha256
 
 
 def quiet(_: str) -> None:

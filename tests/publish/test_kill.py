@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.fixtures.fake_hubs import sha256
 from tests.publish.conftest import LARGEST, files_of, leftovers, publish, pull
-from tests.publish.fake_hubs import sha256
 
 # stops the run, as a debugger would, at the first call of a function that is named; the function itself is the real one
 STOP_AT = """

@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks.live import free_port
 from qwen_onnx.publish.addresses import RegistryAddress, is_loopback, parse_address
+from tests.fixtures.fake_registry import PASSWORD, TOKEN, USER, digest_of
 from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, leftovers, publish, pull, refused
-from tests.publish.fake_registry import PASSWORD, TOKEN, USER, digest_of
 
 
 def address(port: int, tag: str = "v1") -> str:

@@ -24,7 +24,7 @@ from qwen_onnx.runtime.engines.runners.qnn import Backend
 from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY
 from tests.export.test_htp import EXPORT, IDS, PREFILL, quantized
-from tests.fixtures_architectures import make_checkpoint
+from tests.fixtures.architectures import make_checkpoint
 
 pytestmark = pytest.mark.slow
 CATALOG = load_catalog(REPOSITORY)

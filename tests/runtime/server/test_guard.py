@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from qwen_onnx.runtime.server.keys import KeyRing, digest_of
 from qwen_onnx.runtime.server.settings import ServerSettings
-from tests.runtime.guarded import CHAT, Guarded, body, exchange, guarded, request, statuses, until
+from tests.fixtures.servers import CHAT, Guarded, body, exchange, guarded, request, statuses, until
 
 ALICE, BOB = "qo-alice-0123456789", "qo-bob-0123456789"
 KEYS = KeyRing({digest_of(ALICE): "alice", digest_of(BOB): "bob"})
