@@ -30,7 +30,7 @@ from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
 Progress = Callable[[str], None]
 # environment and backend of each profile
-STACKS = {"sdk2": ("foundry", "foundry_sdk2"), "cli1": ("foundry-cli1", "foundry_cli1")}
+STACKS = {"sdk2": ("foundry", "sdk2"), "cli1": ("foundry-cli1", "cli1")}
 # seconds that a child gets to tidy up once it has been told to end
 GRACE = 10
 PROMPTS: dict[str, list[dict[str, str]]] = {

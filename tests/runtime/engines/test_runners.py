@@ -55,7 +55,7 @@ class Backend:
 @pytest.fixture
 def interpreter(tmp_path: Path) -> Interpreter:
     """This Python with a package that holds the worker and the counting engine."""
-    folder = tmp_path / "package/qwen_onnx/runners"
+    folder = tmp_path / "package/qwen_onnx/runtime/engines/runners"
     folder.mkdir(parents=True)
     shutil.copy(Path(worker.__file__), folder)
     (folder / "counting.py").write_text(COUNTING)
