@@ -26,9 +26,6 @@ ORDER = [
 RUNTIME = [{"engines"}, {"processing"}, {"service"}, {"server", "chat"}, {"__init__"}]
 # imports against the order that are still to be turned round
 PENDING = {
-    ("engines", "processing"),
-    ("engines", "service"),
-    ("processing", "service"),
     ("service", "server"),
 }
 
