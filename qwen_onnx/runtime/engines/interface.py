@@ -8,28 +8,10 @@ from typing import Literal, Protocol
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.service.generation import Sampling
+from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
 
-# fields of ``GenerationConfig`` beyond max_new_tokens, temperature and stop, which every engine has
-ALL_FEATURES = frozenset(
-    (
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "seed",
-        "logit_bias",
-        "logprobs",
-        "grammar",
-    )
-)
 CLOSED = "the engine is closed"
 EngineFinish = Literal["stop", "length", "cancelled"]
-
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -104,7 +86,7 @@ class TokenEngine(Protocol):
     """Runs requests; thread-safe."""
 
     shape: Shape
-    # which fields beyond max_new_tokens and temperature it honours; a service refuses the others
+    # which of ``sampling.ALL_FEATURES`` it honours; a service refuses the others
     features: frozenset[str]
 
     def submit(self, request: TokenRequest, listener: Listener) -> Handle:

@@ -20,11 +20,11 @@ from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.server import logs
 from qwen_onnx.runtime.server.api.protocol import error_body
 from qwen_onnx.runtime.server.keys import KeyRing
-from qwen_onnx.runtime.server.logs import RequestRecord
 from qwen_onnx.runtime.server.metrics import Metrics
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.server.tracing import Tracer
 from qwen_onnx.runtime.service.limits import RateLimiter, check_token_fields, read_json
+from qwen_onnx.runtime.service.told import RequestRecord, current
 
 log = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
@@ -110,14 +110,14 @@ class Gate:
         record = RequestRecord(_request_id(headers), scope["method"])
         path = scope["path"]
         record.route = path if path in self._routes else "unmatched"
-        token = logs.current.set(record)
+        token = current.set(record)
         begin = time.monotonic()
         tracer = self._watch.tracer
         span = tracer.start(headers, record.route, record.method) if tracer else None
         try:
             await self._guarded(scope, headers, receive, _Sender(send, record, self._settings.send_seconds))
         finally:
-            logs.current.reset(token)
+            current.reset(token)
             matched = getattr(scope.get("route"), "path", None)
             record.route = matched if matched and record.route == "unmatched" else record.route
             if span is not None and tracer:

@@ -14,7 +14,8 @@ from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, Te
 from qwen_onnx.runtime.engines.genai import CONFIG_FILE, Cancelled
 from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEngine, TokenEvent, TokenRequest
 from qwen_onnx.runtime.engines.remote import EngineOptions, RemoteEngine, load_engine
-from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
+from qwen_onnx.runtime.engines.sampling import Sampling
+from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_template
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
 from qwen_onnx.runtime.service.answers import Answer, Assembler
 from qwen_onnx.runtime.service.generation import (
@@ -23,9 +24,7 @@ from qwen_onnx.runtime.service.generation import (
     Completion,
     Delta,
     GenerationConfig,
-    Message,
     Prompt,
-    Sampling,
 )
 from qwen_onnx.runtime.service.generations import Generations
 

@@ -20,7 +20,6 @@ from qwen_onnx.runtime.engines.batch.rows import Rows
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import (
-    ALL_FEATURES,
     CLOSED,
     EngineFinish,
     EngineStats,
@@ -28,6 +27,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenEvent,
     TokenRequest,
 )
+from qwen_onnx.runtime.engines.sampling import BATCH_FEATURES
 
 log = logging.getLogger(__name__)
 # more at once would hold up the others for longer, fewer read the prompt more slowly (docs/lab-log.md)
@@ -73,7 +73,7 @@ class BatchEngine:
         UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
     """
 
-    features = ALL_FEATURES
+    features = BATCH_FEATURES
 
     def __init__(
         self,

@@ -137,9 +137,9 @@ class ResponseRequest(Described):
     model: str
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = Field(default=None, description="A system message before the input.")
-    max_output_tokens: int | None = ranged("max_new_tokens", "Most tokens of the answer, reasoning included.")
-    temperature: float | None = ranged("temperature", "0 is greedy.")
-    top_p: float | None = ranged("top_p", "Nucleus sampling.")
+    max_output_tokens: int | None = ranged("max_new_tokens")
+    temperature: float | None = ranged("temperature")
+    top_p: float | None = ranged("top_p")
     stream: bool | None = Field(default=None, description="Server-sent events instead of one body.")
     stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None

@@ -14,7 +14,7 @@ from qwen_onnx.errors import OverloadedError, PromptTooLongError, RequestError, 
 from qwen_onnx.runtime import Engine
 from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.interface import TokenEngine, TokenEvent, TokenRequest
-from qwen_onnx.runtime.service.generation import Sampling
+from qwen_onnx.runtime.engines.sampling import Sampling
 
 
 class Heard:
