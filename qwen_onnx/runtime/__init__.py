@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.genai import Engine, SamplingOptions
+    from qwen_onnx.runtime.engines.interface import cache_scoped
     from qwen_onnx.runtime.engines.remote import RemoteEngine
     from qwen_onnx.runtime.processing import prompts
     from qwen_onnx.runtime.processing.template import ChatTemplate
@@ -36,6 +37,7 @@ _PLACES = {
     "TextTokenizer": "processing.tokenizer",
     "Thresholds": "service.monitor",
     "TokenLogprob": "service.generation",
+    "cache_scoped": "engines.interface",
     "prompts": "processing.prompts",
 }
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "TextTokenizer",
     "Thresholds",
     "TokenLogprob",
+    "cache_scoped",
     "prompts",
 ]
 
