@@ -22,7 +22,7 @@ from qwen_onnx.export.passes.genai_builder.repairs import ROUTER_WEIGHTS
 from qwen_onnx.export.readback.onnx import compare, read_graph
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.remote import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
 from qwen_onnx.sources.qwen1 import write_qwen2_form
 from qwen_onnx.verify.scoring import OnnxScorer
