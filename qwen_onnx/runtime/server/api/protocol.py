@@ -20,6 +20,9 @@ MOST_CHOICES = 8
 # llguidance reads no deeper schemas, and whoever recurses into one stays far from Python's own limit
 MOST_DEPTH = 64
 
+# of a list, validation tells the first faulty item: telling each of them would cost more than the request
+FIRST_FAULT = Field(fail_fast=True)
+
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
