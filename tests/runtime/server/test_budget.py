@@ -63,3 +63,9 @@ def test_arguments_of_earlier_calls_are_counted_too(server: Guarded) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" + "[]," * 70_000 + "[]]"}}
     error = refusal(server, CHAT, {"messages": [{"role": "assistant", "tool_calls": [call]}]})
     assert "more than 65536 values" in error["message"]
+
+
+@pytest.mark.parametrize("stop", ["a" * 200_000, ["a" * 257]])
+def test_a_long_stop_string_is_refused(server: Guarded, stop: Any) -> None:
+    error = refusal(server, CHAT, {"messages": [{"role": "user", "content": "x"}], "stop": stop})
+    assert "at most 256 characters" in error["message"]

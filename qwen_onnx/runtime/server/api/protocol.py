@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engines.interface import ALL_FEATURES
-from qwen_onnx.runtime.service.generation import DEFAULT, RANGES, Delta, GenerationConfig
+from qwen_onnx.runtime.service.generation import DEFAULT, MOST_STOP_CHARACTERS, RANGES, Delta, GenerationConfig
 from qwen_onnx.runtime.service.limits import is_deeper
 
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
@@ -24,6 +24,7 @@ MOST_DEPTH = 64
 FIRST_FAULT = Field(fail_fast=True)
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Stop = Annotated[str, Field(max_length=MOST_STOP_CHARACTERS)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
@@ -82,7 +83,7 @@ class SamplingFields(Described):
     presence_penalty: float | None = ranged("presence_penalty", "0 is off.")
     frequency_penalty: float | None = ranged("frequency_penalty", "0 is off.")
     seed: int | None = ranged("seed", "Choice i of n has the seed s + i. The same seed gives the same answer.")
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = Field(
         default=None, description=f"The answer ends before the first of these strings; at most {MOST_STOPS}."
     )
     logit_bias: dict[TokenKey, Bias] | None = Field(
