@@ -74,7 +74,7 @@ class CalibratedGptqConfig(Record):
 
 
 class OpenVINOConversionConfig(Record):
-    """Options of ``qwen_onnx.export.passes.openvino.convert.OpenVINOConversion``."""
+    """Options of ``qwen_onnx.export.passes.openvino_conversion.convert.OpenVINOConversion``."""
 
     precision: Literal["int4", "int8", "fp16", "fp32"]
     group_size: Literal[64, 128, -1] = Field(
@@ -87,7 +87,7 @@ class OpenVINOConversionConfig(Record):
 
 
 class OpenVINOPackageConfig(Record):
-    """Options of ``qwen_onnx.export.passes.openvino.convert.OpenVINOPackage``."""
+    """Options of ``qwen_onnx.export.passes.openvino_conversion.convert.OpenVINOPackage``."""
 
     target_device: Literal["npu", "gpu", "cpu"]
     max_prompt_len: int = Field(gt=0, description="tokens of the longest prompt: the NPU compiles fixed shapes")
@@ -95,7 +95,7 @@ class OpenVINOPackageConfig(Record):
 
 
 class RotateResidualConfig(Record):
-    """Options of ``qwen_onnx.export.passes.rotate.rotate.RotateResidual``."""
+    """Options of ``qwen_onnx.export.passes.rotate_residual.rotate.RotateResidual``."""
 
     seed: int = Field(default=0, description="of the random orthogonal matrix")
 

@@ -18,11 +18,11 @@ PR_SET_PDEATHSIG = 1
 PASS_MODULES = {
     "CalibratedGptq": "qwen_onnx.export.passes.gptq.quantize.CalibratedGptq",
     "GenAIModelBuilder": "qwen_onnx.export.passes.genai_builder.build.GenAIModelBuilder",
-    "OpenVINOConversion": "qwen_onnx.export.passes.openvino.convert.OpenVINOConversion",
-    "OpenVINOPackage": "qwen_onnx.export.passes.openvino.convert.OpenVINOPackage",
+    "OpenVINOConversion": "qwen_onnx.export.passes.openvino_conversion.convert.OpenVINOConversion",
+    "OpenVINOPackage": "qwen_onnx.export.passes.openvino_conversion.convert.OpenVINOPackage",
     "HtpContext": "qwen_onnx.export.passes.htp_context.context.HtpContext",
     "HtpQdqExport": "qwen_onnx.export.passes.htp_qdq.export.HtpQdqExport",
-    "RotateResidual": "qwen_onnx.export.passes.rotate.rotate.RotateResidual",
+    "RotateResidual": "qwen_onnx.export.passes.rotate_residual.rotate.RotateResidual",
 }
 
 

@@ -22,7 +22,7 @@ from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest
 from qwen_onnx.export.passes.htp_qdq.decoder import Sizes
 from qwen_onnx.export.passes.htp_qdq.export import export
 from qwen_onnx.export.passes.htp_qdq.linears import Linears
-from qwen_onnx.export.passes.rotate.rotate import rotate, rotation
+from qwen_onnx.export.passes.rotate_residual.rotate import rotate, rotation
 from qwen_onnx.export.readback.htp import read_qdq
 from qwen_onnx.export.readback.onnx import read_back
 from qwen_onnx.runtime.engines.runners.qnn import Backend
