@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qwen_onnx.catalog.passes import CalibratedGptqConfig
 from qwen_onnx.export.calibration import calibration_ids
+from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest
 
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -16,7 +16,7 @@ FUSED = {"k_proj": "q_proj", "v_proj": "q_proj"}
 BATCH = 4
 
 
-def quantized_tensors(checkpoint: Path, config: CalibratedGptqConfig) -> tuple[dict[str, torch.Tensor], set[str]]:
+def quantized_tensors(checkpoint: Path, config: CalibratedGptqOptions) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Every tensor of the quantised checkpoint, and the names of the matrices of the body with 8 bits."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def _as(name: str, table: dict[str, str]) -> str:
     return f"{parent}.{table.get(last, last)}"
 
 
-def _choose_int8(model: Any, ids: torch.Tensor, config: CalibratedGptqConfig) -> set[str]:
+def _choose_int8(model: Any, ids: torch.Tensor, config: CalibratedGptqOptions) -> set[str]:
     linears = _linears(model)
     model.requires_grad_(False)
     weights = [module.weight.requires_grad_(True) for module in linears.values()]
@@ -75,7 +75,7 @@ def _choose_int8(model: Any, ids: torch.Tensor, config: CalibratedGptqConfig) ->
 
 
 @torch.no_grad()
-def _quantize_layers(model: Any, ids: torch.Tensor, precise: set[str], config: CalibratedGptqConfig) -> dict[str, Any]:
+def _quantize_layers(model: Any, ids: torch.Tensor, precise: set[str], config: CalibratedGptqOptions) -> dict[str, Any]:
     batches = torch.split(ids, min(BATCH, len(ids)))[: max(len(ids) // BATCH, 1)]
     matrices = {}
     for index, layer in enumerate(model.model.layers):

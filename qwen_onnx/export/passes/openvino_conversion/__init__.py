@@ -1,1 +1,1 @@
-"""OpenVINO's IR and its package."""
+"""``OpenVINOConversion``: a checkpoint as OpenVINO's IR."""
