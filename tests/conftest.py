@@ -118,7 +118,7 @@ def build_apart(checkpoint: Path, folder: Path, options: str) -> Path:
     """``folder``, built by the genai builder in a process of its own."""
     code = (
         "import sys; from pathlib import Path; from qwen_onnx.export.passes.genai_builder.build import build\n"
-        "from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config\n"
+        "from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions as Config\n"
         f"build(Path(sys.argv[1]), Path(sys.argv[2]), Config({options}))"
     )
     subprocess.run([sys.executable, "-c", code, str(checkpoint), str(folder)], check=True, capture_output=True)

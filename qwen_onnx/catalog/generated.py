@@ -33,7 +33,7 @@ def lock_text(catalog: Catalog) -> str:
 
 
 def committed_files(catalog: Catalog) -> dict[str, str]:
-    """Text of every file generated from recipes and pipelines, by path: lock, golden plans, schemas, table of models."""
+    """Text of every file generated from recipes and pipelines, by path: lock, golden plans, schemas, models."""
     files = {LOCK_FILE: lock_text(catalog)}
     model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
     for target in catalog.targets_of(catalog.row(model)[1]):
