@@ -18,8 +18,7 @@ from tests.conftest import make_tiny_checkpoint, rewrite_json
 # the collection that a line of Python goes into
 INTO = {
     "qwen_onnx/export/architectures/registry.py": "ARCHITECTURES: dict[str, Architecture] = {\n",
-    "qwen_onnx/catalog/schema.py": "ARCHITECTURES = (\n",
-    "qwen_onnx/catalog/passes.py": "DENSE = (\n",
+    "qwen_onnx/catalog/architectures.py": "ARCHITECTURES: dict[str, Kind] = {\n",
 }
 
 

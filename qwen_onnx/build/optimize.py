@@ -337,7 +337,7 @@ def _disk_needs(job: Job, needs: Estimate, to_install: int) -> dict[Path, int]:
     if target.stat().st_dev == cache.stat().st_dev:
         return {target: needs.disk + needs.download + to_install}
     # quantised files are linked on one disk and copied to another
-    return {cache: needs.kept + needs.download + to_install, target: needs.staging + needs.quantised}
+    return {cache: needs.kept + needs.download + to_install, target: needs.disk}
 
 
 def _existing(path: Path) -> Path:

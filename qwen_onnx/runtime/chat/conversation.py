@@ -14,11 +14,12 @@ from qwen_onnx.errors import ConfigError, PromptTooLongError, RequestError, Temp
 from qwen_onnx.files import write_private
 from qwen_onnx.records import Record
 from qwen_onnx.runtime.processing.reasoning import Kind, ThinkingSplitter, is_open
-from qwen_onnx.runtime.service.generation import RANGES, ChatPrompt, Delta, GenerationConfig, Message
+from qwen_onnx.runtime.processing.template import Message
+from qwen_onnx.runtime.service.generation import PARAMETERS, ChatPrompt, Delta, GenerationConfig
 from qwen_onnx.runtime.service.qwen import QwenService
 
 # what /set knows; the rest of a configuration are texts and tables, not numbers
-SETTINGS = tuple(name for name in RANGES if name != "logprobs")
+SETTINGS = tuple(name for name in PARAMETERS if name != "logprobs")
 # an answer that is cut after some words helps nobody: so much of the context is kept free for it
 ROOM = 0.25
 
@@ -191,9 +192,9 @@ class Conversation:
         if name not in SETTINGS:
             raise RequestError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}", where="/set")
         number: int | float | None = None
-        if not (name == "seed" and value == "none"):
+        if not (PARAMETERS[name].default is None and value == "none"):
             try:
-                number = float(value) if isinstance(RANGES[name][0], float) else int(value)
+                number = int(value) if PARAMETERS[name].whole else float(value)
             except ValueError as error:
                 raise RequestError(f"{name} is {value!r}, not a number", where=name) from error
         self.config = dataclasses.replace(self.config, **{name: number})  # type: ignore[arg-type]

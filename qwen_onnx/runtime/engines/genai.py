@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime_genai as og
 
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
+from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling, search_options
 
 CONFIG_FILE = "genai_config.json"
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
@@ -25,33 +26,6 @@ PREFILL_CHUNK = 128
 UNPACK_QDQ = {"session.disable_quant_qdq": "1"}
 
 Cancelled = Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the next token is chosen. Temperature 0 is greedy and ignores the rest but the penalty; top_k 0 is off."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def search_options(self) -> dict[str, Any]:
-        """The names that genai gives them."""
-        if self.temperature == 0:
-            return {"do_sample": False, "repetition_penalty": self.repetition_penalty}
-        options: dict[str, Any] = {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-        }
-        return options if self.seed is None else {**options, "random_seed": self.seed}
-
-
-GREEDY = SamplingOptions()
 
 
 @dataclass(frozen=True)
@@ -138,10 +112,10 @@ class Engine:
                 hint="build it again" if on_cpu or needed == "cpu" else hint,
             ) from error
 
-    def _generator(self, max_length: int, options: SamplingOptions, min_length: int) -> Any:
+    def _generator(self, max_length: int, options: Sampling, min_length: int) -> Any:
         params = og.GeneratorParams(self._model)
         # genai allocates the KV cache for max_length at once: it is never left at the context's default
-        params.set_search_options(max_length=max_length, min_length=min_length, **options.search_options())
+        params.set_search_options(max_length=max_length, min_length=min_length, **search_options(options))
         return og.Generator(self._model, params)
 
     def generate(
@@ -149,7 +123,7 @@ class Engine:
         prompt_ids: Sequence[int],
         *,
         max_new_tokens: int,
-        options: SamplingOptions = GREEDY,
+        options: Sampling = GREEDY,
         stop_on_eos: bool = True,
         cancelled: Cancelled | None = None,
     ) -> Iterator[int]:
@@ -158,7 +132,7 @@ class Engine:
         Args:
             prompt_ids: ids in [0, vocab_size), at least one.
             max_new_tokens: most tokens to yield.
-            options: sampling.
+            options: how tokens are chosen.
             stop_on_eos: false suppresses EOS, to measure a fixed number of tokens.
             cancelled: asked between tokens and between pieces of the prompt.
 
@@ -170,7 +144,7 @@ class Engine:
         return self._tokens(ids, max_new_tokens, options, stop_on_eos, cancelled or (lambda: False))
 
     def _tokens(
-        self, ids: list[int], max_new_tokens: int, options: SamplingOptions, stop_on_eos: bool, cancelled: Cancelled
+        self, ids: list[int], max_new_tokens: int, options: Sampling, stop_on_eos: bool, cancelled: Cancelled
     ) -> Iterator[int]:
         length = len(ids) + max_new_tokens
         generator = self._generator(length, options, 0 if stop_on_eos else length)

@@ -12,16 +12,15 @@ from pathlib import Path
 import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
-from qwen_onnx.runtime.engines.genai import Engine, SamplingOptions
+from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import (
-    ALL_FEATURES,
     CLOSED,
-    GREEDY,
     EngineStats,
     Listener,
     TokenEvent,
     TokenRequest,
 )
+from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, GENAI_FEATURES, GREEDY
 
 log = logging.getLogger(__name__)
 # genai keeps seeds in 32 bits
@@ -44,7 +43,7 @@ class Turn:
 class SerialEngine:
     """See ``requests.TokenEngine``. Args and errors are those of ``Engine``."""
 
-    features = frozenset(("top_p", "top_k", "repetition_penalty", "seed"))
+    features = GENAI_FEATURES
 
     def __init__(self, folder: Path, *, queue_size: int = 16, threads: int | None = None) -> None:
         self._engine = Engine(folder, threads=threads)
@@ -88,6 +87,8 @@ class SerialEngine:
             generated_tokens=self._written,
             restarts=0,
             resident_bytes=psutil.Process().memory_info().rss,
+            alive=self._thread.is_alive(),
+            failed=not self._thread.is_alive(),
         )
 
     def close(self) -> None:
@@ -120,10 +121,7 @@ class SerialEngine:
 
     def _answered(self, turn: Turn) -> TokenEvent:
         """Run one request; returns its end."""
-        request, sampling = turn.request, turn.request.sampling
-        options = SamplingOptions(
-            sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty, sampling.seed
-        )
+        request = turn.request
         count = 0
 
         def stopped() -> bool:
@@ -134,7 +132,7 @@ class SerialEngine:
             for token in self._engine.generate(
                 request.prompt_ids,
                 max_new_tokens=request.max_new_tokens,
-                options=options,
+                options=request.sampling,
                 stop_on_eos=request.stop_on_eos,
                 cancelled=stopped,
             ):

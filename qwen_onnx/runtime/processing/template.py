@@ -19,8 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size, check_text
-from qwen_onnx.runtime.service.generation import Message
 
+Message = Mapping[str, Any]
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF8FF)

@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
+from qwen_onnx.runtime.engines import TOKENIZER_FILE
 
-TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # no sensible text has more characters per token; what is longer is refused before any work
 MOST_CHARACTERS_PER_TOKEN = 64

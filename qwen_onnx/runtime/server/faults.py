@@ -19,7 +19,7 @@ from qwen_onnx.errors import (
 )
 from qwen_onnx.runtime.server.admission import printable
 from qwen_onnx.runtime.server.api.protocol import error_body
-from qwen_onnx.runtime.server.logs import current
+from qwen_onnx.runtime.service.told import current
 
 # status, kind in OpenAI's words, reason in the metrics
 ANSWERS: dict[type[ServiceError], tuple[int, str, str]] = {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_onnx.errors import EnvironmentFault
-from qwen_onnx.runtime.server.logs import RequestRecord
+from qwen_onnx.runtime.service.told import RequestRecord
 
 INSTALL = "pip install 'qwen-onnx[otel]'"
 OPERATIONS = {

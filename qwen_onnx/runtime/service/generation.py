@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.engines.sampling import MOST_BIAS, Sampling, parameter, parameters
+from qwen_onnx.runtime.processing.template import Message
 
 FinishReason = Literal["stop", "length"]
-Message = Mapping[str, Any]
-
-RANGES: dict[str, tuple[float, float]] = {
-    "max_new_tokens": (1, 2**31 - 1),
-    "temperature": (0.0, 2.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (0, 2**31 - 1),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.1, 10.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "seed": (0, 2**63 - 1),
-    "logprobs": (0, 20),
-}
-OPTIONAL = ("seed", "logprobs")
-MOST_STOP_STRINGS = 16
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0, min_p 0 and penalties 0 (repetition: 1) are off.
-
-    Args:
-        seed: the same answer to the same prompt, whatever else runs; None draws anew.
-        logit_bias: token id to what is added to its logit, -100 to 100.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+MOST_STOP_STRINGS, MOST_STOP_CHARACTERS = 16, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +20,7 @@ class GenerationConfig(Sampling):
 
     Args:
         max_new_tokens: the most that the answer has.
-        stop: the answer ends before the first of these strings.
+        stop: the answer ends before the first of these strings; at most 16 of at most 256 characters.
         logprobs: None is off; else how many alternatives are told beside each chosen token, 0 to 20.
         grammar: of llguidance, as JSON or Lark text: the answer is a word of it.
 
@@ -62,32 +28,31 @@ class GenerationConfig(Sampling):
         RequestError: a value out of its range, naming field and range.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = parameter(256, 1, 2**31 - 1, "Most tokens of the answer, reasoning included.")
     stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    logprobs: int | None = parameter(None, 0, 20, "Alternatives told beside each token.")
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
-            if name in OPTIONAL and value is None:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            whole = isinstance(value, int) or isinstance(least, float)
-            if not number or not whole or not least <= value <= most:
-                kind = "a number" if isinstance(least, float) else "a whole number"
-                raise RequestError(f"{name} is {value!r}, not {kind} from {least} to {most}", where=name)
-        if self.top_p == 0:
-            raise RequestError("top_p is 0: no token is left", where="top_p", hint="use temperature 0 for greedy")
+        for name, one in PARAMETERS.items():
+            one.check(name, getattr(self, name))
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError("stop holds an empty string or no strings", where="stop")
         if len(self.stop) > MOST_STOP_STRINGS:
             raise RequestError(f"{len(self.stop)} stop strings, the most is {MOST_STOP_STRINGS}", where="stop")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MOST_STOP_CHARACTERS:
+            raise RequestError(
+                f"a stop string has {longest} characters, the most is {MOST_STOP_CHARACTERS}", where="stop"
+            )
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or not -100 <= bias <= 100:
-                raise RequestError(f"logit_bias of {token!r} is {bias!r}, not from -100 to 100", where="logit_bias")
+            if not isinstance(token, int) or not -MOST_BIAS <= bias <= MOST_BIAS:
+                told = f"logit_bias of {token!r} is {bias!r}, not from -{MOST_BIAS} to {MOST_BIAS}"
+                raise RequestError(told, where="logit_bias")
 
 
+# all numbers that a request may give
+PARAMETERS = parameters(GenerationConfig)
 DEFAULT = GenerationConfig()
 
 

@@ -6,15 +6,26 @@ import hashlib
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, cast
 
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
 from qwen_onnx.runtime.engines.genai import CONFIG_FILE, Cancelled
-from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEngine, TokenEvent, TokenRequest
-from qwen_onnx.runtime.engines.remote import EngineOptions, RemoteEngine, load_engine
-from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
+from qwen_onnx.runtime.engines.interface import (
+    EngineStats,
+    Handle,
+    Listener,
+    TokenEngine,
+    TokenEvent,
+    TokenRequest,
+    cache_scope,
+)
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.remote import RemoteEngine
+from qwen_onnx.runtime.engines.sampling import Sampling
+from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_template
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
 from qwen_onnx.runtime.service.answers import Answer, Assembler
 from qwen_onnx.runtime.service.generation import (
@@ -23,9 +34,7 @@ from qwen_onnx.runtime.service.generation import (
     Completion,
     Delta,
     GenerationConfig,
-    Message,
     Prompt,
-    Sampling,
 )
 from qwen_onnx.runtime.service.generations import Generations
 
@@ -117,7 +126,14 @@ class QwenService:
         """
         ids = self.prepare(prompt, config)
         most = min(config.max_new_tokens, self.engine.shape.context_length - len(ids))
-        request = TokenRequest(tuple(ids), most, sampling(config), logprobs=config.logprobs, grammar=config.grammar)
+        request = TokenRequest(
+            tuple(ids),
+            most,
+            sampling(config),
+            logprobs=config.logprobs,
+            grammar=config.grammar,
+            cache_scope=cache_scope.get(),
+        )
         return self.engine.submit(request, listener), Assembler(self.tokenizer, config, len(ids))
 
     def stream(
@@ -178,8 +194,10 @@ class QwenService:
             except QwenOnnxError as error:
                 error.add_note(f"prompt {index} of the batch")
                 raise
+        # a thread of a pool starts without the caller's context, which says whose requests these are
+        contexts = [copy_context() for _ in prepared]
         with ThreadPoolExecutor(max(1, self.engine.stats().streams), "qwen-onnx batch") as pool:
-            return list(pool.map(lambda ids: self.generate(ids, config), prepared))
+            return list(pool.map(lambda context, ids: context.run(self.generate, ids, config), contexts, prepared))
 
     def stats(self) -> EngineStats:
         """What the engine does now."""

@@ -20,12 +20,12 @@ from qwen_onnx.errors import (
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEvent
 from qwen_onnx.runtime.processing.sanitise import Sanitiser, sanitised
 from qwen_onnx.runtime.processing.template import check_depth
-from qwen_onnx.runtime.server.logs import PromptHash, RequestRecord, current
 from qwen_onnx.runtime.service.answers import Answer
 from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt, Delta, GenerationConfig, Prompt
 from qwen_onnx.runtime.service.limits import RateLimiter
 from qwen_onnx.runtime.service.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
 from qwen_onnx.runtime.service.qwen import QwenService, is_ids
+from qwen_onnx.runtime.service.told import PromptHash, RequestRecord, current
 
 Observer = Callable[[Measurement], None]
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})

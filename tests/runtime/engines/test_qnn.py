@@ -12,10 +12,10 @@ import pytest
 
 from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.catalog.passes import HtpContextConfig
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.errors import ArtifactError, ExportError, VerificationError
 from qwen_onnx.export.passes.htp_context.context import compile_in
+from qwen_onnx.export.passes.htp_context.options import HtpContextOptions
 from qwen_onnx.export.passes.htp_qdq.export import export
 from qwen_onnx.export.readback.htp import compare_folder, read_folder
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
@@ -28,7 +28,7 @@ from tests.fixtures.architectures import make_checkpoint
 
 pytestmark = pytest.mark.slow
 CATALOG = load_catalog(REPOSITORY)
-CONFIG = HtpContextConfig()
+CONFIG = HtpContextOptions()
 BITS = {"Qwen2ForCausalLM": 4, "Qwen3ForCausalLM": 8}
 
 

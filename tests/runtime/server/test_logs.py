@@ -7,7 +7,8 @@ import json
 import logging
 
 from qwen_onnx.runtime import ChatPrompt
-from qwen_onnx.runtime.server.logs import Formatter, PromptHash
+from qwen_onnx.runtime.server.logs import Formatter
+from qwen_onnx.runtime.service.told import PromptHash
 
 
 def test_an_exception_is_told_without_its_message() -> None:

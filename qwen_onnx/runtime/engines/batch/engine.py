@@ -20,7 +20,6 @@ from qwen_onnx.runtime.engines.batch.rows import Rows
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import (
-    ALL_FEATURES,
     CLOSED,
     EngineFinish,
     EngineStats,
@@ -28,6 +27,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenEvent,
     TokenRequest,
 )
+from qwen_onnx.runtime.engines.sampling import BATCH_FEATURES
 
 log = logging.getLogger(__name__)
 # more at once would hold up the others for longer, fewer read the prompt more slowly (docs/lab-log.md)
@@ -73,7 +73,7 @@ class BatchEngine:
         UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
     """
 
-    features = ALL_FEATURES
+    features = BATCH_FEATURES
 
     def __init__(
         self,
@@ -128,6 +128,7 @@ class BatchEngine:
             restarts=0,
             resident_bytes=psutil.Process().memory_info().rss,
             alive=not self._failed,
+            failed=self._failed,
             **self._counted,
         )
 
@@ -188,7 +189,7 @@ class BatchEngine:
                     self._waiting.popleft()
                 stream.listener(TokenEvent(finish="cancelled"))
                 continue
-            row = self._rows.admit(stream.request.prompt_ids, reuse=not stream.seeded)
+            row = self._rows.admit(stream.request.prompt_ids, stream.request.cache_scope, reuse=not stream.seeded)
             if row is None:
                 return
             stream.row = row

@@ -9,8 +9,8 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.engines import TOKENIZER_FILE
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.processing.tokenizer import TOKENIZER_FILE
 
 
 class Grammars:

@@ -8,6 +8,7 @@ import numpy as np
 
 from qwen_onnx.runtime.engines.batch.guidance import Matcher
 from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.sampling import SAMPLING
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Weights = np.ndarray[Any, np.dtype[np.float64]]
@@ -37,6 +38,8 @@ class Sampler:
         self._counts: dict[int, int] = {}
         self._bias = np.array(list(self._options.logit_bias.values()), np.float32)
         self._biased = list(self._options.logit_bias)
+        asked = [(one.keep, getattr(self._options, name), one.default) for name, one in SAMPLING.items()]
+        self._kept = [(keep, value) for keep, value, default in asked if keep and value != default]
         penalties = self._options.repetition_penalty != 1 or self._options.presence_penalty
         self._changes = bool(penalties or self._options.frequency_penalty or self._biased or forbidden or matcher)
 
@@ -84,8 +87,8 @@ class Sampler:
         weights = np.exp((scores - scores.max()) / np.float32(options.temperature), dtype=np.float64)
         truncated = options.top_p < 1 or options.top_k
         ids = self._nucleus(weights) if truncated else np.arange(len(weights), dtype=np.intp)
-        if options.min_p:
-            ids = ids[weights[ids] >= options.min_p * weights.max()]
+        for keep, value in self._kept:
+            ids = ids[keep(weights[ids], value)]
         edges = np.cumsum(weights[ids])
         chosen = np.searchsorted(edges, self._random.random() * edges[-1], "right")
         return int(ids[min(int(chosen), len(ids) - 1)])

@@ -5,13 +5,13 @@ https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.engines.interface import ALL_FEATURES
-from qwen_onnx.runtime.service.generation import DEFAULT, RANGES, Delta, GenerationConfig
+from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, MOST_BIAS, SAMPLING, Sampling
+from qwen_onnx.runtime.service.generation import DEFAULT, MOST_STOP_CHARACTERS, PARAMETERS, Delta, GenerationConfig
 from qwen_onnx.runtime.service.limits import is_deeper
 
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
@@ -20,7 +20,11 @@ MOST_CHOICES = 8
 # llguidance reads no deeper schemas, and whoever recurses into one stays far from Python's own limit
 MOST_DEPTH = 64
 
-Bias = Annotated[float, Field(ge=-100, le=100)]
+# of a list, validation tells the first faulty item: telling each of them would cost more than the request
+FIRST_FAULT = Field(fail_fast=True)
+
+Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
+Stop = Annotated[str, Field(max_length=MOST_STOP_CHARACTERS)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
@@ -30,12 +34,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def ranged(name: str, description: str) -> Any:
-    """A field with the range that ``GenerationConfig`` has."""
-    least, most = RANGES[name]
-    absent = f" Absent: {getattr(DEFAULT, name)}." if getattr(DEFAULT, name) is not None else ""
-    bounds: dict[str, Any] = {"le": most, "gt" if name == "top_p" else "ge": least}
-    return Field(default=None, description=description + absent, **bounds)
+def ranged(name: str) -> Any:
+    """A field with range and description of ``GenerationConfig``'s."""
+    one = PARAMETERS[name]
+    absent = "" if one.default is None else f" Absent: {one.default}."
+    bounds: dict[str, Any] = {"le": one.most, "gt" if one.above else "ge": one.least}
+    return Field(default=None, description=one.told + absent, **bounds)
 
 
 def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
@@ -67,19 +71,22 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = Field(default=None, description="Chunks are never padded.")
 
 
-class SamplingFields(Described):
+if TYPE_CHECKING:
+    SampledFields = Described
+else:
+    # a field for each parameter of ``Sampling`` that is a number: its type, its range, its words
+    SampledFields = create_model(
+        "SampledFields",
+        __base__=Described,
+        **{name: (get_type_hints(Sampling)[name] | None, ranged(name)) for name in SAMPLING},
+    )
+
+
+class SamplingFields(SampledFields):
     """How to choose tokens; the form of chat completions and of completions."""
 
-    max_tokens: int | None = ranged("max_new_tokens", "Most tokens of the answer, reasoning included.")
-    temperature: float | None = ranged("temperature", "0 is greedy.")
-    top_p: float | None = ranged("top_p", "Nucleus sampling.")
-    top_k: int | None = ranged("top_k", "Sample from that many tokens; 0: from all. Not in OpenAI's API.")
-    min_p: float | None = ranged("min_p", "Least probability relative to the best token's. Not in OpenAI's API.")
-    repetition_penalty: float | None = ranged("repetition_penalty", "1 is off. Not in OpenAI's API.")
-    presence_penalty: float | None = ranged("presence_penalty", "0 is off.")
-    frequency_penalty: float | None = ranged("frequency_penalty", "0 is off.")
-    seed: int | None = ranged("seed", "Choice i of n has the seed s + i. The same seed gives the same answer.")
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = Field(
+    max_tokens: int | None = ranged("max_new_tokens")
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = Field(
         default=None, description=f"The answer ends before the first of these strings; at most {MOST_STOPS}."
     )
     logit_bias: dict[TokenKey, Bias] | None = Field(
@@ -107,8 +114,7 @@ class SamplingFields(Described):
         """
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is for streams: set stream", where="stream_options")
-        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        given = {name: getattr(self, name) for name in (*same, "seed")}
+        given = {name: getattr(self, name) for name in SAMPLING}
         given["max_new_tokens"] = self.max_tokens
         given["stop"] = ((self.stop,) if isinstance(self.stop, str) else tuple(self.stop)) if self.stop else None
         given["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()} or None
@@ -124,7 +130,7 @@ def configs(options: dict[str, Any], count: int, features: frozenset[str]) -> li
     for name in sorted(ALL_FEATURES - features):
         if options.get(name, getattr(DEFAULT, name)) != getattr(DEFAULT, name):
             raise RequestError(f"{name} is not supported by this model's engine", where=name)
-    seed, most = options.get("seed"), int(RANGES["seed"][1])
+    seed, most = options.get("seed"), int(SAMPLING["seed"].most)
     if seed is None:
         return [GenerationConfig(**options)] * count
     return [GenerationConfig(**{**options, "seed": (seed + index) % (most + 1)}) for index in range(count)]

@@ -20,7 +20,7 @@ from transformers import (
 from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.service.generation import Sampling
+from qwen_onnx.runtime.engines.sampling import Sampling
 
 VOCABULARY = 2000
 PROMPT = (3, 5, 5, 1999)
