@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -179,6 +180,11 @@ class WorkerDiedError(ServiceError):
 
 class DeadlineError(ServiceError):
     """The answer was not finished within the time allowed; the server answers 504."""
+
+
+def full_disk(folder: Path) -> EnvironmentFault:
+    """The error for a disk that ran full under ``folder``."""
+    return EnvironmentFault("the disk is full", where=str(folder), hint="free space; qwen-onnx doctor says how much")
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -25,8 +25,8 @@ from pydantic import ValidationError
 from qwen_onnx import __version__
 from qwen_onnx.artifact.checksums import SUMS, check_sums
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError
-from qwen_onnx.files import file_checksums
+from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError, full_disk
+from qwen_onnx.files import RECORD_SUFFIX, file_checksums
 from qwen_onnx.git import Checkout
 from qwen_onnx.records import Record, digest_of
 
@@ -45,8 +45,6 @@ SHAPING_PACKAGES = [
     "gguf",
     "numpy",
 ]
-# the record of a finished step of a build, see export/workfolder.py
-RECORD_SUFFIX = ".record.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -115,8 +113,10 @@ def package_versions() -> dict[str, str]:
 
 
 def build_key(plan: Plan, source_revision: str, packages: dict[str, str], exporter: str) -> str:
-    """The cache key. ``exporter`` is the digest of our own export code."""
-    return digest_of([plan.digest, source_revision, packages, platform.machine(), exporter])
+    """The cache key. ``exporter`` is the digest of our own code that carries out the plan."""
+    # calibration reads sources of Python's own library
+    machine = [platform.machine(), platform.python_version()]
+    return digest_of([plan.digest, source_revision, packages, machine, exporter])
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -265,11 +265,6 @@ def kept_folder(cache: Path, key: str, target: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
-
-
-def full_disk(folder: Path) -> EnvironmentFault:
-    """The error for a disk that ran full under ``folder``."""
-    return EnvironmentFault("the disk is full", where=str(folder), hint="free space; qwen-onnx doctor says how much")
 
 
 def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen_onnx.artifact.checksums import SUMS, read_sums
-from qwen_onnx.artifact.manifest import build_lock, full_disk, put_in_place
-from qwen_onnx.errors import PackageError, PublishError
+from qwen_onnx.artifact.manifest import build_lock, put_in_place
+from qwen_onnx.errors import PackageError, PublishError, full_disk
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import PACKAGE, Package, PackageRecord, read_package
 from qwen_onnx.package.verify import verify_package

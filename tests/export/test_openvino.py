@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.readback.onnx import read_back
+from qwen_onnx.export.readback.common import read_back
 from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY, edit_yaml, run_cli
 

@@ -27,7 +27,6 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
-from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.gptq.options import BATCH, CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.sensitivity import choose_int8, named_as
@@ -44,7 +43,7 @@ from qwen_onnx.export.weights import (
     row_pieces,
     write_safetensors,
 )
-from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
 from qwen_onnx.records import digest_of
 
 # matrices with the same input share a Hessian
