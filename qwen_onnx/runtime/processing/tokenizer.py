@@ -14,6 +14,8 @@ from qwen_onnx.runtime.engines import TOKENIZER_FILE
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # no sensible text has more characters per token; what is longer is refused before any work
 MOST_CHARACTERS_PER_TOKEN = 64
+# a vocabulary of 250,000 has 20 MB; the parser takes several times what it reads
+MOST_BYTES = 64 << 20
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -30,11 +32,13 @@ class TextTokenizer:
     """The tokenizer of an artifact.
 
     Raises:
-        ArtifactError: ``tokenizer.json`` is missing or damaged.
+        ArtifactError: ``tokenizer.json`` is missing, damaged, or larger than any known.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / TOKENIZER_FILE
+        if path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise ArtifactError(f"the tokenizer has more than {MOST_BYTES >> 20} MiB", where=str(path))
         try:
             text = path.read_text(encoding="utf-8")
             self._trusted, self._user = Tokenizer.from_str(text), Tokenizer.from_str(text)

@@ -204,7 +204,10 @@ class QwenService:
         return self.engine.stats()
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model and end the processes."""
+        # first: what is being rendered would be waited for
+        if self.template:
+            self.template.close()
         self.engine.close()
 
     def __enter__(self) -> Self:

@@ -45,7 +45,15 @@ class Policy:
 
 
 class _Prepared(list[int]):
-    """Ids that ``prepare`` has let pass: what the template added to a text does not count against its limit."""
+    """Ids that ``prepare`` has let pass: what the template added to a text does not count against its limit.
+
+    Args:
+        seconds: that it took to prepare them; they count into the time for the answer.
+    """
+
+    def __init__(self, ids: Sequence[int], seconds: float) -> None:
+        super().__init__(ids)
+        self.seconds = seconds
 
 
 class GuardedService(QwenService):
@@ -60,6 +68,8 @@ class GuardedService(QwenService):
         # the same tokenizer, template and engine beneath the inherited methods: nothing is loaded again
         self.__dict__ |= vars(inner)
         self.policy, self._observers = policy, tuple(observers)
+        if self.template:
+            self.template.seconds = policy.request_seconds
         self._hash = PromptHash(policy.log_key)
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
@@ -75,7 +85,9 @@ class GuardedService(QwenService):
         self._check_load()
         if self.policy.sanitise:
             prompt = _sanitised_prompt(prompt)
-        return _Prepared(super().prepare(prompt, config))
+        begin = time.monotonic()
+        ids = super().prepare(prompt, config)
+        return _Prepared(ids, _spent(prompt) + time.monotonic() - begin)
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""
@@ -123,7 +135,7 @@ class GuardedService(QwenService):
             record.prompt_hash = self._hash.of(prompt)
         run = _Run(self, record)
         try:
-            run.begin(*super().submit(prompt, self._bounded(config), listener), listener)
+            run.begin(*super().submit(prompt, self._bounded(config), listener), listener, _spent(prompt))
         except QwenOnnxError as error:
             run.end(error)
             raise
@@ -145,8 +157,8 @@ class _Run:
         self._timer: threading.Timer | None = None
         self._ended = threading.Lock()
 
-    def begin(self, handle: Handle, answer: Answer, listener: Listener) -> None:
-        """It was submitted."""
+    def begin(self, handle: Handle, answer: Answer, listener: Listener, spent: float) -> None:
+        """It was submitted; ``spent`` seconds of its time are gone."""
         self._handle, self._answer = handle, answer
         seconds = self._service.policy.request_seconds
 
@@ -155,7 +167,7 @@ class _Run:
             listener(TokenEvent(error=error))
             handle.cancel()
 
-        self._timer = threading.Timer(seconds, late)
+        self._timer = threading.Timer(max(seconds - spent, 0), late)
         self._timer.daemon = True
         self._timer.start()
 
@@ -203,6 +215,11 @@ class _Run:
         if self._record is not None:
             self._record.generations.append(measurement)
         self._service.ended(measurement)
+
+
+def _spent(prompt: Prompt) -> float:
+    """Seconds that it took to prepare a prompt, when that is done."""
+    return prompt.seconds if isinstance(prompt, _Prepared) else 0.0
 
 
 def characters(prompt: Any) -> int:
