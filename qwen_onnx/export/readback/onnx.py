@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
 
@@ -88,9 +88,7 @@ def _float_bits(kind: int) -> int | None:
 
 def provider_of(folder: Path) -> str:
     """genai's name of the execution provider in ``genai_config.json``."""
-    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    options = settings["model"]["decoder"]["session_options"]["provider_options"]
-    return next((name for entry in options for name in entry), "cpu")
+    return GenaiConfig.read(folder, ExportError, hint=None).provider
 
 
 def _experts(node: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ becomes the token's text again, encoded as ordinary characters; all else is enco
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
@@ -17,6 +18,7 @@ from jinja2 import Template, meta
 from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qwen_onnx.bounded import read_bytes, read_object
 from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size, check_text
 from qwen_onnx.runtime.service.generation import Message
@@ -26,6 +28,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF8FF)
 # levels of nesting in messages and tools: far fewer than exhaust Python's stack, far more than schemas have
 MOST_LEVELS = 100
+MOST_BYTES = 4 << 20
 
 
 class ChatTemplate:
@@ -102,11 +105,13 @@ def has_template(folder: Path) -> bool:
 def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Source of the template, if there is one, and ``tokenizer_config.json``."""
     config_path = folder / TOKENIZER_CONFIG
+    config = read_object(config_path, most_bytes=MOST_BYTES, error=ArtifactError)
+    separate = folder / TEMPLATE_FILE
+    if not os.path.lexists(separate):
+        return config.get("chat_template"), config
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        separate = folder / TEMPLATE_FILE
-        source = separate.read_text(encoding="utf-8") if separate.exists() else config.get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
+        source = read_bytes(separate, most_bytes=MOST_BYTES, error=ArtifactError).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"the tokenizer's files cannot be read: {error}", where=str(config_path)) from error
     return source, config
 

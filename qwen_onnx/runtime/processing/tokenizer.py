@@ -8,9 +8,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from qwen_onnx.bounded import read_bytes
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
 
 TOKENIZER_FILE = "tokenizer.json"
+# the largest of Qwen has 20 MB
+MOST_BYTES = 128 << 20
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # no sensible text has more characters per token; what is longer is refused before any work
 MOST_CHARACTERS_PER_TOKEN = 64
@@ -36,8 +39,10 @@ class TextTokenizer:
     def __init__(self, folder: Path) -> None:
         path = folder / TOKENIZER_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path, most_bytes=MOST_BYTES, error=ArtifactError).decode("utf-8")
             self._trusted, self._user = Tokenizer.from_str(text), Tokenizer.from_str(text)
+        except ArtifactError:
+            raise
         # tokenizers raises bare Exception for a damaged file
         except Exception as error:
             raise ArtifactError(
