@@ -23,7 +23,7 @@ from qwen_onnx.cli.publish import publish, pull
 from qwen_onnx.cli.release import release
 from qwen_onnx.cli.serve import keys_app, serve
 from qwen_onnx.cli.trust import same, verify_package
-from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError
+from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError, VerdictError, printable
 
 if TYPE_CHECKING:
     from qwen_onnx.catalog.plan import Plan
@@ -362,7 +362,7 @@ def main() -> None:
     try:
         app()
     except QwenOnnxError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(printable(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # the reader went away, as `| head` does: not a fault
