@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.catalog.registry import options_of
 from qwen_onnx.errors import ExportError, full_disk
 from qwen_onnx.export.progress import PROGRESS
@@ -21,8 +22,7 @@ from qwen_onnx.export.workfolder import KEPT_FOLDER
 from qwen_onnx.processes.environments import Interpreter, own_interpreter
 
 Progress = Callable[[str], None]
-CONFIG_FILE = "genai_config.json"
-REQUIRED = (CONFIG_FILE, "tokenizer.json")
+REQUIRED = (GENAI_CONFIG, "tokenizer.json")
 # Olive's own bookkeeping beside a model: times and paths of the machine
 BOOKKEEPING = ("model_config.json", "footprint.json", "output_footprint.json", "run_history.txt")
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
@@ -102,8 +102,7 @@ def _judge(code: int, work: Path, log: Path) -> Path:
 
 def _missing_model(folder: Path) -> list[str]:
     """The model that ``genai_config.json`` names, when it is not there."""
-    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    name = settings["model"]["decoder"]["filename"]
+    name = GenaiConfig.read(folder, ExportError, hint=None).graph_file
     return [] if (folder / name).exists() else [name]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import ExportError
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def read_back(folder: Path, asked: Readback) -> dict[str, Any]:
 
 def provider_of(folder: Path) -> str:
     """genai's name of the execution provider in ``genai_config.json``."""
-    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    options = settings["model"]["decoder"]["session_options"]["provider_options"]
-    return next((name for entry in options for name in entry), "cpu")
+    return GenaiConfig.read(folder, ExportError, hint=None).provider
 
 
 def refuse(what: str, faults: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ becomes the token's text again, encoded as ordinary characters; all else is enco
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError as JinjaError
 
+from qwen_onnx.bounded import read_bytes, read_object
 from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
 from qwen_onnx.processes.limited import Limited, LimitReached, Limits
 from qwen_onnx.runtime.processing import rendering
@@ -133,15 +134,13 @@ def has_template(folder: Path) -> bool:
 def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Source of the template, if there is one, and ``tokenizer_config.json``."""
     config_path = folder / TOKENIZER_CONFIG
+    config = read_object(config_path, most_bytes=MOST_CONFIG, error=ArtifactError)
+    separate = folder / TEMPLATE_FILE
+    if not os.path.lexists(separate):
+        return config.get("chat_template"), config
     try:
-        if config_path.stat().st_size > MOST_CONFIG:
-            raise ValueError(f"it has more than {MOST_CONFIG} bytes")
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        separate = folder / TEMPLATE_FILE
-        if separate.exists() and separate.stat().st_size > MOST_CONFIG:
-            raise ValueError(f"{TEMPLATE_FILE} has more than {MOST_CONFIG} bytes")
-        source = separate.read_text(encoding="utf-8") if separate.exists() else config.get("chat_template")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        source = read_bytes(separate, most_bytes=MOST_CONFIG, error=ArtifactError).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"the tokenizer's files cannot be read: {error}", where=str(config_path)) from error
     return source, config
 

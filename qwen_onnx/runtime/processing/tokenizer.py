@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from qwen_onnx.bounded import read_bytes
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import TOKENIZER_FILE
 
@@ -37,11 +38,11 @@ class TextTokenizer:
 
     def __init__(self, folder: Path) -> None:
         path = folder / TOKENIZER_FILE
-        if path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise ArtifactError(f"the tokenizer has more than {MOST_BYTES >> 20} MiB", where=str(path))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path, most_bytes=MOST_BYTES, error=ArtifactError).decode("utf-8")
             self._trusted, self._user = Tokenizer.from_str(text), Tokenizer.from_str(text)
+        except ArtifactError:
+            raise
         # tokenizers raises bare Exception for a damaged file
         except Exception as error:
             raise ArtifactError(

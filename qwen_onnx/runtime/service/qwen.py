@@ -11,8 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, cast
 
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.errors import PromptTooLongError, QwenOnnxError, RequestError, TemplateError
-from qwen_onnx.runtime.engines.genai import CONFIG_FILE, Cancelled
+from qwen_onnx.runtime.engines.genai import Cancelled
 from qwen_onnx.runtime.engines.interface import (
     EngineStats,
     Handle,
@@ -241,5 +242,5 @@ def sampling(config: GenerationConfig) -> Sampling:
 def _fingerprint(folder: Path) -> str:
     """Changes with the artifact: OpenAI's ``system_fingerprint``."""
     manifest = folder / "manifest.json"
-    content = (manifest if manifest.exists() else folder / CONFIG_FILE).read_bytes()
+    content = (manifest if manifest.exists() else folder / GENAI_CONFIG).read_bytes()
     return f"fp_{hashlib.sha256(content).hexdigest()[:12]}"
