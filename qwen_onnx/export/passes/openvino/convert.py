@@ -121,7 +121,7 @@ def _calibration(checkpoint: Path, config: OpenVINOConversionConfig) -> list[dic
 
     from qwen_onnx.export.calibration import calibration_ids
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
     return [
         {
             "input_ids": np.asarray([ids]),
