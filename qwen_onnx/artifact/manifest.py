@@ -249,11 +249,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
     """
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
     try:
-        yield folder
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise full_disk(target.parent) from error
+        with noticing_full_disk(target.parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -283,6 +280,17 @@ def kept_folder(cache: Path, key: str, target: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
+
+
+@contextmanager
+def noticing_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the system's word for a disk without room into an EnvironmentFault that names ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise full_disk(folder) from error
 
 
 def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:

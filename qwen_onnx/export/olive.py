@@ -67,7 +67,14 @@ def run_olive(
     environment |= companion.announced() if companion else {}
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
-            command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=work,
+            env=environment,
+            # nothing that it loads may ask whether to trust a checkpoint
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         try:
             for line in child.stdout or ():

@@ -14,7 +14,7 @@ import pytest
 
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.processes.limited import Limited, LimitReached, Limits
-from tests.runtime.guarded import until
+from tests.fixtures.servers import until
 
 LIMITS = Limits(memory=64 << 20, cpu_seconds=1, seconds=60, answer_bytes=1 << 20)
 

@@ -34,7 +34,6 @@ from qwen_onnx.export.passes.gptq.solver import Quantized, gptq, round_to_neares
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
 from qwen_onnx.export.weights import (
-    INDEX_FILE,
     Scratch,
     create_safetensors,
     mapped,
@@ -45,6 +44,7 @@ from qwen_onnx.export.weights import (
 )
 from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
 from qwen_onnx.records import digest_of
+from qwen_onnx.sources.checkpoint import INDEX_FILE
 
 # matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -82,7 +82,7 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqOptions, kept
         skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
         _require_blocks(skeleton, config.group_size)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
         ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
         return_free_memory()
         settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
