@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.errors import ArtifactError, OverloadedError, QwenOnnxError, WorkerDiedError
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.genai import Shape
@@ -30,8 +31,8 @@ LEAST_LIFE = 5.0
 class EngineOptions:
     """How to load an artifact; the fields are those of ``BatchEngine``."""
 
-    streams: int = 4
-    queue_size: int = 16
+    streams: int = STREAMS
+    queue_size: int = QUEUE_SIZE
     capacity: int | None = None
     threads: int | None = None
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.service.policy import OPEN, STRICT, Policy
 
 PREFIX = "QWEN_ONNX_"
 # read by other parts of the program
@@ -21,19 +24,15 @@ class ServerSettings(BaseModel):
     """Limits and addresses of a server; an unknown key is an error.
 
     Args:
-        rate_limit: POST requests below /v1 that a key may send in an hour; None: 100 when there are API keys, no limit
-            when there are none. A limit without keys counts by client address.
+        rate_limit, max_input_characters, max_tokens, request_seconds, sanitise, log_key: see ``Policy``; None: as
+            ``policy`` says. A rate counts the POST requests below /v1 of a key or, without keys, of an address.
         streams: answers at once; queue_size: requests that may wait beyond them.
         context: tokens of one conversation; None: the model's, or what the memory allows.
-        max_input_characters: of all text of a request: messages, prompt, instructions, tool results, tools.
-        max_tokens: the most that a request may ask for.
         header_seconds, body_seconds: time for a request's headers and for its body to arrive.
-        request_seconds: time for one answer; send_seconds: how long a client may leave a piece of it unread.
+        send_seconds: how long a client may leave a piece of an answer unread.
         grace_seconds: time for running answers to end after SIGTERM.
         allowed_hosts: names beside the loopback ones that the Host header may have; ``*`` allows all.
         cors_origins: pages of these origins may call the API.
-        sanitise: remove scripts, frames and executable URLs from input and output (``sanitise.Sanitiser``).
-        log_key: of the HMAC under which prompts are logged; None: a random one for each process.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,17 +42,17 @@ class ServerSettings(BaseModel):
     insecure: bool = False
     keys: Path | None = None
     rate_limit: int | None = Field(default=None, ge=1)
-    max_input_characters: int = Field(default=8192, ge=1)
-    max_tokens: int = Field(default=1024, ge=1)
+    max_input_characters: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_json_depth: int = Field(default=64, ge=4)
     header_seconds: float = Field(default=10, gt=0)
     body_seconds: float = Field(default=30, gt=0)
-    request_seconds: float = Field(default=300, gt=0)
+    request_seconds: float | None = Field(default=None, gt=0)
     send_seconds: float = Field(default=60, gt=0)
     grace_seconds: int = Field(default=30, ge=0)
-    streams: int = Field(default=4, ge=1)
-    queue_size: int = Field(default=16, ge=0)
+    streams: int = Field(default=STREAMS, ge=1)
+    queue_size: int = Field(default=QUEUE_SIZE, ge=0)
     context: int | None = Field(default=None, ge=16)
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
@@ -103,6 +102,14 @@ class ServerSettings(BaseModel):
         if "*" in self.allowed_hosts or not (self.loopback or self.allowed_hosts):
             return None
         return frozenset(host.lower() for host in (*LOOPBACK_HOSTS, self.host, *self.allowed_hosts))
+
+    def policy(self, keyed: bool) -> Policy:
+        """What a client may ask for: what was set; else the strict numbers, or, where only this machine's users come
+        and without keys, what the model's context holds. A server with another name has a proxy before it.
+        """
+        own = self.loopback and not keyed and not self.allowed_hosts
+        given = {field.name: getattr(self, field.name) for field in fields(Policy)}
+        return replace(OPEN if own else STRICT, **{name: value for name, value in given.items() if value is not None})
 
     def check_exposure(self, keyed: bool) -> None:
         """ConfigError when strangers could use the server without a key and nobody said that they may."""
