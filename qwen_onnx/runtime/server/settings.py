@@ -8,57 +8,80 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.server.keys import KEYS_FILE_VARIABLE, KEYS_VARIABLE
 from qwen_onnx.runtime.service.policy import OPEN, STRICT, Policy
 
 PREFIX = "QWEN_ONNX_"
 # read by other parts of the program
-OTHERS = frozenset({"QWEN_ONNX_CACHE", "QWEN_ONNX_API_KEYS", "QWEN_ONNX_TARGET_PACKAGE", "QWEN_ONNX_TARGET_PYTHON"})
+OTHERS = frozenset(
+    {
+        KEYS_VARIABLE,
+        *(f"{PREFIX}{name}" for name in ("CACHE", "TARGET_PACKAGE", "TARGET_PYTHON")),
+        *(f"{PREFIX}REGISTRY_{name}" for name in ("USER", "PASSWORD")),
+    }
+)
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+def variables(field: str) -> list[str]:
+    """Of the environment, in which a setting may stand."""
+    own = f"{PREFIX}{field.upper()}"
+    return [KEYS_FILE_VARIABLE, own] if field == "keys" else [own]
 
 
 class ServerSettings(BaseModel):
     """Limits and addresses of a server; an unknown key is an error.
 
+    What has a description is an option of ``qwen-onnx serve`` too, the rest stands in the environment alone. What is in
+    ``Policy`` and None is as ``policy`` says. Sizes are bytes.
+
     Args:
-        rate_limit, max_input_characters, max_tokens, request_seconds, sanitise, log_key: see ``Policy``; None: as
-            ``policy`` says. A rate counts the POST requests below /v1 of a key or, without keys, of an address.
-        streams: answers at once; queue_size: requests that may wait beyond them.
-        context: tokens of one conversation; None: the model's, or what the memory allows.
         header_seconds, body_seconds: time for a request's headers and for its body to arrive.
         send_seconds: how long a client may leave a piece of an answer unread.
-        grace_seconds: time for running answers to end after SIGTERM.
-        allowed_hosts: names beside the loopback ones that the Host header may have; ``*`` allows all.
-        cors_origins: pages of these origins may call the API.
+        log_key: see ``Policy``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    insecure: bool = False
-    keys: Path | None = None
-    rate_limit: int | None = Field(default=None, ge=1)
-    max_input_characters: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    keys: Path | None = Field(default=None, description="file of API keys, see `qwen-onnx keys new`")
+    insecure: bool = Field(default=False, description="listen beyond loopback without API keys")
+    rate_limit: int | None = Field(
+        default=None, ge=1, description="requests of a key in an hour; without keys: of an address"
+    )
+    max_input_characters: int | None = Field(default=None, ge=1, description="of all text of a request")
+    max_tokens: int | None = Field(default=None, ge=1, description="most that a request may ask for")
+    request_seconds: float | None = Field(default=None, gt=0, description="time for one answer")
+    grace_seconds: int = Field(default=30, ge=0, description="time for running answers after SIGTERM")
+    streams: int = Field(default=STREAMS, ge=1, description="answers at once")
+    context: int | None = Field(
+        default=None, ge=16, description="tokens of a conversation; default: the model's, or what fits in memory"
+    )
+    queue_size: int = Field(default=QUEUE_SIZE, ge=0, description="requests that may wait")
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="a name of this server, as behind a proxy; * allows all; repeatable"
+    )
+    cors_origins: tuple[str, ...] = Field(default=(), description="pages of this origin may call the API; repeatable")
+    sanitise: bool = Field(default=False, description="remove scripts, frames and executable URLs")
+    otlp: str | None = Field(default=None, description="send traces there, e.g. http://localhost:4318/v1/traces")
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_json_depth: int = Field(default=64, ge=4)
     header_seconds: float = Field(default=10, gt=0)
     body_seconds: float = Field(default=30, gt=0)
-    request_seconds: float | None = Field(default=None, gt=0)
     send_seconds: float = Field(default=60, gt=0)
-    grace_seconds: int = Field(default=30, ge=0)
-    streams: int = Field(default=STREAMS, ge=1)
-    queue_size: int = Field(default=QUEUE_SIZE, ge=0)
-    context: int | None = Field(default=None, ge=16)
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    sanitise: bool = False
-    otlp: str | None = None
     log_key: str | None = Field(default=None, min_length=16, repr=False)
+
+    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """As the environment has them: names between commas."""
+        parts = value.split(",") if isinstance(value, str) else [part for item in value for part in item.split(",")]
+        return tuple(part.strip() for part in parts if part.strip())
 
     @classmethod
     def read(cls, environment: Mapping[str, str], **options: Any) -> ServerSettings:
@@ -70,14 +93,13 @@ class ServerSettings(BaseModel):
         given: dict[str, Any] = {}
         faults = []
         for name, text in environment.items():
-            field = name.removeprefix(PREFIX).lower()
             if not name.startswith(PREFIX) or name in OTHERS:
                 continue
-            if field not in cls.model_fields:
+            field = next((field for field in cls.model_fields if name in variables(field)), None)
+            if field is None:
                 faults.append(f"{name}: no such setting")
             else:
-                listed = field in ("allowed_hosts", "cors_origins")
-                given[field] = tuple(part.strip() for part in text.split(",") if part.strip()) if listed else text
+                given[field] = text
         given |= {name: value for name, value in options.items() if value is not None}
         try:
             settings = cls(**given)
