@@ -12,6 +12,8 @@ from qwen_onnx.bounded import read_bytes
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import TOKENIZER_FILE
 
+# tokens at the end of a prompt among which an open tag is looked for
+TAIL = 64
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # no sensible text has more characters per token; what is longer is refused before any work
 MOST_CHARACTERS_PER_TOKEN = 64
@@ -77,6 +79,10 @@ class TextTokenizer:
             return written, written.encode()
         raw = bytes(BYTES[character] for character in written if character in BYTES)
         return raw.decode("utf-8", "replace"), raw
+
+    def tail(self, ids: Sequence[int]) -> str:
+        """How the text of a prompt ends, special tokens included; enough of it to see a tag and what follows that."""
+        return b"".join(self.piece(token)[1] for token in ids[-TAIL:]).decode("utf-8", "replace")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""
