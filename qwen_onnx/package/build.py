@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from qwen_onnx.package.foundry import write_foundry
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile, read_package
 from qwen_onnx.package.rules import check_rules
 from qwen_onnx.package.verify import verify_package
-
-Progress = Callable[[str], None]
+from qwen_onnx.processes.progress import progress
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class PackageJob:
     allow_unverified: bool = False
 
 
-def build_package(job: PackageJob, progress: Progress = print) -> Package:
+def build_package(job: PackageJob) -> Package:
     """Make the package and publish it by one rename.
 
     Raises:

@@ -21,10 +21,6 @@ __all__ = ["CheckResult", "Report", "Verdict", "VerifyOptions", "print_report", 
 DEFAULT_OPTIONS = VerifyOptions()
 
 
-def _silent(message: str) -> None:
-    """Progress for nobody."""
-
-
 def verify_artifact(
     artifact: Path,
     checkpoint: Path,
@@ -35,7 +31,6 @@ def verify_artifact(
     options: VerifyOptions = DEFAULT_OPTIONS,
     runner: Callable[[Path], Runner] | None = None,
     simulator: Callable[[Path], Runner] | None = None,
-    progress: Callable[[str], None] = _silent,
 ) -> Report:
     """Run every check on ``artifact`` that its verification level promises; the report names the others.
 
@@ -48,7 +43,6 @@ def verify_artifact(
         options: how much is measured.
         runner: what runs the two folders; None is ONNX Runtime and onnxruntime-genai.
         simulator: what runs the artifact as the device would, much more slowly.
-        progress: called with one line at the start of each part.
 
     Raises:
         VerificationError: a folder is missing, a check has no such name, or the level cannot make it. Checks that
@@ -65,7 +59,7 @@ def verify_artifact(
         if not folder.is_dir():
             raise VerificationError("The folder to verify with does not exist.", where=str(folder))
     started = time.perf_counter()
-    context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, progress)
+    context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator)
     results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
     context.release()
     verdict = worst(item.verdict for item in results)

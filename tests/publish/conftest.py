@@ -76,7 +76,7 @@ def newer_package(passing_artifact: Path, tmp_path_factory: pytest.TempPathFacto
 
 def packaged(artifact: Path, folder: Path) -> Path:
     """``artifact``, packaged below ``folder``."""
-    return build_package(PackageJob(open_artifact(artifact), folder), lambda _: None).path
+    return build_package(PackageJob(open_artifact(artifact), folder)).path
 
 
 @pytest.fixture
