@@ -14,7 +14,8 @@ import httpx
 from pydantic_core import from_json
 
 from qwen_onnx.errors import PublishError
-from qwen_onnx.publish.addresses import RegistryAddress, is_loopback
+from qwen_onnx.processes.network import is_loopback
+from qwen_onnx.publish.addresses import RegistryAddress
 from qwen_onnx.publish.bundle import Bundle, Item, checked_blocks
 from qwen_onnx.publish.manifest import EMPTY, LARGEST, MANIFEST_TYPE, digest_text, make_manifest, read_manifest
 from qwen_onnx.publish.receipt import Receipt

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import httpx
 
 from qwen_onnx.errors import PublishError
-from qwen_onnx.publish.addresses import is_loopback
+from qwen_onnx.processes.network import is_loopback
 
 # a registry may take a while to store a blob before it answers
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)

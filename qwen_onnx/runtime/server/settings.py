@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.processes.network import is_loopback
 
 PREFIX = "QWEN_ONNX_"
 # read by other parts of the program
@@ -111,13 +111,3 @@ class ServerSettings(BaseModel):
                 [f"--host {self.host}: reachable from other machines, and there are no API keys"],
                 hint="qwen-onnx keys new NAME --file keys.json, then --keys keys.json; or --insecure",
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
