@@ -37,6 +37,7 @@ from qwen_onnx.files import licence_files
 from qwen_onnx.git import this_checkout
 from qwen_onnx.processes.environments import is_ready
 from qwen_onnx.processes.progress import progress
+from qwen_onnx.records import Verdict
 from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def optimize(job: Job) -> Outcome:
         pins = expected_revisions(job.plan, job.cache, job.source)
         keys = [build_key(job.plan, pin, packages, exporter) for pin in pins]
         hit = None if job.force else cached(job.target, keys)
-        if hit and (hit.manifest.verdict != "UNVERIFIED" or not job.verify):
+        if hit and (hit.manifest.verdict is not Verdict.UNVERIFIED or not job.verify):
             return Outcome(hit, hit=True)
         require_room(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
@@ -122,12 +123,13 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     report = _measured(tools, folder, checkpoint.path, staging) if job.verify else None
     if report:
         report.save(folder)
-    verdict = report.verdict if report else "UNVERIFIED"
+    verdict = report.verdict if report else Verdict.UNVERIFIED
     manifest = staged_manifest(
         folder,
         key=key,
         plan=job.plan,
         plan_digest=job.plan.digest,
+        about=job.plan.about,
         source=SourceRecord(origin=checkpoint.origin, revision=checkpoint.revision, files=checkpoint.files),
         packages=packages,
         checkout=checkout,
@@ -135,7 +137,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
         verdict=verdict,
         built_seconds=round(built, 1),
     )
-    passed = report is None or verdict == "PASS"
+    passed = report is None or verdict is Verdict.PASS
     target = job.target if passed else job.target.with_name(job.target.name + ".rejected")
     return Outcome(publish(folder, target, manifest), hit=False, report=report)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.records import Verdict
 from qwen_onnx.verify.checks import CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
-from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions, worst
+from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
 
 __all__ = ["CheckResult", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]

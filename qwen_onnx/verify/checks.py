@@ -9,6 +9,7 @@ from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.processes.progress import progress
+from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.processing.template import has_template
 from qwen_onnx.verify import latency
@@ -22,7 +23,7 @@ from qwen_onnx.verify.parity import (
     decode_positions,
     mismatches,
 )
-from qwen_onnx.verify.records import CheckResult, Estimate, Latency, Verdict, worst
+from qwen_onnx.verify.records import CheckResult, Estimate, Latency, worst
 from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.processes.progress import progress
+from qwen_onnx.records import Verdict
 from qwen_onnx.verify.corpus import Document, Window, take
-from qwen_onnx.verify.records import DomainDrift, Drift, Verdict, VerifyOptions, worst
+from qwen_onnx.verify.records import DomainDrift, Drift, VerifyOptions, worst
 from qwen_onnx.verify.scoring import Logits, Positions, compare
 from qwen_onnx.verify.statistics import DriftEstimates, at_least, at_most, bootstrap, tail
 
