@@ -22,6 +22,7 @@ import psutil
 from benchmarks.synthetic import SHARD, Size, write_checkpoint
 from qwen_onnx.export.olive import run_olive
 from qwen_onnx.files import folder_bytes
+from qwen_onnx.processes.progress import listening
 
 BOUND = 1_500_000_000  # bytes, besides the largest tensor in float32
 PAUSE = 0.02  # seconds between samples of memory
@@ -137,7 +138,8 @@ def measure(checkpoint: Path, folder: Path, config: dict[str, Any]) -> dict[str,
             print(f"› {line}", file=sys.stderr, flush=True)
             sampler.stage = _stage(line, sampler.stage)
 
-        model = run_olive(config, checkpoint, work, folder / "build.log", said, kept)
+        with listening(said):
+            model = run_olive(config, checkpoint, work, folder / "build.log", kept)
     seconds = time.monotonic() - begin
     (model / "model_config.json").unlink()
     artifact = folder_bytes(model)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 
 COMMIT = r"[0-9a-f]{40}"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -18,6 +19,25 @@ class Record(BaseModel):
     """Frozen, strict about its keys: what a user mistypes is never ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Verdict(StrEnum):
+    """Only ``PASS`` proves anything; ``INCONCLUSIVE`` counts as not passed, ``UNVERIFIED`` was not measured at all."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    UNVERIFIED = "UNVERIFIED"
+
+
+def _was_measured(verdict: Verdict) -> Verdict:
+    if verdict is Verdict.UNVERIFIED:
+        raise ValueError("what was measured is PASS, FAIL or INCONCLUSIVE")
+    return verdict
+
+
+# of a check, a report or a gate
+MeasuredVerdict = Annotated[Verdict, AfterValidator(_was_measured)]
 
 
 def digest_of(value: Any) -> str:

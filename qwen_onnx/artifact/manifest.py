@@ -27,10 +27,11 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.artifact.names import name_faults
 from qwen_onnx.bounded import read_description
 from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.schema import About
 from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError, full_disk
 from qwen_onnx.files import RECORD_SUFFIX
 from qwen_onnx.git import Checkout
-from qwen_onnx.records import Record, digest_of
+from qwen_onnx.records import Record, Verdict, digest_of
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 4 << 20
@@ -66,6 +67,7 @@ class Manifest(Record):
     Attributes:
         key: digest of plan, source revision and package versions; equal keys mean equal artifacts.
         plan: complete plan and ``plan_digest`` its digest.
+        about: what the model is for; None: built before that was recorded.
         packages: versions of what shaped the bytes.
         files: SHA-256 by relative name, the manifest itself apart.
         size_bytes: sum over all files.
@@ -79,6 +81,7 @@ class Manifest(Record):
     key: str
     plan: Plan
     plan_digest: str
+    about: About | None = None
     source: SourceRecord
     packages: dict[str, str]
     python: str
@@ -86,7 +89,7 @@ class Manifest(Record):
     files: dict[str, str]
     size_bytes: int
     readback: dict[str, Any]
-    verdict: Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
+    verdict: Verdict
     claim: str
     built_seconds: float
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,22 +29,22 @@ from qwen_onnx.artifact.manifest import (
     staging_folder,
 )
 from qwen_onnx.build.estimate import Estimate, estimate
+from qwen_onnx.build.toolchain import Toolchain
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.files import licence_files
 from qwen_onnx.git import this_checkout
-from qwen_onnx.processes.environments import Interpreter, interpreter_of, is_ready
+from qwen_onnx.processes.environments import is_ready
+from qwen_onnx.processes.progress import progress
+from qwen_onnx.records import Verdict
 from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
-    from qwen_onnx.runtime.engines.runners.client import Runner
     from qwen_onnx.verify.report import Report
 
-Progress = Callable[[str], None]
 LOG_FILE = "build.log"
 SMOKE_PROMPT = "The capital of France is"
-THREADS = 2  # of a runner
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Outcome:
     report: Report | None = None
 
 
-def optimize(job: Job, progress: Progress = print) -> Outcome:
+def optimize(job: Job) -> Outcome:
     """Build, verify and publish an artifact, or find it in place.
 
     A failed verification still publishes: beside the target, under ``<target>.rejected``, so that it can
@@ -97,39 +96,40 @@ def optimize(job: Job, progress: Progress = print) -> Outcome:
         pins = expected_revisions(job.plan, job.cache, job.source)
         keys = [build_key(job.plan, pin, packages, exporter) for pin in pins]
         hit = None if job.force else cached(job.target, keys)
-        if hit and (hit.manifest.verdict != "UNVERIFIED" or not job.verify):
+        if hit and (hit.manifest.verdict is not Verdict.UNVERIFIED or not job.verify):
             return Outcome(hit, hit=True)
         require_room(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
         key = build_key(job.plan, checkpoint.revision, packages, exporter)
         with kept_folder(job.cache, key, job.target) as kept, staging_folder(job.target) as staging:
-            return _build(job, key, packages, checkpoint, staging, kept, progress)
+            return _build(job, key, packages, checkpoint, staging, kept)
 
 
-def _build(
-    job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, kept: Path, progress: Progress
-) -> Outcome:
+def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, kept: Path) -> Outcome:
     begin = time.monotonic()
     # before hours of building in which the checkout may move on
     checkout = this_checkout()
-    log = staging / LOG_FILE
+    log, tools = staging / LOG_FILE, Toolchain.of(job.plan, job.cache)
     try:
-        folder, readback = build_model(job.plan, checkpoint, staging, log, progress, job.cache, kept)
+        folder, readback = build_model(tools, checkpoint, staging, log, kept)
     except ExportError as error:
         raise _with_kept_log(error, log, job) from error
     shutil.move(log, folder / LOG_FILE)
     for file in licence_files(checkpoint.path):
         shutil.copyfile(file, folder / file.name)
     progress("loading the artifact and generating")
-    smoke(folder, job.plan, runner_of(job.plan, job.cache, progress))
+    smoke(folder, tools)
     built = time.monotonic() - begin
-    report = _verified(job, checkpoint, folder, staging, progress) if job.verify else None
-    verdict = report.verdict if report else "UNVERIFIED"
+    report = _measured(tools, folder, checkpoint.path, staging) if job.verify else None
+    if report:
+        report.save(folder)
+    verdict = report.verdict if report else Verdict.UNVERIFIED
     manifest = staged_manifest(
         folder,
         key=key,
         plan=job.plan,
         plan_digest=job.plan.digest,
+        about=job.plan.about,
         source=SourceRecord(origin=checkpoint.origin, revision=checkpoint.revision, files=checkpoint.files),
         packages=packages,
         checkout=checkout,
@@ -137,24 +137,17 @@ def _build(
         verdict=verdict,
         built_seconds=round(built, 1),
     )
-    passed = report is None or verdict == "PASS"
+    passed = report is None or verdict is Verdict.PASS
     target = job.target if passed else job.target.with_name(job.target.name + ".rejected")
     return Outcome(publish(folder, target, manifest), hit=False, report=report)
 
 
 def build_model(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    staging: Path,
-    log: Path,
-    progress: Progress,
-    cache: Path,
-    kept: Path | None = None,
+    tools: Toolchain, checkpoint: Checkpoint, staging: Path, log: Path, kept: Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Run the plan through Olive and read the graph back.
+    """Run the plan of ``tools`` through Olive and read the graph back.
 
     Args:
-        cache: where an environment of the target's own is, or is made.
         kept: folder whose finished steps the build goes on with, see ``kept_folder``.
 
     Returns:
@@ -163,101 +156,27 @@ def build_model(
     Raises:
         ExportError: Olive failed, or the graph is not what the plan asked for.
     """
-    from qwen_onnx.export.olive import collect, run_olive
+    from qwen_onnx.export.olive import collect
     from qwen_onnx.export.readback.common import read_back
 
-    folder, work = staging / "artifact", staging / "work"
-    interpreter, companion = olive_interpreter(plan, cache, progress), companion_of(plan, cache, progress)
-    collect(run_olive(plan.olive, checkpoint.path, work, log, progress, kept, interpreter, companion), folder)
+    folder, work, plan = staging / "artifact", staging / "work", tools.plan
+    collect(tools.run_olive(plan.olive, checkpoint.path, work, log, kept), folder)
     # Olive's own copy of the model
     shutil.rmtree(work)
     return folder, read_back(folder, plan.readback)
 
 
-def olive_interpreter(plan: Plan, cache: Path, progress: Progress) -> Interpreter | None:
-    """The Python that Olive runs in; None for the one that runs this."""
-    environment = plan.environment
-    return interpreter_of(environment, cache, progress) if environment and environment.olive else None
-
-
-def runner_of(plan: Plan, cache: Path, progress: Progress) -> Callable[[Path], Runner] | None:
-    """What runs a folder of the target where onnxruntime-genai cannot; None where it can."""
-    if plan.environment is None:
-        return None
-    from qwen_onnx.runtime.engines.runners.client import Runner
-
-    name, interpreter = plan.environment.name, interpreter_of(plan.environment, cache, progress)
-    # simulators are far too slow for thousands of positions: what was compiled is judged by the graph it came from
-    backend = f"{name}_cpu" if plan.verification is Verification.SIMULATOR else name
-    return lambda folder: Runner(folder, backend, interpreter, threads=THREADS)
-
-
-def simulator_of(plan: Plan, cache: Path, progress: Progress) -> Callable[[Path], Runner] | None:
-    """What runs a folder as the target's device would; None where the level promises no simulator."""
-    if plan.environment is None or plan.verification is not Verification.SIMULATOR:
-        return None
-    from qwen_onnx.runtime.engines.runners.client import Runner
-
-    name, interpreter = plan.environment.name, interpreter_of(plan.environment, cache, progress)
-    return lambda folder: Runner(folder, name, interpreter, threads=THREADS)
-
-
-def companion_of(plan: Plan, cache: Path, progress: Progress) -> Interpreter | None:
-    """The Python of the target's environment for passes that start processes in it while Olive runs in ours."""
-    environment = plan.environment
-    return interpreter_of(environment, cache, progress) if environment and not environment.olive else None
-
-
-def _verified(job: Job, checkpoint: Checkpoint, folder: Path, staging: Path, progress: Progress) -> Report:
-    from qwen_onnx.verify import verify_artifact
-
-    reference = export_reference(job.plan, checkpoint.path, staging, progress, job.cache)
-    report = verify_artifact(
-        folder,
-        checkpoint.path,
-        reference,
-        job.plan.limits,
-        level=job.plan.verification,
-        runner=runner_of(job.plan, job.cache, progress),
-        simulator=simulator_of(job.plan, job.cache, progress),
-        progress=progress,
-    )
-    report.save(folder)
-    return report
-
-
-def export_reference(plan: Plan, checkpoint: Path, staging: Path, progress: Progress, cache: Path) -> Path:
-    """An fp32 export of the same checkpoint by the same exporter, for export parity."""
-    from qwen_onnx.export.olive import reference_config, run_olive
-
+def _measured(tools: Toolchain, folder: Path, checkpoint: Path, staging: Path) -> Report:
+    """The report of a whole verification, with an fp32 export of the checkpoint below ``staging``."""
     progress("exporting the fp32 reference")
-    return run_olive(
-        reference_config(plan.olive),
-        checkpoint,
-        staging / "reference",
-        staging / "reference.log",
-        lambda _: None,
-        interpreter=olive_interpreter(plan, cache, progress),
-    )
+    return tools.verify(folder, checkpoint, tools.export_reference(checkpoint, staging))
 
 
-def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, progress: Progress = print) -> Report:
+def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path) -> Report:
     """Verify an artifact again and publish it with the new report and verdict."""
-    from qwen_onnx.verify import verify_artifact
-
     with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
-        plan = artifact.manifest.plan
-        reference = export_reference(plan, checkpoint.path, staging, progress, cache)
-        report = verify_artifact(
-            artifact.path,
-            checkpoint.path,
-            reference,
-            plan.limits,
-            level=plan.verification,
-            runner=runner_of(plan, cache, progress),
-            simulator=simulator_of(plan, cache, progress),
-            progress=progress,
-        )
+        tools = Toolchain.of(artifact.manifest.plan, cache)
+        report = _measured(tools, artifact.path, checkpoint.path, staging)
         folder = staging / "artifact"
         shutil.copytree(artifact.path, folder, copy_function=os.link)
         for name in ("report.json", "report.html", "manifest.json"):
@@ -268,8 +187,8 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, pr
     return report
 
 
-def smoke(folder: Path, plan: Plan, runner: Callable[[Path], Runner] | None = None) -> None:
-    """Load and generate, with onnxruntime-genai or ``runner``, unless the target is known by its structure alone.
+def smoke(folder: Path, tools: Toolchain) -> None:
+    """Load and generate, with onnxruntime-genai or the target's runner, unless the plan's level is structure alone.
 
     Raises:
         ExportError: it does not load, gives no token, or its context is shorter than the plan's.
@@ -278,11 +197,12 @@ def smoke(folder: Path, plan: Plan, runner: Callable[[Path], Runner] | None = No
     from qwen_onnx.runtime.engines.genai import Engine
     from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
+    plan = tools.plan
     if plan.verification is Verification.STRUCTURE:
         return
     try:
         on_cpu = plan.verification is Verification.NUMERICS_ON_CPU
-        engine = runner(folder) if runner else Engine(folder, on_cpu=on_cpu)
+        engine = tools.runner(folder) if tools.runner else Engine(folder, on_cpu=on_cpu)
         ids = TextTokenizer(folder).encode(SMOKE_PROMPT)
         tokens = list(engine.generate(ids, max_new_tokens=8, stop_on_eos=False))
     except ArtifactError as error:

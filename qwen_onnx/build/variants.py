@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.build.optimize import build_model, runner_of
+from qwen_onnx.build.optimize import build_model
+from qwen_onnx.build.toolchain import Toolchain
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.files import folder_bytes
@@ -19,34 +20,23 @@ if TYPE_CHECKING:
 
     from qwen_onnx.verify import Report
 
-Progress = Callable[[str], None]
 
-
-def measure(plan: Plan, checkpoint: Checkpoint, scratch: Path, *, speed: bool, progress: Progress) -> dict[str, Any]:
+def measure(plan: Plan, checkpoint: Checkpoint, scratch: Path, *, speed: bool) -> dict[str, Any]:
     """Build one variant below ``scratch``, measure it and remove it.
 
     Returns:
         ``bytes``, ``kld_mean``, ``kld_p99``, ``top1``, ``ppl_ratio``, the verdict of ``drift`` and, with ``speed``,
         ``decode_tok_s``, ``decode_speedup`` and ``prefill_speedup``.
     """
-    from qwen_onnx.verify import VerifyOptions, verify_artifact
+    from qwen_onnx.verify.records import VerifyOptions
 
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".compare-") as folder:
         staging = Path(folder)
-        artifact, _ = build_model(plan, checkpoint, staging, staging / "build.log", progress, scratch)
+        tools = Toolchain.of(plan, scratch)
+        artifact, _ = build_model(tools, checkpoint, staging, staging / "build.log")
         timed = speed and plan.verification is Verification.RUN
         checks = ("drift", "latency") if timed else ("drift",)
-        options = VerifyOptions(checks=checks)
-        report = verify_artifact(
-            artifact,
-            checkpoint.path,
-            None,
-            plan.limits,
-            level=plan.verification,
-            options=options,
-            runner=runner_of(plan, scratch, progress),
-            progress=progress,
-        )
+        report = tools.verify(artifact, checkpoint.path, None, VerifyOptions(checks=checks))
         size = folder_bytes(artifact)
     return {"bytes": size, **_figures(report)}
 

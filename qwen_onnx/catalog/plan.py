@@ -14,6 +14,7 @@ from qwen_onnx.catalog.faults import describe, find, step_faults
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.registry import options_of, passes
 from qwen_onnx.catalog.schema import (
+    About,
     Build,
     Family,
     Limits,
@@ -34,7 +35,8 @@ from qwen_onnx.records import Record, digest_of
 class Plan(Record):
     """Everything that decides what the artifact will be, and nothing of this machine.
 
-    ``olive`` is a complete Olive run config; its paths are relative to the folder that Olive runs in.
+    ``olive`` is a complete Olive run config; its paths are relative to the folder that Olive runs in. ``about`` is for
+    what comes after the build: a manifest holds it beside the plan.
     """
 
     model: str
@@ -52,6 +54,8 @@ class Plan(Record):
     olive: dict[str, Any]
     readback: Readback
     limits: Limits
+    # a language more on a card is not another artifact: neither in the JSON nor in the digest
+    about: About | None = Field(default=None, exclude=True)
 
     @property
     def digest(self) -> str:
@@ -162,6 +166,7 @@ def _compose(
         olive=_olive_config(steps, pipeline),
         readback=Readback.model_validate(layers["readback"]),
         limits=Limits.model_validate(layers["limits"]),
+        about=About(kind=row.kind, tasks=row.tasks, languages=row.languages),
     )
 
 

@@ -17,6 +17,8 @@ from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import COMMIT, Name, Reason, Record, Sha256
 
 Precision = Literal["int4", "int8", "fp16", "fp32"]
+Kind = Literal["base", "chat", "thinking", "hybrid"]
+Task = Literal["general", "coding", "math"]
 
 
 class Limits(Record):
@@ -279,7 +281,7 @@ class Row(Record):
 
     id: Name
     title: str = Field(min_length=1)
-    kind: Literal["base", "chat", "thinking", "hybrid"] | None = None
+    kind: Kind | None = None
     parameters: int | None = Field(default=None, gt=0, description="number of weights")
     active_parameters: int | None = Field(default=None, gt=0, description="weights that one token uses, of a MoE")
     license: str | None = Field(default=None, min_length=1, description="SPDX identifier of the weights")
@@ -287,7 +289,7 @@ class Row(Record):
     extended_context: ExtendedContext | None = None
     languages: int | tuple[str, ...] | None = Field(default=None, description="ISO 639-1 codes, or how many")
     modality: str = "text"
-    tasks: tuple[Literal["general", "coding", "math"], ...] = ()
+    tasks: tuple[Task, ...] = ()
     released: str | None = Field(default=None, pattern=r"^20\d\d-\d\d$")
     shape: Shape = Shape()
     sources: tuple[Source, ...] = Field(min_length=1)
@@ -301,6 +303,14 @@ class Row(Record):
         if missing and not self.planned:
             raise ValueError(f"{' and '.join(missing)} missing: without them the row needs `planned` with the reason")
         return self
+
+
+class About(Record):
+    """What a model is for; fields as in ``Row``. No step of a build reads it: packages and model cards do."""
+
+    kind: Kind | None = None
+    tasks: tuple[Task, ...] = ()
+    languages: int | tuple[str, ...] | None = None
 
 
 class Family(Record):

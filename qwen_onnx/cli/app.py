@@ -19,11 +19,13 @@ from qwen_onnx.cli.chat import chat, generate
 from qwen_onnx.cli.foundry import foundry_check
 from qwen_onnx.cli.machine import doctor, environments
 from qwen_onnx.cli.package import package
+from qwen_onnx.cli.progress import show
 from qwen_onnx.cli.publish import publish, pull
 from qwen_onnx.cli.release import release
 from qwen_onnx.cli.serve import keys_app, serve
 from qwen_onnx.cli.trust import diff, verify_package
 from qwen_onnx.errors import QwenOnnxError, printable
+from qwen_onnx.processes.progress import listening
 
 app = typer.Typer(
     name="qwen-onnx",
@@ -65,7 +67,8 @@ app.command("same", hidden=True)(diff)
 def main() -> None:
     """Entry point: deliberate errors become one message and their exit code."""
     try:
-        app()
+        with listening(show):
+            app()
     except QwenOnnxError as error:
         told = escape(printable(str(error)))
         Console(stderr=True).print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)

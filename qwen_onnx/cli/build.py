@@ -20,8 +20,8 @@ from qwen_onnx.cli.options import (
     catalog_here,
     plan_of,
 )
-from qwen_onnx.cli.progress import progress
 from qwen_onnx.errors import ArtifactError, ConfigError, VerdictError
+from qwen_onnx.processes.progress import progress
 
 out = Console()
 
@@ -70,7 +70,7 @@ def optimize(
     made = plan_of(model, target, precision)
     where = output or work_root() / "artifacts" / made.name
     job = Job(made, where.resolve(), cache_here(), source, verify=verify, wait=wait, force=force)
-    outcome = run(job, progress)
+    outcome = run(job)
     manifest = outcome.artifact.manifest
     if outcome.hit:
         progress(f"already built with the same recipe, source and packages: {_shown(outcome.artifact.path)}")
@@ -113,7 +113,7 @@ def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
         )
-    report = verify_published(opened, checkpoint, cache_here(), progress)
+    report = verify_published(opened, checkpoint, cache_here())
     _show_report(opened.path, report.verdict)
 
 
@@ -143,5 +143,5 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     for name, made in plans.items():
         progress(f"variant {len(rows) + 1} of {len(plans)}: {name}")
-        rows[name] = measure(made, checkpoint, scratch, speed=speed, progress=progress)
+        rows[name] = measure(made, checkpoint, scratch, speed=speed)
     print_comparison(rows, out)

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from qwen_onnx.cli.options import AsJson, Model, Precision, SourceOption, Target, cache_here, catalog_here, plan_of
-from qwen_onnx.cli.progress import progress
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.processes.progress import progress
 
 TASKS = ("general", "coding", "math")
 out = Console()

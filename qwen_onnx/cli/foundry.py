@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qwen_onnx.cli.progress import progress
-
 
 def foundry_check(
     package: Annotated[Path, typer.Argument(help="package folder, e.g. artifacts/packages/starter-int4-generic-cpu-1")],
@@ -21,5 +19,5 @@ def foundry_check(
     from qwen_onnx.sources.fetch import cache_root
 
     cache = cache_root(work_root())
-    outcome = check_in_foundry(package.resolve(), load_catalog(find_root()), cache, progress, seconds=seconds)
+    outcome = check_in_foundry(package.resolve(), load_catalog(find_root()), cache, seconds=seconds)
     report(outcome, Console())

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwen_onnx.cli.options import AsJson, Model, Precision, Target, cache_here, catalog_here, plan_of
-from qwen_onnx.cli.progress import progress
 
 out = Console()
 
@@ -42,4 +41,4 @@ def environments() -> None:
     from qwen_onnx.processes.environments import interpreter_of
 
     for environment in catalog_here().environments.values():
-        print(interpreter_of(environment, cache_here(), progress).python)
+        print(interpreter_of(environment, cache_here()).python)

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 
 from qwen_onnx.cli.options import ArtifactPath
-from qwen_onnx.cli.progress import progress
 
 
 def package(
@@ -32,7 +31,7 @@ def package(
 
     folder = output or work_root() / "artifacts/packages"
     job = PackageJob(open_artifact(artifact.resolve()), folder.resolve(), profile, name, version, allow_unverified)
-    made = build_package(job, progress)
+    made = build_package(job)
     print(made.path)
     print(
         json.dumps(

@@ -8,6 +8,7 @@ from rich.markup import escape
 from qwen_onnx.errors import printable
 
 
-def progress(message: str) -> None:
+def show(message: str) -> None:
     """One line at the start of each part."""
+    # a console of its own each time: it writes to what standard error is now
     Console(stderr=True).print(f"[cyan]›[/] {escape(printable(message))}", highlight=False, soft_wrap=True)

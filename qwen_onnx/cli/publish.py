@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from qwen_onnx.cli.progress import progress
 from qwen_onnx.errors import EnvironmentFault, PublishError
+from qwen_onnx.processes.progress import progress
 
 DESTINATION = "a folder, oci:PATH:TAG, oci://HOST/REPOSITORY:TAG, hf://ORG/NAME[@REVISION] or ms://ORG/NAME"
 PlainHttp = Annotated[bool, typer.Option("--plain-http", help="allow http to a registry beyond this machine")]

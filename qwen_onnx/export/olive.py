@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from qwen_onnx.errors import ExportError, full_disk
 from qwen_onnx.export.progress import PROGRESS
 from qwen_onnx.export.workfolder import KEPT_FOLDER
 from qwen_onnx.processes.environments import Interpreter, own_interpreter
+from qwen_onnx.processes.progress import progress
 
-Progress = Callable[[str], None]
 REQUIRED = (GENAI_CONFIG, "tokenizer.json")
 # Olive's own bookkeeping beside a model: times and paths of the machine
 BOOKKEEPING = ("model_config.json", "footprint.json", "output_footprint.json", "run_history.txt")
@@ -33,7 +32,6 @@ def run_olive(
     checkpoint: Path,
     work: Path,
     log: Path,
-    progress: Progress,
     kept: Path | None = None,
     interpreter: Interpreter | None = None,
     companion: Interpreter | None = None,

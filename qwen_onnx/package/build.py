@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_onnx.artifact.checksums import write_sums
 from qwen_onnx.artifact.manifest import MANIFEST, Artifact, build_lock, put_in_place, staging_folder
-from qwen_onnx.catalog.load import find_root, load_catalog
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.devices import package_name
 from qwen_onnx.package.documents import write_documents
@@ -17,8 +15,8 @@ from qwen_onnx.package.foundry import write_foundry
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile, read_package
 from qwen_onnx.package.rules import check_rules
 from qwen_onnx.package.verify import verify_package
-
-Progress = Callable[[str], None]
+from qwen_onnx.processes.progress import progress
+from qwen_onnx.records import Verdict
 
 
 @dataclass(frozen=True)
@@ -39,22 +37,27 @@ class PackageJob:
     allow_unverified: bool = False
 
 
-def build_package(job: PackageJob, progress: Progress = print) -> Package:
+def build_package(job: PackageJob) -> Package:
     """Make the package and publish it by one rename.
 
     Raises:
         PackageError: the verdict is not PASS, or a rule is broken; nothing was published.
-        ConfigError: no recipe has the artifact's model, from which its tasks are taken.
     """
     manifest = job.artifact.manifest
-    if manifest.verdict != "PASS" and not job.allow_unverified:
+    if manifest.verdict is not Verdict.PASS and not job.allow_unverified:
         raise PackageError(
             f"the verdict is {manifest.verdict}, only PASS is packaged",
             where=str(job.artifact.path),
             hint=f"qwen-onnx verify {job.artifact.path}; --allow-unverified packages it and says so inside",
         )
+    about = manifest.about
+    if about is None:
+        raise PackageError(
+            "the artifact's manifest does not say what its model is for: an older version built it",
+            where=str(job.artifact.path),
+            hint=f"qwen-onnx optimize {manifest.plan.model} --target {manifest.plan.target} --force",
+        )
     name = package_name(manifest.plan, job.name)
-    _, row = load_catalog(find_root()).row(manifest.plan.model)
     target = job.folder / f"{name}-{job.version}"
     record = PackageRecord(
         id=f"{name}:{job.version}",
@@ -66,9 +69,9 @@ def build_package(job: PackageJob, progress: Progress = print) -> Package:
         plan_digest=manifest.plan_digest,
         verdict=manifest.verdict,
         claim=manifest.claim,
-        unverified=manifest.verdict != "PASS",
-        kind=row.kind,
-        tasks=row.tasks,
+        unverified=manifest.verdict is not Verdict.PASS,
+        kind=about.kind,
+        tasks=about.tasks,
     )
     progress(f"packaging {record.id} for {job.profile}")
     with build_lock(target, wait=True), staging_folder(target) as staging:

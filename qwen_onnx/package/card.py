@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qwen_onnx.artifact.manifest import Manifest
-from qwen_onnx.catalog.load import find_root, load_catalog
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.catalog.schema import HubSource
+from qwen_onnx.catalog.schema import About, HubSource
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.records import PackageRecord
+from qwen_onnx.records import Verdict
 
 if TYPE_CHECKING:
     from qwen_onnx.verify.records import Estimate
@@ -34,7 +34,7 @@ def write_card(folder: Path, record: PackageRecord, manifest: Manifest) -> None:
     """
     from qwen_onnx.verify.report import load_report
 
-    report = load_report(folder) if manifest.verdict != "UNVERIFIED" else None
+    report = load_report(folder) if manifest.verdict is not Verdict.UNVERIFIED else None
     if report and report.verdict != record.verdict:
         raise PackageError(f"the report says {report.verdict}, the manifest {record.verdict}", where=str(folder))
     for name, text in (report.svgs() if report else {}).items():
@@ -70,19 +70,18 @@ def card_text(record: PackageRecord, manifest: Manifest, report: Report | None) 
         matrices=_matrices(manifest.readback),
         origin=f"{manifest.source.origin} at revision `{manifest.source.revision}`",
         size=manifest.size_bytes,
-        front_matter=yaml.safe_dump(front_matter(manifest.plan), sort_keys=False, allow_unicode=True),
+        front_matter=yaml.safe_dump(front_matter(manifest.plan, manifest.about), sort_keys=False, allow_unicode=True),
     )
 
 
-def front_matter(plan: Plan) -> dict[str, Any]:
+def front_matter(plan: Plan, about: About | None) -> dict[str, Any]:
     """What Hugging Face Hub reads of a card; what is not known is left out."""
     known: dict[str, Any] = licence_fields(plan.license)
     bases = [source.repo for source in plan.sources if isinstance(source, HubSource) and source.kind == "huggingface"]
     if bases:
         known |= {"base_model": bases, "base_model_relation": "quantized"}
-    _, row = load_catalog(find_root()).rows.get(plan.model, (None, None))
-    if row and isinstance(row.languages, tuple):
-        known["language"] = list(row.languages)
+    if about and isinstance(about.languages, tuple):
+        known["language"] = list(about.languages)
     known |= {"library_name": "onnxruntime-genai", "pipeline_tag": "text-generation"}
     return known | {"tags": ["onnx", "onnxruntime-genai", "foundry-local", "qwen-onnx", plan.target, plan.precision]}
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +25,10 @@ from qwen_onnx.package.records import Package
 from qwen_onnx.package.sdk.job import Job
 from qwen_onnx.package.verify import verify_package
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
+from qwen_onnx.processes.progress import progress
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
-Progress = Callable[[str], None]
 # environment and backend of each profile
 STACKS = {"sdk2": ("foundry", "sdk2"), "cli1": ("foundry-cli1", "cli1")}
 # seconds that a child gets to tidy up once it has been told to end
@@ -80,9 +80,7 @@ class Outcome:
         return all(step.ok for step in self.steps)
 
 
-def check_in_foundry(
-    folder: Path, catalog: Catalog, cache: Path, progress: Progress, *, seconds: float = 600.0
-) -> Outcome:
+def check_in_foundry(folder: Path, catalog: Catalog, cache: Path, *, seconds: float = 600.0) -> Outcome:
     """Verify the package and do with it what programs do.
 
     Args:
@@ -95,7 +93,7 @@ def check_in_foundry(
     """
     package = verify_package(folder)
     environment, backend = STACKS[package.record.profile]
-    interpreter = interpreter_of(catalog.environment(environment), cache, progress)
+    interpreter = interpreter_of(catalog.environment(environment), cache)
     contents = Contents(folder)
     prompts = [
         {"name": name, "messages": messages, "tokens": tokens}
@@ -103,7 +101,7 @@ def check_in_foundry(
     ]
     progress(f"{package.record.id} in the environment {environment}")
     job = Job(backend, str(folder.resolve()), package.record.id, contents.strings, contents.ints, prompts)
-    steps = tuple(run_steps(job, interpreter, progress, seconds))
+    steps = tuple(run_steps(job, interpreter, seconds))
     return Outcome(package, (*steps, _assets_kept(folder)))
 
 
@@ -126,7 +124,7 @@ def expected_counts(folder: Path, conversations: Any) -> list[int]:
     ]
 
 
-def run_steps(job: Job, interpreter: Interpreter, progress: Progress, seconds: float) -> Iterator[Step]:
+def run_steps(job: Job, interpreter: Interpreter, seconds: float) -> Iterator[Step]:
     """The child's steps as they come; one that fails is the last. Ends the child in any case, and its folder."""
     with tempfile.TemporaryFile() as log, _child(interpreter, log, seconds) as child:
         last = "start"

@@ -132,7 +132,7 @@ def statement(record: PackageRecord, manifest: Manifest, files: Mapping[str, str
 
 def verdict_of(record: PackageRecord) -> dict[str, JsonValue]:
     """What the statement says of the proof."""
-    return {"verdict": record.verdict, "claim": record.claim, "unverified": record.unverified}
+    return {"verdict": record.verdict.value, "claim": record.claim, "unverified": record.unverified}
 
 
 def _weights(manifest: Manifest) -> list[Resource]:

@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from qwen_onnx.bounded import read_description
-from qwen_onnx.catalog.schema import Precision
+from qwen_onnx.catalog.schema import Kind, Precision, Task
 from qwen_onnx.errors import PackageError
-from qwen_onnx.records import Record
+from qwen_onnx.records import Record, Verdict
 
 PACKAGE = "package.json"
 # of the artifact, what a user of the package has no use for: paths and times of the machine that built it; Olive's
@@ -30,7 +30,6 @@ MEASURED = (
     "SHA256SUMS",
 )
 Profile = Literal["sdk2", "cli1"]
-Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
 
 
 def measured_in(files: Collection[str]) -> tuple[str, ...]:
@@ -64,8 +63,8 @@ class PackageRecord(Record):
     verdict: Verdict
     claim: str
     unverified: bool
-    kind: Literal["base", "chat", "thinking", "hybrid"] | None = None
-    tasks: tuple[Literal["general", "coding", "math"], ...] = ()
+    kind: Kind | None = None
+    tasks: tuple[Task, ...] = ()
     measured: tuple[str, ...] = Field(default=())
     altered: tuple[str, ...] = Field(default=())
 

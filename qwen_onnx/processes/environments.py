@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from pydantic import Field
 
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.files import PACKAGE
+from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Name, Reason, Record, digest_of
 
-Progress = Callable[[str], None]
 STAMP = ".ready"
 ANNOUNCED_PYTHON, ANNOUNCED_PACKAGE = "QWEN_ONNX_TARGET_PYTHON", "QWEN_ONNX_TARGET_PACKAGE"
 
@@ -84,7 +83,7 @@ def is_ready(environment: Environment, cache: Path) -> bool:
     return (place_of(environment, cache) / STAMP).exists()
 
 
-def interpreter_of(environment: Environment, cache: Path, progress: Progress) -> Interpreter:
+def interpreter_of(environment: Environment, cache: Path) -> Interpreter:
     """The Python of ``environment``, which is made when it is not there.
 
     Raises:

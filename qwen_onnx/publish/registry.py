@@ -14,13 +14,13 @@ import httpx
 from pydantic_core import from_json
 
 from qwen_onnx.errors import PublishError
+from qwen_onnx.processes.network import is_loopback
 from qwen_onnx.publish.addresses import RegistryAddress
 from qwen_onnx.publish.bundle import Bundle, Item, checked_blocks
 from qwen_onnx.publish.faults import FAULTS
 from qwen_onnx.publish.manifest import EMPTY, LARGEST, MANIFEST_TYPE, digest_text, make_manifest, read_manifest
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.publish.registry_auth import Login
-from qwen_onnx.sources.hosts import is_loopback
 from qwen_onnx.sources.remote import RemoteFile
 from qwen_onnx.sources.transfer import Progress, teller
 from qwen_onnx.sources.web import PASSING, Ranges, bounded, make_client, reaching, reading

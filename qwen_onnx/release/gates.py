@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from qwen_onnx.artifact.manifest import Manifest
+from qwen_onnx.records import Verdict
 from qwen_onnx.release.matrix import UPPER, Gates
 from qwen_onnx.release.records import GateResult
 from qwen_onnx.verify.records import Estimate
@@ -41,19 +42,22 @@ def _measured_bytes(manifest: Manifest, report: Report | None) -> float:
 
 
 def _verdict(gates: Gates, manifest: Manifest) -> GateResult:
-    allowed = ("PASS", "UNVERIFIED") if gates.unverified == "allow" else ("PASS",)
-    passed = manifest.verdict in allowed
+    allowed = (Verdict.PASS, Verdict.UNVERIFIED) if gates.unverified == "allow" else (Verdict.PASS,)
+    verdict = Verdict.PASS if manifest.verdict in allowed else Verdict.FAIL
     return GateResult(
-        name="verdict", limit=" or ".join(allowed), measured=manifest.verdict, verdict="PASS" if passed else "FAIL"
+        name="verdict",
+        limit=" or ".join(allowed),
+        measured=manifest.verdict,
+        verdict=verdict,
     )
 
 
 def _limit(name: str, limit: float, found: Estimate | None) -> GateResult:
     if found is None:
-        return GateResult(name=name, limit=limit, verdict="INCONCLUSIVE")
+        return GateResult(name=name, limit=limit, verdict=Verdict.INCONCLUSIVE)
     verdict = (at_most if name in UPPER else at_least)(found, limit)
     if not all(map(math.isfinite, (found.value, found.lower, found.upper))):
-        return GateResult(name=name, limit=limit, measured="not finite", verdict=verdict.value)
+        return GateResult(name=name, limit=limit, measured="not finite", verdict=verdict)
     return GateResult(
-        name=name, limit=limit, measured=found.value, lower=found.lower, upper=found.upper, verdict=verdict.value
+        name=name, limit=limit, measured=found.value, lower=found.lower, upper=found.upper, verdict=verdict
     )

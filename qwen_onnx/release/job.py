@@ -19,7 +19,7 @@ from qwen_onnx.errors import QwenOnnxError, ReleaseError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.package.records import Profile, read_package
 from qwen_onnx.package.verify import package_digest
-from qwen_onnx.records import Record
+from qwen_onnx.records import Record, Verdict
 from qwen_onnx.release.gates import estimates, judge
 from qwen_onnx.release.guard import Ended, Order
 from qwen_onnx.release.matrix import ReleaseJob
@@ -142,13 +142,13 @@ class _Run:
         from qwen_onnx.verify.report import load_report
 
         self.manifest = read_manifest(artifact)
-        report = None if self.manifest.verdict == "UNVERIFIED" else load_report(artifact)
+        report = None if self.manifest.verdict is Verdict.UNVERIFIED else load_report(artifact)
         measured = {name: figure.value for name, figure in estimates(report).items()}
         self.figures = {name: value for name, value in measured.items() if math.isfinite(value)}
         self.gates = judge(self.job.gates, self.manifest, report)
 
     def _judge(self) -> None:
-        missed = [gate for gate in self.gates if gate.verdict != "PASS"]
+        missed = [gate for gate in self.gates if gate.verdict is not Verdict.PASS]
         if missed:
             told = "; ".join(f"{gate.name} {gate.verdict}: {gate.told}" for gate in missed)
             # as the verdict itself, VerificationError

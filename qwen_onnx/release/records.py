@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from qwen_onnx.catalog.schema import Precision
-from qwen_onnx.package.records import Profile, Verdict
-from qwen_onnx.records import Record
+from qwen_onnx.package.records import Profile
+from qwen_onnx.records import MeasuredVerdict, Record, Verdict
 
 RELEASE = "release.json"
 JUNIT = "junit.xml"
@@ -25,7 +25,7 @@ class GateResult(Record):
     measured: float | str | None = None
     lower: float | None = None
     upper: float | None = None
-    verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+    verdict: MeasuredVerdict
 
     @property
     def told(self) -> str:

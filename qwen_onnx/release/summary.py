@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from qwen_onnx.records import Verdict
 from qwen_onnx.release.records import JobResult, Release
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def _suite(job: JobResult) -> ElementTree.Element:
     steps = f"{job.stage}: {job.fault}" if job.stage not in (None, "gates") else None
     cases = [_case(job, "steps", steps, 0 if job.cached else job.seconds)]
     for gate in job.gates:
-        fault = None if gate.verdict == "PASS" else f"{gate.verdict}: {gate.told}"
+        fault = None if gate.verdict is Verdict.PASS else f"{gate.verdict}: {gate.told}"
         cases.append(_case(job, f"gate {gate.name}", fault))
     cases += [_case(job, f"package {package.id} {package.profile}", None) for package in job.packages]
     suite = ElementTree.Element("testsuite", _counts(job.name, cases))
@@ -89,7 +90,7 @@ def print_summary(release: Release, console: Console) -> None:
 
 
 def _cells(job: JobResult) -> tuple[str, ...]:
-    passed = sum(gate.verdict == "PASS" for gate in job.gates)
+    passed = sum(gate.verdict is Verdict.PASS for gate in job.gates)
     kld = job.figures.get("kld_mean")
     return (
         job.name,

@@ -12,7 +12,7 @@ import httpx
 from pydantic import SecretStr
 
 from qwen_onnx.errors import QwenOnnxError
-from qwen_onnx.sources.hosts import Reach, is_loopback, reach_of
+from qwen_onnx.processes.network import Reach, is_loopback, reach_of
 from qwen_onnx.sources.remote import Faults, Interrupted, RemoteFile
 
 # a registry may take a while to store a blob before it answers

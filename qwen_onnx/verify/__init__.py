@@ -11,18 +11,15 @@ from pathlib import Path
 
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.records import Verdict
 from qwen_onnx.verify.checks import CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
-from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions, worst
+from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
 
 __all__ = ["CheckResult", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]
 
 DEFAULT_OPTIONS = VerifyOptions()
-
-
-def _silent(message: str) -> None:
-    """Progress for nobody."""
 
 
 def verify_artifact(
@@ -35,7 +32,6 @@ def verify_artifact(
     options: VerifyOptions = DEFAULT_OPTIONS,
     runner: Callable[[Path], Runner] | None = None,
     simulator: Callable[[Path], Runner] | None = None,
-    progress: Callable[[str], None] = _silent,
 ) -> Report:
     """Run every check on ``artifact`` that its verification level promises; the report names the others.
 
@@ -48,7 +44,6 @@ def verify_artifact(
         options: how much is measured.
         runner: what runs the two folders; None is ONNX Runtime and onnxruntime-genai.
         simulator: what runs the artifact as the device would, much more slowly.
-        progress: called with one line at the start of each part.
 
     Raises:
         VerificationError: a folder is missing, a check has no such name, or the level cannot make it. Checks that
@@ -65,7 +60,7 @@ def verify_artifact(
         if not folder.is_dir():
             raise VerificationError("The folder to verify with does not exist.", where=str(folder))
     started = time.perf_counter()
-    context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, progress)
+    context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator)
     results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
     context.release()
     verdict = worst(item.verdict for item in results)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
+from qwen_onnx.processes.progress import progress
+from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.processing.template import has_template
 from qwen_onnx.verify import latency
@@ -21,7 +23,7 @@ from qwen_onnx.verify.parity import (
     decode_positions,
     mismatches,
 )
-from qwen_onnx.verify.records import CheckResult, Estimate, Latency, Verdict, worst
+from qwen_onnx.verify.records import CheckResult, Estimate, Latency, worst
 from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most
 
@@ -69,7 +71,7 @@ def run_check(name: str, context: Context) -> CheckResult:
     chosen = context.options.checks
     if chosen and name not in chosen:
         return CheckResult(name=name, verdict=Verdict.INCONCLUSIVE, detail="not run: left out by the options")
-    context.progress(f"check: {name}")
+    progress(f"check: {name}")
     started = time.perf_counter()
     try:
         result = CHECKS[name](context)
@@ -157,7 +159,7 @@ def teacher_forced_drift(context: Context) -> CheckResult:
         "worst_domain": limits.domain_factor * limits.kld_mean,
     }
     if study.finite and Verdict.INCONCLUSIVE in judge(study.estimates(), limits).values():
-        study.double(context.progress)
+        study.double()
     if not study.finite:
         return CheckResult(name="drift", verdict=Verdict.FAIL, limit=bounds, detail="a logit is NaN or infinite")
     found = study.estimates()
@@ -267,10 +269,10 @@ def simulated_parity(context: Context) -> CheckResult:
     chosen = [pool[0].ids[: options.simulator_tokens] for pool in context.pools.values() if pool]
     parts = []
     for number, ids in enumerate(chosen[: options.simulator_domains], 1):
-        context.progress(f"simulator: text {number} of {min(len(chosen), options.simulator_domains)}")
+        progress(f"simulator: text {number} of {min(len(chosen), options.simulator_domains)}")
         expected = context.scorer.logits(ids)
         parts.append(compare(expected, simulator.logits(ids), ids))
-    context.progress(f"simulator: {options.simulator_steps} tokens through the KV cache")
+    progress(f"simulator: {options.simulator_steps} tokens through the KV cache")
     begin = len(ids) - options.simulator_steps
     decoded = simulator.forced_logits(ids[:begin], ids[begin:])
     parts.append(compare(expected[begin - 1 :], decoded, ids[begin - 1 :]))
@@ -300,7 +302,6 @@ def paired_latency(context: Context) -> CheckResult:
         context.checkpoint,
         prompt,
         context.options,
-        context.progress,
         settled=lambda latency: _speed_verdict(latency, limits) is not Verdict.INCONCLUSIVE,
     )
     context.latency = found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qwen_onnx.catalog.schema import Limits, Verification
+from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer, TorchBaseline
 from qwen_onnx.verify.drift import DriftStudy, Scorer
@@ -48,10 +49,9 @@ class Context:
         options: VerifyOptions,
         runner: Callable[[Path], Runner] | None,
         simulator: Callable[[Path], Runner] | None,
-        progress: Callable[[str], None],
     ) -> None:
         self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
-        self.limits, self.level, self.options, self.progress = limits, level, options, progress
+        self.limits, self.level, self.options = limits, level, options
         self._runner, self.simulator = runner, simulator
         self.drift: Drift | None = None
         self.latency: Latency | None = None
@@ -83,11 +83,11 @@ class Context:
     @cached_property
     def study(self) -> DriftStudy:
         """The first sample of teacher-forced positions, with those of the reference export."""
-        self.progress("drift: loading PyTorch fp32")
+        progress("drift: loading PyTorch fp32")
         baseline = TorchBaseline(self.checkpoint, self.options.threads)
         reference = (lambda folder=self.reference: self._scorer(folder)) if self.reference else None
         study = DriftStudy(baseline, self.scorer, reference, self.pools, self.options)
-        study.start(self.progress)
+        study.start()
         return study
 
     @cached_property

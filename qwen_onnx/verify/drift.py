@@ -8,8 +8,10 @@ from typing import Protocol
 import numpy as np
 
 from qwen_onnx.catalog.schema import Limits
+from qwen_onnx.processes.progress import progress
+from qwen_onnx.records import Verdict
 from qwen_onnx.verify.corpus import Document, Window, take
-from qwen_onnx.verify.records import DomainDrift, Drift, Verdict, VerifyOptions, worst
+from qwen_onnx.verify.records import DomainDrift, Drift, VerifyOptions, worst
 from qwen_onnx.verify.scoring import Logits, Positions, compare
 from qwen_onnx.verify.statistics import DriftEstimates, at_least, at_most, bootstrap, tail
 
@@ -47,17 +49,17 @@ class DriftStudy:
         self.doubled = False
         self._baseline, self._artifact, self._reference, self._options = baseline, artifact, reference, options
 
-    def start(self, progress: Callable[[str], None]) -> None:
+    def start(self) -> None:
         """First sample, together with the reference export, which is then released."""
         reference = self._reference() if self._reference else None
-        self._measure(0, self._options.windows_per_domain, reference, progress)
+        self._measure(0, self._options.windows_per_domain, reference)
 
-    def double(self, progress: Callable[[str], None]) -> None:
+    def double(self) -> None:
         """As many windows again, where the texts hold them."""
-        self._measure(self._options.windows_per_domain, 2 * self._options.windows_per_domain, None, progress)
+        self._measure(self._options.windows_per_domain, 2 * self._options.windows_per_domain, None)
         self.doubled = True
 
-    def _measure(self, start: int, stop: int, reference: Scorer | None, progress: Callable[[str], None]) -> None:
+    def _measure(self, start: int, stop: int, reference: Scorer | None) -> None:
         for name, pool in self.pools.items():
             chosen = take(pool, start, stop)
             progress(f"drift: {len(chosen)} windows of {name}")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify.records import EngineLatency, Latency, Spread, VerifyOptions
 from qwen_onnx.verify.statistics import median_ratio
 
@@ -124,7 +125,6 @@ def measure(
     checkpoint: Path,
     ids: Sequence[int],
     options: VerifyOptions,
-    progress: Callable[[str], None],
     settled: Callable[[Latency], bool] = lambda _: True,
 ) -> Latency:
     """Latency of the artifact and of PyTorch fp32 on the prompt ``ids``.

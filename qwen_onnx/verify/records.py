@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from qwen_onnx.records import MeasuredVerdict, Verdict
 
 
 class Frozen(BaseModel):
     """Frozen and strict about keys; NaN and infinity survive a trip through JSON as strings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-class Verdict(StrEnum):
-    """Only ``PASS`` proves anything; ``INCONCLUSIVE`` counts as not passed."""
-
-    PASS = "PASS"
-    FAIL = "FAIL"
-    INCONCLUSIVE = "INCONCLUSIVE"
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
@@ -68,7 +61,7 @@ class CheckResult(Frozen):
     """What one check found. ``measured`` and ``limit`` share their keys where a limit applies."""
 
     name: str
-    verdict: Verdict
+    verdict: MeasuredVerdict
     measured: dict[str, float | str] = Field(default_factory=dict)
     limit: dict[str, float | str] = Field(default_factory=dict)
     detail: str = ""

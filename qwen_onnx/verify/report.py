@@ -14,8 +14,9 @@ from pydantic import Field
 from qwen_onnx.bounded import read_record
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import ArtifactError
+from qwen_onnx.records import MeasuredVerdict, Verdict
 from qwen_onnx.verify import plots
-from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, Verdict, VerifyOptions
+from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, VerifyOptions
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,7 +33,7 @@ class Report(Frozen):
     not promise, with the reason.
     """
 
-    verdict: Verdict
+    verdict: MeasuredVerdict
     verification: Verification
     claim: str
     checks: tuple[CheckResult, ...]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qwen_onnx.verify.records import Estimate, Verdict
+from qwen_onnx.records import Verdict
+from qwen_onnx.verify.records import Estimate
 from qwen_onnx.verify.scoring import Floats, Positions
 
 Counts = npt.NDArray[np.int64]

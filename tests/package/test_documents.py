@@ -24,8 +24,26 @@ from qwen_onnx.files import sha256_of
 from qwen_onnx.package.card import licence_fields
 from qwen_onnx.package.licences import notice_text, write_licences
 from qwen_onnx.package.sbom import SBOM, bill, purl_of
-from tests.conftest import run_cli
-from tests.package.conftest import packaged
+from tests.conftest import edit_yaml, run_cli
+from tests.package.conftest import edit_json, packaged
+
+
+def test_a_package_says_what_was_built_and_not_what_a_recipe_says_now(
+    tiny_build: Path, checkout: Path, tmp_path: Path
+) -> None:
+    edit_yaml(
+        checkout / "recipes/starter.yaml", lambda recipe: recipe["sizes"][0].update(kind="base", languages=["la"])
+    )
+    done = run_cli("package", tiny_build, "--output", tmp_path / "made", "--allow-unverified", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    folder = Path(json.loads(done.stdout.splitlines()[-1])["path"])
+    assert json.loads((folder / "package.json").read_text())["kind"] == "chat"
+    assert ModelCard.load(folder / "README.md").data.to_dict()["language"] == ["en"]
+    old = Path(shutil.copytree(tiny_build, tmp_path / "old"))
+    edit_json(old / "manifest.json", lambda manifest: manifest.pop("about"))
+    refused = run_cli("package", old, "--output", tmp_path / "made", "--allow-unverified")
+    assert refused.returncode == 10
+    assert "qwen-onnx optimize starter --target cpu --force" in refused.stderr
 
 
 def test_the_bill_of_materials_is_valid_and_names_what_shaped_the_bytes(tiny_package: Path) -> None:

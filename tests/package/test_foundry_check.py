@@ -120,7 +120,7 @@ def interpreter(tmp_path: Path) -> Interpreter:
 
 def run_job(model_id: str, interpreter: Interpreter, seconds: float = 60) -> list[tuple[str, bool, str]]:
     job = Job("testing", "folder", model_id, {}, {}, [])
-    return [(step.step, step.ok, step.found) for step in run_steps(job, interpreter, lambda _: None, seconds)]
+    return [(step.step, step.ok, step.found) for step in run_steps(job, interpreter, seconds)]
 
 
 def test_steps_of_all_phases_are_told(interpreter: Interpreter, place: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Inte
         "import sys; from pathlib import Path; from qwen_onnx.processes.environments import Interpreter\n"
         "from qwen_onnx.package.foundry_check import run_steps; from qwen_onnx.package.sdk.job import Job\n"
         "job = Job('testing', 'folder', 'hang', {}, {}, [])\n"
-        "list(run_steps(job, Interpreter(Path(sys.executable), Path(sys.argv[1])), print, 600))"
+        "list(run_steps(job, Interpreter(Path(sys.executable), Path(sys.argv[1])), 600))"
     )
     command = [sys.executable, "-c", code, str(interpreter.package)]
     parent = subprocess.Popen(
@@ -236,7 +236,7 @@ def test_a_broken_package_fails_at_its_step(spoil: Any, step: str, tiny_package:
     ]
     properties = sidecar["string_properties"], sidecar["int_properties"]
     job = Job("sdk2", str(broken), sidecar["model_id"], *properties, prompts)
-    *before, last = run_steps(job, interpreter, lambda _: None, 120)
+    *before, last = run_steps(job, interpreter, 120)
     assert all(each.ok for each in before)
     assert (last.step, last.ok) == (step, False), last
 
@@ -290,4 +290,4 @@ def test_time_is_limited(artifact_dir: Path, tmp_path: Path, place: Path) -> Non
 
 def environment(name: str) -> Interpreter:
     """The environment, made when it is not there."""
-    return interpreter_of(load_catalog(REPOSITORY).environment(name), cache_root(REPOSITORY), lambda _: None)
+    return interpreter_of(load_catalog(REPOSITORY).environment(name), cache_root(REPOSITORY))

@@ -12,6 +12,7 @@ import pytest
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.errors import ConfigError, EnvironmentFault
 from qwen_onnx.processes.environments import STAMP, Environment, Interpreter, interpreter_of, is_ready, place_of
+from qwen_onnx.processes.progress import listening
 from tests.conftest import edit_yaml
 
 
@@ -41,23 +42,25 @@ def run(interpreter: Interpreter, code: str) -> int:
 def test_it_has_its_own_packages_and_ours_but_none_of_those_beside_ours(tmp_path: Path) -> None:
     said: list[str] = []
     wanted = environment(wheel(tmp_path, "first"), wheel(tmp_path, "second"), removed={"second": "it is in the way"})
-    made = interpreter_of(wanted, tmp_path, said.append)
+    with listening(said.append):
+        made = interpreter_of(wanted, tmp_path)
     assert run(made, "import first, qwen_onnx") == 0
     assert run(made, "import second") != 0
     assert run(made, "import pydantic") != 0
     assert len(said) == 1
-    assert interpreter_of(wanted, tmp_path, said.append) == made
+    with listening(said.append):
+        assert interpreter_of(wanted, tmp_path) == made
     assert len(said) == 1, "it is there and was made again"
 
 
 def test_an_environment_that_another_checkout_made_runs_our_code(tmp_path: Path) -> None:
     wanted = environment(wheel(tmp_path, "first"))
-    made = interpreter_of(wanted, tmp_path, lambda _: None)
+    made = interpreter_of(wanted, tmp_path)
     shutil.rmtree(made.package)
     elsewhere = made.package.with_name("elsewhere")
     elsewhere.mkdir()
     (elsewhere / "qwen_onnx").symlink_to(tmp_path / "a checkout that is gone")
-    assert run(interpreter_of(wanted, tmp_path, lambda _: None), "import first, qwen_onnx") == 0
+    assert run(interpreter_of(wanted, tmp_path), "import first, qwen_onnx") == 0
 
 
 def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
@@ -66,7 +69,7 @@ def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "half").touch()
     assert not is_ready(wanted, tmp_path)
-    interpreter_of(wanted, tmp_path, lambda _: None)
+    interpreter_of(wanted, tmp_path)
     assert (folder / STAMP).exists()
     assert not (folder / "half").exists()
 
@@ -74,7 +77,7 @@ def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
 def test_what_pip_cannot_install_is_an_error_and_leaves_no_environment(tmp_path: Path) -> None:
     wanted = environment(str(tmp_path / "missing-1.0-py3-none-any.whl"))
     with pytest.raises(EnvironmentFault, match=r"other cannot be made: ERROR.*missing"):
-        interpreter_of(wanted, tmp_path, lambda _: None)
+        interpreter_of(wanted, tmp_path)
     assert not is_ready(wanted, tmp_path)
 
 

@@ -21,7 +21,8 @@ from qwen_onnx.artifact.manifest import MANIFEST, open_artifact, read_manifest
 from qwen_onnx.cli import app as cli
 from qwen_onnx.files import file_checksums
 from qwen_onnx.package.build import PackageJob, build_package
-from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions
+from qwen_onnx.records import Verdict
+from qwen_onnx.verify.records import CheckResult, VerifyOptions
 from qwen_onnx.verify.report import Report, environment
 from tests.fixtures.fake_hubs import FakeHuggingFace, FakeModelScope
 from tests.fixtures.fake_registry import TOKEN, FakeRegistry
@@ -55,7 +56,7 @@ def claim_pass(artifact: Path) -> Path:
     manifest = read_manifest(artifact)
     files = file_checksums(artifact, without=MANIFEST)
     claim = manifest.plan.verification.claim("PASS")
-    manifest = manifest.model_copy(update={"verdict": "PASS", "claim": claim, "files": files})
+    manifest = manifest.model_copy(update={"verdict": Verdict.PASS, "claim": claim, "files": files})
     (artifact / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     return artifact
 
@@ -76,7 +77,7 @@ def newer_package(passing_artifact: Path, tmp_path_factory: pytest.TempPathFacto
 
 def packaged(artifact: Path, folder: Path) -> Path:
     """``artifact``, packaged below ``folder``."""
-    return build_package(PackageJob(open_artifact(artifact), folder), lambda _: None).path
+    return build_package(PackageJob(open_artifact(artifact), folder)).path
 
 
 @pytest.fixture

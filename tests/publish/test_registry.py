@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from benchmarks.live import free_port
+from qwen_onnx.processes.network import is_loopback
 from qwen_onnx.publish.addresses import RegistryAddress, parse_address
-from qwen_onnx.sources.hosts import is_loopback
 from tests.fixtures.fake_registry import PASSWORD, TOKEN, USER, digest_of
 from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, leftovers, publish, pull, refused
 

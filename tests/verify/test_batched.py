@@ -14,9 +14,10 @@ from onnx import helper, numpy_helper
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
+from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import BatchModel, UnsupportedGraphError
 from qwen_onnx.verify import VerifyOptions, verify_artifact
-from qwen_onnx.verify.records import CheckResult, Verdict
+from qwen_onnx.verify.records import CheckResult
 from tests.fixtures.architectures import make_checkpoint
 
 LIMITS = Limits(kld_mean=0.18, kld_p99=1.5, top1=0.5, ppl_ratio=1.2)

@@ -12,8 +12,9 @@ from onnx import TensorProto, helper
 
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.records import Verdict
 from qwen_onnx.verify.drift import judge
-from qwen_onnx.verify.records import Estimate, Verdict, worst
+from qwen_onnx.verify.records import Estimate, worst
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most, bootstrap, median_ratio
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.processes.network import is_loopback
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.server.keys import KEYS_FILE_VARIABLE, KEYS_VARIABLE
 from qwen_onnx.runtime.service.policy import OPEN, STRICT, Policy
@@ -140,13 +140,3 @@ class ServerSettings(BaseModel):
                 [f"--host {self.host}: reachable from other machines, and there are no API keys"],
                 hint="qwen-onnx keys new NAME --file keys.json, then --keys keys.json; or --insecure",
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -117,7 +117,8 @@ class GuardedService(TextService):
             record.prompt_hash = self._hash.of(prompt)
         run = _Run(self, record)
         try:
-            run.begin(*self._inner.submit(prompt, self._bounded(config), listener), listener, _spent(prompt))
+            ids = self.prepare(prompt, config)
+            run.begin(*self._inner.submit(ids, self._bounded(config), listener), listener, ids.seconds)
         except QwenOnnxError as error:
             run.end(error)
             raise
@@ -203,11 +204,6 @@ class _Run:
         if self._record is not None:
             self._record.generations.append(measurement)
         self._service.ended(measurement)
-
-
-def _spent(prompt: Prompt) -> float:
-    """Seconds that it took to prepare a prompt, when that is done."""
-    return prompt.seconds if isinstance(prompt, Prepared) else 0.0
 
 
 def characters(prompt: Any) -> int:

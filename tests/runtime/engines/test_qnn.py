@@ -34,7 +34,7 @@ BITS = {"Qwen2ForCausalLM": 4, "Qwen3ForCausalLM": 8}
 
 @pytest.fixture(scope="module")
 def interpreter() -> Interpreter:
-    return interpreter_of(CATALOG.environments["qnn"], cache_root(REPOSITORY), print)
+    return interpreter_of(CATALOG.environments["qnn"], cache_root(REPOSITORY))
 
 
 # one of them in CI: each takes about a minute

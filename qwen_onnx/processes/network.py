@@ -22,7 +22,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
-        return name == "localhost"
+        return name.lower() == "localhost"
 
 
 def bare_host(host: str) -> str:
@@ -38,7 +38,7 @@ def reach_of(host: str) -> Reach | None:
     Link-local addresses count as this machine: clouds keep a machine's own secrets there.
     """
     name = bare_host(host)
-    if name == "localhost":
+    if name.lower() == "localhost":
         return Reach.HERE
     try:
         found = {str(entry[4][0]).split("%")[0] for entry in socket.getaddrinfo(name, None)}
