@@ -6,6 +6,7 @@ only slow every request down (https://cheatsheetseries.owasp.org/cheatsheets/Pas
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -16,6 +17,9 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from filelock import FileLock
+
+from qwen_onnx.artifact.manifest import full_disk
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.files import write_private
 
@@ -58,6 +62,11 @@ class KeyRing:
             keys = [key.strip() for key in text.split(",") if key.strip()]
             if not keys or min(map(len, keys)) < LEAST_KEY:
                 raise ConfigError([f"{KEYS_VARIABLE}: no key, or one of fewer than {LEAST_KEY} characters"])
+            if any("/" in key or "\\" in key for key in keys):
+                raise ConfigError(
+                    [f"{KEYS_VARIABLE}: holds a path; it would be a key that others can guess"],
+                    hint="the file of keys: serve --keys FILE, or QWEN_ONNX_KEYS=FILE",
+                )
             names |= {digest_of(key): f"env-{index + 1}" for index, key in enumerate(keys)}
         return cls(names)
 
@@ -93,11 +102,28 @@ def read_keys(path: Path) -> dict[str, str]:
 def new_key(name: str, path: Path) -> str:
     """Make a key, add its hash to the file (mode 0600, replaced at once), and return it: it is kept nowhere else.
 
+    Several at once wait for each other, so that none is lost: a lock file stays beside the file.
+
     Raises:
-        ConfigError: see ``read_keys``; the name is taken or no name.
+        ConfigError: see ``read_keys``; the name is taken or no name; the file cannot be written.
+        EnvironmentFault: the disk is full.
     """
     if not NAME.fullmatch(name):
         raise ConfigError([f"{name!r} is no name: letters, digits, '.', '_', '-', at most 64"])
+    if not path.parent.is_dir():
+        raise ConfigError([f"{path}: there is no such folder"], hint=f"mkdir -m 700 {path.parent}")
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), mode=0o600):
+            return _add_key(name, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise full_disk(path.parent) from error
+        raise ConfigError(
+            [f"{path}: cannot be written: {error.strerror}"], hint="name a file in a folder of your own"
+        ) from error
+
+
+def _add_key(name: str, path: Path) -> str:
     names = read_keys(path) if path.exists() else {}
     if name in names:
         raise ConfigError([f"{path}: there is a key named {name!r} already"], hint="choose another name")
