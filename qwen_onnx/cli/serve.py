@@ -35,6 +35,9 @@ def serve(
     port: int | None = typer.Option(None, help="0 takes a free one" + DEFAULT.format("PORT", "8000")),
     name: str | None = typer.Option(None, help="model name in the API; default: the recipe's id"),
     threads: Threads = None,
+    expect: str | None = typer.Option(
+        None, help="SHA-256 of its SHA256SUMS (of manifest.json, where there is none); anything else is refused"
+    ),
     keys: Path | None = typer.Option(None, help="file of API keys, see `qwen-onnx keys new`; also QWEN_ONNX_API_KEYS"),
     insecure: bool | None = typer.Option(None, "--insecure", help="listen beyond loopback without API keys"),
     rate_limit: int | None = typer.Option(None, help="requests of a key in an hour; with keys 100, without no limit"),
@@ -52,11 +55,11 @@ def serve(
 ) -> None:
     """Serve the artifact at an OpenAI-compatible API.
 
-    Options but --name and --threads may stand in the environment too: QWEN_ONNX_MAX_TOKENS=512.
+    Options but --name, --threads and --expect may stand in the environment too: QWEN_ONNX_MAX_TOKENS=512.
     """
     import os
 
-    from qwen_onnx.artifact.manifest import open_runnable
+    from qwen_onnx.artifact.manifest import read_manifest
     from qwen_onnx.runtime.server.app import serve as run
     from qwen_onnx.runtime.server.settings import ServerSettings
 
@@ -79,5 +82,7 @@ def serve(
         sanitise=sanitise,
         otlp=otlp,
     )
-    opened = open_runnable(artifact.resolve())
-    run(opened.path, model_name=name or opened.manifest.plan.model, settings=settings, threads=threads)
+    folder = artifact.resolve()
+    # the engine's process verifies every byte, this time and whenever it is started anew
+    served = name or read_manifest(folder).plan.model
+    run(folder, model_name=served, settings=settings, threads=threads, expect=expect)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from qwen_onnx.artifact.checksums import SUMS, check_sums, sums_of
+from qwen_onnx.artifact.checksums import SUMS, check_sums, package_digest, sums_of
 from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
 from qwen_onnx.errors import ArtifactError, PackageError
-from qwen_onnx.files import sha256_of
 from qwen_onnx.package.licences import LICENCE, NOTICE, OWN_LICENCE
 from qwen_onnx.package.provenance import PACKAGING, PROVENANCE, VERDICT, Statement, read_statement, verdict_of
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, measured_in, read_package
@@ -58,11 +57,6 @@ class _Contents:
     @cached_property
     def statement(self) -> Statement:
         return read_statement(self.folder)
-
-
-def package_digest(folder: Path) -> str:
-    """SHA-256 of ``SHA256SUMS``: pins every byte of a package that passes ``verify_package``."""
-    return sha256_of(folder / SUMS)
 
 
 def verify_package(folder: Path, expect: str | None = None) -> Package:
