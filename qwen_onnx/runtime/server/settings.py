@@ -29,6 +29,9 @@ class ServerSettings(BaseModel):
         max_tokens: the most that a request may ask for.
         header_seconds, body_seconds: time for a request's headers and for its body to arrive.
         request_seconds: time for one answer; send_seconds: how long a client may leave a piece of it unread.
+        max_concurrent: answers that a key may have under way or waiting; None: half of what the server holds when there
+            are several keys, else all. Without keys a limit counts by client address.
+        max_connections: open at once; more are closed. max_buffered_bytes: of all bodies in memory.
         grace_seconds: time for running answers to end after SIGTERM.
         allowed_hosts: names beside the loopback ones that the Host header may have; ``*`` allows all.
         cors_origins: pages of these origins may call the API.
@@ -46,6 +49,9 @@ class ServerSettings(BaseModel):
     max_input_characters: int = Field(default=8192, ge=1)
     max_tokens: int = Field(default=1024, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    max_buffered_bytes: int = Field(default=64 << 20, ge=1024)
+    max_connections: int = Field(default=4096, ge=1)
+    max_concurrent: int | None = Field(default=None, ge=1)
     max_json_depth: int = Field(default=64, ge=4)
     header_seconds: float = Field(default=10, gt=0)
     body_seconds: float = Field(default=30, gt=0)

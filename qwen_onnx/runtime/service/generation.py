@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 OPTIONAL = ("seed", "logprobs")
 MOST_STOP_STRINGS = 16
+MOST_BIASES = 1024
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class GenerationConfig(Sampling):
             raise RequestError("stop holds an empty string or no strings", where="stop")
         if len(self.stop) > MOST_STOP_STRINGS:
             raise RequestError(f"{len(self.stop)} stop strings, the most is {MOST_STOP_STRINGS}", where="stop")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries, the most is {MOST_BIASES}", where="logit_bias"
+            )
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias of {token!r} is {bias!r}, not from -100 to 100", where="logit_bias")

@@ -26,6 +26,7 @@ from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt, Delta, Gen
 from qwen_onnx.runtime.service.limits import RateLimiter
 from qwen_onnx.runtime.service.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
 from qwen_onnx.runtime.service.qwen import QwenService, is_ids
+from qwen_onnx.runtime.service.slots import Slots
 
 Observer = Callable[[Measurement], None]
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -40,6 +41,7 @@ class Policy:
     max_input_characters: int = 8192
     max_tokens: int = 1024
     request_seconds: float = 300.0
+    max_concurrent: int | None = None
     sanitise: bool = False
     log_key: str | None = None
 
@@ -61,6 +63,7 @@ class GuardedService(QwenService):
         self.__dict__ |= vars(inner)
         self.policy, self._observers = policy, tuple(observers)
         self._hash = PromptHash(policy.log_key)
+        self.slots = Slots(policy.max_concurrent)
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
         """Token ids of a prompt that the policy allows.
@@ -121,7 +124,12 @@ class GuardedService(QwenService):
         record = current.get()
         if record is not None:
             record.prompt_hash = self._hash.of(prompt)
-        run = _Run(self, record)
+        client = record.client if record else None
+        if not self.slots.take(client):
+            raise RateLimitError(
+                f"{self.slots.most} of your answers are under way already", hint="wait for one of them", retry_after=1
+            )
+        run = _Run(self, record, client)
         try:
             run.begin(*super().submit(prompt, self._bounded(config), listener), listener)
         except QwenOnnxError as error:
@@ -138,8 +146,8 @@ class GuardedService(QwenService):
 class _Run:
     """One generation under watch, its own handle and answer: stopwatch, filter, deadline, and its request's record."""
 
-    def __init__(self, service: GuardedService, record: RequestRecord | None) -> None:
-        self._service, self._record = service, record
+    def __init__(self, service: GuardedService, record: RequestRecord | None, client: str | None) -> None:
+        self._service, self._record, self._client = service, record, client
         self._watch = Stopwatch(time.monotonic)
         self._sanitiser = Sanitiser() if service.policy.sanitise else None
         self._timer: threading.Timer | None = None
@@ -195,6 +203,7 @@ class _Run:
         """Tell of the end, once."""
         if not self._ended.acquire(blocking=False):
             return
+        self._service.slots.give(self._client)
         if self._timer:
             self._timer.cancel()
         measurement = self._watch.stop(error)
