@@ -83,6 +83,11 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
+def package_digest(folder: Path) -> str:
+    """SHA-256 of ``SHA256SUMS``: pins every byte of a package that passes ``check_sums``."""
+    return sha256_of_plain(folder / SUMS)
+
+
 def check_sums(folder: Path) -> dict[str, str]:
     """Compare every file with ``SHA256SUMS`` and return what it lists.
 

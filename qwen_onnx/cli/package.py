@@ -24,10 +24,10 @@ def package(
     ] = False,
 ) -> None:
     """Make a Foundry Local package of an artifact; prints its folder and one line of JSON."""
+    from qwen_onnx.artifact.checksums import package_digest
     from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.catalog.load import work_root
     from qwen_onnx.package.build import PackageJob, build_package
-    from qwen_onnx.package.verify import package_digest
 
     folder = output or work_root() / "artifacts/packages"
     job = PackageJob(open_artifact(artifact.resolve()), folder.resolve(), profile, name, version, allow_unverified)

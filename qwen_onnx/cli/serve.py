@@ -36,17 +36,23 @@ def serve(
     artifact: ArtifactPath,
     name: Annotated[str | None, typer.Option(help="model name in the API; default: the recipe's id")] = None,
     threads: Threads = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(help="SHA-256 of its SHA256SUMS (of manifest.json, where there is none); refuse anything else"),
+    ] = None,
     **settings: Any,
 ) -> None:
     """Serve the artifact at an OpenAI-compatible API."""
     import os
 
-    from qwen_onnx.artifact.manifest import open_runnable
+    from qwen_onnx.artifact.manifest import read_manifest
     from qwen_onnx.runtime.server.app import serve as run
 
     read = ServerSettings.read(os.environ, **settings)
-    opened = open_runnable(artifact.resolve())
-    run(opened.path, model_name=name or opened.manifest.plan.model, settings=read, threads=threads)
+    folder = artifact.resolve()
+    # the engine's process verifies every byte, this time and whenever it is started anew
+    served = name or read_manifest(folder).plan.model
+    run(folder, model_name=served, settings=read, threads=threads, expect=expect)
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -24,8 +24,9 @@ def verify_package(
     ] = None,
 ) -> None:
     """Check every byte and every statement of a package, offline; exits 10 with all faults."""
+    from qwen_onnx.artifact.checksums import package_digest
     from qwen_onnx.package.records import read_package
-    from qwen_onnx.package.verify import examine, package_digest, require_sound
+    from qwen_onnx.package.verify import examine, require_sound
 
     package = read_package(folder.resolve())
     checks = examine(package.path, expect)

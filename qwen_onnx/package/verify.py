@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_onnx.artifact.checksums import SUMS, check_sums, sha256_of_plain
+from qwen_onnx.artifact.checksums import SUMS, check_sums, package_digest
 from qwen_onnx.artifact.manifest import MANIFEST
 from qwen_onnx.artifact.names import name_faults
 from qwen_onnx.errors import ArtifactError, PackageError
@@ -30,11 +30,6 @@ class Check:
 
     name: str
     faults: tuple[str, ...]
-
-
-def package_digest(folder: Path) -> str:
-    """SHA-256 of ``SHA256SUMS``: pins every byte of a package that passes ``verify_package``."""
-    return sha256_of_plain(folder / SUMS)
 
 
 def verify_package(folder: Path, expect: str | None = None) -> Package:

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen_onnx.artifact.checksums import package_digest
 from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.errors import QwenOnnxError, ReleaseError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.package.records import Profile, read_package
-from qwen_onnx.package.verify import package_digest
 from qwen_onnx.records import Record, Verdict
 from qwen_onnx.release.gates import estimates, judge
 from qwen_onnx.release.guard import Ended, Order

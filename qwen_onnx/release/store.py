@@ -13,13 +13,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qwen_onnx.artifact.checksums import check_sums
+from qwen_onnx.artifact.checksums import check_sums, package_digest
 from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.artifact.manifest import build_key, package_versions, put_in_place
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import PackageError
 from qwen_onnx.export.code import modules_of
-from qwen_onnx.package.verify import package_digest
 from qwen_onnx.records import digest_of
 from qwen_onnx.release.matrix import ReleaseJob
 from qwen_onnx.release.records import JobResult

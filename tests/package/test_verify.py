@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.artifact.checksums import write_sums
+from qwen_onnx.artifact.checksums import package_digest, write_sums
 from qwen_onnx.errors import PackageError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.provenance import PROVENANCE
-from qwen_onnx.package.verify import package_digest, verify_package
+from qwen_onnx.package.verify import verify_package
 from tests.conftest import rewrite_json, run_cli
 
 

@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
-from qwen_onnx.artifact.checksums import check_sums
+from qwen_onnx.artifact.checksums import check_sums, package_digest
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.package.verify import package_digest, verify_package
+from qwen_onnx.package.verify import verify_package
 from qwen_onnx.release.matrix import load_matrix
 from qwen_onnx.release.records import Release
 from tests.conftest import REPOSITORY, as_in_a_terminal, run_cli

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import ArtifactError, QwenOnnxError
 from qwen_onnx.runtime.engines import host
 from qwen_onnx.runtime.engines.genai import Shape
@@ -66,6 +67,7 @@ class Child:
     shape: Shape
     features: frozenset[str]
     stats: EngineStats
+    seal: Seal | None
 
     def __init__(
         self, folder: Path, options: EngineOptions, patience: Patience, given_up: Callable[[], bool] = lambda: False
@@ -82,7 +84,7 @@ class Child:
         self._writer = threading.Thread(target=self._write, name="qwen-onnx writer", daemon=True)
         self._writer.start()
         try:
-            self.shape, self.features, self.stats = self._loaded(given_up)
+            self.shape, self.features, self.stats, self.seal = self._loaded(given_up)
         except QwenOnnxError:
             self.end(0)
             raise

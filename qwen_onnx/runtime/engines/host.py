@@ -11,10 +11,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.interface import EngineStats, TokenEvent, TokenRequest
-from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
 from qwen_onnx.runtime.engines.serial import SerialEngine
 
 log = logging.getLogger(__name__)
@@ -31,17 +32,17 @@ def main(pipe: Connection, folder: Path, options: EngineOptions) -> None:
     # Ctrl-C goes to the whole group; the parent decides when to end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        engine = load_engine(folder, options)
+        engine, seal = load_verified(folder, options)
     except QwenOnnxError as error:
         pipe.send(error)
         return
-    Host(pipe, engine).run()
+    Host(pipe, engine, seal).run()
 
 
 class Host:
     """The child's side of the pipe: numbered requests come in, lists of (number, event) go out, one for each step."""
 
-    def __init__(self, pipe: Connection, engine: BatchEngine | SerialEngine) -> None:
+    def __init__(self, pipe: Connection, engine: BatchEngine | SerialEngine, seal: Seal | None) -> None:
         self._pipe, self._engine = pipe, engine
         self._lock = threading.Lock()
         self._handles: dict[int, Any] = {}
@@ -50,7 +51,7 @@ class Host:
         # when the engine last got on, and since when a message is being handled
         self._stepped, self._busy_since = time.monotonic(), float("inf")
         engine.after_step = self._flush
-        pipe.send((engine.shape, engine.features, engine.stats()))
+        pipe.send((engine.shape, engine.features, engine.stats(), seal))
 
     def run(self) -> None:
         """Until the pipe ends or ``close`` comes."""

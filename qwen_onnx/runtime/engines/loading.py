@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_onnx.artifact.seal import Seal, verify_runnable
+from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
@@ -16,12 +18,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to load an artifact; the fields are those of ``BatchEngine``."""
+    """How to load an artifact; the first fields are those of ``BatchEngine``.
+
+    Args:
+        verify: check every byte before it is loaded, each time that it is; expect: its digest, see ``verify_runnable``.
+    """
 
     streams: int = STREAMS
     queue_size: int = QUEUE_SIZE
     capacity: int | None = None
     threads: int | None = None
+    verify: bool = False
+    expect: str | None = None
 
 
 def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEngine:
@@ -41,3 +49,20 @@ def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEng
     except UnsupportedGraphError as error:
         log.warning("one request at a time: %s", error.what)
         return SerialEngine(folder, queue_size=options.queue_size, threads=options.threads)
+
+
+def load_verified(folder: Path, options: EngineOptions) -> tuple[BatchEngine | SerialEngine, Seal | None]:
+    """The engine, and the seal of what it has loaded if ``options`` ask for one.
+
+    Raises:
+        ArtifactError: nothing loads it; it is not whole, not the expected one, or was changed meanwhile.
+    """
+    seal = verify_runnable(folder, options.expect) if options.verify else None
+    engine = load_engine(folder, options)
+    try:
+        if seal:
+            seal.require_untouched()
+    except ArtifactError:
+        engine.close()
+        raise
+    return engine, seal

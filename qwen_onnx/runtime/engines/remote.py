@@ -49,6 +49,10 @@ class RemoteEngine:
         self._child = self._start()
         self.shape: Shape = self._child.shape
         self.features: frozenset[str] = self._child.features
+        self.seal = self._child.seal
+        if self.seal:
+            # whatever lies there when another process is started: it must be the same
+            self._options = replace(self._options, expect=self.seal.digest)
         self._alive = True
         self._reader = threading.Thread(target=self._read, name="qwen-onnx worker", daemon=True)
         self._reader.start()

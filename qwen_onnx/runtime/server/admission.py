@@ -22,6 +22,7 @@ from qwen_onnx.runtime.server import logs
 from qwen_onnx.runtime.server.api.parsed import PARSED
 from qwen_onnx.runtime.server.api.protocol import error_body
 from qwen_onnx.runtime.server.keys import KeyRing
+from qwen_onnx.runtime.server.limits import Budget, Share, declares_body, is_foreign
 from qwen_onnx.runtime.server.metrics import Metrics
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.server.tracing import Tracer
@@ -40,6 +41,7 @@ MOST_DRAINED = 32 << 20
 DRAIN_SECONDS = 5.0
 SMALL = 64 << 10
 CLOSE = (b"connection", b"close")
+RETRY = (b"retry-after", b"5")
 
 
 class Refused(Exception):
@@ -86,6 +88,7 @@ class Gate:
     Args:
         app: the application.
         routes: paths that exist; others are all counted as ``unmatched``.
+        bodies: paths whose POST takes a body; what comes elsewhere is not read.
         clock: seconds, for the rate limit.
     """
 
@@ -96,9 +99,11 @@ class Gate:
         keys: KeyRing,
         watch: Watch,
         routes: frozenset[str],
+        bodies: frozenset[str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._app, self._settings, self._keys, self._watch, self._routes = app, settings, keys, watch, routes
+        self._app, self._settings, self._keys, self._watch = app, settings, keys, watch
+        self._routes, self._bodies, self._budget = routes, bodies, Budget(settings.max_buffered_bytes)
         self._hosts = settings.hosts()
         self._policy = settings.policy(keyed=len(keys) > 0)
         self._limiter = RateLimiter(self._policy.rate_limit, clock=clock) if self._policy.rate_limit else None
@@ -134,9 +139,11 @@ class Gate:
             except Refused:
                 await self._drain(receive)
                 raise
-            content = await self._read(scope, headers, receive)
-            with cache_scoped(key) if key else contextlib.nullcontext():
-                await self._app(scope, content, send)
+            if scope["method"] != "POST" or scope["path"] not in self._bodies:
+                await self._app(scope, await self._without_body(headers, receive, send), send)
+                return
+            with self._budget.share() as share, cache_scoped(key) if key else contextlib.nullcontext():
+                await self._app(scope, await self._read(scope, headers, receive, share), send)
         except Refused as refusal:
             send.record.reason = refusal.reason
             await send.answer(refusal.status, refusal.body, refusal.headers)
@@ -145,6 +152,12 @@ class Gate:
             if not send.started:
                 # for the log alone: nobody is left to read an answer
                 send.record.status = 499
+        # uvicorn cancels what still runs at the end of the grace time, and would say so in plain text
+        except asyncio.CancelledError:
+            if send.started:
+                raise
+            send.record.reason = "shutdown"
+            await send.answer(503, error_body("the server is shutting down", kind="server_error"), (RETRY, CLOSE))
         # whatever it is, the client hears of it, and the log tells the place but not the message, which may quote input
         except Exception as error:
             log.error("a request failed: %s", type(error).__name__, exc_info=error)
@@ -157,6 +170,8 @@ class Gate:
         path = scope["path"]
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             raise Refused(421, "this server is not known by that Host; see --allowed-host", "host")
+        if path.startswith("/v1/") and is_foreign(headers, self._settings.cors_origins):
+            raise Refused(403, "a page of another origin may not call this server; see --cors-origin", "cross_site")
         key = ""
         if self._keys and not _open(path):
             key = _presented(headers)
@@ -164,8 +179,9 @@ class Gate:
             if send.record.key is None:
                 challenge = (b"www-authenticate", b'Bearer realm="qwen-onnx"')
                 raise Refused(401, "no valid API key", "unauthorized", headers=(challenge,), code="invalid_api_key")
+        client = send.record.key or (scope.get("client") or ("unknown",))[0]
+        send.record.client = client
         if self._limiter and path.startswith("/v1/") and scope["method"] == "POST":
-            client = send.record.key or (scope.get("client") or ("unknown",))[0]
             wait = self._limiter.admit(client)
             send.extra = _rate_headers(self._limiter, client)
             if wait:
@@ -180,7 +196,13 @@ class Gate:
                 )
         return key
 
-    async def _read(self, scope: Message, headers: dict[str, str], receive: Receive) -> Receive:
+    async def _without_body(self, headers: dict[str, str], receive: Receive, send: _Sender) -> Receive:
+        """For routes that take no body: one that comes all the same is thrown away unread, piece by piece."""
+        if declares_body(headers) and not await self._drain(receive):
+            send.extra = (*send.extra, CLOSE)
+        return _replay(b"", receive)
+
+    async def _read(self, scope: Message, headers: dict[str, str], receive: Receive, share: Share) -> Receive:
         """The whole body, checked; what the application receives instead of the connection's messages."""
         most = self._settings.max_body_bytes
         length = headers.get("content-length", "0")
@@ -193,7 +215,12 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Disconnected
-                    body += message.get("body", b"")
+                    piece = message.get("body", b"")
+                    if not share.take(len(piece)):
+                        raise Refused(
+                            503, "the bodies of other requests fill the memory", "overloaded", headers=(RETRY,)
+                        )
+                    body += piece
                     more = message.get("more_body", False)
                     too_large = len(body) > most
         except TimeoutError:
@@ -203,7 +230,10 @@ class Gate:
             await self._drain(receive)
             raise Refused(413, f"the body exceeds {most} bytes", "body_too_large")
         content = bytes(body)
-        if scope["method"] == "POST" and _is_json(headers):
+        if content and "content-type" not in headers:
+            # pages elsewhere can send this without asking first
+            raise Refused(400, "there is no Content-Type; send application/json", "malformed", close=False)
+        if _is_json(headers):
             try:
                 # what is long is read in a thread, so that streams go on meanwhile
                 long = len(content) > SMALL
@@ -218,7 +248,8 @@ class Gate:
             check_token_fields(value, self._policy.max_tokens)
         return value
 
-    async def _drain(self, receive: Receive) -> None:
+    async def _drain(self, receive: Receive) -> bool:
+        """Read on and keep nothing; false when the body goes on for longer than that may take."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(DRAIN_SECONDS, self._settings.body_seconds)):
                 drained = 0
@@ -226,7 +257,8 @@ class Gate:
                     message = await receive()
                     drained += len(message.get("body", b""))
                     if message["type"] == "http.disconnect" or not message.get("more_body"):
-                        return
+                        return True
+        return False
 
 
 class Broken(Exception):

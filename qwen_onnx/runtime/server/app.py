@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from qwen_onnx import __version__
-from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.errors import EnvironmentFault, WorkerDiedError
 from qwen_onnx.runtime.server import logs
 from qwen_onnx.runtime.server.admission import Gate, Watch
 from qwen_onnx.runtime.server.api import CLAMPED, make_router
@@ -28,6 +28,7 @@ from qwen_onnx.runtime.server.metrics import CONTENT_TYPE, Metrics
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.server.tracing import Tracer, make_tracer
 from qwen_onnx.runtime.server.web import make_web_router
+from qwen_onnx.runtime.server.web.docs import make_docs_router
 from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.monitor import QwenMonitor
 from qwen_onnx.runtime.service.qwen import QwenService
@@ -64,7 +65,11 @@ def create_app(
     monitor = QwenMonitor(service)
     metrics = Metrics(service.stats, lambda: int(psutil.Process().memory_info().rss))
     keys = keys or KeyRing({})
-    guarded = GuardedService(service, settings.policy(keyed=len(keys) > 0), (monitor.add, metrics.generation))
+    policy = settings.policy(keyed=len(keys) > 0)
+    if policy.max_concurrent is None and len(keys) > 1:
+        # one of several must not keep all the others out
+        policy = dataclasses.replace(policy, max_concurrent=max(1, (settings.streams + settings.queue_size) // 2))
+    guarded = GuardedService(service, policy, (monitor.add, metrics.generation))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,7 +78,8 @@ def create_app(
         if tracer:
             await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(title="qwen-onnx", version=__version__, lifespan=lifespan)
+    # FastAPI's own pages of documentation load scripts from elsewhere; ours has none
+    app = FastAPI(title="qwen-onnx", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.draining = False
     handle_errors(app)
     _add_health(app, model_name, monitor)
@@ -84,9 +90,17 @@ def create_app(
 
     app.include_router(make_router(guarded, model_name))
     app.include_router(make_web_router(model_name))
-    known = frozenset({*app.openapi()["paths"], "/", "/docs", "/openapi.json"})
+    paths = app.openapi()["paths"]
+    app.include_router(make_docs_router(app.openapi()))
     app.openapi_schema = None
-    app.add_middleware(Gate, settings=settings, keys=keys, watch=Watch(metrics, tracer), routes=known)
+    app.add_middleware(
+        Gate,
+        settings=settings,
+        keys=keys,
+        watch=Watch(metrics, tracer),
+        routes=frozenset({*paths, "/", "/docs", "/openapi.json"}),
+        bodies=frozenset(path for path, methods in paths.items() if "post" in methods),
+    )
     if settings.cors_origins:
         # outermost: a browser's preflight carries no key
         app.add_middleware(
@@ -102,9 +116,10 @@ def create_app(
 def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:
     """Probes: whether the process answers, and whether it should get requests."""
 
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        return {"status": "ok", "model": model_name}
+    @app.get("/health/live", responses={503: {"description": "nothing but a new start helps"}})
+    async def live() -> JSONResponse:
+        failed = monitor.failed
+        return JSONResponse({"status": "failed" if failed else "ok", "model": model_name}, 503 if failed else 200)
 
     @app.get("/health/ready", responses={503: {"description": "unhealthy, or about to end"}})
     async def ready() -> JSONResponse:
@@ -115,8 +130,12 @@ def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:
         return JSONResponse(told, 503 if told["status"] in ("unhealthy", "draining") else 200)
 
 
-def load_service(folder: Path, settings: ServerSettings, threads: int | None) -> QwenService:
-    """The model in a child process, which has answered once. ArtifactError when it does not load."""
+def load_service(folder: Path, settings: ServerSettings, threads: int | None, expect: str | None = None) -> QwenService:
+    """The model in a child process, verified there, which has answered once.
+
+    Raises:
+        ArtifactError: it does not load, is not whole, or is not the expected one.
+    """
     service = QwenService(
         folder,
         threads=threads,
@@ -124,38 +143,56 @@ def load_service(folder: Path, settings: ServerSettings, threads: int | None) ->
         streams=settings.streams,
         queue_size=settings.queue_size,
         context=settings.context,
+        verify=True,
+        expect=expect,
     )
     service.generate("Hello", GenerationConfig(max_new_tokens=1))
     return service
 
 
-def serve(folder: Path, *, model_name: str, settings: ServerSettings, threads: int | None = None) -> None:
+def serve(
+    folder: Path,
+    *,
+    model_name: str,
+    settings: ServerSettings,
+    threads: int | None = None,
+    expect: str | None = None,
+) -> None:
     """Load the model in a child process and serve until SIGTERM or SIGINT; running answers may end in the grace time.
 
+    Args:
+        expect: the digest of what is to be served, see ``artifact.seal.runnable_digest``.
+
     Raises:
-        ArtifactError: the folder holds no model that loads.
+        ArtifactError: the folder holds no model that loads, or not the expected one.
         ConfigError: keys that cannot be read; reachable from outside without any.
         EnvironmentFault: the port is taken; ``otlp`` without its extra.
+        WorkerDiedError: the model's process died again and again.
     """
     keys = KeyRing.load(settings.keys, os.environ)
     settings.check_exposure(keyed=bool(keys))
     logs.configure()
     tracer = make_tracer(settings.otlp, model_name) if settings.otlp else None
-    service = load_service(folder, settings, threads)
+    service = load_service(folder, settings, threads, expect)
     app = create_app(service, model_name, settings, keys=keys, tracer=tracer)
 
     def drain() -> None:
         app.state.draining = True
 
+    def failed() -> bool:
+        return service.stats().failed
+
     def greet(port: int) -> None:
         print(greeting(model_name, settings.host, port, keyed=bool(keys)), flush=True)
 
     try:
-        Server(make_config(app, settings), greet, drain).run()
+        Server(make_config(app, settings), greet, drain, failed).run()
     except SystemExit as error:
         raise EnvironmentFault(
             f"cannot listen at {settings.host}:{settings.port}", hint="another --port; 0 takes a free one"
         ) from error
+    if failed():
+        raise WorkerDiedError("the engine's process died again and again", hint="the log above says how it ended")
 
 
 def greeting(model: str, host: str, port: int, *, keyed: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -18,7 +20,7 @@ from qwen_onnx.errors import (
     WorkerDiedError,
 )
 from qwen_onnx.runtime.server.admission import printable
-from qwen_onnx.runtime.server.api.protocol import error_body
+from qwen_onnx.runtime.server.api.protocol import error_body, shortened
 from qwen_onnx.runtime.service.told import current
 
 # status, kind in OpenAI's words, reason in the metrics
@@ -30,11 +32,19 @@ ANSWERS: dict[type[ServiceError], tuple[int, str, str]] = {
     ServiceError: (503, "server_error", "unavailable"),
 }
 
+# of what is told about a request with many faults, or with long names
+MOST_FAULTS, MOST_WORDS, MOST_NAME = 10, 300, 60
+
 
 def _note(reason: str) -> None:
     record = current.get()
     if record is not None:
         record.reason = reason
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """Where in the body, in dots; the names of fields are the client's, and as long as it likes."""
+    return shortened(".".join(shortened(str(part), MOST_NAME) for part in loc[1:]), MOST_WORDS)
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -50,8 +60,11 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         _note("invalid")
-        faults = [(".".join(str(part) for part in item["loc"][1:]), item["msg"]) for item in error.errors()]
+        found = error.errors()
+        faults = [(_place(item["loc"]), shortened(item["msg"], MOST_WORDS)) for item in found[:MOST_FAULTS]]
         text = "; ".join(f"{place}: {message}" if place else message for place, message in faults)
+        more = len(found) - len(faults)
+        text += f"; and {more} more faults" if more else ""
         body = error_body(printable(text), kind="invalid_request_error", param=printable(faults[0][0]) or None)
         return JSONResponse(body, 400)
 

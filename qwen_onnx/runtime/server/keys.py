@@ -6,6 +6,7 @@ only slow every request down (https://cheatsheetseries.owasp.org/cheatsheets/Pas
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -16,7 +17,9 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_onnx.errors import ConfigError
+from filelock import FileLock
+
+from qwen_onnx.errors import ConfigError, full_disk
 from qwen_onnx.files import write_private
 
 KEY_PREFIX = "qo-"
@@ -98,11 +101,28 @@ def read_keys(path: Path) -> dict[str, str]:
 def new_key(name: str, path: Path) -> str:
     """Make a key, add its hash to the file (mode 0600, replaced at once), and return it: it is kept nowhere else.
 
+    Several at once wait for each other, so that none is lost: a lock file stays beside the file.
+
     Raises:
-        ConfigError: see ``read_keys``; the name is taken or no name.
+        ConfigError: see ``read_keys``; the name is taken or no name; the file cannot be written.
+        EnvironmentFault: the disk is full.
     """
     if not NAME.fullmatch(name):
         raise ConfigError([f"{name!r} is no name: letters, digits, '.', '_', '-', at most 64"])
+    if not path.parent.is_dir():
+        raise ConfigError([f"{path}: there is no such folder"], hint=f"mkdir -m 700 {path.parent}")
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), mode=0o600):
+            return _add_key(name, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise full_disk(path.parent) from error
+        raise ConfigError(
+            [f"{path}: cannot be written: {error.strerror}"], hint="name a file in a folder of your own"
+        ) from error
+
+
+def _add_key(name: str, path: Path) -> str:
     names = read_keys(path) if path.exists() else {}
     if name in names:
         raise ConfigError([f"{path}: there is a key named {name!r} already"], hint="choose another name")

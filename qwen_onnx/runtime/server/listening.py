@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -16,6 +17,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen_onnx.runtime.server.settings import ServerSettings
 
+# the model's files, pipes and what the libraries open; without them nothing could be accepted or logged
+SPARE_FILES = 64
+
+
+def _open_files() -> int:
+    """How many files this process may have open at once."""
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit
+        return sys.maxsize
+    most: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most if most > 0 else sys.maxsize
+
 
 class TimedProtocol(H11Protocol):
     """A connection that ends when headers take too long, from its first byte on or from the end of an answer.
@@ -24,6 +39,7 @@ class TimedProtocol(H11Protocol):
     """
 
     header_seconds = 10.0
+    most_connections = 4096
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the time."""
@@ -31,6 +47,10 @@ class TimedProtocol(H11Protocol):
         # whoever has a handler at the root would get lines with raw paths
         self.access_log = False
         super().connection_made(transport)
+        if len(self.connections) > self.most_connections:
+            # before a byte of it is read
+            transport.close()
+            return
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -67,11 +87,22 @@ class Server(uvicorn.Server):
     Args:
         listening: told the port as soon as it is open.
         draining: told when a signal asks to end.
+        doomed: asked ten times a second; true ends the server, because it can answer nothing any more.
     """
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[int], None], draining: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listening: Callable[[int], None],
+        draining: Callable[[], None],
+        doomed: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(config)
-        self._listening, self._draining = listening, draining
+        self._listening, self._draining, self._doomed = listening, draining, doomed
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end."""
+        return await super().on_tick(counter) or self._doomed()
 
     async def startup(self, sockets: Any = None) -> None:
         """Open the port."""
@@ -105,6 +136,7 @@ def make_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
 
     class Protocol(TimedProtocol):
         header_seconds = settings.header_seconds
+        most_connections = min(settings.max_connections, _open_files() - SPARE_FILES)
 
     return uvicorn.Config(
         app,

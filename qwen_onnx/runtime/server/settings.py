@@ -42,7 +42,8 @@ class ServerSettings(BaseModel):
     Args:
         header_seconds, body_seconds: time for a request's headers and for its body to arrive.
         send_seconds: how long a client may leave a piece of an answer unread.
-        log_key: see ``Policy``.
+        max_connections: open at once; more are closed. max_buffered_bytes: of all bodies in memory.
+        max_concurrent, log_key: see ``Policy``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +71,9 @@ class ServerSettings(BaseModel):
     sanitise: bool = Field(default=False, description="remove scripts, frames and executable URLs")
     otlp: str | None = Field(default=None, description="send traces there, e.g. http://localhost:4318/v1/traces")
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    max_buffered_bytes: int = Field(default=64 << 20, ge=1024)
+    max_connections: int = Field(default=4096, ge=1)
+    max_concurrent: int | None = Field(default=None, ge=1)
     max_json_depth: int = Field(default=64, ge=4)
     header_seconds: float = Field(default=10, gt=0)
     body_seconds: float = Field(default=30, gt=0)

@@ -12,6 +12,7 @@ from qwen_onnx.runtime.processing.template import Message
 
 FinishReason = Literal["stop", "length"]
 MOST_STOP_STRINGS, MOST_STOP_CHARACTERS = 16, 256
+MOST_BIASES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class GenerationConfig(Sampling):
         if longest > MOST_STOP_CHARACTERS:
             raise RequestError(
                 f"a stop string has {longest} characters, the most is {MOST_STOP_CHARACTERS}", where="stop"
+            )
+        if len(self.logit_bias) > MOST_BIASES:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries, the most is {MOST_BIASES}", where="logit_bias"
             )
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or not -MOST_BIAS <= bias <= MOST_BIAS:

@@ -200,6 +200,11 @@ class QwenMonitor:
             self._first_bytes = self._first_bytes or measurement.resident_bytes
             self._kept.append(measurement)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the service cannot answer and will not come back by itself."""
+        return self._service.stats().failed
+
     def resident_bytes(self) -> int:
         """Of this process and, when it is another, the engine's."""
         return self._own() + (self._service.stats().resident_bytes if self._isolated else 0)

@@ -14,6 +14,8 @@ class Policy:
         max_tokens: the most that a request may ask for.
         rate_limit: requests of a client in an hour.
         request_seconds: time for one answer.
+        max_concurrent: answers that a client may have under way or waiting; of a server with several keys None is half
+            of what it holds.
         sanitise: remove scripts, frames and executable URLs from input and output (``sanitise.Sanitiser``).
         log_key: of the HMAC under which prompts are logged; None: a random one for each process.
     """
@@ -22,6 +24,7 @@ class Policy:
     max_tokens: int | None = 1024
     rate_limit: int | None = 100
     request_seconds: float | None = 300.0
+    max_concurrent: int | None = None
     sanitise: bool = False
     log_key: str | None = None
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import cast
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG
+from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
-from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
 from qwen_onnx.runtime.engines.remote import RemoteEngine
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_template
@@ -36,8 +37,11 @@ class QwenService(TextService):
         streams: answers at once; queue_size: how many requests may wait beyond them.
         context: tokens of one conversation; None: the model's, or what the memory allows.
 
+        verify: check every byte before it is loaded, and again whenever an isolated engine is started anew.
+        expect: verify, and refuse what has another digest; see ``artifact.seal.runnable_digest``.
+
     Raises:
-        ArtifactError: the folder holds no model that loads.
+        ArtifactError: the folder holds no model that loads, or not the verified one.
     """
 
     def __init__(
@@ -49,14 +53,23 @@ class QwenService(TextService):
         streams: int = STREAMS,
         queue_size: int = QUEUE_SIZE,
         context: int | None = None,
+        verify: bool = False,
+        expect: str | None = None,
     ) -> None:
         folder = Path(folder)
-        self.tokenizer = TextTokenizer(folder)
-        # a base model has no template and continues plain text all the same: the fault is told when a chat comes
-        self.template = ChatTemplate(folder) if has_template(folder) else None
-        options = EngineOptions(streams, queue_size, context, threads)
-        self.engine: TokenEngine = RemoteEngine(folder, options) if isolated else load_engine(folder, options)
-        self.fingerprint = _fingerprint(folder)
+        options = EngineOptions(streams, queue_size, context, threads, verify or expect is not None, expect)
+        # before anything else is read: it is the engine that verifies
+        self.engine, seal = _engine(folder, options, isolated)
+        try:
+            self.tokenizer = TextTokenizer(folder)
+            # a base model has no template and continues plain text all the same: the fault is told when a chat comes
+            self.template = ChatTemplate(folder) if has_template(folder) else None
+            self.fingerprint = _fingerprint(folder)
+            if seal:
+                seal.require_untouched()
+        except BaseException:
+            self.engine.close()
+            raise
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> Prepared:
         """Token ids of ``prompt``, checked against the context.
@@ -109,6 +122,13 @@ class QwenService(TextService):
 def sampling(config: GenerationConfig) -> Sampling:
     """The part of a config that chooses tokens."""
     return Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
+
+
+def _engine(folder: Path, options: EngineOptions, isolated: bool) -> tuple[TokenEngine, Seal | None]:
+    if not isolated:
+        return load_verified(folder, options)
+    engine = RemoteEngine(folder, options)
+    return engine, engine.seal
 
 
 def _fingerprint(folder: Path) -> str:

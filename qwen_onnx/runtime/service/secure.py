@@ -26,6 +26,7 @@ from qwen_onnx.runtime.service.limits import RateLimiter
 from qwen_onnx.runtime.service.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
 from qwen_onnx.runtime.service.policy import STRICT, Policy
 from qwen_onnx.runtime.service.qwen import QwenService
+from qwen_onnx.runtime.service.slots import Slots
 from qwen_onnx.runtime.service.text import Prepared, TextService, is_ids
 from qwen_onnx.runtime.service.told import PromptHash, RequestRecord, current
 
@@ -51,6 +52,7 @@ class GuardedService(TextService):
         if self.template:
             self.template.seconds = policy.request_seconds
         self._hash = PromptHash(policy.log_key)
+        self.slots = Slots(policy.max_concurrent)
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> Prepared:
         """Token ids of a prompt that the policy allows.
@@ -115,7 +117,12 @@ class GuardedService(TextService):
         record = current.get()
         if record is not None:
             record.prompt_hash = self._hash.of(prompt)
-        run = _Run(self, record)
+        client = record.client if record else None
+        if not self.slots.take(client):
+            raise RateLimitError(
+                f"{self.slots.most} of your answers are under way already", hint="wait for one of them", retry_after=1
+            )
+        run = _Run(self, record, client)
         try:
             ids = self.prepare(prompt, config)
             run.begin(*self._inner.submit(ids, self._bounded(config), listener), listener, ids.seconds)
@@ -137,8 +144,8 @@ class GuardedService(TextService):
 class _Run:
     """One generation under watch, its own handle and answer: stopwatch, filter, deadline, and its request's record."""
 
-    def __init__(self, service: GuardedService, record: RequestRecord | None) -> None:
-        self._service, self._record = service, record
+    def __init__(self, service: GuardedService, record: RequestRecord | None, client: str | None) -> None:
+        self._service, self._record, self._client = service, record, client
         self._watch = Stopwatch(time.monotonic)
         self._sanitiser = Sanitiser() if service.policy.sanitise else None
         self._timer: threading.Timer | None = None
@@ -196,6 +203,7 @@ class _Run:
         """Tell of the end, once."""
         if not self._ended.acquire(blocking=False):
             return
+        self._service.slots.give(self._client)
         if self._timer:
             self._timer.cancel()
         measurement = self._watch.stop(error)

@@ -16,13 +16,17 @@ from qwen_onnx.runtime.service.monitor import Measurement
 
 @dataclass
 class RequestRecord:
-    """What is told of a request; the layers that it passes fill it in."""
+    """What is told of a request; the layers that it passes fill it in.
+
+    ``client``: the key's name, or the address where there are no keys; it is counted by, and not logged.
+    """
 
     request_id: str
     method: str
     route: str = "unmatched"
     status: int = 0
     key: str | None = None
+    client: str | None = None
     reason: str | None = None
     prompt_hash: str | None = None
     generations: list[Measurement] = field(default_factory=list)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from qwen_onnx.errors import ConfigError
+from qwen_onnx.errors import ConfigError, EnvironmentFault
+from qwen_onnx.runtime.server import keys
 from qwen_onnx.runtime.server.keys import KeyRing, new_key
 from tests.conftest import run_cli
 
@@ -45,6 +50,42 @@ def test_a_path_is_not_a_key(path: str) -> None:
     with pytest.raises(ConfigError, match="QWEN_ONNX_API_KEYS_FILE") as caught:
         KeyRing.load(None, {"QWEN_ONNX_API_KEYS": f"{'a' * 32},{path}"})
     assert path not in str(caught.value)
+
+
+def test_keys_made_at_the_same_time_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.json"
+    new_key("first", path)
+    read = keys.read_keys
+
+    def slow(given: Path) -> dict[str, str]:
+        found = read(given)
+        # long enough for everybody to have read the same file
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(keys, "read_keys", slow)
+    names = [f"user{index}" for index in range(4)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        made = list(pool.map(lambda name: new_key(name, path), names))
+    ring = KeyRing.load(path, {})
+    assert [ring.name_of(key) for key in made] == names
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        new_key("alice", tmp_path / "none" / "keys.json")
+    for number, kind, words in (
+        (errno.ENOSPC, EnvironmentFault, "disk is full"),
+        (errno.EACCES, ConfigError, "cannot be written"),
+    ):
+        error = OSError(number, os.strerror(number))
+
+        def fails(*_: object, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr(keys, "write_private", fails)
+        with pytest.raises(kind, match=words):
+            new_key("alice", tmp_path / "keys.json")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])

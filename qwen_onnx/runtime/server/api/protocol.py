@@ -203,9 +203,18 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+MOST_MESSAGE = 2000
+
+
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An ``ErrorResponse`` as a dictionary."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """An ``ErrorResponse`` as a dictionary. What quotes a long input is cut: an answer is no way to multiply it."""
+    place = None if param is None else shortened(param, MOST_MESSAGE)
+    return {"error": {"message": shortened(message, MOST_MESSAGE), "type": kind, "param": place, "code": code}}
+
+
+def shortened(text: str, most: int) -> str:
+    """The first ``most`` characters, and a word that there were more."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
