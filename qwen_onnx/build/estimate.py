@@ -61,13 +61,15 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
     """
     found, steps = dimensions(plan, source), steps_of(plan)
     states = stored(found, steps)
-    artifact = states[-1].total + found.tokenizer + GRAPH_BYTES_PER_LAYER * found.layers + FILES_BYTES
+    artifact = states[-1].total + _files(found)
     places = list(zip(steps, states, strict=False))
     kept, disk = sum(step.kept(found, before) for step, before in places), _disk(found, steps)
     if verify:
+        # a plan without one is refused when it is verified
         references = [reference for step in steps if (reference := step.reference())]
-        disk = max(disk, kept + artifact + _disk(found, references))
-    working = max(step.scratch(found, before) if step.kept(found, before) else 0 for step, before in places)
+        disk = max(disk, kept + artifact + (_disk(found, references) if references else 0))
+    # the last step works beside the target
+    working = max((step.scratch(found, before) for step, before in places[:-1] if step.kept(found, before)), default=0)
     return Estimate(
         artifact=artifact,
         download=0 if source and source.is_dir() else found.weights * found.stored + found.tokenizer,
@@ -85,7 +87,12 @@ def _disk(found: Dimensions, steps: Sequence[PassOptions]) -> int:
     for step, before, after in zip(steps, states, states[1:], strict=False):
         peak = max(peak, held + step.scratch(found, before) + after.total)
         held += after.total
-    return max(peak, held + steps[-1].kept(found, states[-2]) + states[-1].total)
+    return max(peak, held + steps[-1].kept(found, states[-2]) + states[-1].total + 2 * _files(found))
+
+
+def _files(found: Dimensions) -> int:
+    """What is beside the weights."""
+    return found.tokenizer + GRAPH_BYTES_PER_LAYER * found.layers + FILES_BYTES
 
 
 def _verification(found: Dimensions, artifact: int) -> int:

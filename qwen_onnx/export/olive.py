@@ -126,8 +126,15 @@ def collect(model: Path, artifact: Path) -> None:
 
 
 def reference_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The same run, but one fp32 export: what graph and tokenizer do without quantisation."""
+    """The same run, but one fp32 export: what graph and tokenizer do without quantisation.
+
+    Raises:
+        ExportError: no step has such a form.
+    """
     steps = {name: (step["type"], options_of(step).reference()) for name, step in config["passes"].items()}
     kept = {name: (kind, options) for name, (kind, options) in steps.items() if options is not None}
     passes = {name: {"type": kind, **options.model_dump(exclude_unset=True)} for name, (kind, options) in kept.items()}
+    if not passes:
+        hint = "give one of its passes a `reference`, or build with --no-verify"
+        raise ExportError("no step of the plan has a form without quantisation to compare with", hint=hint)
     return {**config, "passes": passes}

@@ -11,9 +11,12 @@ import pytest
 from qwen_onnx.artifact.code import NEUTRAL, code_digest, code_files
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
+from qwen_onnx.catalog.schema import WheelSource
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.export.code import exporter_digest, modules_of
+from qwen_onnx.files import CHECKSUMS
 from qwen_onnx.release.store import JOB
+from qwen_onnx.sources import fetch
 from tests.conftest import REPOSITORY
 
 CATALOG = load_catalog(REPOSITORY)
@@ -90,6 +93,17 @@ def test_a_local_source_decides_on_the_importer() -> None:
     assert "qwen_onnx.sources.gguf" not in modules_of(plan, None)
     assert "qwen_onnx.sources.gguf" in modules_of(plan, Path("weights.gguf"))
     assert "qwen_onnx.sources.gguf" not in modules_of(PLANS["cpu"], Path("checkpoint"))
+
+
+def test_another_importer_converts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that moves would otherwise find what the old importer left in the cache."""
+    digest = next(source.sha256 for source in PLANS["cpu"].sources if isinstance(source, WheelSource))
+    made = fetch._folder(tmp_path, digest)
+    made.mkdir(parents=True)
+    (made / CHECKSUMS).write_text("{}")
+    assert fetch.checkpoint_at_hand(PLANS["cpu"], tmp_path, None) == made
+    monkeypatch.setattr(fetch, "code_digest", lambda roots: "f" * 64)
+    assert fetch.checkpoint_at_hand(PLANS["cpu"], tmp_path, None) is None
 
 
 @pytest.mark.parametrize(
