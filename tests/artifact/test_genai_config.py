@@ -167,6 +167,26 @@ def test_a_missing_name_of_the_cache_is_no_reason_to_ask_another_engine(
     assert not isinstance(raised.value, UnsupportedGraphError)
 
 
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (model(vocab_size=1 << 20), "logits has 288 where genai_config.json says 1048576"),
+        (decoder(num_key_value_heads=2), "has 1 where genai_config.json says 2"),
+    ],
+)
+def test_sizes_are_those_of_the_graph(
+    change: Callable[[dict[str, Any]], object], word: str, tiny_artifact: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_artifact.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    data = json.loads((tiny_artifact / GENAI_CONFIG).read_text())
+    change(data)
+    with pytest.raises(ArtifactError, match=word):
+        load_engine(written(folder, data), EngineOptions(streams=2, capacity=64, threads=1))
+
+
 def changed(artifact: Path, folder: Path, change: Callable[[dict[str, Any]], object], **added: bytes) -> Path:
     """A copy whose manifest lists what was changed and added, as someone who wants to hide it would write it."""
     folder.mkdir()

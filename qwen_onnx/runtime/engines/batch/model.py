@@ -106,13 +106,13 @@ class BatchModel:
             raise UnsupportedGraphError(
                 f"the graph keeps other state than keys and values: {foreign}", where=str(folder)
             )
+        logits = _logits_of(self._session, layout, shape, folder)
         self._type = TYPES[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
         self.capacity = _capacity(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
         self.rows, self._layout = rows, layout
         sizes = (rows, layout.heads, self.capacity, layout.head_size)
         self._kv = [_zeros(sizes, self._type) for _ in layout.names]
-        logits = next(output for output in self._session.get_outputs() if output.name == "logits")
         # a pruned head computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
@@ -183,6 +183,29 @@ class BatchModel:
             cosine = float(one @ both / (np.linalg.norm(one) * np.linalg.norm(both)))
             if not cosine >= LEAST_COSINE:
                 raise UnsupportedGraphError(f"the rows of a batch are not independent (cosine {cosine:.3f})")
+
+
+def _logits_of(session: ort.InferenceSession, layout: KvLayout, shape: Shape, folder: Path) -> Any:
+    """The graph's logits, once it and the configuration agree on the sizes of the memory that is handed to it.
+
+    Raises:
+        ArtifactError: they do not; names the first place.
+    """
+    entries = {entry.name: entry for entry in [*session.get_inputs(), *session.get_outputs()]}
+    wanted = {"logits": (3, 2, shape.vocab_size)}
+    cache = {name: (4, 1, layout.heads) for pair in layout.names for name in pair}
+    for name, (dimensions, place, size) in (wanted | cache).items():
+        entry = entries.get(name)
+        if entry is None or entry.type not in TYPES or len(entry.shape) != dimensions:
+            raise ArtifactError(f"the graph has no {name} of floats in {dimensions} dimensions", where=str(folder))
+        # a dimension with a name is found when it runs
+        if isinstance(entry.shape[place], int) and entry.shape[place] != size:
+            raise ArtifactError(
+                f"{name} has {entry.shape[place]} where {GENAI_CONFIG} says {size}",
+                where=str(folder),
+                hint="get the artifact again, or build it",
+            )
+    return entries["logits"]
 
 
 def _lacking(what: str, folder: Path) -> ArtifactError:
