@@ -14,10 +14,13 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from qwen_onnx.errors import PublishError
+from qwen_onnx.processes.network import is_loopback
 from qwen_onnx.publish.faults import FAULTS
 from qwen_onnx.sources.web import clean, secret
 
 USER, PASSWORD = "QWEN_ONNX_REGISTRY_USER", "QWEN_ONNX_REGISTRY_PASSWORD"
+# the only registry that is told them, as its address says it: ghcr.io or registry.example:5000
+HOST = "QWEN_ONNX_REGISTRY_HOST"
 HF_TOKEN, MODELSCOPE_TOKEN = "HF_TOKEN", "MODELSCOPE_API_TOKEN"
 # how docker writes its own registry in config.json
 DOCKER_HUB = {"docker.io": "https://index.docker.io/v1/", "registry-1.docker.io": "https://index.docker.io/v1/"}
@@ -35,8 +38,10 @@ def missing(variable: str, where: str) -> PublishError:
 def registry_login(host: str) -> tuple[str, SecretStr] | None:
     """User and password for a registry: from the environment, else from docker's configuration; None for neither.
 
+    Those of the environment are for the registry that ``HOST`` names. A registry on this machine need not be named.
+
     Raises:
-        PublishError: one of the two variables is missing, or docker's configuration is damaged.
+        PublishError: one of the variables is missing, or docker's configuration is damaged.
     """
     user, password = os.environ.get(USER, ""), secret(PASSWORD, FAULTS)
     if bool(user) != (password is not None):
@@ -48,7 +53,15 @@ def registry_login(host: str) -> tuple[str, SecretStr] | None:
     if password:
         if ":" in user or not user.isprintable():
             raise PublishError(f"{USER} holds a colon or an unprintable character", where=host, hint=f"set {USER}")
-        return user, password
+        owner = os.environ.get(HOST, "")
+        if not owner and not is_loopback(host):
+            raise PublishError(
+                f"{HOST} does not say which registry {USER} and {PASSWORD} are for",
+                where=host,
+                hint=f"export {HOST}={host}, if they are for this one",
+            )
+        if owner in ("", host):
+            return user, password
     return _docker_login(host)
 
 

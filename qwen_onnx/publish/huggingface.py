@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 from pydantic import SecretStr
@@ -20,7 +21,7 @@ from qwen_onnx.publish.faults import FAULTS
 from qwen_onnx.publish.hubs import HubReader, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
 from qwen_onnx.sources.hub import endpoint_of
-from qwen_onnx.sources.remote import RemoteFile
+from qwen_onnx.sources.remote import MOST_FILES, RemoteFile
 from qwen_onnx.sources.transfer import Progress, teller
 from qwen_onnx.sources.web import secret
 
@@ -174,7 +175,8 @@ class HuggingFaceSource(HubReader):
             if self._commit is None:
                 self._commit = api.repo_info(repository, revision=self._address.revision or MAIN).sha
             found = []
-            for item in api.list_repo_tree(repository, recursive=True, revision=self._commit):
+            # the client turns pages for as long as the hub has some
+            for item in islice(api.list_repo_tree(repository, recursive=True, revision=self._commit), 2 * MOST_FILES):
                 if isinstance(item, RepoFile) and item.path not in OWN:
                     url = hf_hub_url(repository, item.path, revision=self._commit, endpoint=endpoint)
                     sha256 = item.lfs.sha256 if item.lfs else None

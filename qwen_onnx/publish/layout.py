@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
-from qwen_onnx.artifact.manifest import build_lock
+from qwen_onnx.artifact.manifest import build_lock, noticing_full_disk
+from qwen_onnx.bounded import read_object
 from qwen_onnx.errors import PublishError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.publish.addresses import LayoutAddress
@@ -46,7 +45,7 @@ def send_to_layout(bundle: Bundle, address: LayoutAddress, progress: Progress) -
     """
     layout = address.path
     _refuse_foreign(layout)
-    with build_lock(layout, wait=True):
+    with build_lock(layout, wait=True), noticing_full_disk(layout.parent):
         for folder in (layout / "ingest", layout / "blobs/sha256"):
             folder.mkdir(parents=True, exist_ok=True)
         sent = present = 0
@@ -121,24 +120,28 @@ def _index_with(layout: Path, tag: str, manifest: bytes) -> bytes:
 
 
 def _tag(entry: dict[str, Any]) -> str | None:
-    tag: str | None = (entry.get("annotations") or {}).get(REF_NAME)
-    return tag
+    tag = (entry.get("annotations") or {}).get(REF_NAME)
+    return tag if isinstance(tag, str) else None
 
 
 def _read_index(layout: Path) -> dict[str, Any]:
     path = layout / "index.json"
-    try:
-        index = from_json(path.read_bytes())
-        if not all(isinstance(entry["digest"], str) for entry in index["manifests"]):
-            raise ValueError("a manifest without a digest")
-    except FileNotFoundError:
-        raise PublishError(
-            "there is no OCI layout", where=str(layout), hint="qwen-onnx publish PACKAGE oci:…"
-        ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise PublishError(f"index.json is damaged: {error}", where=str(path)) from error
-    found: dict[str, Any] = index
-    return found
+    if not path.exists():
+        raise PublishError("there is no OCI layout", where=str(layout), hint="qwen-onnx publish PACKAGE oci:…")
+    index = read_object(path, most_bytes=LARGEST, error=PublishError, what="index.json is damaged: it")
+    entries = index.get("manifests")
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+        raise PublishError("index.json is damaged: a manifest without a digest", where=str(path))
+    return index
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it has a digest, and annotations, if any, by name."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("digest"), str)
+        and isinstance(entry.get("annotations"), dict | None)
+    )
 
 
 class LayoutSource:

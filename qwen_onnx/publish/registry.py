@@ -44,7 +44,7 @@ class Registry:
         self._client = make_client(FAULTS, str(self._base), plain_http=plain_http, hint=PLAIN)
         self._ranges = Ranges(FAULTS)
         actions = "pull,push" if write else "pull"
-        self._login = Login(self._client, address.host, f"repository:{address.repository}:{actions}")
+        self._login = Login(self._client, self._base, address.host, f"repository:{address.repository}:{actions}")
 
     def __enter__(self) -> Registry:
         return self

@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.credentials import PASSWORD, USER, registry_login
 from qwen_onnx.publish.faults import FAULTS
-from qwen_onnx.sources.web import bounded
+from qwen_onnx.sources.web import bounded, require_encrypted
 
 PARAMETER = re.compile(r'([a-zA-Z]+)="([^"]*)"')
 
@@ -23,8 +23,8 @@ PARAMETER = re.compile(r'([a-zA-Z]+)="([^"]*)"')
 class Login:
     """The Authorization header of one registry, which its challenges renew."""
 
-    def __init__(self, client: httpx.Client, host: str, scope: str) -> None:
-        self._client, self._host, self._scope = client, host, scope
+    def __init__(self, client: httpx.Client, base: httpx.URL, host: str, scope: str) -> None:
+        self._client, self._base, self._host, self._scope = client, base, host, scope
         self._login = registry_login(host)
         self._header: SecretStr | None = None
 
@@ -58,9 +58,19 @@ class Login:
         pair = base64.b64encode(f"{user}:{password.get_secret_value()}".encode()).decode()
         return SecretStr(f"Basic {pair}")
 
+    def _require_safe(self, realm: str) -> None:
+        """A token server is told the password: it is the registry itself, or encrypted."""
+        try:
+            url = httpx.URL(realm)
+        except httpx.InvalidURL:
+            raise PublishError("asks for a token at a place that is none", where=self._host) from None
+        if (url.scheme, url.host, url.port) != (self._base.scheme, self._base.host, self._base.port):
+            require_encrypted(url, "--plain-http allows it for the registry itself, not for its token server", FAULTS)
+
     def _token(self, given: dict[str, str]) -> SecretStr:
         if not given.get("realm"):
             raise PublishError("asks for a token and does not say where to get it", where=self._host)
+        self._require_safe(given["realm"])
         wanted = {"service": given.get("service", ""), "scope": given.get("scope") or self._scope}
         headers = {"Authorization": self._basic().get_secret_value()} if self._login else {}
         parameters = {key: value for key, value in wanted.items() if value}

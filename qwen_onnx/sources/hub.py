@@ -106,35 +106,42 @@ def download(source: HubSource, cache: Path, progress: Progress) -> tuple[Path, 
         EnvironmentFault: the disk is full.
     """
     final = _folder(source, cache)
+    if (found := _whole(source, cache)) is not None:
+        return final, found
     staging = final.with_name(f".{final.name}.part")
     # the lock goes with the folder
-    lock = build_lock(staging / "hub", wait=True, waiting=lambda: progress(f"{source.repo}: another download runs"))
-    with lock, HubReader(source) as reader:
-        known = recorded(source, cache)
-        if known is not None and file_checksums(final, without=CHECKSUMS) == known:
-            files = known
-        else:
+    with build_lock(staging / "hub", wait=True, waiting=lambda: progress(f"{source.repo}: another download runs")):
+        files = _whole(source, cache)
+        if files is None:
             shutil.rmtree(final, ignore_errors=True)
-            files = _downloaded(reader, source, staging, progress)
+            files = _downloaded(source, staging, progress)
             (staging / "files" / CHECKSUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
             os.replace(staging / "files", final)
         shutil.rmtree(staging, ignore_errors=True)
     return final, files
 
 
-def _downloaded(reader: HubReader, source: HubSource, staging: Path, progress: Progress) -> dict[str, str]:
-    """The files in ``staging/files``; what is of no use to the next run is removed when it fails."""
-    transfer = Transfer(reader, reader.where, staging, FAULTS, lambda said: progress(f"{source.repo}: {said}"))
+def _whole(source: HubSource, cache: Path) -> dict[str, str] | None:
+    """What is recorded of an earlier download, when all of it is still there."""
+    known = recorded(source, cache)
+    return known if known is not None and file_checksums(_folder(source, cache), without=CHECKSUMS) == known else None
+
+
+def _downloaded(source: HubSource, staging: Path, progress: Progress) -> dict[str, str]:
+    """SHA-256 of the files in ``staging/files``; what is of no use to the next run is removed when it fails."""
     try:
-        listing = reader.listing()
-        transfer.open(sum(file.size for file in listing))
-        # of another state of a branch
-        for path in transfer.files.iterdir():
-            if path.name not in {file.name for file in listing}:
-                path.unlink()
-        return dict(sorted((file.name, transfer.fetch(file, file.sha256)) for file in listing))
+        with HubReader(source) as reader:
+            said = f"downloading {source.repo}: "
+            transfer = Transfer(reader, reader.where, staging, FAULTS, lambda line: progress(said + line))
+            listing = reader.listing()
+            transfer.open(sum(file.size for file in listing))
+            # of another state of a branch
+            for path in transfer.files.iterdir():
+                if path.name not in {file.name for file in listing}:
+                    path.unlink()
+            return dict(sorted((file.name, transfer.fetch(file, file.sha256)) for file in listing))
     except QwenOnnxError as error:
-        if isinstance(error, ChecksumError) or not transfer.moved + transfer.present:
+        if isinstance(error, ChecksumError) or not any(staging.glob("*/*")):
             shutil.rmtree(staging)
         raise
 

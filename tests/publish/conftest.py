@@ -141,7 +141,8 @@ def hub(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def no_logins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing of the machine's own: no tokens, no docker configuration, no login that a hub's client saved."""
-    for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "QWEN_ONNX_REGISTRY_USER", "QWEN_ONNX_REGISTRY_PASSWORD"):
+    registry = ("QWEN_ONNX_REGISTRY_USER", "QWEN_ONNX_REGISTRY_PASSWORD", "QWEN_ONNX_REGISTRY_HOST")
+    for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", *registry):
         monkeypatch.delenv(name, raising=False)
     for name in ("DOCKER_CONFIG", "HF_HOME", "MODELSCOPE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -107,6 +108,22 @@ def test_an_interrupted_copy_goes_on(passing_package: Path, tmp_path: Path) -> N
     assert sent["present"] == size
     assert files_of(target) == files_of(passing_package)
     assert not leftovers(tmp_path)
+
+
+def test_what_others_planted_is_not_written_through(passing_package: Path, tmp_path: Path) -> None:
+    """In a folder that many can write into, the hidden folder of a pull may be there before it."""
+    victim, staged = tmp_path / "victim", tmp_path / ".got.pull"
+    victim.write_text("years of work")
+    (staged / "parts").mkdir(parents=True)
+    digest = hashlib.sha256((passing_package / LARGEST).read_bytes()).hexdigest()
+    (staged / "parts" / digest).symlink_to(victim)
+    assert "is not ours alone" in refused("pull", passing_package, "--output", tmp_path / "got")
+    assert victim.read_text() == "years of work"
+    assert not victim.is_symlink()
+    shutil.rmtree(staged)
+    staged.mkdir()
+    staged.chmod(0o777)
+    assert "is not ours alone" in refused("pull", passing_package, "--output", tmp_path / "got")
 
 
 @pytest.mark.parametrize(

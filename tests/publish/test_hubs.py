@@ -113,6 +113,22 @@ def test_content_that_was_changed_there(hub: Any, passing_package: Path, tmp_pat
     pull(hub.address, "--output", tmp_path / "got")
 
 
+def test_a_digest_that_is_a_path_is_refused(huggingface: Any, passing_package: Path, tmp_path: Path) -> None:
+    """A transfer names the parts of files by their digests."""
+    publish(passing_package, huggingface.address)
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    honest = huggingface._entry
+
+    def forged(self: Any, name: str, data: bytes) -> dict[str, Any]:
+        entry: dict[str, Any] = honest(self, name, data)
+        return entry | ({"lfs": {**entry["lfs"], "oid": "../../victim"}} if entry.get("lfs") else {})
+
+    huggingface._entry = forged
+    assert "a digest that is none" in refused("pull", huggingface.address, "--output", tmp_path / "got")
+    assert victim.read_text() == "years of work"
+
+
 def test_a_whole_forgery_is_refused_by_the_pin(
     hub: Any, passing_package: Path, newer_package: Path, tmp_path: Path
 ) -> None:

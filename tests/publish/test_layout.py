@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -157,6 +158,14 @@ def test_what_is_no_layout(passing_package: Path, tmp_path: Path) -> None:
     assert "0 manifests have this tag" in refused("pull", f"oci:{tmp_path}/layout:v9", "--output", tmp_path / "got")
     (tmp_path / "layout/index.json").write_text("[" * 100_000)
     assert "index.json is damaged" in refused("pull", f"oci:{tmp_path}/layout:v1", "--output", tmp_path / "got")
+
+
+def test_a_full_disk_is_named(passing_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwen_onnx.publish.layout.os.fsync", full)
+    assert "the disk is full" in refused("publish", passing_package, f"oci:{tmp_path}/layout:v1", code=3)
 
 
 @pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed: apt-get install skopeo")

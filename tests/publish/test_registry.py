@@ -16,8 +16,12 @@ import httpx
 import pytest
 
 from benchmarks.live import free_port
+from qwen_onnx.errors import PublishError
 from qwen_onnx.processes.network import is_loopback
 from qwen_onnx.publish.addresses import RegistryAddress, parse_address
+from qwen_onnx.publish.credentials import registry_login
+from qwen_onnx.publish.faults import FAULTS
+from qwen_onnx.sources.web import make_client
 from tests.fixtures.fake_registry import PASSWORD, TOKEN, USER, digest_of
 from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, leftovers, publish, pull, refused
 
@@ -161,6 +165,81 @@ def test_http_beyond_this_machine_needs_a_word(registry: Any, passing_package: P
     said = refused("publish", passing_package, address(registry.port))
     assert "http to 192.0.2.1 is not encrypted" in said
     assert "--plain-http" in said
+
+
+def test_a_token_server_elsewhere_is_encrypted_whatever_is_allowed(
+    registry: Any, passing_package: Path, login: None
+) -> None:
+    """``--plain-http`` is for the registry; the password does not follow a realm over http."""
+    registry.login = "bearer"
+    realms = iter(["http://192.0.2.1/token", "ftp://127.0.0.1/token", "http://[", ""])
+    registry._fault = lambda self, status, code, **_: self.send(
+        401, WWW_Authenticate=f'Bearer realm="{next(realms)}",service="x"'
+    )
+    for words in ("http to 192.0.2.1 is not encrypted", "ftp to 127.0.0.1", "a place that is none", "where to get it"):
+        assert words in refused("publish", passing_package, address(registry.port), "--plain-http")
+
+
+@pytest.mark.usefixtures("login")
+def test_a_login_of_the_environment_is_for_one_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PublishError, match="QWEN_ONNX_REGISTRY_HOST does not say which registry"):
+        registry_login("registry.example:5000")
+    monkeypatch.setenv("QWEN_ONNX_REGISTRY_HOST", "registry.example:5000")
+    found = registry_login("registry.example:5000")
+    assert found
+    assert (found[0], found[1].get_secret_value()) == (USER, PASSWORD)
+    for other in ("registry.example", "registry.example:5001", "evil.example", "127.0.0.1:5000"):
+        assert registry_login(other) is None
+
+
+@pytest.mark.parametrize(
+    ("home", "host", "allowed"),
+    [
+        ("https://8.8.8.8", "1.1.1.1", True),
+        ("https://8.8.8.8", "127.0.0.1", False),
+        ("https://8.8.8.8", "localhost", False),
+        ("https://8.8.8.8", "[::1]", False),
+        ("https://8.8.8.8", "[::ffff:127.0.0.1]", False),
+        ("https://8.8.8.8", "2130706433", False),
+        ("https://8.8.8.8", "0.0.0.0", False),
+        ("https://8.8.8.8", "10.0.0.1", False),
+        ("https://8.8.8.8", "169.254.169.254", False),
+        ("https://10.0.0.5", "10.0.0.6", True),
+        ("https://10.0.0.5", "127.0.0.1", False),
+        ("https://10.0.0.5", "169.254.169.254", False),
+        ("http://127.0.0.1:5000", "localhost", True),
+        ("http://127.0.0.1:5000", "10.0.0.1", True),
+    ],
+)
+def test_a_redirect_leads_no_nearer(home: str, host: str, allowed: bool) -> None:
+    client = make_client(FAULTS, home)
+    [guard] = client.event_hooks["request"]
+    request = httpx.Request("GET", f"https://{host}/blob")
+    if allowed:
+        guard(request)
+    else:
+        with pytest.raises(PublishError, match="nearer than"):
+            guard(request)
+
+
+def test_a_pull_survives_dropped_connections(
+    registry: Any, passing_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(passing_package, address(registry.port))
+    registry.cut = 200_000
+    monkeypatch.setattr("qwen_onnx.sources.transfer.time.sleep", lambda _: None)
+    got = pull(address(registry.port), "--output", tmp_path / "got")
+    assert files_of(tmp_path / "got") == files_of(passing_package)
+    assert got["present"] == 0
+    assert got["received"] == sum(path.stat().st_size for path in passing_package.iterdir()), "no byte came twice"
+
+
+def test_a_manifest_that_drips_is_given_up(
+    registry: Any, passing_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(passing_package, address(registry.port))
+    monkeypatch.setattr("qwen_onnx.sources.web.DEADLINE", -1.0)
+    assert "the manifest is not whole after" in refused("pull", address(registry.port), "--output", tmp_path / "got")
 
 
 def test_addresses() -> None:
