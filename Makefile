@@ -15,8 +15,8 @@ NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify package foundry-check release serve chat plans environments wheel try-wheel test test-slow lint \
-  clean
+.PHONY: help setup optimize verify package foundry-check release serve chat plans environments wheel try-wheel \
+  test test-slow test-release lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -68,10 +68,16 @@ try-wheel: wheel  ## install it into an empty environment, away from the checkou
 	&& cd "$$folder" && env -u QWEN_ONNX_CACHE venv/bin/qwen-onnx optimize $(MODEL) --target $(TARGET) && ls artifacts/$(MODEL)
 
 test: $(READY)  ## the quick tests
-	@$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m 'not slow and not release' -n 2 --dist loadfile
 
-test-slow: $(READY)  ## the tests that build or measure
-	@$(BIN)/python -m pytest -q -m slow --durations=20
+test-slow: $(READY)  ## the tests that build or start something larger; CI runs them too
+	@$(BIN)/python -m pytest -q -m 'slow and not release' -n 2 --dist loadfile --durations=20
+
+# one process, since some of these measure
+test-release: optimize environments  ## before a release, every night: the whole matrix, the wheel alone, every slow test
+	@$(MAKE) --no-print-directory release
+	@$(BIN)/python -m pytest -q -m 'slow or release' --durations=40
+	@$(MAKE) --no-print-directory try-wheel
 
 lint: $(READY)  ## linter, formatter and type checker
 	@$(BIN)/ruff check .

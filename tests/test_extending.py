@@ -19,8 +19,7 @@ from tests.conftest import make_tiny_checkpoint, rewrite_json
 INTO = {
     "qwen_onnx/runtime/engines/sampling.py": "    # adding one needs no other edit (docs/extending.md)\n",
     "qwen_onnx/export/architectures/registry.py": "ARCHITECTURES: dict[str, Architecture] = {\n",
-    "qwen_onnx/catalog/schema.py": "ARCHITECTURES = (\n",
-    "qwen_onnx/catalog/passes.py": "DENSE = (\n",
+    "qwen_onnx/catalog/architectures.py": "ARCHITECTURES: dict[str, Kind] = {\n",
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # from left to right: a room imports from the rooms to its left; export and runtime do not see each other
 ORDER = [
-    {"__init__", "errors", "files", "git", "records"},
+    {"__init__", "bounded", "errors", "files", "git", "records"},
     {"processes"},
     {"catalog"},
     {"artifact"},

@@ -1,4 +1,4 @@
-"""Every command and every program of the README works, on the artifact that it tells users to build."""
+"""Every command and program of the README and of the guides works, on the artifact that they tell users to build."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+from tests.conftest import REPOSITORY
+
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("models", "targets", "use", "verification")))
+TEXT = "\n".join((REPOSITORY / page).read_text(encoding="utf-8") for page in PAGES)
 # these are the script of CI itself; a test that ran them would run itself
 IN_CI = (
     "make optimize TARGET=cpu",
@@ -25,8 +27,9 @@ IN_CI = (
     "make test",
     "make environments",
     "make test-slow",
-    "make try-wheel",
 )
+# `make test-release` does these, every night
+NIGHTLY = ("make release", "make try-wheel")
 SLOW_OR_LASTING = {
     ".venv/bin/qwen-onnx serve artifacts/starter/cpu-int4": "the server fixture runs it",
     "make verify": "the next command does the same",
@@ -37,12 +40,12 @@ SLOW_OR_LASTING = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines()]
+def commands(text: str = TEXT) -> list[str]:
+    return [line for block in blocks("sh", text) for line in block.splitlines()]
 
 
 def as_installed(command: str) -> str:
@@ -52,9 +55,21 @@ def as_installed(command: str) -> str:
 
 def test_ci_runs_the_main_commands() -> None:
     script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
+    others = ("CONTRIBUTING.md", "docs/foundry.md", "docs/release.md")
+    told = {*commands(), *(line for page in others for line in commands((REPOSITORY / page).read_text("utf-8")))}
     for command in IN_CI:
-        assert command in commands()
+        assert command in told
         assert re.search(rf"^{re.escape(command)}\b", script, flags=re.MULTILINE)
+
+
+def test_what_ci_leaves_out_is_done_every_night() -> None:
+    ways = ["make", "--dry-run", "--no-print-directory"]
+    done = subprocess.run([*ways, "test-release"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for command in NIGHTLY:
+        target = command.split()[1]
+        alone = subprocess.run([*ways, target], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert alone.stdout.splitlines()[-1] in done.stdout
+    assert "slow or release" in done.stdout
 
 
 def test_every_command_is_accounted_for() -> None:
@@ -63,7 +78,7 @@ def test_every_command_is_accounted_for() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands() if c not in IN_CI and c not in SLOW_OR_LASTING])
+@pytest.mark.parametrize("command", [c for c in commands() if c not in {*IN_CI, *NIGHTLY, *SLOW_OR_LASTING}])
 def test_a_command_of_the_readme(command: str, artifact_dir: Path) -> None:
     done = subprocess.run(
         as_installed(command),

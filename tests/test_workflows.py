@@ -35,7 +35,7 @@ def actionlint() -> str:
 def test_actionlint_finds_nothing(actionlint: str) -> None:
     done = subprocess.run([actionlint, *WORKFLOWS], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert {path.name for path in WORKFLOWS} == {"ci.yml", "release.yml"}
+    assert {path.name for path in WORKFLOWS} == {"ci.yml", "nightly.yml", "release.yml"}
 
 
 def test_actionlint_finds_a_fault_when_there_is_one(actionlint: str, tmp_path: Path) -> None:
@@ -56,7 +56,11 @@ def test_rights_are_few_and_actions_pinned(path: Path) -> None:
 
 def test_they_run_the_commands_of_a_shell() -> None:
     ran = {path.name: [step["run"] for step in steps(path) if "run" in step] for path in WORKFLOWS}
-    assert ran == {"ci.yml": ["bash .ci/run"], "release.yml": ["make release"]}
+    assert ran == {
+        "ci.yml": ["bash .ci/run"],
+        "nightly.yml": ["bash .ci/tools", "make test-release"],
+        "release.yml": ["make release"],
+    }
     made = subprocess.run(
         ["make", "-n", "--no-print-directory", "release"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""What this machine lacks for a recipe, each with the command that mends it."""
+"""What this machine lacks for a recipe, each with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NEWER_SDK = "raise foundry-local-sdk and its pins in pipelines/environments/foun
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``remedy`` is empty when ``ok``."""
+    """One line of the report; ``fix`` is empty when ``ok``."""
 
     name: str
     ok: bool
     found: str
-    remedy: str = ""
+    fix: str = ""
 
 
 def examine(plan: Plan, root: Path) -> list[Finding]:
@@ -58,10 +58,10 @@ def _python() -> Finding:
     return Finding("Python", ok, version, "" if ok else "install Python 3.11 or newer")
 
 
-def _amount(name: str, available: int, needed: int, remedy: str) -> Finding:
+def _amount(name: str, available: int, needed: int, fix: str) -> Finding:
     ok = available >= needed
     found = f"{available / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed"
-    return Finding(name, ok, found, "" if ok else remedy)
+    return Finding(name, ok, found, "" if ok else fix)
 
 
 def _extra(extra: str) -> Finding:
@@ -82,8 +82,8 @@ def _extra(extra: str) -> Finding:
             continue
         if not requirement.specifier.contains(version.split("+")[0], prereleases=True):
             faults.append(f"{requirement.name} {version}, needs {requirement.specifier}")
-    remedy = f"pip install -c constraints.txt 'qwen-onnx[{extra}]'" if faults else ""
-    return Finding(f"extra {extra}", not faults, "; ".join(faults) or "complete", remedy)
+    fix = f"pip install -c constraints.txt 'qwen-onnx[{extra}]'" if faults else ""
+    return Finding(f"extra {extra}", not faults, "; ".join(faults) or "complete", fix)
 
 
 def _installed() -> dict[str, str]:
@@ -132,8 +132,8 @@ def foundry_skew(pins: tuple[str, ...], ours: Mapping[str, str], needs: list[str
         told = f"theirs {theirs[GENAI]}, ours {ours[GENAI]}"
         older = Version(theirs[GENAI]).release[:2] < Version(ours[GENAI]).release[:2]
         means = ": it refuses a genai_config.json with keys that it does not know" if older else ""
-        remedy = f"{NEWER_SDK}; for Foundry Local before 2.1: package --profile cli1" if older else ""
-        findings.append(Finding(f"Foundry Local: {GENAI}", not older, told + means, remedy))
+        fix = f"{NEWER_SDK}; for Foundry Local before 2.1: package --profile cli1" if older else ""
+        findings.append(Finding(f"Foundry Local: {GENAI}", not older, told + means, fix))
     if ORT in ours:
         wanted = [each for each in map(Requirement, _required(GENAI) if needs is None else needs) if each.name == ORT]
         least = ", ".join(str(each.specifier) for each in wanted) or "any"
@@ -157,6 +157,6 @@ def foundry_beside(installed: Mapping[str, str], needs: list[str]) -> list[Findi
         and (each.marker is None or each.marker.evaluate({"extra": ""}))
         and not each.specifier.contains(installed[each.name], prereleases=True)
     ]
-    remedy = f"pip uninstall {SDK}: it belongs into an environment of its own, as foundry-check makes one"
+    fix = f"pip uninstall {SDK}: it belongs into an environment of its own, as foundry-check makes one"
     found = f"{installed[SDK]} with {'; '.join(clashes)}" if clashes else f"{installed[SDK]}, its pins are kept"
-    return [Finding(f"{SDK} beside ours", not clashes, found, remedy if clashes else "")]
+    return [Finding(f"{SDK} beside ours", not clashes, found, fix if clashes else "")]

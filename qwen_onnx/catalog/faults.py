@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwen_onnx.catalog.passes import STEP_CONFIGS
+from qwen_onnx.catalog.registry import passes
 from qwen_onnx.catalog.schema import Limits, Readback
 from qwen_onnx.records import Record
 
@@ -64,9 +64,9 @@ def further_faults(recipes: dict[str, Any], pipelines: dict[str, Any]) -> list[s
 def step_faults(place: str, step: dict[str, Any]) -> list[str]:
     """Faults of one step, a mapping of ``type`` and its options."""
     kind, options = step.get("type"), {key: value for key, value in step.items() if key != "type"}
-    record = STEP_CONFIGS.get(str(kind))
+    record = passes().get(str(kind))
     if record is None:
-        return [f"{place}.type: no pass {kind!r}; known: {', '.join(sorted(STEP_CONFIGS))}"]
+        return [f"{place}.type: no pass {kind!r}; known: {', '.join(sorted(passes()))}"]
     try:
         record.model_validate(options)
     except ValidationError as error:
@@ -92,7 +92,7 @@ def find(layers: dict[str, Any], address: str, value: Any) -> tuple[dict[str, An
     if not path or not isinstance(node, dict):
         return None
     records: dict[str, type[Record]] = {"readback": Readback, "limits": Limits}
-    record = STEP_CONFIGS.get(str(node.get("type"))) if path[0] == "steps" else records[path[0]]
+    record = passes().get(str(node.get("type"))) if path[0] == "steps" else records[path[0]]
     return (node, field) if field in node or (record and field in record.model_fields) else None
 
 

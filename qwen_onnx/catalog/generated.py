@@ -11,6 +11,7 @@ from qwen_onnx.catalog.select import matrix
 from qwen_onnx.errors import ConfigError
 
 LOCK_FILE = "recipes/plans.lock"
+MODELS_FILE = "docs/models.md"
 GOLDEN_MODEL = "starter"
 MATRIX_BEGIN, MATRIX_END = "<!-- matrix: make plans -->", "<!-- end of matrix -->"
 
@@ -32,7 +33,7 @@ def lock_text(catalog: Catalog) -> str:
 
 
 def committed_files(catalog: Catalog) -> dict[str, str]:
-    """Text of every generated file that is committed, by path: the lock, golden plans, JSON Schemas, README's table."""
+    """Text of every file generated from recipes and pipelines, by path: lock, golden plans, schemas, models."""
     files = {LOCK_FILE: lock_text(catalog)}
     model = GOLDEN_MODEL if GOLDEN_MODEL in catalog.rows else min(catalog.rows)
     for target in catalog.targets_of(catalog.row(model)[1]):
@@ -40,14 +41,14 @@ def committed_files(catalog: Catalog) -> dict[str, str]:
         files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
     schemas = json_schemas()
     files |= {f"recipes/{name}": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
-    readme = catalog.root / "README.md"
-    if readme.exists():
-        files["README.md"] = with_matrix(readme.read_text(encoding="utf-8"), catalog)
+    models = catalog.root / MODELS_FILE
+    if models.exists():
+        files[MODELS_FILE] = with_matrix(models.read_text(encoding="utf-8"), catalog)
     return files
 
 
 def with_matrix(text: str, catalog: Catalog) -> str:
-    """README with the comparison matrix between its two markers.
+    """The page of models with the comparison matrix between its two markers.
 
     Raises:
         ConfigError: the markers are gone.
@@ -55,5 +56,5 @@ def with_matrix(text: str, catalog: Catalog) -> str:
     before, begin, rest = text.partition(MATRIX_BEGIN)
     _, end, after = rest.partition(MATRIX_END)
     if not begin or not end:
-        raise ConfigError([f"README.md: the markers {MATRIX_BEGIN} and {MATRIX_END} are missing"])
+        raise ConfigError([f"{MODELS_FILE}: the markers {MATRIX_BEGIN} and {MATRIX_END} are missing"])
     return f"{before}{begin}\n{matrix(catalog)}{end}{after}"

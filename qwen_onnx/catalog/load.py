@@ -23,6 +23,8 @@ from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import Record
 
 R = TypeVar("R", bound=Record)
+# how many names an unknown one is answered with
+NEAREST = 5
 RELEASE_FILE = "pipelines/release.yaml"
 MERGE = "tag:yaml.org,2002:merge"
 # where setup.py puts recipes/ and pipelines/ into a wheel
@@ -148,8 +150,14 @@ def _bounded(row: Row, pipelines: Mapping[str, Pipeline]) -> Row:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(sorted(known))}"
+    """What may have been meant: at most ``NEAREST`` names, for there are hundreds of models."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=NEAREST, cutoff=0.4)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    if len(names) <= NEAREST:
+        return f"; known: {', '.join(names)}"
+    return f"; the nearest: {', '.join(difflib.get_close_matches(name.lower(), names, n=NEAREST, cutoff=0))}"
 
 
 def find_root(start: Path | None = None) -> Path:

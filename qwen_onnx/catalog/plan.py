@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from qwen_onnx.catalog.faults import describe, find, step_faults
 from qwen_onnx.catalog.load import Catalog
-from qwen_onnx.catalog.passes import DENSE, DENSE_ONLY, PROVIDERS
+from qwen_onnx.catalog.registry import options_of, passes
 from qwen_onnx.catalog.schema import (
     Build,
     Family,
@@ -207,12 +207,11 @@ def _apply_override(
 
 def _check_quantiser(steps: dict[str, dict[str, Any]], architecture: str, row: str, faults: list[str]) -> None:
     """What the step cannot quantise is known before anything is downloaded."""
-    if architecture not in DENSE:
-        faults += [
-            f"{row}: the step {name} ({step['type']}) cannot quantise a {architecture}; set: {{steps.{name}: null}}"
-            for name, step in steps.items()
-            if step["type"] in DENSE_ONLY
-        ]
+    for name, step in steps.items():
+        options = passes().get(step["type"])
+        if options and options.architectures is not None and architecture not in options.architectures:
+            what = f"the step {name} ({step['type']}) cannot quantise a {architecture}"
+            faults.append(f"{row}: {what}; set: {{steps.{name}: null}}")
     if not steps:
         faults.append(f"{row}: no step is left")
 
@@ -229,9 +228,8 @@ def _check_steps(steps: dict[str, dict[str, Any]], provider: str, file: str, fau
         place = f"{file}: steps.{name}"
         wrong = step_faults(place, step)
         faults += wrong
-        asked = step.get("execution_provider", "cpu")
-        if not wrong and step["type"] == "GenAIModelBuilder" and PROVIDERS[asked] != provider:
-            faults.append(f"{place}.config.execution_provider: {asked} is not the target's {provider}")
+        if not wrong:
+            faults += [f"{place}.config.{fault}" for fault in options_of(step).faults(provider)]
 
 
 def _olive_config(steps: dict[str, dict[str, Any]], pipeline: Pipeline) -> dict[str, Any]:

@@ -12,20 +12,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, JsonValue, model_validator
 
+from qwen_onnx.catalog.architectures import ARCHITECTURES
 from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import COMMIT, Name, Reason, Record, Sha256
 
-# as config.json names them; what each needs of the exporter: export/architectures.py
-ARCHITECTURES = (
-    "QWenLMHeadModel",
-    "Qwen2ForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "Qwen3NextForCausalLM",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-)
 Precision = Literal["int4", "int8", "fp16", "fp32"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
@@ -53,6 +54,25 @@ def _targets(row: Row, catalog: Catalog) -> str:
     return f"all but {', '.join(missing)}" if missing else "all"
 
 
+def listing(rows: Iterable[Row], catalog: Catalog) -> dict[str, Any]:
+    """What ``list`` shows, for programs: ``models`` with facts of ``rows``, and every one of ``targets``."""
+    facts = {"id", "title", "kind", "parameters", "active_parameters", "license", "context", "languages", "tasks"}
+    models = [
+        {
+            **row.model_dump(mode="json", include=facts),
+            "extended_context": row.extended_context and row.extended_context.tokens,
+            "planned": row.planned,
+            "targets": {} if row.planned else {t: catalog.precisions_of(row, t) for t in catalog.targets_of(row)},
+        }
+        for row in rows
+    ]
+    about = {"device", "precisions", "default", "verification", "unavailable"}
+    targets = {name: pipeline.model_dump(mode="json", include=about) for name, pipeline in catalog.pipelines.items()}
+    for told in targets.values():
+        told["precisions"] = list(told["precisions"])
+    return {"models": models, "targets": targets}
+
+
 HEADERS = ("model", "kind", "weights (active)", "context (long)", "license", "targets")
 
 
@@ -94,7 +114,7 @@ def _some(names: list[str]) -> str:
 
 
 def matrix(catalog: Catalog) -> str:
-    """The README's comparison matrix in Markdown: one line per family."""
+    """The comparison matrix of docs/models.md in Markdown: one line per family."""
     lines = ["| family | sizes | weights | context | license | export |", "|---|---|---|---|---|---|"]
     for family in sorted(catalog.families.values(), key=lambda family: family.family):
         known = sorted(row.parameters for row in family.sizes if row.parameters)
@@ -146,6 +166,11 @@ class Choice:
     target: str
     bytes_needed: int
     reasons: tuple[str, ...]
+
+    def told(self) -> dict[str, Any]:
+        """The choice for programs."""
+        facts = {"model": self.row.id, "target": self.target, "parameters": self.row.parameters}
+        return {**facts, "bytes_needed": self.bytes_needed, "reasons": list(self.reasons)}
 
 
 def bytes_needed(plan: Plan, context: int) -> int | None:

@@ -1,10 +1,36 @@
-"""``qwen-onnx chat``: talk to an artifact in the terminal."""
+"""``qwen-onnx generate`` and ``qwen-onnx chat``: an artifact answers in the terminal."""
 
 from __future__ import annotations
+
+import sys
+from typing import Annotated
 
 import typer
 
 from qwen_onnx.cli.options import ArtifactPath, MaxTokens, Temperature, Threads
+
+
+def generate(
+    artifact: ArtifactPath,
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="stop string, may be given more than once")] = None,
+    threads: Threads = None,
+) -> None:
+    """Continue PROMPT as plain text, streaming; prints prompt and continuation."""
+    from qwen_onnx.artifact.manifest import open_runnable
+    from qwen_onnx.runtime.service.generation import GenerationConfig
+    from qwen_onnx.runtime.service.qwen import QwenService
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()))
+    service = QwenService(open_runnable(artifact.resolve()).path, threads=threads, streams=1)
+    sys.stdout.write(text)
+    for delta in service.stream(text, config):
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
 
 
 def chat(

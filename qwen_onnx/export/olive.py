@@ -14,28 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact.manifest import full_disk
-from qwen_onnx.errors import ExportError
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
+from qwen_onnx.catalog.registry import options_of
+from qwen_onnx.errors import ExportError, full_disk
 from qwen_onnx.export.progress import PROGRESS
-from qwen_onnx.files import file_checksums
+from qwen_onnx.export.workfolder import KEPT_FOLDER
 from qwen_onnx.processes.environments import Interpreter, own_interpreter
-from qwen_onnx.records import digest_of
 
 Progress = Callable[[str], None]
-CONFIG_FILE = "genai_config.json"
-REQUIRED = (CONFIG_FILE, "tokenizer.json")
-# below the folder that Olive runs in, beside ``checkpoint``
-KEPT_FOLDER = "kept"
+REQUIRED = (GENAI_CONFIG, "tokenizer.json")
 # Olive's own bookkeeping beside a model: times and paths of the machine
 BOOKKEEPING = ("model_config.json", "footprint.json", "output_footprint.json", "run_history.txt")
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
-
-
-def exporter_digest() -> str:
-    """Digest of our own export code: an edit of it makes other artifacts."""
-    files = file_checksums(Path(__file__).parent, without="")
-    # compiled files hold times and places: they differ between clones
-    return digest_of({name: digest for name, digest in files.items() if not name.endswith(".pyc")})
 
 
 def run_olive(
@@ -77,7 +67,14 @@ def run_olive(
     environment |= companion.announced() if companion else {}
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
-            command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=work,
+            env=environment,
+            # nothing that it loads may ask whether to trust a checkpoint
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         try:
             for line in child.stdout or ():
@@ -112,8 +109,7 @@ def _judge(code: int, work: Path, log: Path) -> Path:
 
 def _missing_model(folder: Path) -> list[str]:
     """The model that ``genai_config.json`` names, when it is not there."""
-    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    name = settings["model"]["decoder"]["filename"]
+    name = GenaiConfig.read(folder, ExportError, hint=None).graph_file
     return [] if (folder / name).exists() else [name]
 
 
@@ -133,16 +129,7 @@ def collect(model: Path, artifact: Path) -> None:
 
 def reference_config(config: dict[str, Any]) -> dict[str, Any]:
     """The same run, but one fp32 export: what graph and tokenizer do without quantisation."""
-    passes = config["passes"]
-    if any(step["type"] == "OpenVINOConversion" for step in passes.values()):
-        own = {"precision": "fp32"}
-        return {
-            **config,
-            "passes": {
-                name: {**step, **(own if step["type"] == "OpenVINOConversion" else {})} for name, step in passes.items()
-            },
-        }
-    exported = next((step for step in passes.values() if step["type"] == "HtpQdqExport"), None)
-    if exported is not None:
-        return {**config, "passes": {"reference": {**exported, "form": "float"}}}
-    return {**config, "passes": {"reference": {"type": "GenAIModelBuilder", "precision": "fp32"}}}
+    steps = {name: (step["type"], options_of(step).reference()) for name, step in config["passes"].items()}
+    kept = {name: (kind, options) for name, (kind, options) in steps.items() if options is not None}
+    passes = {name: {"type": kind, **options.model_dump(exclude_unset=True)} for name, (kind, options) in kept.items()}
+    return {**config, "passes": passes}

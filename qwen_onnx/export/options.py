@@ -1,4 +1,4 @@
-"""What our Olive passes share: their options are records of ``qwen_onnx.catalog.passes``."""
+"""What our Olive passes share: how their options reach Olive and come back."""
 
 from __future__ import annotations
 

@@ -14,16 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.catalog.registry import passes
+
 PR_SET_PDEATHSIG = 1
-PASS_MODULES = {
-    "CalibratedGptq": "qwen_onnx.export.passes.gptq.quantize.CalibratedGptq",
-    "GenAIModelBuilder": "qwen_onnx.export.passes.genai_builder.build.GenAIModelBuilder",
-    "OpenVINOConversion": "qwen_onnx.export.passes.openvino.convert.OpenVINOConversion",
-    "OpenVINOPackage": "qwen_onnx.export.passes.openvino.convert.OpenVINOPackage",
-    "HtpContext": "qwen_onnx.export.passes.htp_context.context.HtpContext",
-    "HtpQdqExport": "qwen_onnx.export.passes.htp_qdq.export.HtpQdqExport",
-    "RotateResidual": "qwen_onnx.export.passes.rotate.rotate.RotateResidual",
-}
 
 
 def _die_with_parent() -> None:
@@ -38,9 +31,9 @@ def package_config(folder: Path) -> Path:
 
     packaged = Path(olive.__file__).parent / "olive_config.json"
     config: dict[str, Any] = json.loads(packaged.read_text(encoding="utf-8"))
-    for name, module in PASS_MODULES.items():
+    for name, options in passes().items():
         config["passes"][name] = {
-            "module_path": module,
+            "module_path": f"{options.module()}.{name}",
             "supported_providers": ["*"],
             "supported_accelerators": ["*"],
             "supported_precisions": ["*"],

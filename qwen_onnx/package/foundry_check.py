@@ -30,7 +30,7 @@ from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
 Progress = Callable[[str], None]
 # environment and backend of each profile
-STACKS = {"sdk2": ("foundry", "foundry_sdk2"), "cli1": ("foundry-cli1", "foundry_cli1")}
+STACKS = {"sdk2": ("foundry", "sdk2"), "cli1": ("foundry-cli1", "cli1")}
 # seconds that a child gets to tidy up once it has been told to end
 GRACE = 10
 PROMPTS: dict[str, list[dict[str, str]]] = {
@@ -119,7 +119,7 @@ def expected_counts(folder: Path, conversations: Any) -> list[int]:
         template, tokenizer = ChatTemplate(folder), TextTokenizer(folder)
         texts = [template.render(messages) for messages in conversations]
         return [len(tokenizer.encode(text, allow_special=True, add_special_tokens=False)) for text in texts]
-    reference = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    reference = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return [
         len(reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         for messages in conversations

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.genai import Engine
+    from qwen_onnx.runtime.engines.interface import cache_scoped
     from qwen_onnx.runtime.engines.remote import RemoteEngine
     from qwen_onnx.runtime.engines.sampling import Sampling
     from qwen_onnx.runtime.processing import prompts
@@ -38,6 +39,7 @@ _PLACES = {
     "TextTokenizer": "processing.tokenizer",
     "Thresholds": "service.monitor",
     "TokenLogprob": "service.generation",
+    "cache_scoped": "engines.interface",
     "prompts": "processing.prompts",
 }
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "TextTokenizer",
     "Thresholds",
     "TokenLogprob",
+    "cache_scoped",
     "prompts",
 ]
 

@@ -86,7 +86,7 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_gives_a_table_and_one_line_of_json(tiny_artifact: Path) -> None:
     options = ("--rounds", 1, "--new-tokens", 24, "--system-tokens", 128, "--threads", 1)
     done = run_benchmark(tiny_artifact, *options, "--prompt-tokens", 64, 128, "--gate", "64/lone_ttft_ms<=0.001")

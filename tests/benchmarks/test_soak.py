@@ -34,7 +34,7 @@ def test_what_a_request_does_not_deserve_is_a_fault(status: int, fault: str | No
     assert tally.statuses["whole"] == {status: 1}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_minute_of_mixed_load(tiny_build: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.soak", str(tiny_build), "--minutes", "1"]
     command += ["--clients", "4", "--most-growth", "1000", "--serve-option=--threads=1"]

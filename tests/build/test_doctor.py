@@ -15,7 +15,7 @@ OURS = {GENAI: "0.18.0", ORT: "1.32.0"}
 def test_versions_that_fit_say_so_and_need_no_remedy() -> None:
     findings = foundry_skew(PINS, OURS, ["numpy>=1", "onnxruntime>=1.31.0"])
     assert [finding.name for finding in findings] == [f"Foundry Local: {GENAI}", f"Foundry Local: {ORT}"]
-    assert all(finding.ok and not finding.remedy for finding in findings)
+    assert all(finding.ok and not finding.fix for finding in findings)
     assert "theirs 1.31.0, ours 1.32.0" in findings[1].found
 
 
@@ -24,8 +24,8 @@ def test_an_older_genai_of_theirs_is_explained() -> None:
     assert not genai.ok
     assert "theirs 0.18.0, ours 0.19.1" in genai.found
     assert "genai_config.json" in genai.found
-    assert "foundry.yaml" in genai.remedy
-    assert "--profile cli1" in genai.remedy
+    assert "foundry.yaml" in genai.fix
+    assert "--profile cli1" in genai.fix
 
 
 def test_a_newer_genai_of_theirs_is_no_fault() -> None:
@@ -37,7 +37,7 @@ def test_an_onnxruntime_below_what_our_genai_needs_is_explained() -> None:
     assert not ort.ok
     assert "need >=1.32.0" in ort.found
     assert "operators" in ort.found
-    assert "foundry.yaml" in ort.remedy
+    assert "foundry.yaml" in ort.fix
 
 
 def test_the_sdk_beside_ours_is_found_with_what_it_needs_instead() -> None:
@@ -46,7 +46,7 @@ def test_the_sdk_beside_ours_is_found_with_what_it_needs_instead() -> None:
     assert not found.ok
     assert "onnxruntime 1.32.0 where it needs ==1.31.0" in found.found
     assert ">=9" not in found.found
-    assert "pip uninstall foundry-local-sdk" in found.remedy
+    assert "pip uninstall foundry-local-sdk" in found.fix
     (kept,) = foundry_beside({SDK: "2.2.1", **OURS, ORT: "1.31.0"}, needs)
     assert kept.ok
     assert not foundry_beside(OURS, needs)

@@ -17,7 +17,7 @@ from qwen_onnx.catalog.sizes import dimensions
 from qwen_onnx.files import folder_bytes
 from tests.conftest import run_cli
 
-TOLERANCE = 0.10
+TOLERANCE = 0.20  # what the estimate promises
 
 
 def plan_of(repository: Path, model: str) -> Plan:
@@ -106,7 +106,7 @@ def assert_predicts(predicted: Estimate, checkpoint: Path, folder: Path, config:
     raise AssertionError(off)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_build_of_the_starter(repository: Path, starter_checkpoint: Path, tmp_path: Path) -> None:
     plan = plan_of(repository, "starter")
     assert_predicts(estimate(plan, starter_checkpoint, verify=False), starter_checkpoint, tmp_path, plan.olive)
@@ -116,7 +116,7 @@ DENSE = Size(hidden=1024, intermediate=3072, layers=20, heads=8, kv_heads=8, voc
 MIXTURE = Size(hidden=2048, intermediate=768, layers=2, experts=32)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("model", "size"), [("qwen3-0.6b", DENSE), ("qwen3-30b-a3b", MIXTURE)])
 def test_memory_of_a_build_keeps_to_its_bound(model: str, size: Size, repository: Path, tmp_path: Path) -> None:
     """With the whole model in memory 0.6 GB of bfloat16 take more than 4 GB; experts that transformers stacks, 2 GB."""

@@ -17,8 +17,8 @@ import pytest
 
 from qwen_onnx.artifact.manifest import build_lock, open_artifact
 from tests.conftest import edit_int4, edit_yaml, rewrite_json, run_cli
-from tests.fixtures_architectures import make_checkpoint
-from tests.fixtures_qwen1 import make_qwen1_checkpoint
+from tests.fixtures.architectures import make_checkpoint
+from tests.fixtures.qwen1 import make_qwen1_checkpoint
 
 
 def optimize(source: Path, target: Path, *more: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -117,9 +117,9 @@ EXPERTS = {"bits": 4, "block_size": 32, "symmetric": True}
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
-        ("QWenLMHeadModel", {}),
+        pytest.param("QWenLMHeadModel", {}, marks=pytest.mark.release),
         ("Qwen3MoeForCausalLM", UNCALIBRATED | {"readback.experts": EXPERTS}),
-        ("Qwen3_5ForConditionalGeneration", UNCALIBRATED),
+        pytest.param("Qwen3_5ForConditionalGeneration", UNCALIBRATED, marks=pytest.mark.release),
     ],
 )
 def test_the_default_pipeline_builds_other_architectures(
@@ -241,8 +241,11 @@ def test_a_killed_build_goes_on_with_its_finished_layers(
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Twenty kills, spread over the length of a build by a seeded generator."""
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.release)])
+def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(
+    kills: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Kills that a seeded generator spreads over the length of a build."""
     target = tmp_path / "int4"
     command = [sys.executable, "-m", "qwen_onnx.cli.app", "optimize", "starter", "--no-verify", "--force"]
     command += ["--source", str(tiny_checkpoint), "--output", str(target)]
@@ -251,7 +254,7 @@ def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(tiny_checkpoint
     length = time.monotonic() - started
     draw = random.Random(20261124)
     whole = 0
-    for _ in range(20):
+    for _ in range(kills):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             child.wait(timeout=draw.uniform(0.05, 1.05) * length)
@@ -264,4 +267,4 @@ def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(tiny_checkpoint
     subprocess.run(command, check=True, capture_output=True)
     open_artifact(target)
     assert sorted(leftovers(tmp_path)) == ["int4", "measured"]
-    assert whole < 20, "no kill came before the first artifact was whole: the test tests nothing"
+    assert whole < kills, "no kill came before the first artifact was whole: the test tests nothing"

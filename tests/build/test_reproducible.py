@@ -45,7 +45,7 @@ def test_two_clones_build_the_same_bytes(repository: Path, tiny_checkpoint: Path
     other = build_in_clone(repository, tmp_path / "another/much/longer/path/to/qwen-onnx", tiny_checkpoint, threads=2)
     for left, right in zip(one, other, strict=True):
         assert left.is_relative_to(tmp_path)
-        done = run_cli("same", left, right)
+        done = run_cli("diff", left, right)
         assert done.returncode == 0, done.stdout + done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["identical"] is True

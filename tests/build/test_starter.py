@@ -47,6 +47,7 @@ def test_the_same_build_again_is_found(artifact_dir: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["verdict"] == "PASS"
 
 
+@pytest.mark.release
 def test_corrupted_scales_of_one_layer_fail(artifact_dir: Path, starter_checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(artifact_dir, tmp_path / "corrupted"))
     path = folder / "model.onnx"
@@ -64,6 +65,7 @@ def test_corrupted_scales_of_one_layer_fail(artifact_dir: Path, starter_checkpoi
     assert report.verdict is Verdict.FAIL
 
 
+@pytest.mark.release
 def test_plain_rounding_fails() -> None:
     """What `builder -p int4` gives by default: symmetric round-to-nearest."""
     done = run_cli("compare", "starter", "--only", "genai-rtn", "--no-speed")
@@ -73,6 +75,7 @@ def test_plain_rounding_fails() -> None:
     assert found["kld_mean"] > 0.18
 
 
+@pytest.mark.release
 def test_verify_again_keeps_the_artifact(artifact_dir: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(artifact_dir, tmp_path / "copy"))
     done = run_cli("verify", copy)
@@ -88,12 +91,14 @@ def dithered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.release
 def test_dithered_weights_are_other_weights(artifact_dir: Path, dithered: Path) -> None:
     refused = run_cli("verify", artifact_dir, "--source", dithered)
     assert refused.returncode == 6
     assert "other weights" in refused.stderr
 
 
+@pytest.mark.release
 def test_the_default_recipe_passes_on_dithered_weights(dithered: Path) -> None:
     """No 4-bit grid fits these by luck, as it may fit the starter's own, which once were 4-bit."""
     target = dithered.parent / "int4"
@@ -109,6 +114,7 @@ def test_serving_keeps_to_600_mb(artifact_dir: Path) -> None:
     assert 100e6 < max(children) <= 600e6
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("target", ["cuda", "webgpu"])
 def test_int4_of_a_target_that_is_not_here_is_proven_by_its_numerics(target: str, tmp_path: Path) -> None:
     folder = tmp_path / "int4"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -233,6 +234,15 @@ def test_unknown_names_suggest_the_nearest(repository: Path) -> None:
         make_plan(catalog, "qwen3-0.6", "cpu")
     with pytest.raises(ConfigError, match="no target 'cuda9'"):
         make_plan(catalog, "starter", "cuda9")
+
+
+def test_an_unknown_model_names_five_at_most(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    for unknown in ("gpt-oss", "Qwen3-Instruct", "!"):
+        with pytest.raises(ConfigError) as raised:
+            catalog.row(unknown)
+        named = [model for model in catalog.rows if model in re.split(r"[ ,?\n]+", str(raised.value))]
+        assert 1 <= len(named) <= 5, raised.value
 
 
 def test_json_schemas_accept_what_is_committed_and_reject_typos(repository: Path) -> None:

@@ -26,7 +26,7 @@ VERBS = (
     "generate",
     "package",
     "verify-package",
-    "same",
+    "diff",
     "foundry-check",
     "release",
     "publish",
@@ -48,6 +48,50 @@ def test_every_verb_has_help(verb: str) -> None:
 def test_list_shows_whole_names() -> None:
     said = run_cli("list").stdout
     assert all(name in said for name in ("starter", "qwen2.5-0.5b-instruct", "qwen3-0.6b"))
+
+
+def test_list_for_programs_is_json_and_nothing_else() -> None:
+    done = run_cli("list", "starter", "--json")
+    found = json.loads(done.stdout)
+    assert [model["id"] for model in found["models"]] == ["starter"]
+    assert found["models"][0]["targets"]["cpu"] == ["int4", "int8", "fp32"]
+    assert found["targets"]["cpu"]["default"] == "int4"
+    assert found["targets"]["cpu"]["precisions"] == ["int4", "int8", "fp32"]
+    assert "computes in fp32" in found["targets"]["cpu"]["unavailable"]["fp16"]
+    planned = [model for model in json.loads(run_cli("list", "--json").stdout)["models"] if model["planned"]]
+    assert planned
+    assert not any(model["targets"] for model in planned)
+
+
+def test_select_for_programs_is_json_and_nothing_else() -> None:
+    found = json.loads(run_cli("select", "--ram", "2GB", "--most", "3", "--json").stdout)
+    assert len(found["choices"]) == 3
+    assert all(choice["bytes_needed"] <= 2e9 for choice in found["choices"])
+    assert found["next"] == f"make optimize MODEL={found['choices'][0]['model']} TARGET=cpu"
+    refused = run_cli("select", "--ram", "1MB", "--json")
+    assert (refused.returncode, refused.stdout) == (2, "")
+
+
+def test_doctor_for_programs_says_what_fixes_a_fault(checkout: Path) -> None:
+    def age(environment: dict) -> None:  # type: ignore[type-arg]
+        environment["requirements"] = ["onnxruntime==1.20.0", "onnxruntime-genai-core==0.14.1"]
+
+    edit_yaml(checkout / "pipelines/environments/foundry.yaml", age)
+    done = run_cli("doctor", "starter", "--json", cwd=checkout)
+    found = json.loads(done.stdout)
+    assert done.returncode == 3
+    assert found["ok"] is False
+    faults = [finding for finding in found["findings"] if not finding["ok"]]
+    assert all(finding["fix"] for finding in faults)
+    assert any("theirs 0.14.1" in finding["found"] for finding in faults)
+
+
+def test_an_old_name_of_a_verb_works_and_is_not_listed(tmp_path: Path) -> None:
+    done = run_cli("same", tmp_path, tmp_path)
+    assert "not an artifact" in done.stderr
+    listed = [line.split()[1] for line in run_cli("--help").stdout.splitlines() if line.startswith("│ ")]
+    assert "diff" in listed
+    assert "same" not in listed
 
 
 def test_list_says_how_each_target_is_proven() -> None:
@@ -123,6 +167,7 @@ def test_faults_of_every_kind_and_file_are_told_together(checkout: Path) -> None
 
 def test_doctor_says_what_is_there() -> None:
     done = run_cli("doctor", "starter")
+    assert "fix" in done.stdout.splitlines()[1].split()
     assert "extra serve" in done.stdout
     assert "memory for starter" in done.stdout
 

@@ -13,28 +13,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.genai_builder.repairs import ROUTER_WEIGHTS
 from qwen_onnx.export.readback.onnx import compare, read_graph
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.remote import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
 from qwen_onnx.sources.qwen1 import write_qwen2_form
 from qwen_onnx.verify.scoring import OnnxScorer
 from tests.conftest import rewrite_json
-from tests.export.dequantized import with_weights_of
-from tests.fixtures_architectures import MAKERS, make_checkpoint
-from tests.fixtures_qwen1 import PublishedQwen1, make_qwen1_checkpoint
+from tests.fixtures.architectures import MAKERS, make_checkpoint
+from tests.fixtures.dequantized import with_weights_of
+from tests.fixtures.qwen1 import PublishedQwen1, make_qwen1_checkpoint
 from tests.runtime.engines.batch.test_engine import Heard
 
-FP32 = GenAIModelBuilderConfig(precision="fp32")
+FP32 = GenAIModelBuilderOptions(precision="fp32")
 # level 1 keeps the activations in fp32: what is left is the arithmetic of the operators
-INT4 = GenAIModelBuilderConfig(
+INT4 = GenAIModelBuilderOptions(
     precision="int4",
     block_size=32,
     is_symmetric=True,

@@ -14,18 +14,18 @@ import torch
 from onnx.external_data_helper import load_external_data_for_model
 from transformers import AutoModelForCausalLM
 
-from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions as Config
 from tests.conftest import rewrite_json
-from tests.fixtures_architectures import make_checkpoint
+from tests.fixtures.architectures import make_checkpoint
 
 # a process of its own for each, as the builder leaves global state behind; "stock" is genai's builder as it comes
 STOCK = """
 import contextlib, sys
 from pathlib import Path
-from qwen_onnx.export import builder, graph_steps, streaming
-from qwen_onnx.catalog.passes import GenAIModelBuilderConfig as Config
+from qwen_onnx.export.passes.genai_builder import build as builder, graph_steps, streaming
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions as Config
 streaming.SMALLEST, graph_steps.MATRIX_PIECE = 64, 64 * 50
 if sys.argv[4] == "stock":
     builder.weights_in_files = lambda *_: contextlib.nullcontext()
@@ -69,7 +69,10 @@ def assert_same(one: onnx.GraphProto, other: onnx.GraphProto) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", OPTIONS)
+@pytest.mark.parametrize(
+    "algorithm",
+    [name if name in ("k_quant_mixed", "fp32") else pytest.param(name, marks=pytest.mark.release) for name in OPTIONS],
+)
 def test_weights_in_files_change_nothing(algorithm: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     one = built(tiny_checkpoint, tmp_path / "stock", OPTIONS[algorithm], "stock")
     other = built(tiny_checkpoint, tmp_path / "files", OPTIONS[algorithm], "files")
@@ -92,7 +95,7 @@ def make_sharded(architecture: str, folder: Path) -> Path:
     [
         ("Qwen3MoeForCausalLM", "k_quant_last"),
         *(
-            (f"{name}ForCausalLM", algorithm)
+            pytest.param(f"{name}ForCausalLM", algorithm, marks=pytest.mark.release)
             for name, algorithm in (("Qwen2Moe", "default"), ("Qwen2Moe", "fp32"), ("Qwen3Next", "k_quant_last"))
         ),
     ],
@@ -145,7 +148,7 @@ def started(checkpoint: Path, folder: Path, options: str, kept: Path) -> subproc
         pytest.param(
             "quantised the matrices of part 1 of 3",
             ["packed the experts of layer", "quantised the matrices of part 1 of"],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.release,
         ),
     ],
 )

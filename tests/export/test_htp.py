@@ -14,24 +14,26 @@ from transformers import AutoModelForCausalLM
 
 from qwen_onnx.artifact.htp.folder import QDQ, HtpFolder, graph_file
 from qwen_onnx.artifact.htp.grid import Grid
-from qwen_onnx.catalog.passes import CalibratedGptqConfig, HtpQdqExportConfig, RotateResidualConfig
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest
 from qwen_onnx.export.passes.htp_qdq.decoder import Sizes
 from qwen_onnx.export.passes.htp_qdq.export import export
 from qwen_onnx.export.passes.htp_qdq.linears import Linears
-from qwen_onnx.export.passes.rotate.rotate import rotate, rotation
+from qwen_onnx.export.passes.htp_qdq.options import HtpQdqExportOptions
+from qwen_onnx.export.passes.rotate_residual.options import RotateResidualOptions
+from qwen_onnx.export.passes.rotate_residual.rotate import rotate, rotation
+from qwen_onnx.export.readback.common import read_back
 from qwen_onnx.export.readback.htp import read_qdq
-from qwen_onnx.export.readback.onnx import read_back
 from qwen_onnx.runtime.engines.runners.qnn import Backend
-from tests.fixtures_architectures import VOCABULARY, make_checkpoint
+from tests.fixtures.architectures import VOCABULARY, make_checkpoint
 
 ARCHITECTURES = ("Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow))
 PREFILL, CONTEXT = 16, 64
-GPTQ = CalibratedGptqConfig(symmetric=True, group_size=-1, windows=4, window=64, sensitivity_windows=1)
-EXPORT = HtpQdqExportConfig(prefill=PREFILL, context=CONTEXT, windows=4, window=64)
+GPTQ = CalibratedGptqOptions(symmetric=True, group_size=-1, windows=4, window=64, sensitivity_windows=1)
+EXPORT = HtpQdqExportOptions(prefill=PREFILL, context=CONTEXT, windows=4, window=64)
 ASKED = Readback(
     form="HTP", io_bits=16, body_bits=8, head_bits=8, symmetric=True, soc_model="60", htp_arch="73", provider="qnn"
 )
@@ -58,7 +60,7 @@ def qdq_logits(folder: Path, tokens: int) -> np.ndarray:
 
 def quantized(checkpoint: Path, folder: Path, bits: int) -> Path:
     """The checkpoint rotated and quantised."""
-    rotate(checkpoint, folder / "rotated", RotateResidualConfig())
+    rotate(checkpoint, folder / "rotated", RotateResidualOptions())
     quantize(folder / "rotated", folder / "quantized", GPTQ.model_copy(update={"bits": bits}))
     return folder / "quantized"
 
@@ -77,7 +79,7 @@ def int8(checkpoint: Path) -> Path:
 
 
 def test_a_rotated_checkpoint_computes_the_same(checkpoint: Path, tmp_path: Path) -> None:
-    rotate(checkpoint, tmp_path / "rotated", RotateResidualConfig(seed=3))
+    rotate(checkpoint, tmp_path / "rotated", RotateResidualOptions(seed=3))
     assert np.abs(torch_logits(tmp_path / "rotated") - torch_logits(checkpoint)).max() < 1e-4
     weight = Linears(tmp_path / "rotated").array("model.layers.0.mlp.down_proj.weight")
     assert np.abs(weight - Linears(checkpoint).array("model.layers.0.mlp.down_proj.weight")).max() > 0.1

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qwen_onnx.catalog.passes import CalibratedGptqConfig
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export import calibration
+from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.passes.gptq.sensitivity import choose_int8
 from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest, search_grid
@@ -21,7 +21,7 @@ from qwen_onnx.export.weights import CheckpointWeights, Scratch
 from qwen_onnx.export.workfolder import WorkFolder
 from qwen_onnx.verify import corpus
 
-SMALL = CalibratedGptqConfig(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)
+SMALL = CalibratedGptqOptions(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)
 
 
 @pytest.fixture

@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qwen_onnx.catalog.passes import CalibratedGptqConfig
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export import weights
 from qwen_onnx.export.passes.gptq import sensitivity
+from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.weights import CheckpointWeights, write_safetensors
 from qwen_onnx.export.workfolder import WorkFolder
-from tests.export.unstreamed import quantized_tensors
+from tests.fixtures.unstreamed import quantized_tensors
 
-SMALL = CalibratedGptqConfig(group_size=32, int8_share=0.3, windows=9, window=64, sensitivity_windows=3)
+SMALL = CalibratedGptqOptions(group_size=32, int8_share=0.3, windows=9, window=64, sensitivity_windows=3)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ def start(checkpoint: Path, output: Path, kept: Path) -> subprocess.Popen[str]:
     """The quantisation in a process of its own, to be killed."""
     code = (
         "import sys; from pathlib import Path; from qwen_onnx.export.passes.gptq.quantize import quantize\n"
-        "from qwen_onnx.catalog.passes import CalibratedGptqConfig as C\n"
+        "from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions as C\n"
         "quantize(*map(Path, sys.argv[1:3]), C.model_validate_json(sys.argv[3]), Path(sys.argv[4]))"
     )
     arguments = [str(checkpoint), str(output), SMALL.model_dump_json(), str(kept)]
@@ -137,8 +137,8 @@ def killed_after(line: str, checkpoint: Path, output: Path, kept: Path) -> list[
 @pytest.mark.parametrize(
     ("line", "again"),
     [
-        pytest.param("forward through layer 1 of", "forward through layer 1 of", marks=pytest.mark.slow),
-        pytest.param("backward through layer 1 of", "forward through layer", marks=pytest.mark.slow),
+        pytest.param("forward through layer 1 of", "forward through layer 1 of", marks=pytest.mark.release),
+        pytest.param("backward through layer 1 of", "forward through layer", marks=pytest.mark.release),
         ("quantised layer 1 of", "quantised layer 1 of"),
     ],
 )

@@ -40,7 +40,7 @@ import json, sys
 from pathlib import Path
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.gptq.quantize import quantize
-from qwen_onnx.catalog.passes import STEP_CONFIGS
+from qwen_onnx.catalog.registry import passes
 source, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 run = {"CalibratedGptq": quantize, "GenAIModelBuilder": build}
 for folder, steps in jobs.items():
@@ -48,7 +48,7 @@ for folder, steps in jobs.items():
     for name, step in steps.items():
         kind = step.pop("type")
         output = Path(folder) / name
-        run[kind](current, output, STEP_CONFIGS[kind].model_validate(step))
+        run[kind](current, output, passes()[kind].model_validate(step))
         current = output
 """
 SMALL = {"windows": 4, "window": 64, "sensitivity_windows": 1}
@@ -110,6 +110,7 @@ def test_int4_graphs_are_what_was_asked_for_and_compute_what_pytorch_does(
     assert "latency" in report.not_checked
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(("target", "precision"), OTHERS)
 def test_other_precisions(
     others: Callable[[str, str], Path], tiny_checkpoint: Path, target: str, precision: str
@@ -157,7 +158,7 @@ def test_directml_has_no_operator_that_it_lacks(built: Callable[[str, str], Path
     assert "GatherBlockQuantized" in read_graph(built("cuda", "int4") / "model.onnx")["counts"]
 
 
-@pytest.mark.parametrize("target", ["cuda", "webgpu"])
+@pytest.mark.parametrize("target", ["cuda", pytest.param("webgpu", marks=pytest.mark.release)])
 def test_qwen3_norms_stay_outside_of_attention(target: str, tmp_path: Path) -> None:
     """The CPU's GroupQueryAttention refuses them, so that nothing could be judged here."""
     checkpoint = make_tiny_checkpoint(tmp_path / "qwen3", kind="qwen3")

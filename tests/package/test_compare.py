@@ -1,4 +1,4 @@
-"""``qwen-onnx same``: what was measured may differ, nothing else may."""
+"""``qwen-onnx diff``: what was measured may differ, nothing else may."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def flip(path: Path) -> None:
 
 
 def test_one_bit_makes_another_build(tiny_package: Path, broken: Path) -> None:
-    done = run_cli("same", tiny_package, broken)
+    done = run_cli("diff", tiny_package, broken)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["identical"] is True
     flip(broken / "model.onnx.data")
-    done = run_cli("same", tiny_package, broken)
+    done = run_cli("diff", tiny_package, broken)
     assert done.returncode == 10
     assert "not the same build: model.onnx.data" in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -62,6 +62,6 @@ def test_files_of_one_only_are_a_difference(tiny_build: Path, tmp_path: Path) ->
 def test_only_like_is_compared(tiny_build: Path, tiny_package: Path, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="one is an artifact, the other a package"):
         compare(tiny_build, tiny_package)
-    done = run_cli("same", tiny_build, tmp_path)
+    done = run_cli("diff", tiny_build, tmp_path)
     assert done.returncode == 6
     assert "not an artifact" in done.stderr

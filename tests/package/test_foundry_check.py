@@ -111,7 +111,7 @@ PHASES = {"one": one, "two": two}
 @pytest.fixture
 def interpreter(tmp_path: Path) -> Interpreter:
     """This Python, with the real child process and the tests' backend."""
-    runners = tmp_path / "package/qwen_onnx/runners"
+    runners = tmp_path / "package/qwen_onnx/package/sdk"
     runners.mkdir(parents=True)
     shutil.copy(REPOSITORY / "qwen_onnx/package/sdk/job.py", runners)
     (runners / "testing.py").write_text(BACKEND)
@@ -187,7 +187,7 @@ def test_the_tiny_package_passes_every_step(tiny_package: Path, place: Path) -> 
     assert not leftovers(place)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("profile", ["sdk2", "cli1"])
 def test_the_starters_package_passes(profile: str, artifact_dir: Path, tmp_path: Path, place: Path) -> None:
     made = run_cli("package", artifact_dir, "--output", tmp_path, "--profile", profile)
@@ -235,7 +235,7 @@ def test_a_broken_package_fails_at_its_step(spoil: Any, step: str, tiny_package:
         for (name, messages), tokens in zip(PROMPTS.items(), counts, strict=True)
     ]
     properties = sidecar["string_properties"], sidecar["int_properties"]
-    job = Job("foundry_sdk2", str(broken), sidecar["model_id"], *properties, prompts)
+    job = Job("sdk2", str(broken), sidecar["model_id"], *properties, prompts)
     *before, last = run_steps(job, interpreter, lambda _: None, 120)
     assert all(each.ok for each in before)
     assert (last.step, last.ok) == (step, False), last

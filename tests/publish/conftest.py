@@ -23,9 +23,9 @@ from qwen_onnx.files import file_checksums
 from qwen_onnx.package.build import PackageJob, build_package
 from qwen_onnx.verify.records import CheckResult, Verdict, VerifyOptions
 from qwen_onnx.verify.report import Report, environment
-from tests.publish.fake_hubs import FakeHuggingFace, FakeModelScope
-from tests.publish.fake_registry import TOKEN, FakeRegistry
-from tests.publish.fake_server import running
+from tests.fixtures.fake_hubs import FakeHuggingFace, FakeModelScope
+from tests.fixtures.fake_registry import TOKEN, FakeRegistry
+from tests.fixtures.fake_server import running
 
 LARGEST = "model.onnx.data"
 # what two versions with the same weights do not share, in bytes

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.live import free_port
+from tests.fixtures.fake_hubs import sha256
 from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, publish, pull, refused
-from tests.publish.fake_hubs import sha256
 
 HUB_S_OWN = {".gitattributes", "configuration.json"}
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.fixtures.fake_hubs import sha256
 from tests.publish.conftest import LARGEST, files_of, leftovers, publish, pull
-from tests.publish.fake_hubs import sha256
 
 # stops the run, as a debugger would, at the first call of a function that is named; the function itself is the real one
 STOP_AT = """
@@ -46,8 +46,8 @@ def killed_at(place: str, call: int, *arguments: object) -> None:
 @pytest.mark.parametrize(
     ("place", "call"),
     [
-        ("qwen_onnx.publish.receive:_append", 5),
-        ("qwen_onnx.publish.receive:_compare", 5),
+        ("qwen_onnx.sources.transfer:_append", 5),
+        ("qwen_onnx.sources.transfer:_compare", 5),
         ("qwen_onnx.publish.receive:put_in_place", 1),
         ("qwen_onnx.publish.receive:verify_package", 1),
         ("shutil:rmtree", 1),

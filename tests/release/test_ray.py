@@ -92,7 +92,7 @@ def worker_of(family: list[psutil.Process]) -> psutil.Process:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_release_is_whole_though_a_machine_and_a_worker_are_killed(
     cluster: Any, place: Path, tiny_checkpoint: Path
 ) -> None:
@@ -152,7 +152,7 @@ def unshared_worker(cluster: Any, hidden: Path, cache: Path) -> Iterator[None]:
     pytest.skip("this machine lets nobody make a mount namespace")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_worker_without_the_disk_sends_its_packages(
     cluster: Any, place: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

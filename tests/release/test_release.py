@@ -47,6 +47,7 @@ def suites(folder: Path) -> dict[str, dict[str, str | None]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_release_holds_packages_results_and_sums_and_is_taken_again(run: Run, place: Path) -> None:
     done = run(INT4)
     assert done.returncode == 0, done.stderr
@@ -243,7 +244,7 @@ def test_a_release_that_was_killed_goes_on_where_it_was(run: Run, place: Path, t
     assert not list(place.rglob(".unfinished*"))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_kill_at_any_moment_leaves_the_old_release_or_the_new(run: Run, place: Path, tiny_checkpoint: Path) -> None:
     for wait in (0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5):
         process = start(place, tiny_checkpoint, INT4)

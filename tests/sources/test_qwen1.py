@@ -20,7 +20,7 @@ from qwen_onnx.sources.fetch import fetch
 from qwen_onnx.sources.qwen1 import write_qwen2_form
 from qwen_onnx.sources.tiktoken import SPECIAL_TOKENS, write_tokenizer
 from tests.conftest import rewrite_json
-from tests.fixtures_qwen1 import (
+from tests.fixtures.qwen1 import (
     CONTEXT,
     TEXT,
     PublishedQwen1,

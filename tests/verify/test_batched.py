@@ -11,13 +11,13 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.runtime.engines.batch.model import BatchModel, UnsupportedGraphError
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.records import CheckResult, Verdict
-from tests.fixtures_architectures import make_checkpoint
+from tests.fixtures.architectures import make_checkpoint
 
 LIMITS = Limits(kld_mean=0.18, kld_p99=1.5, top1=0.5, ppl_ratio=1.2)
 
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Path) -> Path:
     folder = checkpoint.parent / "fp32"
-    build(checkpoint, folder, GenAIModelBuilderConfig(precision="fp32"))
+    build(checkpoint, folder, GenAIModelBuilderOptions(precision="fp32"))
     return folder
 
 

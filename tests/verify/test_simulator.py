@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from qwen_onnx.artifact.htp.folder import HtpFolder
-from qwen_onnx.catalog.passes import HtpQdqExportConfig
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.passes.htp_qdq.export import export
+from qwen_onnx.export.passes.htp_qdq.options import HtpQdqExportOptions
 from qwen_onnx.processes.environments import own_interpreter
 from qwen_onnx.runtime.engines.runners.client import Runner
 from qwen_onnx.verify import Report, Verdict, VerifyOptions, verify_artifact
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def artifact(checkpoint: Path) -> Path:
     """QDQ graphs, which ONNX Runtime's CPU runs in place of a simulator."""
     folder = checkpoint.parent / "out"
-    config = HtpQdqExportConfig(prefill=16, context=128, windows=4, window=64)
+    config = HtpQdqExportOptions(prefill=16, context=128, windows=4, window=64)
     export(quantized(checkpoint, checkpoint.parent, 8), folder, config)
     return folder
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.catalog.passes import DENSE
+from qwen_onnx.catalog.architectures import DENSE
 from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.architectures import moe, qwen3_next
 from qwen_onnx.export.architectures.stock import builder

@@ -43,7 +43,7 @@ class Job:
     """What is checked.
 
     Attributes:
-        backend: module of ``qwen_onnx.runners`` with ``PHASES``.
+        backend: module of this package with ``PHASES``.
         folder: the package; ``model_id`` its id.
         strings, ints: properties to register.
         prompts: each a name, messages of role and content, and the tokens that they must count.
@@ -140,7 +140,7 @@ def run_phase(name: str, say: Callable[[dict[str, Any]], None]) -> int:
         say({"step": title, "ok": True, "found": "; ".join(notes), "seconds": round(time.perf_counter() - begin, 3)})
 
     try:
-        phases: dict[str, Phase] = importlib.import_module(f"qwen_onnx.runners.{job.backend}").PHASES
+        phases: dict[str, Phase] = importlib.import_module(f".{job.backend}", __package__).PHASES
         phases[name](job, step)
     except Exception as error:  # noqa: BLE001 - libraries raise what they like; the parent makes it a typed error
         kind = "" if isinstance(error, StepError) else f"{type(error).__name__}: "
@@ -182,7 +182,7 @@ def _run_phases(
     running: list[subprocess.Popen[bytes]],
     ending: threading.Event,
 ) -> int:
-    for name in importlib.import_module(f"qwen_onnx.runners.{job.backend}").PHASE_NAMES:
+    for name in importlib.import_module(f".{job.backend}", __package__).PHASE_NAMES:
         child = subprocess.Popen(
             [sys.executable, "-m", "qwen_onnx.package.sdk.job", name],
             env={**os.environ, **NOWHERE, **LOCAL, "HOME": job.state, "TMPDIR": job.state},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,9 +17,31 @@ CLOSED = "the engine is closed"
 EngineFinish = Literal["stop", "length", "cancelled"]
 
 
+# whose request it is, for every request that is made in this context; see ``TokenRequest.cache_scope``
+cache_scope: ContextVar[str] = ContextVar("qwen_onnx_cache_scope", default="")
+
+
+@contextmanager
+def cache_scoped(client: str) -> Iterator[None]:
+    """Requests made in the block share kept prefixes with others of the same ``client`` alone.
+
+    What is found of a prompt shows in ``cached_tokens`` and in the time to the first token: without scopes whoever
+    shares an engine could guess another's prompt token by token.
+    """
+    token = cache_scope.set(hashlib.sha256(b"cache scope " + client.encode("utf-8", "surrogatepass")).hexdigest())
+    try:
+        yield
+    finally:
+        cache_scope.reset(token)
+
+
 @dataclass(frozen=True)
 class TokenRequest:
-    """One generation: ids in [0, vocab_size), at most ``max_new_tokens`` more; EOS ends it and is not told."""
+    """One generation: ids in [0, vocab_size), at most ``max_new_tokens`` more; EOS ends it and is not told.
+
+    Args:
+        cache_scope: prefixes that another scope left in the cache are not used.
+    """
 
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
@@ -24,6 +49,7 @@ class TokenRequest:
     stop_on_eos: bool = True
     logprobs: int | None = None
     grammar: str | None = None
+    cache_scope: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,7 @@ class EngineStats:
         kv_tokens: tokens in the KV cache, those that are kept for their prefix included; ``kv_capacity``: at most.
         restarts: how often the engine's process was started again.
         resident_bytes: memory of the process that holds the model.
+        alive: whether it answers now; failed: it does not and never will, so that somebody must start it anew.
     """
 
     kind: str
@@ -68,6 +95,7 @@ class EngineStats:
     restarts: int
     resident_bytes: int
     alive: bool = True
+    failed: bool = False
 
     @property
     def full(self) -> bool:

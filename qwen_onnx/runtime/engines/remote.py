@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from qwen_onnx.errors import ArtifactError, OverloadedError, QwenOnnxError, WorkerDiedError
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
-from qwen_onnx.runtime.engines.batch.engine import BatchEngine
-from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.errors import OverloadedError, QwenOnnxError, WorkerDiedError
+from qwen_onnx.runtime.engines.child import Child, Patience
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import EngineStats, Listener, TokenEvent, TokenRequest
-from qwen_onnx.runtime.engines.serial import SerialEngine
+from qwen_onnx.runtime.engines.loading import EngineOptions
 
 log = logging.getLogger(__name__)
-STATS_EVERY = 0.25
-# a process that dies sooner than this after its start will not live the next time either
-LEAST_LIFE = 5.0
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to load an artifact; the fields are those of ``BatchEngine``."""
-
-    streams: int = STREAMS
-    queue_size: int = QUEUE_SIZE
-    capacity: int | None = None
-    threads: int | None = None
-
-
-def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEngine:
-    """The engine that suits the artifact: continuous batching where the graph allows it, else genai.
-
-    Raises:
-        ArtifactError: neither loads it.
-    """
-    try:
-        return BatchEngine(folder, **asdict(options))
-    except UnsupportedGraphError as error:
-        log.warning("one request at a time: %s", error.what)
-        return SerialEngine(folder, queue_size=options.queue_size, threads=options.threads)
 
 
 @dataclass(eq=False)
@@ -55,27 +22,34 @@ class RemoteHandle:
     """A request in the child."""
 
     number: int
-    send: Callable[[Any], None]
+    child: Child
 
     def cancel(self) -> None:
-        """See ``requests.Handle``."""
-        self.send(("cancel", self.number, None))
+        """See ``interface.Handle``."""
+        self.child.send("cancel", self.number)
 
 
 class RemoteEngine:
-    """An engine in a child process; see ``requests.TokenEngine``. Should the child die, another is started.
+    """An engine in a child process; see ``interface.TokenEngine``.
+
+    Should the child die or fall silent, another is started; after ``Patience.most_deaths`` in a row none is, which
+    ``stats().failed`` tells.
 
     Raises:
         ArtifactError: the child cannot load the model, or dies while it does.
     """
 
-    def __init__(self, folder: Path, options: EngineOptions | None = None) -> None:
-        self._folder, self._options = folder, options or EngineOptions()
+    def __init__(self, folder: Path, options: EngineOptions | None = None, *, patience: Patience | None = None) -> None:
+        self._folder, self._options, self._patience = folder, options or EngineOptions(), patience or Patience()
         self._lock = threading.Lock()
         self._listeners: dict[int, Listener] = {}
-        self._number, self._restarts = 0, 0
-        self._closing, self._alive = False, False
-        self._start()
+        self._number, self._restarts, self._deaths = 0, 0, 0
+        self._closing = threading.Event()
+        self._failed = False
+        self._child = self._start()
+        self.shape: Shape = self._child.shape
+        self.features: frozenset[str] = self._child.features
+        self._alive = True
         self._reader = threading.Thread(target=self._read, name="qwen-onnx worker", daemon=True)
         self._reader.start()
 
@@ -84,87 +58,79 @@ class RemoteEngine:
         """Of the child."""
         return self._child.pid
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_child_main, args=(theirs, self._folder, self._options), daemon=True)
-        self._child.start()
-        theirs.close()
-        self._started = time.monotonic()
-        try:
-            answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise ArtifactError(
-                f"the engine's process died while it loaded ({self._ending()})",
-                hint="is there enough memory? qwen-onnx doctor",
-            ) from error
-        if isinstance(answer, QwenOnnxError):
-            raise answer
-        self.shape: Shape
-        self.features: frozenset[str]
-        self._stats: EngineStats
-        self.shape, self.features, self._stats = answer
-        self._alive = True
-
-    def _ending(self) -> str:
-        self._child.join(timeout=5)
-        code = self._child.exitcode
-        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    def _start(self) -> Child:
+        return Child(self._folder, self._options, self._patience, self._closing.is_set)
 
     def submit(self, request: TokenRequest, listener: Listener) -> RemoteHandle:
-        """See ``requests.TokenEngine``."""
+        """See ``interface.TokenEngine``."""
         self.shape.check(request.prompt_ids, request.max_new_tokens)
         with self._lock:
-            if not self._alive:
-                raise WorkerDiedError("the engine's process died; it is started again", retry_after=5)
-            waiting = len(self._listeners) - self._stats.streams
+            self._check_life()
+            waiting = len(self._listeners) - self._child.stats.streams
             if waiting >= self._options.queue_size:
                 raise OverloadedError(f"{waiting} requests wait already", hint="try again later")
             self._number += 1
-            number = self._number
+            number, child = self._number, self._child
             self._listeners[number] = listener
-        self._send(("submit", number, request))
-        return RemoteHandle(number, self._send)
+        child.send("submit", number, request)
+        return RemoteHandle(number, child)
 
-    def _send(self, message: Any) -> None:
-        with self._lock:
-            try:
-                self._pipe.send(message)
-            except OSError:
-                # the reader sees the end of the pipe too, and tells everybody
-                log.debug("nobody reads the pipe")
+    def _check_life(self) -> None:
+        if self._failed:
+            raise WorkerDiedError(
+                "the engine's process died again and again; it is not started any more",
+                hint="restart the server; its log says why the process died",
+                retry_after=60,
+            )
+        if not self._alive:
+            raise WorkerDiedError("the engine's process died; it is started again", retry_after=5)
+        if self._child.late:
+            raise WorkerDiedError("the engine's process does not answer; it is replaced if it stays so", retry_after=5)
 
     def stats(self) -> EngineStats:
-        """See ``requests.TokenEngine``; memory and tokens are at most ``STATS_EVERY`` seconds old."""
+        """See ``interface.TokenEngine``; memory and tokens are at most ``host.STATS_EVERY`` seconds old."""
         with self._lock:
-            count = len(self._listeners)
-            running = min(count, self._stats.streams)
+            count, last = len(self._listeners), self._child.stats
+            running = min(count, last.streams)
             return replace(
-                self._stats, running=running, waiting=count - running, restarts=self._restarts, alive=self._alive
+                last,
+                running=running,
+                waiting=count - running,
+                restarts=self._restarts,
+                alive=self._alive and not self._child.late,
+                failed=self._failed,
             )
 
     def _read(self) -> None:
+        """What the child says, for as long as there is one."""
+        while not self._closing.is_set():
+            reason = self._listen()
+            if self._closing.is_set():
+                self._tell_all(WorkerDiedError("the engine's process was ended", retry_after=5))
+            elif not self._revive(reason):
+                return
+
+    def _listen(self) -> str:
+        """Pass on what the child tells until it is gone; returns how that came."""
+        child = self._child
         try:
-            self._listen()
-        # a reader that ended in silence would leave everybody waiting
+            while True:
+                message = child.receive()
+                if isinstance(message, EngineStats):
+                    child.stats = message
+                elif message is not None:
+                    for number, event in message:
+                        self._tell(number, event)
+                elif child.hung:
+                    child.kill()
+                    return f"no word for {self._patience.hung:g} s: killed"
+        except (EOFError, OSError):
+            return child.ending()
+        # whatever a message does to us, those who wait must hear that no answer comes
         except Exception as error:
             log.exception("the engine's messages cannot be read")
-            self._lose(f"its messages cannot be read: {type(error).__name__}")
-            self._child.kill()
-
-    def _listen(self) -> None:
-        while not self._closing:
-            try:
-                message = self._pipe.recv()
-            except (EOFError, OSError):
-                if self._closing or not self._revive():
-                    return
-                continue
-            if isinstance(message, EngineStats):
-                self._stats = message
-            else:
-                for number, event in message:
-                    self._tell(number, event)
+            child.kill()
+            return f"its messages cannot be read: {type(error).__name__}"
 
     def _tell(self, number: int, event: TokenEvent) -> None:
         with self._lock:
@@ -174,123 +140,47 @@ class RemoteEngine:
         if listener:
             listener(event)
 
-    def _revive(self) -> bool:
-        """Tell everybody that the child died and start another; false when there is no hope."""
+    def _revive(self, reason: str) -> bool:
+        """Tell everybody that the child died and start another; false when there is no hope or no need."""
+        self._lose(reason)
+        lived = time.monotonic() - self._child.started
+        self._deaths = 1 if lived >= self._patience.life else self._deaths + 1
+        self._child.end(0)
+        while self._deaths < self._patience.most_deaths:
+            if self._closing.wait(self._patience.pause(self._deaths)):
+                return False
+            try:
+                child = self._start()
+            except QwenOnnxError as error:
+                self._deaths += 1
+                log.error("it cannot be started again: %s", error.what)
+                continue
+            with self._lock:
+                self._child, self._alive = child, True
+                self._restarts += 1
+            log.warning("the engine's process was started again")
+            return True
         with self._lock:
-            self._alive = False
-        self._lose(self._ending())
-        if time.monotonic() - self._started < LEAST_LIFE and self._restarts:
-            log.error("it died soon after its start: it is not started again")
-            return False
-        try:
-            self._start()
-        except QwenOnnxError as error:
-            log.error("it cannot be started again: %s", error.what)
-            return False
-        self._restarts += 1
-        log.warning("the engine's process was started again")
-        return True
+            self._failed = True
+        log.error("it died %d times, each soon after its start: it is not started again", self._deaths)
+        return False
 
     def _lose(self, reason: str) -> None:
         """Tell everybody that their answers will not come."""
         with self._lock:
             self._alive = False
-            numbers = list(self._listeners)
-        log.error("the engine's process died (%s); %d requests are lost", reason, len(numbers))
-        for number in numbers:
-            self._tell(
-                number, TokenEvent(error=WorkerDiedError(f"the engine's process died ({reason})", retry_after=5))
-            )
+            count = len(self._listeners)
+        log.error("the engine's process died (%s); %d requests are lost", reason, count)
+        self._tell_all(WorkerDiedError(f"the engine's process died ({reason})", retry_after=5))
+
+    def _tell_all(self, error: WorkerDiedError) -> None:
+        for number in list(self._listeners):
+            self._tell(number, TokenEvent(error=error))
 
     def close(self) -> None:
-        """End the child process."""
-        self._closing = True
-        self._send(("close", 0, None))
-        self._child.join(timeout=10)
-        if self._child.is_alive():
-            self._child.kill()
-        self._reader.join(timeout=5)
-        self._pipe.close()
-
-
-def _child_main(pipe: Connection, folder: Path, options: EngineOptions) -> None:
-    """Serve requests until the parent says so or is gone."""
-    # Ctrl-C goes to the whole group; the parent decides when to end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        engine = load_engine(folder, options)
-    except QwenOnnxError as error:
-        pipe.send(error)
-        return
-    host = _Host(pipe, engine)
-    host.run()
-
-
-class _Host:
-    """The child's side of the pipe: numbered requests come in, lists of (number, event) go out, one for each step."""
-
-    def __init__(self, pipe: Connection, engine: BatchEngine | SerialEngine) -> None:
-        self._pipe, self._engine = pipe, engine
-        self._lock = threading.Lock()
-        self._handles: dict[int, Any] = {}
-        self._told: list[tuple[int, TokenEvent]] = []
-        engine.after_step = self._flush
-        pipe.send((engine.shape, engine.features, engine.stats()))
-
-    def run(self) -> None:
-        """Until the pipe ends or ``close`` comes."""
-        ended = False
-        while not ended:
-            try:
-                if self._pipe.poll(STATS_EVERY):
-                    ended = self._handle(*self._pipe.recv())
-                else:
-                    self._say_stats()
-            except (EOFError, OSError):
-                ended = True
-        self._engine.close()
-
-    def _handle(self, kind: str, number: int, content: Any) -> bool:
-        if kind == "submit":
-            self._submit(number, content)
-        elif kind == "cancel" and number in self._handles:
-            self._handles[number].cancel()
-        return kind == "close"
-
-    def _submit(self, number: int, request: TokenRequest) -> None:
-        ended = False
-
-        def listener(event: TokenEvent) -> None:
-            nonlocal ended
-            if event.token is None:
-                with self._lock:
-                    ended = True
-                    self._handles.pop(number, None)
-            self._told.append((number, event))
-
-        try:
-            handle = self._engine.submit(request, listener)
-        except QwenOnnxError as error:
-            self._send([(number, TokenEvent(error=error))])
-            return
-        with self._lock:
-            if not ended:
-                self._handles[number] = handle
-
-    def _flush(self) -> None:
-        if self._told:
-            self._send(self._told)
-            self._told = []
-
-    def _send(self, message: Any) -> None:
-        with self._lock:
-            try:
-                self._pipe.send(message)
-            except OSError:
-                log.debug("the parent is gone")
-
-    def _say_stats(self) -> None:
-        stats = self._engine.stats()
-        if not stats.alive:
-            raise EOFError("the engine failed: a new process replaces this one")
-        self._send(stats)
+        """End the child process; what still runs hears of it."""
+        self._closing.set()
+        self._child.stop(10)
+        self._reader.join(timeout=60)
+        # another one, when the first was just being replaced
+        self._child.end(10)

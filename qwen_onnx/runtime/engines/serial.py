@@ -88,6 +88,8 @@ class SerialEngine:
             generated_tokens=self._written,
             restarts=0,
             resident_bytes=psutil.Process().memory_info().rss,
+            alive=self._thread.is_alive(),
+            failed=not self._thread.is_alive(),
         )
 
     def close(self) -> None:

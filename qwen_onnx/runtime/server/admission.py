@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.engines.interface import cache_scoped
 from qwen_onnx.runtime.server import logs
 from qwen_onnx.runtime.server.api.parsed import PARSED
 from qwen_onnx.runtime.server.api.protocol import error_body
@@ -129,11 +130,13 @@ class Gate:
     async def _guarded(self, scope: Message, headers: dict[str, str], receive: Receive, send: _Sender) -> None:
         try:
             try:
-                self._admit(scope, headers, send)
+                key = self._admit(scope, headers, send)
             except Refused:
                 await self._drain(receive)
                 raise
-            await self._app(scope, await self._read(scope, headers, receive), send)
+            content = await self._read(scope, headers, receive)
+            with cache_scoped(key) if key else contextlib.nullcontext():
+                await self._app(scope, content, send)
         except Refused as refusal:
             send.record.reason = refusal.reason
             await send.answer(refusal.status, refusal.body, refusal.headers)
@@ -149,13 +152,15 @@ class Gate:
                 raise Broken from None
             await send.answer(500, error_body("internal error", kind="server_error"), (CLOSE,))
 
-    def _admit(self, scope: Message, headers: dict[str, str], send: _Sender) -> None:
-        """Host, key and rate; Refused when one of them says no."""
+    def _admit(self, scope: Message, headers: dict[str, str], send: _Sender) -> str:
+        """Host, key and rate; Refused when one of them says no. Returns the key, or nothing where none is asked for."""
         path = scope["path"]
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             raise Refused(421, "this server is not known by that Host; see --allowed-host", "host")
+        key = ""
         if self._keys and not _open(path):
-            send.record.key = self._keys.name_of(_presented(headers))
+            key = _presented(headers)
+            send.record.key = self._keys.name_of(key)
             if send.record.key is None:
                 challenge = (b"www-authenticate", b'Bearer realm="qwen-onnx"')
                 raise Refused(401, "no valid API key", "unauthorized", headers=(challenge,), code="invalid_api_key")
@@ -173,6 +178,7 @@ class Gate:
                     code="rate_limit_exceeded",
                     kind="rate_limit_error",
                 )
+        return key
 
     async def _read(self, scope: Message, headers: dict[str, str], receive: Receive) -> Receive:
         """The whole body, checked; what the application receives instead of the connection's messages."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qwen_onnx.runtime.engines.interface import TokenEvent
-from qwen_onnx.runtime.processing.tails import begun
+from qwen_onnx.runtime.processing.tails import Search
 from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
 from qwen_onnx.runtime.service.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
 
@@ -77,7 +77,7 @@ class StopStrings:
     """Cuts text at the first stop string, also one that spans tokens; the stop string itself is dropped."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._stops = [(len(stop), Search(stop)) for stop in stops]
         self._held = ""
         self.hit = False
 
@@ -85,12 +85,14 @@ class StopStrings:
         """The part of the text so far that can no longer become a stop string."""
         if self.hit:
             return ""
+        before = len(self._held)
         self._held += text
-        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
-        if found:
+        ends = [(size, search.push(text)) for size, search in self._stops]
+        begins = [before + end - size for size, end in ends if end is not None]
+        if begins:
             self.hit = True
-            return self._release(min(found))
-        return self._release(len(self._held) - begun(self._held, self._stops))
+            return self._release(min(begins))
+        return self._release(len(self._held) - max((search.begun for _, search in self._stops), default=0))
 
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

@@ -11,7 +11,7 @@ from qwen_onnx.runtime.engines.sampling import MOST_BIAS, Sampling, parameter, p
 from qwen_onnx.runtime.processing.template import Message
 
 FinishReason = Literal["stop", "length"]
-MOST_STOP_STRINGS = 16
+MOST_STOP_STRINGS, MOST_STOP_CHARACTERS = 16, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class GenerationConfig(Sampling):
 
     Args:
         max_new_tokens: the most that the answer has.
-        stop: the answer ends before the first of these strings.
+        stop: the answer ends before the first of these strings; at most 16 of at most 256 characters.
         logprobs: None is off; else how many alternatives are told beside each chosen token, 0 to 20.
         grammar: of llguidance, as JSON or Lark text: the answer is a word of it.
 
@@ -40,6 +40,11 @@ class GenerationConfig(Sampling):
             raise RequestError("stop holds an empty string or no strings", where="stop")
         if len(self.stop) > MOST_STOP_STRINGS:
             raise RequestError(f"{len(self.stop)} stop strings, the most is {MOST_STOP_STRINGS}", where="stop")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MOST_STOP_CHARACTERS:
+            raise RequestError(
+                f"a stop string has {longest} characters, the most is {MOST_STOP_CHARACTERS}", where="stop"
+            )
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or not -MOST_BIAS <= bias <= MOST_BIAS:
                 told = f"logit_bias of {token!r} is {bias!r}, not from -{MOST_BIAS} to {MOST_BIAS}"

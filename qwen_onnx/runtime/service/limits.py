@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.service.budget import BUDGET, Budget
 
 HOUR = 3600.0
 MOST_CLIENTS = 10_000
@@ -34,7 +35,9 @@ class RateLimiter:
         now = self._clock()
         times = self._recent(client, now)
         if len(times) >= self.limit:
-            return max(1, math.ceil(times[0] + self._window - now))
+            wait = max(1, math.ceil(times[0] + self._window - now))
+            # rounding must not send a client back too early
+            return wait if times[0] <= now + wait - self._window else wait + 1
         times.append(now)
         return 0
 
@@ -58,13 +61,14 @@ class RateLimiter:
             del self._times[next(iter(self._times))]
 
 
-def read_json(body: bytes, most_depth: int) -> Any:
-    """JSON of UTF-8, without what parsers disagree about.
+def read_json(body: bytes, most_depth: int, budget: Budget = BUDGET) -> Any:
+    """JSON of UTF-8, within a budget and without what parsers disagree about.
 
     Raises:
         RequestError: no JSON, not UTF-8, a key twice in an object, NaN or Infinity, a number of more than
-            ``MOST_DIGITS`` digits, nesting beyond ``most_depth``.
+            ``MOST_DIGITS`` digits, nesting beyond ``most_depth``, more than ``budget`` has.
     """
+    budget.check_size(body)
     try:
         value = json.loads(
             body.decode("utf-8"),
@@ -81,6 +85,7 @@ def read_json(body: bytes, most_depth: int) -> Any:
         raise RequestError(f"the body is nested deeper than {most_depth} levels") from error
     if is_deeper(value, most_depth):
         raise RequestError(f"the body is nested deeper than {most_depth} levels")
+    budget.check(value)
     return value
 
 

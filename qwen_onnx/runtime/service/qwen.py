@@ -8,11 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.errors import PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
-from qwen_onnx.runtime.engines.genai import CONFIG_FILE
-from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest
-from qwen_onnx.runtime.engines.remote import EngineOptions, RemoteEngine, load_engine
+from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.remote import RemoteEngine
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_template
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
@@ -94,9 +95,22 @@ class QwenService(TextService):
             OverloadedError, WorkerDiedError: it cannot be served now.
         """
         ids = self.prepare(prompt, config)
-        most = min(config.max_new_tokens, self.room(ids))
-        request = TokenRequest(tuple(ids), most, sampling(config), logprobs=config.logprobs, grammar=config.grammar)
+        request = TokenRequest(
+            tuple(ids),
+            min(config.max_new_tokens, self.room(ids)),
+            sampling(config),
+            logprobs=config.logprobs,
+            grammar=config.grammar,
+            cache_scope=cache_scope.get(),
+        )
         return self.engine.submit(request, listener), Assembler(self.tokenizer, config, len(ids))
+
+    def close(self) -> None:
+        """Free the model and end the processes."""
+        # first: what is being rendered would be waited for
+        if self.template:
+            self.template.close()
+        self.engine.close()
 
 
 def sampling(config: GenerationConfig) -> Sampling:
@@ -107,5 +121,5 @@ def sampling(config: GenerationConfig) -> Sampling:
 def _fingerprint(folder: Path) -> str:
     """Changes with the artifact: OpenAI's ``system_fingerprint``."""
     manifest = folder / "manifest.json"
-    content = (manifest if manifest.exists() else folder / CONFIG_FILE).read_bytes()
+    content = (manifest if manifest.exists() else folder / GENAI_CONFIG).read_bytes()
     return f"fp_{hashlib.sha256(content).hexdigest()[:12]}"

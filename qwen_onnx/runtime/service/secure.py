@@ -48,6 +48,8 @@ class GuardedService(TextService):
         self.tokenizer, self.template, self.engine = inner.tokenizer, inner.template, inner.engine
         self.fingerprint = inner.fingerprint
         self.policy, self._observers = policy, tuple(observers)
+        if self.template:
+            self.template.seconds = policy.request_seconds
         self._hash = PromptHash(policy.log_key)
 
     def prepare(self, prompt: Prompt, config: GenerationConfig) -> Prepared:
@@ -58,11 +60,13 @@ class GuardedService(TextService):
         """
         self._check_load()
         config = self._bounded(config)
-        if not isinstance(prompt, Prepared):
-            _check_roles(prompt)
-            self._check_length(prompt)
-            prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
-        return self._inner.prepare(prompt, config)
+        if isinstance(prompt, Prepared):
+            return self._inner.prepare(prompt, config)
+        _check_roles(prompt)
+        self._check_length(prompt)
+        begin = time.monotonic()
+        prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
+        return Prepared(self._inner.prepare(prompt, config), time.monotonic() - begin)
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""
@@ -112,14 +116,16 @@ class GuardedService(TextService):
             record.prompt_hash = self._hash.of(prompt)
         run = _Run(self, record)
         try:
-            run.begin(*self._inner.submit(prompt, self._bounded(config), listener), listener)
+            config = self._bounded(config)
+            ids = self.prepare(prompt, config)
+            run.begin(*self._inner.submit(ids, config, listener), listener, ids.seconds)
         except QwenOnnxError as error:
             run.end(error)
             raise
         return run, run
 
     def close(self) -> None:
-        """Free the model."""
+        """See ``TextService``."""
         self._inner.close()
 
     def ended(self, measurement: Measurement) -> None:
@@ -138,8 +144,8 @@ class _Run:
         self._timer: threading.Timer | None = None
         self._ended = threading.Lock()
 
-    def begin(self, handle: Handle, answer: Answer, listener: Listener) -> None:
-        """It was submitted."""
+    def begin(self, handle: Handle, answer: Answer, listener: Listener, spent: float) -> None:
+        """It was submitted; ``spent`` seconds of its time are gone."""
         self._handle, self._answer = handle, answer
         seconds = self._service.policy.request_seconds
         if seconds is None:
@@ -150,7 +156,7 @@ class _Run:
             listener(TokenEvent(error=error))
             handle.cancel()
 
-        self._timer = threading.Timer(seconds, late)
+        self._timer = threading.Timer(max(seconds - spent, 0), late)
         self._timer.daemon = True
         self._timer.start()
 

@@ -6,6 +6,7 @@ import queue
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, Self
 
 from qwen_onnx.errors import QwenOnnxError, TemplateError
@@ -22,7 +23,15 @@ POLL = 0.05
 
 
 class Prepared(list[int]):
-    """Token ids that ``prepare`` has let pass; they are not rendered, encoded or checked again."""
+    """Token ids that ``prepare`` has let pass; they are not rendered, encoded or checked again.
+
+    Args:
+        seconds: that it took to prepare them; they count into the time for the answer.
+    """
+
+    def __init__(self, ids: Sequence[int], seconds: float = 0.0) -> None:
+        super().__init__(ids)
+        self.seconds = seconds
 
 
 class TextService(ABC):
@@ -121,16 +130,18 @@ class TextService(ABC):
             except QwenOnnxError as error:
                 error.add_note(f"prompt {index} of the batch")
                 raise
+        # a thread of a pool starts without the caller's context, which says whose requests these are
+        contexts = [copy_context() for _ in prepared]
         with ThreadPoolExecutor(max(1, self.engine.stats().streams), "qwen-onnx batch") as pool:
-            return list(pool.map(lambda ids: self.generate(ids, config), prepared))
+            return list(pool.map(lambda context, ids: context.run(self.generate, ids, config), contexts, prepared))
 
     def stats(self) -> EngineStats:
         """What the engine does now."""
         return self.engine.stats()
 
+    @abstractmethod
     def close(self) -> None:
-        """Free the model."""
-        self.engine.close()
+        """Free the model and end the processes."""
 
     def __enter__(self) -> Self:
         return self

@@ -12,10 +12,10 @@ import pytest
 
 from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.catalog.passes import HtpContextConfig
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.errors import ArtifactError, ExportError, VerificationError
 from qwen_onnx.export.passes.htp_context.context import compile_in
+from qwen_onnx.export.passes.htp_context.options import HtpContextOptions
 from qwen_onnx.export.passes.htp_qdq.export import export
 from qwen_onnx.export.readback.htp import compare_folder, read_folder
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
@@ -24,11 +24,11 @@ from qwen_onnx.runtime.engines.runners.qnn import Backend
 from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY
 from tests.export.test_htp import EXPORT, IDS, PREFILL, quantized
-from tests.fixtures_architectures import make_checkpoint
+from tests.fixtures.architectures import make_checkpoint
 
 pytestmark = pytest.mark.slow
 CATALOG = load_catalog(REPOSITORY)
-CONFIG = HtpContextConfig()
+CONFIG = HtpContextOptions()
 BITS = {"Qwen2ForCausalLM": 4, "Qwen3ForCausalLM": 8}
 
 
@@ -37,7 +37,10 @@ def interpreter() -> Interpreter:
     return interpreter_of(CATALOG.environments["qnn"], cache_root(REPOSITORY), print)
 
 
-@pytest.fixture(scope="module", params=BITS)
+# one of them in CI: each takes about a minute
+@pytest.fixture(
+    scope="module", params=["Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.release)]
+)
 def compiled(
     request: pytest.FixtureRequest, interpreter: Interpreter, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,11 @@ from qwen_onnx.errors import (
     WorkerDiedError,
 )
 from qwen_onnx.runtime import RemoteEngine
+from qwen_onnx.runtime.engines.child import Patience
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.remote import EngineOptions
+from qwen_onnx.runtime.engines.loading import EngineOptions
+from qwen_onnx.runtime.service.generation import Sampling
+from tests.fixtures.servers import until
 from tests.runtime.engines.batch.test_engine import Heard, endless
 
 
@@ -79,6 +84,75 @@ def test_a_killed_process_is_noticed_said_and_replaced(remote: RemoteEngine, cap
         pytest.fail("it was not started again")
     assert remote.stats().restarts == 1
     assert "died (signal 9); 1 requests are lost" in caplog.text
+
+
+SMALL = EngineOptions(streams=2, queue_size=1, capacity=1024, threads=1)
+
+
+@pytest.fixture
+def impatient(tiny_artifact: Path) -> Iterator[RemoteEngine]:
+    """Takes a second of silence for late and five for hung; three deaths are too many."""
+    running = RemoteEngine(tiny_artifact, SMALL, patience=Patience(late=1, hung=5, most_deaths=3))
+    yield running
+    running.close()
+
+
+def signalled(engine: RemoteEngine, number: int) -> None:
+    assert engine.pid is not None
+    os.kill(engine.pid, number)
+
+
+def test_a_process_that_dies_twice_at_once_is_started_again(impatient: RemoteEngine) -> None:
+    for restarts in (1, 2):
+        signalled(impatient, signal.SIGKILL)
+        until(lambda: impatient.stats().restarts >= restarts, 60)  # noqa: B023
+    assert len(Heard(impatient, endless((5, 6), 8)).tokens()) == 8
+    assert not impatient.stats().failed
+
+
+def test_a_process_that_always_dies_is_given_up_and_that_is_said(
+    impatient: RemoteEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    for restarts in (1, 2, 3):
+        until(lambda: impatient.stats().alive, 60)
+        signalled(impatient, signal.SIGKILL)
+        until(lambda: impatient.stats().restarts >= restarts or impatient.stats().failed, 60)  # noqa: B023
+    stats = impatient.stats()
+    assert (stats.failed, stats.alive) == (True, False)
+    with pytest.raises(WorkerDiedError, match="not started any more"):
+        impatient.submit(endless((5, 6), 8), lambda _: None)
+    assert "died 3 times" in caplog.text
+
+
+def test_a_hung_process_is_noticed_and_replaced(impatient: RemoteEngine) -> None:
+    running = Heard(impatient, endless((5, 6), 1000))
+    running.next()
+    stopped = impatient.pid
+    signalled(impatient, signal.SIGSTOP)
+    until(lambda: not impatient.stats().alive)
+    with pytest.raises(WorkerDiedError):
+        impatient.submit(endless((5, 6), 8), lambda _: None)
+    assert isinstance(running.end().error, WorkerDiedError)
+    until(lambda: impatient.stats().alive, 60)
+    assert impatient.pid != stopped
+    assert len(Heard(impatient, endless((5, 6), 8)).tokens()) == 8
+
+
+def test_a_hung_process_holds_up_nobody(tiny_artifact: Path) -> None:
+    """Whatever the size of what is asked: the pipe is full, but only a thread of its own waits for it."""
+    engine = RemoteEngine(tiny_artifact, SMALL)
+    signalled(engine, signal.SIGSTOP)
+    large = endless((5, 6), 8, sampling=Sampling(logit_bias=dict.fromkeys(range(400_000), 1.0)))
+    asking = threading.Thread(target=lambda: engine.submit(large, lambda _: None), daemon=True)
+    asking.start()
+    asking.join(timeout=20)
+    looking = threading.Thread(target=engine.stats, daemon=True)
+    looking.start()
+    looking.join(timeout=20)
+    blocked = asking.is_alive() or looking.is_alive()
+    signalled(engine, signal.SIGKILL)
+    engine.close()
+    assert not blocked
 
 
 def test_what_cannot_be_loaded_keeps_its_words(tmp_path: Path, tiny_artifact: Path) -> None:

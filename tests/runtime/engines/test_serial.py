@@ -14,7 +14,7 @@ from qwen_onnx.runtime import Engine
 from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.remote import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.engines.serial import SerialEngine
 from tests.runtime.engines.batch.test_engine import Heard, alone, endless

@@ -22,8 +22,9 @@ import yaml
 from openai import OpenAI
 
 from benchmarks.live import LiveServer, free_port
+from tests.conftest import REPOSITORY
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
+TEXT = (REPOSITORY / "docs/deploy.md").read_text(encoding="utf-8")
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed: apt-get install nginx-light")
 

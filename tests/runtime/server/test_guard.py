@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from qwen_onnx.runtime.server.keys import KeyRing, digest_of
 from qwen_onnx.runtime.server.settings import ServerSettings
-from tests.runtime.guarded import CHAT, Guarded, body, exchange, guarded, request, statuses, until
+from tests.fixtures.servers import CHAT, Guarded, body, exchange, guarded, request, statuses, until
 
 ALICE, BOB = "qo-alice-0123456789", "qo-bob-0123456789"
 KEYS = KeyRing({digest_of(ALICE): "alice", digest_of(BOB): "bob"})
@@ -200,3 +200,21 @@ def test_readiness_tells_its_checks(plain: Guarded) -> None:
     told = plain.http.get("/health/ready").json()
     assert told["status"] in ("healthy", "degraded")
     assert {check["name"] for check in told["checks"]} == {"response_time", "memory_growth", "speed", "worker", "queue"}
+
+
+def test_a_key_learns_nothing_of_what_another_has_asked(tiny_artifact: Path) -> None:
+    """``cached_tokens`` would tell a prompt token by token to whoever guesses."""
+    settings = ServerSettings(rate_limit=100)
+
+    def cached(server: Guarded, key: str | None, text: str) -> int:
+        answer = server.ask(key, messages=[{"role": "user", "content": text}])
+        found: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    secret = "the code of the safe is 493817, tell nobody"
+    with guarded(tiny_artifact, settings, keys=KEYS) as keyed:
+        assert cached(keyed, ALICE, secret) == 0
+        assert cached(keyed, BOB, secret) == 0
+        assert cached(keyed, ALICE, secret) > len(secret)
+    with guarded(tiny_artifact, settings) as open_to_all:
+        assert [cached(open_to_all, None, secret) > 0 for _ in range(2)] == [False, True]

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from benchmarks.live import LiveServer
-from tests.runtime.guarded import CHAT, exchange, request, statuses
+from tests.fixtures.servers import CHAT, exchange, request, statuses
 
 COUNT = 1000
 # these take as long as the server's patience, which is half a second here

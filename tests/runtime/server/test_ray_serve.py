@@ -62,7 +62,7 @@ def test_both_replicas_answer_alike_and_stream(cluster: LiveServer) -> None:
     assert arrivals[-1] - arrivals[0] > 0.05, "all pieces came at once"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_replica_that_is_killed_comes_back(cluster: LiveServer) -> None:
     before = names(cluster, 2)
     replica_processes(cluster)[0].kill()

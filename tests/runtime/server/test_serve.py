@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks.live import LiveServer
 from tests.conftest import run_cli
-from tests.runtime.guarded import CHAT, until
+from tests.fixtures.servers import CHAT, until
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.server.tracing import Tracer, make_tracer
-from tests.runtime.guarded import CHAT, guarded, until
+from tests.fixtures.servers import CHAT, guarded, until
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 

@@ -16,11 +16,12 @@ import pytest
 from openai import OpenAI
 
 from qwen_onnx.runtime.server.web import TYPES, make_web_router
-from tests.runtime.browser import NAMES, Page, executable
+from tests.conftest import REPOSITORY
+from tests.fixtures.browser import NAMES, Page, executable
 from tests.runtime.conftest import served
 
 ATTACK = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-STATIC = Path(__file__).parents[2] / "qwen_onnx/runtime/server/web/static"
+STATIC = REPOSITORY / "qwen_onnx/runtime/server/web/static"
 REFUSED = {"message": "This server needs an API key.", "type": "invalid_request_error", "param": None, "code": None}
 
 

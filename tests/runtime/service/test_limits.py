@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.service import limits
+from qwen_onnx.runtime.service.budget import Budget
 from qwen_onnx.runtime.service.limits import MOST_CLIENTS, RateLimiter, check_token_fields, read_json
 
 
@@ -40,6 +44,7 @@ def test_the_window_slides() -> None:
 
 
 @given(st.lists(st.floats(0, 5000), min_size=1, max_size=60))
+@example([3364.0, 0.0, 0.0, 0.0, 0.02])
 def test_no_window_holds_more_than_the_limit(gaps: list[float]) -> None:
     clock, passed = Clock(), []
     limiter = RateLimiter(4, 3600, clock)
@@ -110,3 +115,97 @@ def test_the_cap_names_the_field_as_the_client_wrote_it(name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} is 11, the most is 10") as caught:
         check_token_fields({name: 11}, 10)
     assert caught.value.where == name
+
+
+SMALL = Budget(values=12, ids=6, items=4, members=3, name=5, schema=20, enum=2)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2**33)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=6)
+        | st.lists(st.integers(0, 9), max_size=8)
+        | st.dictionaries(st.sampled_from(["prompt", "schema", "parameters", "enum", "a", "b"]), inner)
+        | st.dictionaries(st.text(max_size=7), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+
+
+def _parts(value: object, field: str = "", schema: bool = False) -> Iterator[tuple[str, bool, object]]:
+    """Every value with its field and whether it belongs to a schema; token ids of prompts are one value."""
+    yield field, schema, value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            begins = name in ("schema", "parameters") and isinstance(inner, dict)
+            yield from _parts(inner, field or name, schema or begins)
+    elif isinstance(value, list) and not (field == "prompt" and _are_ids(value)):
+        for inner in value:
+            yield from _parts(inner, field, schema)
+
+
+def _within(value: object, budget: Budget) -> bool:
+    parts = list(_parts(value))
+    objects = [(part, schema) for _, schema, part in parts if isinstance(part, dict)]
+    prompts = [part for field, _, part in parts if field == "prompt" and _are_ids(part)]
+    lists = [part for field, _, part in parts if isinstance(part, list) and not (field == "prompt" and _are_ids(part))]
+    enums = [part["enum"] for part, schema in objects if schema and isinstance(part.get("enum"), list)]
+    written = sum(1 + (len(part) if isinstance(part, str) else 0) for _, schema, part in parts if schema)
+    written += sum(len(name) for part, schema in objects if schema for name in part)
+    return (
+        len(parts) <= budget.values
+        and sum(map(len, prompts)) <= budget.ids
+        and all(len(part) <= budget.items for part in lists)
+        and all(len(part) <= budget.members and all(len(n) <= budget.name for n in part) for part, _ in objects)
+        and written <= budget.schema
+        and all(len(enum) <= budget.enum for enum in enums)
+    )
+
+
+@settings(max_examples=500)
+@given(json_values)
+@example({"prompt": [1, 2, 3, 4, 5, 6]})
+@example({"prompt": [[1, 2, 3], [4, 5, 6, 7]]})
+@example({"prompt": [1, 2, 3, 4, True]})
+@example({"a": {"schema": {"enum": [1, 2, 3]}}})
+@example({"schema": {"enum": 1, "a": {"schema": "0123456789"}}})
+@example([[[], [], []], [[], [], []], [[], [], []]])
+def test_json_passes_if_and_only_if_it_is_within_the_budget(value: object) -> None:
+    body = json.dumps(value).encode()
+    if _within(value, SMALL):
+        assert read_json(body, 64, SMALL) == value
+    else:
+        with pytest.raises(RequestError, match="more than"):
+            read_json(body, 64, SMALL)
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='[]{}",:\\1ae', max_size=60).map(str.encode))
+def test_no_bytes_raise_anything_else(body: bytes) -> None:
+    with contextlib.suppress(RequestError):
+        read_json(body, 8, SMALL)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"[]," * 100_000 + b"[]]",
+        b'{"a": [' + b"{}," * 100_000 + b"{}]}",
+        b'{"input": [' + b"1," * 1_000_000 + b"1]}",
+    ],
+)
+def test_what_has_too_many_values_is_refused_before_it_is_parsed(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "json", None)
+    with pytest.raises(RequestError, match="more than 65536 values"):
+        read_json(body, 64)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, ",,{{" * 100_000, '\\",[' * 100_000, '"' * 99_999])
+def test_what_stands_in_a_text_is_not_counted(text: str) -> None:
+    value = {"messages": [{"role": "user", "content": text}], "prompt": "x"}
+    assert read_json(json.dumps(value).encode(), 64) == value

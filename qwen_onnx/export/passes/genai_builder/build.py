@@ -14,13 +14,13 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.catalog.passes import GenAIModelBuilderConfig
-from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.genai_builder.qdq import write_signed
 from qwen_onnx.export.passes.genai_builder.repairs import repair
 from qwen_onnx.export.passes.genai_builder.streaming import weights_in_files
 from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.export.workfolder import KEPT_FOLDER
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.checkpoint import TOKENIZER_FILE
 
@@ -34,18 +34,18 @@ class GenAIModelBuilder(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return parameters(GenAIModelBuilderConfig)
+        return parameters(GenAIModelBuilderOptions)
 
     def _run_for_config(
         self, model: HfModelHandler, config: BasePassConfig, output_model_path: str
     ) -> ONNXModelHandler:
         kept = Path(KEPT_FOLDER, STEPS_FOLDER).resolve() if Path(KEPT_FOLDER).exists() else None
-        options = chosen(GenAIModelBuilderConfig, config)
+        options = chosen(GenAIModelBuilderOptions, config)
         build(Path(model.model_name_or_path), Path(output_model_path), options, kept)
         return ONNXModelHandler(output_model_path, onnx_file_name=MODEL_FILE)
 
 
-def build(checkpoint: Path, output: Path, config: GenAIModelBuilderConfig, kept: Path | None = None) -> None:
+def build(checkpoint: Path, output: Path, config: GenAIModelBuilderOptions, kept: Path | None = None) -> None:
     """Run genai's builder for an execution provider, with what the checkpoint's architecture needs around it.
 
     The provider need not be on this machine.

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qwen_onnx.catalog.passes import MATRIX_PIECE
 from qwen_onnx.export.passes.genai_builder.mapped_model import StoredExperts
+from qwen_onnx.export.passes.genai_builder.options import MATRIX_PIECE
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.weights import create_safetensors, mapped_safetensors, return_free_memory
 from qwen_onnx.export.workfolder import WorkFolder

@@ -25,17 +25,15 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.catalog.passes import BATCH, CalibratedGptqConfig
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
-from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
+from qwen_onnx.export.passes.gptq.options import BATCH, CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.sensitivity import choose_int8, named_as
 from qwen_onnx.export.passes.gptq.solver import Quantized, gptq, round_to_nearest
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
 from qwen_onnx.export.weights import (
-    INDEX_FILE,
     Scratch,
     create_safetensors,
     mapped,
@@ -44,8 +42,9 @@ from qwen_onnx.export.weights import (
     row_pieces,
     write_safetensors,
 )
-from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
 from qwen_onnx.records import digest_of
+from qwen_onnx.sources.checkpoint import INDEX_FILE
 
 # matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -57,16 +56,16 @@ class CalibratedGptq(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return parameters(CalibratedGptqConfig)
+        return parameters(CalibratedGptqOptions)
 
     def _run_for_config(self, model: HfModelHandler, config: BasePassConfig, output_model_path: str) -> HfModelHandler:
-        settings, output = chosen(CalibratedGptqConfig, config), Path(output_model_path)
+        settings, output = chosen(CalibratedGptqOptions, config), Path(output_model_path)
         kept = Path(KEPT_FOLDER)
         quantize(Path(model.model_name_or_path), output, settings, kept.resolve() if kept.exists() else None)
         return HfModelHandler(output_model_path)
 
 
-def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig, kept: Path | None = None) -> None:
+def quantize(checkpoint: Path, output: Path, config: CalibratedGptqOptions, kept: Path | None = None) -> None:
     """Write a quantised copy of ``checkpoint`` in Olive's format to ``output``.
 
     Args:
@@ -83,7 +82,7 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqConfig, kept:
         skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
         _require_blocks(skeleton, config.group_size)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
         ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
         return_free_memory()
         settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -121,7 +120,7 @@ def _require_blocks(skeleton: Skeleton, block: int) -> None:
 
 @torch.no_grad()
 def quantize_layers(
-    skeleton: Skeleton, ids: torch.Tensor, precise: set[str], config: CalibratedGptqConfig, work: WorkFolder
+    skeleton: Skeleton, ids: torch.Tensor, precise: set[str], config: CalibratedGptqOptions, work: WorkFolder
 ) -> None:
     """GPTQ layer by layer; each layer sees the inputs that the quantised layers before it produce.
 
@@ -168,7 +167,7 @@ class _Layer:
     skeleton: Skeleton
     index: int
     arguments: dict[str, Any]
-    config: CalibratedGptqConfig
+    config: CalibratedGptqOptions
     work: WorkFolder
 
     def quantize(self, states: torch.Tensor, precise: set[str]) -> None:
@@ -219,7 +218,7 @@ class _Layer:
 
 
 @torch.no_grad()
-def quantize_head(skeleton: Skeleton, config: CalibratedGptqConfig, work: WorkFolder) -> None:
+def quantize_head(skeleton: Skeleton, config: CalibratedGptqOptions, work: WorkFolder) -> None:
     """Round the head to its grid by rows, unless it stays float, and copy what is outside of the layers."""
     if work.finished("outer") is not None:
         return
@@ -241,17 +240,17 @@ def quantize_head(skeleton: Skeleton, config: CalibratedGptqConfig, work: WorkFo
     work.commit("outer", [name])
 
 
-def _head_rows(rows: torch.Tensor, config: CalibratedGptqConfig) -> dict[str, torch.Tensor]:
+def _head_rows(rows: torch.Tensor, config: CalibratedGptqOptions) -> dict[str, torch.Tensor]:
     return _parts(round_to_nearest(rows.float(), config.head_bits, config.group_size, config.symmetric), config)
 
 
-def _parts(matrix: Quantized, config: CalibratedGptqConfig) -> dict[str, torch.Tensor]:
+def _parts(matrix: Quantized, config: CalibratedGptqOptions) -> dict[str, torch.Tensor]:
     """The tensors of a matrix in Olive's format: without zero points every one is the middle of the grid."""
     return {part: value for part, value in matrix.packed().items() if part != "qzeros" or not config.symmetric}
 
 
 def _assemble(
-    skeleton: Skeleton, work: WorkFolder, checkpoint: Path, output: Path, config: CalibratedGptqConfig
+    skeleton: Skeleton, work: WorkFolder, checkpoint: Path, output: Path, config: CalibratedGptqOptions
 ) -> None:
     """Link the finished files into ``output``, with an index and the config that Olive's format asks for."""
     from safetensors import safe_open

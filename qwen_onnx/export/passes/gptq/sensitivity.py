@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qwen_onnx.catalog.passes import LOGITS_PIECE, CalibratedGptqConfig
+from qwen_onnx.export.passes.gptq.options import LOGITS_PIECE, CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.solver import round_to_nearest
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import Skeleton, call
@@ -24,6 +24,8 @@ from qwen_onnx.export.workfolder import WorkFolder
 # genai fuses q, k and v, so these share their bits
 ONE_PRECISION = {"k_proj": "q_proj", "v_proj": "q_proj"}
 STEP = "sensitivity"
+# gain and size of each matrix, by its name
+Scores = dict[str, dict[str, float]]
 
 
 def named_as(name: str, table: dict[str, str]) -> str:
@@ -32,7 +34,7 @@ def named_as(name: str, table: dict[str, str]) -> str:
     return f"{parent}.{table.get(last, last)}"
 
 
-def choose_int8(skeleton: Skeleton, ids: torch.Tensor, config: CalibratedGptqConfig, work: WorkFolder) -> set[str]:
+def choose_int8(skeleton: Skeleton, ids: torch.Tensor, config: CalibratedGptqOptions, work: WorkFolder) -> set[str]:
     """Names of the matrices that get 8 bits: those that gain most per weight, within ``int8_share``.
 
     The gain is ½ Σ F·δ² with the diagonal Fisher information F and the 4-bit rounding error δ: the second-order
@@ -52,7 +54,7 @@ def choose_int8(skeleton: Skeleton, ids: torch.Tensor, config: CalibratedGptqCon
     return set(known["int8"])
 
 
-def _within_share(scores: dict[str, dict[str, float]], share: float) -> set[str]:
+def _within_share(scores: Scores, share: float) -> set[str]:
     gains: dict[str, float] = {}
     sizes: dict[str, float] = {}
     members: dict[str, set[str]] = {}
@@ -70,14 +72,12 @@ def _within_share(scores: dict[str, dict[str, float]], share: float) -> set[str]
     return chosen
 
 
-def _gains(
-    skeleton: Skeleton, ids: torch.Tensor, config: CalibratedGptqConfig, work: WorkFolder
-) -> dict[str, dict[str, float]]:
+def _gains(skeleton: Skeleton, ids: torch.Tensor, config: CalibratedGptqOptions, work: WorkFolder) -> Scores:
     """Gain and number of weights by matrix, in the order of the layers."""
     run = _Run(skeleton, skeleton.arguments(skeleton.embed(ids[:1])), work)
     run.forward(ids)
     run.head(ids, config.seed)
-    scores: dict[int, dict[str, dict[str, float]]] = {}
+    scores: dict[int, Scores] = {}
     steps = Steps("sensitivity of the weights: backward through layer", skeleton.count)
     for index in reversed(range(skeleton.count)):
         known = work.finished(f"backward-{index:04d}")
@@ -167,7 +167,7 @@ class _Run:
             labels[piece] = torch.div(odds, noise[piece], out=odds).argmax(-1)
         return labels
 
-    def backward(self, index: int, shape: tuple[int, ...], config: CalibratedGptqConfig) -> dict[str, dict[str, float]]:
+    def backward(self, index: int, shape: tuple[int, ...], config: CalibratedGptqOptions) -> Scores:
         """Recompute one layer with gradients; returns its matrices' scores and writes the gradient for its input."""
         count = self.skeleton.count
         inputs = reopened(self.work.required(f"forward-{index:04d}", f"input-{index:04d}"), shape)
@@ -208,7 +208,7 @@ class _Run:
             module.weight.register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
         return fisher
 
-    def _gain(self, weight: torch.Tensor, fisher: torch.Tensor, config: CalibratedGptqConfig) -> float:
+    def _gain(self, weight: torch.Tensor, fisher: torch.Tensor, config: CalibratedGptqOptions) -> float:
         delta = self.skeleton.scratch.zeros("delta", tuple(weight.shape))
         for piece in row_pieces(*weight.shape):
             rows = weight[piece]

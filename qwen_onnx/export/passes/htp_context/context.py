@@ -13,9 +13,9 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.artifact.htp.folder import CONTEXT, HtpFolder, graph_file
-from qwen_onnx.catalog.passes import HtpContextConfig
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.options import chosen, parameters
+from qwen_onnx.export.passes.htp_context.options import HtpContextOptions
 from qwen_onnx.processes.environments import Interpreter, announced_interpreter
 
 
@@ -24,18 +24,18 @@ class HtpContext(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return parameters(HtpContextConfig)
+        return parameters(HtpContextOptions)
 
     def _run_for_config(
         self, model: ONNXModelHandler, config: BasePassConfig, output_model_path: str
     ) -> ONNXModelHandler:
-        settings, output = chosen(HtpContextConfig, config), Path(output_model_path)
+        settings, output = chosen(HtpContextOptions, config), Path(output_model_path)
         shutil.copytree(Path(model.model_path).parent, output, dirs_exist_ok=True)
         compile_in(announced_interpreter(), output, settings)
         return ONNXModelHandler(str(output), onnx_file_name=graph_file(1, CONTEXT))
 
 
-def compile_in(interpreter: Interpreter, folder: Path, config: HtpContextConfig) -> None:
+def compile_in(interpreter: Interpreter, folder: Path, config: HtpContextOptions) -> None:
     """Compile the graphs of ``folder`` in place, in the environment of onnxruntime-qnn.
 
     Raises:
@@ -50,7 +50,12 @@ def compile_in(interpreter: Interpreter, folder: Path, config: HtpContextConfig)
     ]
     lines: list[str] = []
     with subprocess.Popen(
-        command, env=interpreter.variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=interpreter.variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as child:
         for line in child.stdout or ():
             print(line, end="", flush=True)

@@ -17,12 +17,12 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder, graph_file
 from qwen_onnx.artifact.htp.grid import Grid
-from qwen_onnx.catalog.passes import HtpQdqExportConfig
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.htp_qdq.calibrate import FloatTables, cache_of, calibrated_grids, float_decoder
 from qwen_onnx.export.passes.htp_qdq.decoder import COSINES, EMBEDDINGS, LOGITS, MASK, SINES, Decoder, Sizes
 from qwen_onnx.export.passes.htp_qdq.linears import Linears
+from qwen_onnx.export.passes.htp_qdq.options import HtpQdqExportOptions
 from qwen_onnx.export.passes.htp_qdq.writer import DataFile, FloatWriter, QdqWriter
 
 DATA_FILE = "weights.data"
@@ -35,17 +35,17 @@ class HtpQdqExport(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return parameters(HtpQdqExportConfig)
+        return parameters(HtpQdqExportOptions)
 
     def _run_for_config(
         self, model: HfModelHandler, config: BasePassConfig, output_model_path: str
     ) -> ONNXModelHandler:
-        settings, output = chosen(HtpQdqExportConfig, config), Path(output_model_path)
+        settings, output = chosen(HtpQdqExportOptions, config), Path(output_model_path)
         export(Path(model.model_name_or_path), output, settings)
         return ONNXModelHandler(str(output), onnx_file_name=graph_file(1, settings.form))
 
 
-def export(checkpoint: Path, output: Path, config: HtpQdqExportConfig) -> None:
+def export(checkpoint: Path, output: Path, config: HtpQdqExportOptions) -> None:
     """Write the graphs, the host's tables, ``htp.json``, ``genai_config.json`` and the tokenizer's files.
 
     Args:
@@ -81,12 +81,12 @@ def export(checkpoint: Path, output: Path, config: HtpQdqExportConfig) -> None:
             shutil.copyfile(checkpoint / name, output / name)
 
 
-def _grids(linears: Linears, tables: FloatTables, output: Path, config: HtpQdqExportConfig) -> dict[str, Grid]:
+def _grids(linears: Linears, tables: FloatTables, output: Path, config: HtpQdqExportOptions) -> dict[str, Grid]:
     """Calibrate in a folder that is gone afterwards."""
     from transformers import PreTrainedTokenizerFast
 
     sizes = Sizes.read(linears.config, config.prefill, config.context)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(linears.folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(linears.folder, trust_remote_code=False)
     windows = calibration_ids(tokenizer, config.windows, min(config.window, config.context), config.seed)
     with tempfile.TemporaryDirectory(prefix=".float-", dir=output) as folder:
         decoder = float_decoder(linears, sizes, tables, Path(folder), threads=THREADS)
@@ -103,7 +103,7 @@ def _interface_grids(grids: dict[str, Grid], layers: int) -> dict[str, Grid]:
     return shown
 
 
-def write_genai_config(checkpoint: Path, output: Path, settings: dict[str, Any], config: HtpQdqExportConfig) -> None:
+def write_genai_config(checkpoint: Path, output: Path, settings: dict[str, Any], config: HtpQdqExportOptions) -> None:
     """What our tools read of an artifact; onnxruntime-genai itself has no loop for these graphs."""
     place = checkpoint / "generation_config.json"
     generation = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}

@@ -129,6 +129,7 @@ class BatchEngine:
             restarts=0,
             resident_bytes=psutil.Process().memory_info().rss,
             alive=not self._failed,
+            failed=self._failed,
             **self._counted,
         )
 
@@ -189,7 +190,7 @@ class BatchEngine:
                     self._waiting.popleft()
                 stream.listener(TokenEvent(finish="cancelled"))
                 continue
-            row = self._rows.admit(stream.request.prompt_ids, reuse=not stream.seeded)
+            row = self._rows.admit(stream.request.prompt_ids, stream.request.cache_scope, reuse=not stream.seeded)
             if row is None:
                 return
             stream.row = row

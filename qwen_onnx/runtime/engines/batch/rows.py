@@ -11,17 +11,19 @@ LEAST_PREFIX = 16
 class Rows:
     """Rows in use are neighbours, so that they make one batch; the others keep what they held, as a prefix cache.
 
-    ``histories[row]`` are the tokens whose keys and values stand in the row.
+    ``histories[row]`` are the tokens whose keys and values stand in the row, and ``scopes[row]`` is whose they are:
+    nobody finds a prefix that another scope left.
     """
 
     def __init__(self, count: int) -> None:
         self.histories: list[list[int]] = [[] for _ in range(count)]
+        self.scopes = [""] * count
         self._used_at = [0] * count
         self._clock = 0
         self.taken: set[int] = set()
 
-    def admit(self, prompt: Sequence[int], *, reuse: bool = True) -> int | None:
-        """Take a row for ``prompt``; None when all are taken.
+    def admit(self, prompt: Sequence[int], scope: str = "", *, reuse: bool = True) -> int | None:
+        """Take a row for a ``prompt`` of ``scope``; None when all are taken.
 
         Its history is what it keeps for the prompt: at least one token of the prompt is left to compute. ``reuse``
         false keeps nothing.
@@ -29,18 +31,27 @@ class Rows:
         candidates = self._candidates()
         if not candidates:
             return None
-        kept = {row: _common(prompt, self.histories[row]) if reuse else 0 for row in candidates}
+        kept = {row: self._found(prompt, row, scope) if reuse else 0 for row in candidates}
         row = max(candidates, key=lambda row: (kept[row], -self._used_at[row]))
         del self.histories[row][kept[row] :]
+        self.scopes[row] = scope
         self.taken.add(row)
         self.touch(row)
         return row
 
     def longest(self, prompt: Sequence[int], row: int) -> tuple[int, int]:
-        """Which other row shares the longest beginning with ``prompt``, and its tokens; 0: copying saves nothing."""
-        others = [(_common(prompt, history), other) for other, history in enumerate(self.histories) if other != row]
+        """Which other row of the same scope shares the longest beginning with ``prompt``, and its tokens.
+
+        0: copying saves nothing.
+        """
+        scope = self.scopes[row]
+        others = [(self._found(prompt, other, scope), other) for other in range(len(self.histories)) if other != row]
         tokens, source = max(others, default=(0, row))
         return (source, tokens) if tokens >= len(self.histories[row]) + LEAST_PREFIX else (row, 0)
+
+    def _found(self, prompt: Sequence[int], row: int, scope: str) -> int:
+        """Tokens of ``prompt`` that stand in the row, if the row is of that scope."""
+        return _common(prompt, self.histories[row]) if self.scopes[row] == scope else 0
 
     def _candidates(self) -> list[int]:
         """Free rows beside those in use, or any when none is in use."""
@@ -65,7 +76,7 @@ class Rows:
         """Note that a conversation was copied; what it left behind stays a prefix."""
         self.taken.discard(source)
         self.taken.add(target)
-        self.histories[target] = list(self.histories[source])
+        self.histories[target], self.scopes[target] = list(self.histories[source]), self.scopes[source]
         self.touch(target)
 
 

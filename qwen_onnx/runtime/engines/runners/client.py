@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 
 class Runner:
-    """A child process that runs ``folder`` by a backend of ``qwen_onnx.runners``.
+    """A child process that runs ``folder`` by a backend, a module of this package.
 
     Args:
         folder: artifact with ``genai_config.json``.

@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 
 class Backend(Protocol):
-    """What runs a model; a module ``qwen_onnx.runners.<name>`` has one, called ``Backend``.
+    """What runs a model; a module ``<name>`` beside this one has one, called ``Backend``.
 
     Args of the constructor: folder of the artifact, threads.
     """
@@ -54,7 +54,7 @@ def main(name: str, folder: str, threads: str) -> int:
         out.flush()
 
     try:
-        module = importlib.import_module(f"qwen_onnx.runners.{name}")
+        module = importlib.import_module(f".{name}", __package__)
         backend: Backend = module.Backend(Path(folder), int(threads))
     except Exception as error:  # noqa: BLE001 - engines raise what they like; the parent makes it a typed error
         say({"error": f"{type(error).__name__}: {error}"})

@@ -11,7 +11,8 @@ from pydantic import Field
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 from qwen_onnx.runtime.server.api.asked import Asked, Tool
-from qwen_onnx.runtime.server.api.protocol import NO_CHANGE, SamplingFields, Schema, Strict
+from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, SamplingFields, Schema, Strict
+from qwen_onnx.runtime.service.budget import BUDGET
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -23,7 +24,7 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], FIRST_FAULT]
 Name = Annotated[str | None, Field(description="Handed to the chat template, which may not use it.")]
 
 
@@ -95,7 +96,7 @@ class AssistantMessage(Strict):
     reasoning_content: str | None = Field(
         default=None, description="Handed to the chat template, which drops what it has no use for."
     )
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST_FAULT] | None = None
     name: Name = None
     refusal: None = Field(default=None, description=NO_CHANGE)
     audio: None = Field(default=None, description=NO_CHANGE)
@@ -141,8 +142,11 @@ def plain_messages(messages: Sequence[Any], place: str = "messages") -> list[dic
     """For the chat template, checked as a whole.
 
     Raises:
-        RequestError: a faulty call, or a result of one that was never made.
+        RequestError: a faulty call, a result of one that was never made, arguments of more values than the budget.
     """
+    calls = [call for message in messages if isinstance(message, AssistantMessage) for call in message.tool_calls or ()]
+    # arguments are JSON within JSON, which nobody has counted yet; a string that does not end fails before the next
+    BUDGET.check_size(",".join(call.function.arguments for call in calls).encode("utf-8", "surrogatepass"))
     plain: list[dict[str, Any]] = []
     made: set[str] = set()
     for index, message in enumerate(messages):
@@ -252,7 +256,7 @@ class ChatRequest(SamplingFields, Conversing):
     """Body of POST /v1/chat/completions."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FIRST_FAULT] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(default=None, description="Log probabilities of the answer's tokens.")
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Alternatives told; only with logprobs.")

@@ -10,15 +10,15 @@ from pydantic import Field
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.server.api.chat_response import LEAST_LOGPROB, sse
-from qwen_onnx.runtime.server.api.protocol import SamplingFields, Strict, Usage
+from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, SamplingFields, Strict, Usage
 from qwen_onnx.runtime.service.generation import Completion, Delta, TokenLogprob
 
 MOST_PROMPTS = 128
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-SeveralIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+Ids = Annotated[list[TokenId], FIRST_FAULT, Field(min_length=1)]
+Texts = Annotated[list[str], FIRST_FAULT, Field(min_length=1, max_length=MOST_PROMPTS)]
+SeveralIds = Annotated[list[Ids], FIRST_FAULT, Field(min_length=1, max_length=MOST_PROMPTS)]
 
 
 class CompletionRequest(SamplingFields):

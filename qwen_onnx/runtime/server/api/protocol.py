@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, MOST_BIAS, SAMPLING, Sampling
-from qwen_onnx.runtime.service.generation import DEFAULT, PARAMETERS, Delta, GenerationConfig
+from qwen_onnx.runtime.service.generation import DEFAULT, MOST_STOP_CHARACTERS, PARAMETERS, Delta, GenerationConfig
 from qwen_onnx.runtime.service.limits import is_deeper
 
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
@@ -20,7 +20,11 @@ MOST_CHOICES = 8
 # llguidance reads no deeper schemas, and whoever recurses into one stays far from Python's own limit
 MOST_DEPTH = 64
 
+# of a list, validation tells the first faulty item: telling each of them would cost more than the request
+FIRST_FAULT = Field(fail_fast=True)
+
 Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
+Stop = Annotated[str, Field(max_length=MOST_STOP_CHARACTERS)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
@@ -82,7 +86,7 @@ class SamplingFields(SampledFields):
     """How to choose tokens; the form of chat completions and of completions."""
 
     max_tokens: int | None = ranged("max_new_tokens")
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = Field(
         default=None, description=f"The answer ends before the first of these strings; at most {MOST_STOPS}."
     )
     logit_bias: dict[TokenKey, Bias] | None = Field(

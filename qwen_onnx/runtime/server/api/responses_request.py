@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
@@ -22,7 +22,7 @@ from qwen_onnx.runtime.server.api.chat_request import (
     UserMessage,
     plain_messages,
 )
-from qwen_onnx.runtime.server.api.protocol import NO_CHANGE, Described, Schema, Strict, ranged
+from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, Described, Schema, Strict, ranged
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 Status = Annotated[
@@ -44,7 +44,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputText]
+    content: str | Annotated[list[InputText], FIRST_FAULT]
     id: str | None = Field(default=None, description=NO_CHANGE)
     status: Status = None
 
@@ -65,7 +65,7 @@ class CallOutput(Strict):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputText]
+    output: str | Annotated[list[InputText], FIRST_FAULT]
     id: str | None = Field(default=None, description=NO_CHANGE)
     status: Status = None
 
@@ -83,12 +83,28 @@ class InputReasoning(Strict):
     type: Literal["reasoning"]
     id: str | None = Field(default=None, description=NO_CHANGE)
     summary: Empty | None = None
-    content: list[ReasoningText] | None = None
+    content: Annotated[list[ReasoningText], FIRST_FAULT] | None = None
     encrypted_content: None = None
     status: Status = None
 
 
-InputItem = InputMessage | InputCall | CallOutput | InputReasoning
+def _kind(item: Any) -> str:
+    """The type of an item, by which it is judged; one without is a message."""
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return kind if isinstance(kind, str) else ""
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[CallOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(
+        _kind,
+        custom_error_type="item_type",
+        custom_error_message="type is not message, function_call, function_call_output or reasoning",
+    ),
+]
 
 
 class FunctionTool(Function):
@@ -135,7 +151,7 @@ class ResponseRequest(Described, Conversing):
     """Body of POST /v1/responses. The server keeps nothing: send the whole conversation."""
 
     model: str
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], FIRST_FAULT, Field(min_length=1)]
     instructions: str | None = Field(default=None, description="A system message before the input.")
     max_output_tokens: int | None = ranged("max_new_tokens")
     temperature: float | None = ranged("temperature")

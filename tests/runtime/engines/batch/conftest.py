@@ -9,13 +9,6 @@ import pytest
 
 from qwen_onnx.runtime import Engine
 from qwen_onnx.runtime.engines.batch import BatchEngine
-from tests.conftest import build_apart
-
-
-@pytest.fixture(scope="session")
-def exact_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint, exported without quantisation."""
-    return build_apart(tiny_checkpoint, tmp_path_factory.mktemp("exact") / "fp32", "precision='fp32'")
 
 
 @pytest.fixture(scope="session")

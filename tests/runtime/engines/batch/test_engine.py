@@ -199,3 +199,25 @@ def test_an_engine_that_is_closed_says_so(exact_artifact: Path) -> None:
     assert isinstance(running.end().error, ServiceError), "nobody must take it for a finished answer"
     with pytest.raises(ServiceError, match="closed"):
         engine.submit(endless((5,), 1), lambda _: None)
+
+
+def test_a_prefix_of_another_scope_is_not_found(engine: BatchEngine) -> None:
+    """Else whoever shares an engine can guess another's prompt: ``cached_tokens`` would tell."""
+    secret = tuple(range(2, 202))
+
+    def cached(scope: str, *tail: int) -> int:
+        one = Heard(engine, endless((*secret, *tail), 4, cache_scope=scope))
+        one.end()
+        return one.all[-1].cached_tokens
+
+    assert cached("alice", 3) == 0
+    assert cached("bob", 3) == 0
+    assert cached("", 3) == 0
+    assert cached("alice", 5) == len(secret)
+    # running at the same time: a row that is still in use is not copied from either
+    held = Heard(engine, endless((*secret, 7), 700, cache_scope="carol"))
+    held.next()
+    assert cached("dave", 8) == 0
+    assert cached("carol", 9) == len(secret)
+    held.handle.cancel()
+    held.end()

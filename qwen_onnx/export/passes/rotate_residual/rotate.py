@@ -18,11 +18,12 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.catalog.passes import RotateResidualConfig
 from qwen_onnx.export.options import chosen, parameters
+from qwen_onnx.export.passes.rotate_residual.options import RotateResidualOptions
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM
-from qwen_onnx.export.weights import INDEX_FILE, CheckpointWeights, create_safetensors
+from qwen_onnx.export.weights import CheckpointWeights, create_safetensors
+from qwen_onnx.sources.checkpoint import INDEX_FILE
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -37,10 +38,10 @@ class RotateResidual(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return parameters(RotateResidualConfig)
+        return parameters(RotateResidualOptions)
 
     def _run_for_config(self, model: HfModelHandler, config: BasePassConfig, output_model_path: str) -> HfModelHandler:
-        rotate(Path(model.model_name_or_path), Path(output_model_path), chosen(RotateResidualConfig, config))
+        rotate(Path(model.model_name_or_path), Path(output_model_path), chosen(RotateResidualOptions, config))
         return HfModelHandler(output_model_path)
 
 
@@ -53,7 +54,7 @@ def rotation(size: int, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rotate(checkpoint: Path, output: Path, config: RotateResidualConfig) -> None:
+def rotate(checkpoint: Path, output: Path, config: RotateResidualOptions) -> None:
     """Write the rotated checkpoint to ``output`` in float32, one file per layer; a tied head becomes one of its own.
 
     Raises:

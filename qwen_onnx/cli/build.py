@@ -1,0 +1,147 @@
+"""``qwen-onnx fetch``, ``optimize``, ``verify`` and ``compare``: a checkpoint becomes an artifact, and is measured."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from qwen_onnx.cli.options import (
+    ArtifactPath,
+    Model,
+    Precision,
+    SourceOption,
+    Target,
+    cache_here,
+    catalog_here,
+    plan_of,
+)
+from qwen_onnx.cli.progress import progress
+from qwen_onnx.errors import ArtifactError, ConfigError, VerdictError
+
+out = Console()
+
+
+def fetch(
+    model: Model,
+    source: SourceOption = None,
+    dither: int | None = typer.Option(None, help="seed: copy with noise of half a 4-bit step, to test quantisers"),
+    output: Path | None = typer.Option(None, help="folder for the dithered copy"),
+) -> None:
+    """Fetch and verify the checkpoint of MODEL; prints its folder."""
+    from qwen_onnx.sources.fetch import fetch as fetch_source
+
+    checkpoint = fetch_source(plan_of(model, "cpu"), cache_here(), local=source, progress=progress)
+    if dither is None:
+        print(checkpoint.path)
+        return
+    if output is None or output.exists():
+        raise ConfigError(["--output: --dither needs a folder that does not exist yet"])
+    from qwen_onnx.sources.gguf import write_dithered_checkpoint
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".dither-") as staging:
+        write_dithered_checkpoint(checkpoint.path, Path(staging), dither)
+        os.chmod(staging, 0o755)
+        os.rename(staging, output)
+        Path(staging).mkdir()
+    print(output)
+
+
+def optimize(
+    model: Model,
+    target: Target = "cpu",
+    precision: Precision = None,
+    source: SourceOption = None,
+    output: Path | None = typer.Option(None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION"),
+    verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
+    wait: bool = typer.Option(True, help="wait when another build of the same artifact runs"),
+    force: bool = typer.Option(False, help="build even when the same artifact exists"),
+) -> None:
+    """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
+    from qwen_onnx.build.optimize import Job
+    from qwen_onnx.build.optimize import optimize as run
+    from qwen_onnx.catalog.load import work_root
+
+    made = plan_of(model, target, precision)
+    where = output or work_root() / "artifacts" / made.name
+    job = Job(made, where.resolve(), cache_here(), source, verify=verify, wait=wait, force=force)
+    outcome = run(job, progress)
+    manifest = outcome.artifact.manifest
+    if outcome.hit:
+        progress(f"already built with the same recipe, source and packages: {_shown(outcome.artifact.path)}")
+    else:
+        progress(f"published {_shown(outcome.artifact.path)} ({manifest.size_bytes / 1e6:.1f} MB)")
+    _show_report(outcome.artifact.path, manifest.verdict)
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _show_report(artifact: Path, verdict: str) -> None:
+    """Table, place of the report, one line of JSON; a verdict other than PASS is an error."""
+    if verdict == "UNVERIFIED":
+        out.print(f"not verified: qwen-onnx verify {_shown(artifact)}")
+        return
+    from qwen_onnx.verify.report import load_report, print_report
+
+    report = load_report(artifact)
+    out.print(f"report: {_shown(artifact / 'report.html')}")
+    print_report(report, out)
+    if verdict != "PASS":
+        raise VerdictError(
+            f"the verdict is {verdict}", where=_shown(artifact), hint=f"open {_shown(artifact / 'report.html')}"
+        )
+
+
+def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
+    """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
+    from qwen_onnx.artifact.manifest import open_artifact
+    from qwen_onnx.build.optimize import verify_published
+    from qwen_onnx.sources.fetch import fetch as fetch_source
+    from qwen_onnx.sources.fetch import weights_of
+
+    opened = open_artifact(artifact.resolve())
+    made = opened.manifest.plan
+    checkpoint = fetch_source(made, cache_here(), local=source, progress=progress)
+    if weights_of(checkpoint.files) != weights_of(opened.manifest.source.files):
+        raise ArtifactError(
+            "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
+        )
+    report = verify_published(opened, checkpoint, cache_here(), progress)
+    _show_report(opened.path, report.verdict)
+
+
+def compare(
+    model: Model,
+    target: Target = "cpu",
+    source: SourceOption = None,
+    only: Annotated[list[str] | None, typer.Option(help="a variant's name, may be given more than once")] = None,
+    speed: bool = typer.Option(True, help="measure latency too"),
+) -> None:
+    """Build each variant of pipelines/variants/TARGET.yaml and measure size, drift and speed."""
+    from qwen_onnx.build.variants import measure, print_comparison
+    from qwen_onnx.catalog.load import load_variants
+    from qwen_onnx.catalog.plan import make_variant_plan
+    from qwen_onnx.sources.fetch import fetch as fetch_source
+
+    catalog = catalog_here()
+    variants = load_variants(catalog.root, target).variants
+    unknown = sorted(set(only or ()) - {variant.name for variant in variants})
+    if unknown:
+        known = ", ".join(variant.name for variant in variants)
+        raise ConfigError([f"--only {name}: no such variant; known: {known}" for name in unknown])
+    chosen = [variant for variant in variants if not only or variant.name in only]
+    plans = {variant.name: make_variant_plan(catalog, model, target, variant) for variant in chosen}
+    scratch = cache_here()
+    checkpoint = fetch_source(next(iter(plans.values())), scratch, local=source, progress=progress)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, made in plans.items():
+        progress(f"variant {len(rows) + 1} of {len(plans)}: {name}")
+        rows[name] = measure(made, checkpoint, scratch, speed=speed, progress=progress)
+    print_comparison(rows, out)

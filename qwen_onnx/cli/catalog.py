@@ -1,0 +1,121 @@
+"""``qwen-onnx list``, ``select``, ``plan`` and ``plans``: what there is to build. Nothing is built here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from qwen_onnx.cli.options import AsJson, Model, Precision, SourceOption, Target, cache_here, catalog_here, plan_of
+from qwen_onnx.cli.progress import progress
+from qwen_onnx.errors import ConfigError
+
+TASKS = ("general", "coding", "math")
+out = Console()
+
+
+def list_models(
+    text: Annotated[str, typer.Argument(help="show only models whose id contains this")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Models and the targets that recipes exist for; what cannot be built yet says why."""
+    from qwen_onnx.catalog.select import HEADERS, columns, listing, reasons, target_lines
+
+    catalog = catalog_here()
+    shown = [row for _, row in catalog.rows.values() if text.lower() in row.id]
+    if not shown:
+        raise ConfigError([f"recipes/: no model's id contains {text!r}"], hint="qwen-onnx list")
+    if as_json:
+        print(json.dumps(listing(shown, catalog)))
+        return
+    table = Table(*(Column(name, no_wrap=index == 0, overflow="fold") for index, name in enumerate(HEADERS)), box=None)
+    for row in shown:
+        table.add_row(*(escape(cell) for cell in columns(row, catalog)))
+    out.print(table)
+    for line in reasons(shown):
+        out.print(escape(line))
+    for line in target_lines(catalog):
+        out.print(escape(line), highlight=False)
+
+
+def select_models(
+    ram: Annotated[str, typer.Option(help="memory that the served model may take, e.g. 8GB")],
+    task: Annotated[str, typer.Option(help="general, coding or math")] = "general",
+    device: Annotated[str, typer.Option(help="cpu, gpu or npu, or a target, see `qwen-onnx list`")] = "cpu",
+    context: Annotated[str, typer.Option(help="tokens of prompt and answer, e.g. 32k")] = "4k",
+    language: Annotated[str | None, typer.Option(help="ISO 639-1 code, e.g. pl")] = None,
+    license: Annotated[str | None, typer.Option(help="commercial: only licences that allow it")] = None,
+    most: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Models that fit this memory, context and task, best first, with the reasons and the next command."""
+    from qwen_onnx.catalog.select import BYTE_UNITS, TOKEN_UNITS, Wish, count, parse_amount, select
+
+    faults = [] if task in TASKS else [f"--task: {task!r} is none of {', '.join(TASKS)}"]
+    faults += [] if license in (None, "commercial") else [f"--license: {license!r} is not `commercial`"]
+    if faults:
+        raise ConfigError(faults)
+    tokens = parse_amount(context, TOKEN_UNITS, "--context")
+    wish = Wish(parse_amount(ram, BYTE_UNITS, "--ram"), task, tokens, language, license is not None)
+    choices = select(catalog_here(), wish, device)[:most]
+    if not choices:
+        raise ConfigError(["no model fits"], hint="give more --ram, a shorter --context, or drop a condition")
+    following = f"make optimize MODEL={choices[0].row.id} TARGET={choices[0].target}"
+    if as_json:
+        print(json.dumps({"choices": [choice.told() for choice in choices], "next": following}))
+        return
+    table = Table(Column("model", no_wrap=True), "weights", "why")
+    for choice in choices:
+        table.add_row(choice.row.id, count(choice.row.parameters), escape("; ".join(choice.reasons)))
+    out.print(table)
+    out.print(f"next: {following}")
+
+
+def plan(
+    model: Model,
+    target: Target = "cpu",
+    precision: Precision = None,
+    full: bool = typer.Option(False, help="the whole plan"),
+    estimate: bool = typer.Option(False, "--estimate", help="what the build takes instead: disk, memory, artifact"),
+    source: SourceOption = None,
+) -> None:
+    """Print the complete Olive config of MODEL on a target as JSON; nothing runs."""
+    made = plan_of(model, target, precision)
+    if source and not estimate:
+        raise ConfigError(["--source: only with --estimate, a plan does not depend on it"])
+    if estimate:
+        from qwen_onnx.build.estimate import print_estimate
+        from qwen_onnx.sources.fetch import checkpoint_at_hand
+
+        print_estimate(made, checkpoint_at_hand(made, cache_here(), source), out)
+        return
+    progress(f"{made.name}: verification level: {made.verification.text}")
+    print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
+
+
+def plans(
+    check: bool = typer.Option(False, "--check", help="fail when recipes/plans.lock or the schemas are stale"),
+) -> None:
+    """Check every recipe on every target and write recipes/plans.lock, golden plans and JSON Schemas."""
+    from qwen_onnx.catalog import generated
+    from qwen_onnx.release import matrix
+
+    catalog = catalog_here()
+    stale = []
+    for name, text in (generated.committed_files(catalog) | matrix.committed_files(catalog)).items():
+        path = catalog.root / name
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            out.print(f"wrote {name}")
+    if check and stale:
+        raise ConfigError([f"{name}: stale" for name in stale], hint="make plans, then commit")
+    if not stale:
+        out.print("plans, golden plans and schemas are up to date")

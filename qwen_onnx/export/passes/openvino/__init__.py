@@ -1,1 +1,0 @@
-"""OpenVINO's IR and its package."""

@@ -1,0 +1,1 @@
+"""``OpenVINOConversion``: a checkpoint as OpenVINO's IR."""

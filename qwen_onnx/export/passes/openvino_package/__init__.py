@@ -1,0 +1,1 @@
+"""``OpenVINOPackage``: the files around OpenVINO's IR that onnxruntime-genai reads."""
