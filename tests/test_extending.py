@@ -17,6 +17,7 @@ from tests.conftest import make_tiny_checkpoint, rewrite_json
 
 # the collection that a line of Python goes into
 INTO = {
+    "qwen_onnx/runtime/engines/sampling.py": "    # adding one needs no other edit (docs/extending.md)\n",
     "qwen_onnx/export/architectures/registry.py": "ARCHITECTURES: dict[str, Architecture] = {\n",
     "qwen_onnx/catalog/architectures.py": "ARCHITECTURES: dict[str, Kind] = {\n",
 }
@@ -73,3 +74,41 @@ def test_an_architecture_that_is_not_registered_is_told(repository: Path, checko
     done = subprocess.run(program, cwd=checkout, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'Qwen2TwinForCausalLM' cannot be exported" in done.stderr
+
+
+# run where the document's field is: the draw, the checks, the API and the engines know it
+EPSILON = """
+import numpy as np
+from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.chat.conversation import SETTINGS
+from qwen_onnx.runtime.engines.batch.sampling import Sampler
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.sampling import BATCH_FEATURES, GENAI_FEATURES, Sampling
+from qwen_onnx.runtime.server.api.chat_request import ChatRequest
+from qwen_onnx.runtime.service.generation import GenerationConfig
+
+logits = np.array([0, -1, -2], np.float32)
+def drawn(**more):
+    sampler = Sampler(TokenRequest((0,), 1, Sampling(temperature=1.0, seed=5, **more)))
+    return {sampler.draw(logits)[0] for _ in range(200)}
+assert drawn() == {0, 1, 2}
+assert drawn(epsilon=0.2) == {0, 1}
+assert drawn(epsilon=1.0) == {0}
+field = ChatRequest.model_json_schema()["properties"]["epsilon"]
+assert field["anyOf"][0] == {"maximum": 1.0, "minimum": 0.0, "type": "number"}, field
+body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "epsilon": 0.5}
+assert ChatRequest.model_validate(body).options()["epsilon"] == 0.5
+assert "epsilon" in BATCH_FEATURES - GENAI_FEATURES and "epsilon" in SETTINGS
+try:
+    GenerationConfig(epsilon=1.5)
+except RequestError as error:
+    print(error.what)
+"""
+
+
+def test_a_sampling_parameter_is_one_edit(extended: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(extended)}
+    program = [sys.executable, "-c", EPSILON]
+    done = subprocess.run(program, cwd=extended, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "epsilon is 1.5, not a number from 0.0 to 1.0"

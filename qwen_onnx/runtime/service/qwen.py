@@ -118,6 +118,13 @@ class QwenService(TextService):
         )
         return self.engine.submit(request, listener), Assembler(self.tokenizer, config, len(ids))
 
+    def close(self) -> None:
+        """Free the model and end the processes."""
+        # first: what is being rendered would be waited for
+        if self.template:
+            self.template.close()
+        self.engine.close()
+
 
 def sampling(config: GenerationConfig) -> Sampling:
     """The part of a config that chooses tokens."""

@@ -62,14 +62,13 @@ class GuardedService(TextService):
         """
         self._check_load()
         config = self._bounded(config)
+        if isinstance(prompt, Prepared):
+            return self._inner.prepare(prompt, config)
+        _check_roles(prompt)
+        self._check_length(prompt)
         begin = time.monotonic()
-        if not isinstance(prompt, Prepared):
-            _check_roles(prompt)
-            self._check_length(prompt)
-            prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
-            ids = self._inner.prepare(prompt, config)
-            return Prepared(ids, time.monotonic() - begin)
-        return self._inner.prepare(prompt, config)
+        prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
+        return Prepared(self._inner.prepare(prompt, config), time.monotonic() - begin)
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""
@@ -124,15 +123,16 @@ class GuardedService(TextService):
             )
         run = _Run(self, record, client)
         try:
+            config = self._bounded(config)
             ids = self.prepare(prompt, config)
-            run.begin(*self._inner.submit(ids, self._bounded(config), listener), listener, ids.seconds)
+            run.begin(*self._inner.submit(ids, config, listener), listener, ids.seconds)
         except QwenOnnxError as error:
             run.end(error)
             raise
         return run, run
 
     def close(self) -> None:
-        """Free the model."""
+        """See ``TextService``."""
         self._inner.close()
 
     def ended(self, measurement: Measurement) -> None:

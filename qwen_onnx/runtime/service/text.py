@@ -139,12 +139,9 @@ class TextService(ABC):
         """What the engine does now."""
         return self.engine.stats()
 
+    @abstractmethod
     def close(self) -> None:
         """Free the model and end the processes."""
-        # first: what is being rendered would be waited for
-        if self.template:
-            self.template.close()
-        self.engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -105,6 +105,17 @@ def test_the_cap_refuses_what_was_asked_for_and_bounds_the_default(service: Qwen
     assert guarded.generate("hello").completion_tokens <= 5
 
 
+def test_no_form_of_generation_goes_round_the_policy(service: QwenService) -> None:
+    """The guard wraps a service: what it does not check itself, nobody does."""
+    guarded = GuardedService(service, Policy(max_input_characters=10, sanitise=True))
+    for attempt in (guarded.generate, guarded.stream, lambda prompt, config: guarded.generate_batch([prompt], config)):
+        with pytest.raises(RequestError, match="11 characters"):
+            attempt("x" * 11, SHORT)
+        with pytest.raises(RequestError, match="role"):
+            attempt([{"role": "robot", "content": "x"}], SHORT)
+    assert guarded.submit("x", SHORT, lambda _: None)[0]
+
+
 def test_an_unknown_role_is_refused(secure: SecureQwenService) -> None:
     for role in ("robot", "System", None, 1):
         with pytest.raises(RequestError, match="role"):

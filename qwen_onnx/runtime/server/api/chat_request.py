@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -225,7 +225,34 @@ class TemplateArguments(Strict):
     enable_thinking: bool | None = None
 
 
-class ChatRequest(SamplingFields):
+class Conversing(Strict):
+    """What the two routes for conversations have alike."""
+
+    parallel_tool_calls: bool | None = Field(default=None, description="False: at most one call. Absent: true.")
+    chat_template_kwargs: TemplateArguments | None = Field(default=None, description="Not in OpenAI's API.")
+
+    def _asked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        functions: Sequence[Function],
+        choice: Literal["none", "auto", "required"] | FunctionRef | None,
+        schema: Mapping[str, Any] | None,
+        schema_field: str,
+    ) -> Asked:
+        named = choice.name if isinstance(choice, FunctionRef) else None
+        return Asked(
+            messages,
+            [Tool(function.name, function.description, function.parameters) for function in functions],
+            choice="required" if isinstance(choice, FunctionRef) else choice or "auto",
+            named=named,
+            parallel=self.parallel_tool_calls is not False,
+            schema=schema,
+            schema_field=schema_field,
+            thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
+        )
+
+
+class ChatRequest(SamplingFields, Conversing):
     """Body of POST /v1/chat/completions."""
 
     model: str
@@ -238,8 +265,6 @@ class ChatRequest(SamplingFields):
     )
     tools: list[ChatTool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
-    parallel_tool_calls: bool | None = Field(default=None, description="False: at most one call. Absent: true.")
-    chat_template_kwargs: TemplateArguments | None = None
     modalities: list[Literal["text"]] | None = Field(default=None, description="There is text only.")
 
     def options(self) -> dict[str, Any]:
@@ -272,12 +297,5 @@ class ChatRequest(SamplingFields):
         elif isinstance(form, JsonSchemaFormat):
             schema = form.json_schema.schema_ if form.json_schema.schema_ is not None else ANY_OBJECT
         functions = [tool.function for tool in self.tools or ()]
-        return Asked(
-            plain_messages(self.messages),
-            [Tool(function.name, function.description, function.parameters) for function in functions],
-            choice="required" if isinstance(choice, NamedChoice) else choice or "auto",
-            named=choice.function.name if isinstance(choice, NamedChoice) else None,
-            parallel=self.parallel_tool_calls is not False,
-            schema=schema,
-            thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
-        )
+        named = choice.function if isinstance(choice, NamedChoice) else choice
+        return self._asked(plain_messages(self.messages), functions, named, schema, "response_format")

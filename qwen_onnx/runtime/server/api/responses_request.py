@@ -8,15 +8,15 @@ from pydantic import Discriminator, Field, Tag
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
-from qwen_onnx.runtime.server.api.asked import Asked, Tool
+from qwen_onnx.runtime.server.api.asked import Asked
 from qwen_onnx.runtime.server.api.chat_request import (
     AssistantMessage,
+    Conversing,
     Function,
     FunctionCall,
     FunctionName,
     FunctionRef,
     SystemMessage,
-    TemplateArguments,
     ToolCall,
     ToolMessage,
     UserMessage,
@@ -147,7 +147,7 @@ class ResponseStreamOptions(Strict):
     include_obfuscation: Literal[False] | None = Field(default=None, description="Events are never padded.")
 
 
-class ResponseRequest(Described):
+class ResponseRequest(Described, Conversing):
     """Body of POST /v1/responses. The server keeps nothing: send the whole conversation."""
 
     model: str
@@ -161,8 +161,6 @@ class ResponseRequest(Described):
     text: TextOptions | None = None
     tools: list[FunctionTool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
-    parallel_tool_calls: bool | None = Field(default=None, description="False: at most one call. Absent: true.")
-    chat_template_kwargs: TemplateArguments | None = Field(default=None, description="Not in OpenAI's API.")
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = Field(default=None, description="What is too long is refused.")
     include: Empty | None = None
@@ -189,16 +187,7 @@ class ResponseRequest(Described):
         messages = plain_messages(self._messages(), "input")
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        return Asked(
-            messages,
-            [Tool(tool.name, tool.description, tool.parameters) for tool in self.tools or ()],
-            choice="required" if isinstance(choice, NamedFunction) else choice or "auto",
-            named=choice.name if isinstance(choice, NamedFunction) else None,
-            parallel=self.parallel_tool_calls is not False,
-            schema=schema,
-            schema_field="text.format",
-            thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
-        )
+        return self._asked(messages, self.tools or (), choice, schema, "text.format")
 
     def _messages(self) -> list[Any]:
         """Items as messages of a chat; what the model gave in one go is one message."""
