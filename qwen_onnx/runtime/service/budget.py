@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qwen_onnx.errors import RequestError
 
@@ -14,6 +14,10 @@ from qwen_onnx.errors import RequestError
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 # fields whose value is a JSON schema, and the one that may be token ids
 SCHEMAS, IDS = frozenset({"parameters", "schema"}), "prompt"
+# in a schema: what an answer must spell, letter by letter, and words that change nothing
+LITERALS = frozenset({"enum", "const"})
+WORDS = frozenset({"description", "title", "$comment", "default", "example", "examples"})
+Part = Literal["body", "schema", "literal", "words"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class Budget:
         name: characters of a member's name.
         schema: characters of all JSON schemas of a request together: names, texts and a sign for each value.
         enum: values of one enum in a schema.
+        text: characters of one text in a schema that an answer is held to, a value or a pattern: each token of the
+            answer, and of those beside it, waits for as much work as that text is long.
+        properties: members of one object in a schema, for the same reason.
     """
 
     values: int = 65_536
@@ -37,6 +44,8 @@ class Budget:
     name: int = 256
     schema: int = 64 << 10
     enum: int = 512
+    text: int = 1000
+    properties: int = 256
 
     def check_size(self, body: bytes) -> None:
         """Refuse JSON of far too many values before a parser makes objects of them.
@@ -70,33 +79,37 @@ class _Count:
 
     def walk(self, body: Any) -> None:
         """RequestError at the first limit that is passed."""
-        # value, the field that it belongs to, whether it is part of a schema
-        waiting: list[tuple[Any, str, bool]] = [(body, "", False)]
+        # value, the field of the body that it belongs to, what part of a request it is
+        waiting: list[tuple[Any, str, Part]] = [(body, "", "body")]
         while waiting:
-            value, field, schema = waiting.pop()
-            self._count(value, field, schema)
+            value, field, part = waiting.pop()
+            self._count(value, field, part)
             if isinstance(value, dict):
                 for name, inner in value.items():
-                    self._name(name, field, schema)
+                    self._name(name, field, part)
                     place = field or name
-                    waiting.append((inner, place, schema or (name in SCHEMAS and isinstance(inner, dict))))
-                    if schema and name == "enum" and isinstance(inner, list):
+                    if part == "schema" and name == "enum" and isinstance(inner, list):
                         self._refuse(len(inner), self._budget.enum, "values in an enum", place)
+                    waiting.append((inner, place, _part(name, inner, part)))
             elif isinstance(value, list) and not (field == IDS and self._are_ids(value)):
                 self._refuse(len(value), self._budget.items, "items in a list", field)
-                waiting += [(item, field, schema) for item in value]
+                waiting += [(item, field, part) for item in value]
 
-    def _count(self, value: Any, field: str, schema: bool) -> None:
+    def _count(self, value: Any, field: str, part: Part) -> None:
         self._values += 1
         self._refuse(self._values, self._budget.values, "values", None)
+        size = len(value) if isinstance(value, str) else 0
+        if part in ("schema", "literal"):
+            self._refuse(size, self._budget.text, "characters in a text of a schema", field)
+        if part != "body":
+            self._in_schema(1 + size, field)
         if isinstance(value, dict):
-            self._refuse(len(value), self._budget.members, "members in an object", field)
-        if schema:
-            self._in_schema(1 + (len(value) if isinstance(value, str) else 0), field)
+            most = self._budget.members if part == "body" else self._budget.properties
+            self._refuse(len(value), most, "members in an object", field)
 
-    def _name(self, name: str, field: str, schema: bool) -> None:
+    def _name(self, name: str, field: str, part: Part) -> None:
         self._refuse(len(name), self._budget.name, "characters in a name", field)
-        if schema:
+        if part != "body":
             self._in_schema(len(name), field)
 
     def _in_schema(self, characters: int, field: str) -> None:
@@ -114,6 +127,16 @@ class _Count:
     def _refuse(self, count: int, most: int, what: str, field: str | None) -> None:
         if count > most:
             raise RequestError(f"the body has more than {most} {what}", where=field or None, hint="send less")
+
+
+def _part(name: str, value: Any, part: Part) -> Part:
+    """Of a member's value."""
+    if part == "body":
+        return "schema" if name in SCHEMAS and isinstance(value, dict) else "body"
+    if part == "schema" and name in LITERALS:
+        return "literal"
+    # a property may have such a name too: then its value is a schema
+    return "words" if part == "schema" and name in WORDS and not isinstance(value, dict) else part
 
 
 BUDGET = Budget()

@@ -69,11 +69,13 @@ class ChatPrompt:
         messages: role and content, and whatever else the template reads (tool_calls, reasoning_content).
         tools: declarations in OpenAI's form, ``{"type": "function", "function": {...}}``.
         thinking: None leaves it to the template; else the template's ``enable_thinking``.
+        schema: JSON schema that the answer is held to; the template is not told, but its characters are input too.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     thinking: bool | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 # text to continue, token ids to continue, or a conversation to answer

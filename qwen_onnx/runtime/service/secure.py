@@ -226,7 +226,7 @@ def characters(prompt: Any) -> int:
         if isinstance(value, str):
             count += len(value)
         elif isinstance(value, ChatPrompt):
-            waiting += [(list(value.messages), False), (list(value.tools), False)]
+            waiting += [(list(value.messages), False), (list(value.tools), False), (value.schema or {}, True)]
         elif isinstance(value, Mapping):
             waiting += [(item, free or key in FREE) for key, item in value.items() if free or key not in OWN]
             count += sum(len(str(key)) for key in value) if free else 0

@@ -103,3 +103,37 @@ def test_a_render_counts_into_the_time_of_the_answer(tiny_artifact: Path, tmp_pa
         assert answer.status_code == 400
         assert "the chat template was stopped" in answer.json()["error"]["message"]
         assert server.ask().status_code == 200
+
+
+def held_to(schema: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Requests that bring a schema, in each place where one may stand."""
+    user = [{"role": "user", "content": "x"}]
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    return [
+        (CHAT, {"messages": user, "response_format": form}),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema", "name": "s", "schema": schema}}}),
+        (CHAT, {"messages": user, "tools": [{"type": "function", "function": function}]}),
+        (RESPONSES, {"input": "x", "tools": [{"type": "function", **function}]}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"enum": ["a" * 8000]}, "more than 1000 characters in a text"),
+        ({"enum": [{"description": "a" * 8000}]}, "more than 1000 characters in a text"),
+        ({"enum": [f"value {index}" for index in range(513)]}, "more than 512 values in an enum"),
+        ({"properties": {f"p{index}": {} for index in range(257)}}, "more than 256 members"),
+        ({"enum": ["a" * 999 + str(index % 10) for index in range(100)]}, "characters in JSON schemas"),
+    ],
+)
+def test_schemas_are_bounded(server: Guarded, schema: dict[str, Any], expected: str) -> None:
+    for path, value in held_to(schema):
+        assert expected in refusal(server, path, value)["message"]
+
+
+@pytest.mark.parametrize("schema", [{"enum": ["a" * 900 + str(index) for index in range(20)]}, {"title": "a" * 9000}])
+def test_the_schema_of_an_answer_counts_as_input(server: Guarded, schema: dict[str, Any]) -> None:
+    for path, value in held_to(schema)[:2]:
+        assert "the most is 8192" in refusal(server, path, value)["message"]

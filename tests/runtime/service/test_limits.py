@@ -117,7 +117,7 @@ def test_the_cap_names_the_field_as_the_client_wrote_it(name: str) -> None:
     assert caught.value.where == name
 
 
-SMALL = Budget(values=12, ids=6, items=4, members=3, name=5, schema=20, enum=2)
+SMALL = Budget(values=12, ids=6, items=4, members=3, name=5, schema=20, enum=2, text=4, properties=2)
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -127,7 +127,9 @@ json_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=6)
         | st.lists(st.integers(0, 9), max_size=8)
-        | st.dictionaries(st.sampled_from(["prompt", "schema", "parameters", "enum", "a", "b"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["prompt", "schema", "parameters", "enum", "const", "title", "a", "b"]), inner
+        )
         | st.dictionaries(st.text(max_size=7), inner, max_size=4)
     ),
     max_leaves=20,
@@ -138,33 +140,42 @@ def _are_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value)
 
 
-def _parts(value: object, field: str = "", schema: bool = False) -> Iterator[tuple[str, bool, object]]:
-    """Every value with its field and whether it belongs to a schema; token ids of prompts are one value."""
-    yield field, schema, value
+def _parts(value: object, field: str = "", part: str = "body") -> Iterator[tuple[str, str, object]]:
+    """Every value with its field and the part of a request that it is; token ids of prompts are one value."""
+    yield field, part, value
     if isinstance(value, dict):
         for name, inner in value.items():
-            begins = name in ("schema", "parameters") and isinstance(inner, dict)
-            yield from _parts(inner, field or name, schema or begins)
+            inside = part
+            if part == "body" and name in ("schema", "parameters") and isinstance(inner, dict):
+                inside = "schema"
+            elif part == "schema" and name in ("enum", "const"):
+                inside = "literal"
+            elif part == "schema" and name == "title" and not isinstance(inner, dict):
+                inside = "words"
+            yield from _parts(inner, field or name, inside)
     elif isinstance(value, list) and not (field == "prompt" and _are_ids(value)):
         for inner in value:
-            yield from _parts(inner, field, schema)
+            yield from _parts(inner, field, part)
 
 
 def _within(value: object, budget: Budget) -> bool:
     parts = list(_parts(value))
-    objects = [(part, schema) for _, schema, part in parts if isinstance(part, dict)]
-    prompts = [part for field, _, part in parts if field == "prompt" and _are_ids(part)]
-    lists = [part for field, _, part in parts if isinstance(part, list) and not (field == "prompt" and _are_ids(part))]
-    enums = [part["enum"] for part, schema in objects if schema and isinstance(part.get("enum"), list)]
-    written = sum(1 + (len(part) if isinstance(part, str) else 0) for _, schema, part in parts if schema)
-    written += sum(len(name) for part, schema in objects if schema for name in part)
+    objects = [(item, part) for _, part, item in parts if isinstance(item, dict)]
+    prompts = [item for field, _, item in parts if field == "prompt" and _are_ids(item)]
+    lists = [item for field, _, item in parts if isinstance(item, list) and not (field == "prompt" and _are_ids(item))]
+    enums = [item["enum"] for item, part in objects if part == "schema" and isinstance(item.get("enum"), list)]
+    texts = [(len(item), part) for _, part, item in parts if isinstance(item, str) and part != "body"]
+    written = sum(part != "body" for _, part, _ in parts) + sum(size for size, _ in texts)
+    written += sum(len(name) for item, part in objects if part != "body" for name in item)
     return (
         len(parts) <= budget.values
         and sum(map(len, prompts)) <= budget.ids
-        and all(len(part) <= budget.items for part in lists)
-        and all(len(part) <= budget.members and all(len(n) <= budget.name for n in part) for part, _ in objects)
+        and all(len(item) <= budget.items for item in lists)
+        and all(len(item) <= (budget.members if part == "body" else budget.properties) for item, part in objects)
+        and all(len(name) <= budget.name for item, _ in objects for name in item)
         and written <= budget.schema
         and all(len(enum) <= budget.enum for enum in enums)
+        and all(size <= budget.text for size, part in texts if part != "words")
     )
 
 
@@ -175,6 +186,8 @@ def _within(value: object, budget: Budget) -> bool:
 @example({"prompt": [1, 2, 3, 4, True]})
 @example({"a": {"schema": {"enum": [1, 2, 3]}}})
 @example({"schema": {"enum": 1, "a": {"schema": "0123456789"}}})
+@example({"schema": {"title": "012345678", "const": "0123"}})
+@example({"schema": {"title": {"title": 1}, "const": {"title": "01234"}}})
 @example([[[], [], []], [[], [], []], [[], [], []]])
 def test_json_passes_if_and_only_if_it_is_within_the_budget(value: object) -> None:
     body = json.dumps(value).encode()

@@ -86,7 +86,7 @@ def understood(service: TextService, asked: Asked) -> tuple[Prepared, str | None
             "this model's thinking cannot be switched: its chat template does not know enable_thinking",
             where="chat_template_kwargs",
         )
-    chat = ChatPrompt(asked.messages, [tool.plain() for tool in tools], asked.thinking)
+    chat = ChatPrompt(asked.messages, [tool.plain() for tool in tools], asked.thinking, asked.schema)
     # before the template is run, because it refuses a text that is too long before it works on it
     ids = service.prepare(chat, DEFAULT)
     inside = is_open(service.tokenizer.tail(ids))
