@@ -28,7 +28,7 @@ def test_expected():
 
 def outcome(folder: Path, text: str, ci: str) -> subprocess.CompletedProcess[str]:
     (folder / "test_it.py").write_text(text)
-    environment = {**os.environ, "CI": ci, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "CI": ci, "PYTHONPATH": str(REPOSITORY), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [
         sys.executable,
         "-m",
