@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qwen_onnx.export.weights import INDEX_FILE, create_safetensors
+from qwen_onnx.export.weights import create_safetensors
+from qwen_onnx.sources.checkpoint import INDEX_FILE
 
 SCALE = 0.02  # standard deviation of the weights
 SHARD = 1 << 30  # bytes

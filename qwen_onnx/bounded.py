@@ -11,8 +11,9 @@ import math
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,7 +35,7 @@ Fault = type[QwenOnnxError]
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
-def open_plain(path: Path, error: Fault, *, hint: str | None = None) -> BinaryIO:
+def open_plain(path: Path, error: Fault, *, hint: str | None = None) -> BufferedReader:
     """Open a plain file to read; a link, a pipe, a device or a folder is refused without waiting for it.
 
     Raises:
@@ -138,6 +139,24 @@ def read_record(
         first = cause.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise error(f"{path.name} is damaged: {place}: {first['msg']}", where=str(path), hint=hint) from cause
+
+
+def read_description(
+    folder: Path, name: str, kind: type[AnyRecord], *, called: str, most_bytes: int, error: Fault, hint: str
+) -> AnyRecord:
+    """The file by which a folder says what it is.
+
+    Args:
+        called: what such a folder is, with its article.
+
+    Raises:
+        error: there is no folder, it is not one of ours, or the file is damaged.
+    """
+    if not folder.is_dir():
+        raise error(f"there is no {called.rsplit(maxsplit=1)[-1]}", where=str(folder), hint=hint)
+    if not os.path.lexists(folder / name):
+        raise error(f"no {name}: not {called} of qwen-onnx", where=str(folder), hint=hint)
+    return read_record(folder / name, kind, most_bytes=most_bytes, error=error, hint=hint)
 
 
 class _Refused(ValueError):

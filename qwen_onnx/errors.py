@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -181,11 +182,26 @@ class DeadlineError(ServiceError):
     """The answer was not finished within the time allowed; the server answers 504."""
 
 
+def full_disk(folder: Path) -> EnvironmentFault:
+    """The error for a disk that ran full under ``folder``."""
+    return EnvironmentFault("the disk is full", where=str(folder), hint="free space; qwen-onnx doctor says how much")
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: what a stranger wrote into it neither moves the cursor nor turns the line round.
+
+    Line ends stay; control characters, marks of direction and other characters that are not seen become escapes.
+    """
+    return "".join(
+        each if each == "\n" or each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Exit with what ``main`` returns; a deliberate error becomes its message and exit code."""
     try:
         code = main()
     except QwenOnnxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = error.exit_code
     sys.exit(code)

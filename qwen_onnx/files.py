@@ -11,6 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 # our own list of checksums beside a checkpoint
 CHECKSUMS = "checksums.json"
+# the record of a finished step of a build, see export/workfolder.py
+RECORD_SUFFIX = ".record.json"
 # what of a checkpoint is its licence
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
 

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
+from qwen_onnx.bounded import Fault, open_plain, read_bytes
 from qwen_onnx.errors import PackageError
-from qwen_onnx.files import sha256_of
 
 SUMS = "SHA256SUMS"
+# a line is about 100 bytes
+MOST_BYTES = 1 << 20
 LINE = re.compile(r"([0-9a-f]{64})  ([^\\\n]+)")
 
 
-def sums_of(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of every file in ``folder``, hidden ones too, ``SHA256SUMS`` apart; sorted by name.
+def sums_of(folder: Path, *, without: str = SUMS, hidden: bool = True, error: Fault = PackageError) -> dict[str, str]:
+    """SHA-256 by name of every file in ``folder``, ``without`` apart; sorted by name.
+
+    Args:
+        hidden: whether files and folders with a leading dot count.
 
     Raises:
-        PackageError: something in it is neither a file nor a folder of files, or has a name that cannot be listed.
+        error: something in it is neither a file nor a folder of files, or has a name that cannot be listed. Nothing is
+            read before all of it is known to be plain.
     """
-    found = {}
+    found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if not hidden and any(part.startswith(".") for part in name.split("/")):
+            continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise PackageError(f"{name} is not a plain file", where=str(folder))
-        if path.is_file() and name != SUMS:
+            raise error(f"{name} is not a plain file", where=str(folder))
+        if path.is_file() and name != without:
             if not LINE.fullmatch(f"{'0' * 64}  {name}"):
-                raise PackageError(f"{name!r} cannot stand in {SUMS}", where=str(folder))
-            found[name] = sha256_of(path)
-    return found
+                raise error(f"{name!r} cannot stand in {SUMS}", where=str(folder))
+            found.append(name)
+    return {name: sha256_of_plain(folder / name, error) for name in found}
+
+
+def sha256_of_plain(path: Path, error: Fault = PackageError) -> str:
+    """SHA-256 of a plain file, in hex; ``error`` for a link, a pipe or a device."""
+    with open_plain(path, error) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(listed: dict[str, str], found: dict[str, str]) -> list[str]:
+    """Every file that is missing, was added, or was altered."""
+    both = sorted(listed.keys() & found.keys())
+    return [
+        *(f"{name} is missing" for name in sorted(listed.keys() - found.keys())),
+        *(f"{name} was added" for name in sorted(found.keys() - listed.keys())),
+        *(f"{name} was altered" for name in both if listed[name] != found[name]),
+    ]
 
 
 def rendered(sums: dict[str, str]) -> str:
@@ -48,9 +73,9 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS
     try:
-        text = path.read_bytes().decode("utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise PackageError(f"{SUMS} is missing or damaged", where=str(path)) from error
+        text = read_bytes(path, most_bytes=MOST_BYTES, error=PackageError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PackageError(f"{SUMS} is damaged", where=str(path)) from error
     matches = [LINE.fullmatch(line) for line in text.splitlines()]
     sums = {match[2]: match[1] for match in matches if match}
     if rendered(sums) != text:
@@ -64,10 +89,7 @@ def check_sums(folder: Path) -> dict[str, str]:
     Raises:
         PackageError: names every file that is missing, altered, or was added.
     """
-    listed, found = read_sums(folder), sums_of(folder)
-    faults = [f"{name} is missing" for name in sorted(listed.keys() - found.keys())]
-    faults += [f"{name} was added" for name in sorted(found.keys() - listed.keys())]
-    faults += [f"{name} was altered" for name in sorted(listed.keys() & found.keys()) if listed[name] != found[name]]
-    if faults:
+    listed = read_sums(folder)
+    if faults := differences(listed, sums_of(folder)):
         raise PackageError("; ".join(faults), where=str(folder), hint="get it again from where it came")
     return listed

@@ -20,17 +20,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from qwen_onnx import __version__
-from qwen_onnx.artifact.checksums import SUMS, check_sums
+from qwen_onnx.artifact.checksums import SUMS, check_sums, differences, sums_of
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
+from qwen_onnx.artifact.names import name_faults
+from qwen_onnx.bounded import read_description
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError
-from qwen_onnx.files import file_checksums
+from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, PackageError, full_disk
+from qwen_onnx.files import RECORD_SUFFIX
 from qwen_onnx.git import Checkout
 from qwen_onnx.records import Record, digest_of
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 4 << 20
+HINT = "build it: make optimize TARGET=cpu"
 # what these packages do ends up in the bytes of the graph or of the tokenizer
 SHAPING_PACKAGES = [
     "olive-ai",
@@ -45,8 +49,6 @@ SHAPING_PACKAGES = [
     "gguf",
     "numpy",
 ]
-# the record of a finished step of a build, see export/workfolder.py
-RECORD_SUFFIX = ".record.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -115,24 +117,17 @@ def package_versions() -> dict[str, str]:
 
 
 def build_key(plan: Plan, source_revision: str, packages: dict[str, str], exporter: str) -> str:
-    """The cache key. ``exporter`` is the digest of our own export code."""
-    return digest_of([plan.digest, source_revision, packages, platform.machine(), exporter])
+    """The cache key. ``exporter`` is the digest of our own code that carries out the plan."""
+    # calibration reads sources of Python's own library
+    machine = [platform.machine(), platform.python_version()]
+    return digest_of([plan.digest, source_revision, packages, machine, exporter])
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read ``manifest.json``; ArtifactError when it is missing or not ours."""
-    path = folder / MANIFEST
-    hint = "build it: make optimize TARGET=cpu"
-    if not folder.is_dir():
-        raise ArtifactError("there is no artifact", where=str(folder), hint=hint)
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ArtifactError(f"no {MANIFEST}: not an artifact of qwen-onnx", where=str(folder), hint=hint) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{MANIFEST} is damaged: {place}: {first['msg']}", where=str(path), hint=hint) from error
+    return read_description(
+        folder, MANIFEST, Manifest, called="an artifact", most_bytes=MOST_BYTES, error=ArtifactError, hint=HINT
+    )
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -142,11 +137,8 @@ def open_artifact(folder: Path) -> Artifact:
         ArtifactError: a file is missing, altered, or was added.
     """
     manifest = read_manifest(folder)
-    found = file_checksums(folder, without=MANIFEST)
-    faults = [f"{name} is missing" for name in sorted(set(manifest.files) - set(found))]
-    faults += [f"{name} was added" for name in sorted(set(found) - set(manifest.files))]
-    faults += [f"{name} was altered" for name in sorted(found) if manifest.files.get(name, found[name]) != found[name]]
-    if faults:
+    found = _files(folder)
+    if faults := [*differences(manifest.files, found), *name_faults(found)]:
         raise ArtifactError("; ".join(faults), where=str(folder), hint="build it again: make optimize TARGET=cpu")
     return Artifact(path=folder, manifest=manifest)
 
@@ -157,15 +149,41 @@ def open_runnable(folder: Path) -> Artifact:
     A package holds more files than the artifact's manifest lists, so its bytes are compared with its own list.
 
     Raises:
-        ArtifactError: a file is missing, altered, or was added.
+        ArtifactError: a file is missing, altered, or was added, has a name that no model needs, or
+            ``genai_config.json`` says more than it may.
     """
-    if not (folder / SUMS).exists():
-        return open_artifact(folder)
+    if not os.path.lexists(folder / SUMS):
+        opened = open_artifact(folder)
+        check_configuration(folder, opened.manifest.files)
+        return opened
+    hint = "package or pull it again"
     try:
-        check_sums(folder)
+        listed = check_sums(folder)
     except PackageError as error:
-        raise ArtifactError(error.what, where=error.where, hint="package or pull it again") from error
+        raise ArtifactError(error.what, where=error.where, hint=hint) from error
+    if faults := name_faults(listed):
+        raise ArtifactError("; ".join(faults), where=str(folder), hint=hint)
+    check_configuration(folder, listed)
     return Artifact(path=folder, manifest=read_manifest(folder))
+
+
+def check_configuration(folder: Path, files: Collection[str]) -> GenaiConfig:
+    """What ``genai_config.json`` says, once it says nothing but what it may, and names one of ``files``.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    config = GenaiConfig.read(folder)
+    if config.graph_file not in files:
+        raise ArtifactError(
+            f"{GENAI_CONFIG} names {config.graph_file}, which is not a file of it", where=str(folder), hint=HINT
+        )
+    return config
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of an artifact's files; hidden ones are the file manager's."""
+    return sums_of(folder, without=MANIFEST, hidden=False, error=ArtifactError)
 
 
 def cached(folder: Path, keys: Collection[str]) -> Artifact | None:
@@ -231,11 +249,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
     """
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
     try:
-        yield folder
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise full_disk(target.parent) from error
+        with noticing_full_disk(target.parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -267,9 +282,15 @@ def kept_folder(cache: Path, key: str, target: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def full_disk(folder: Path) -> EnvironmentFault:
-    """The error for a disk that ran full under ``folder``."""
-    return EnvironmentFault("the disk is full", where=str(folder), hint="free space; qwen-onnx doctor says how much")
+@contextmanager
+def noticing_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the system's word for a disk without room into an EnvironmentFault that names ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise full_disk(folder) from error
 
 
 def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:
@@ -309,7 +330,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def staged_manifest(staged: Path, *, plan: Plan, verdict: str, **fields: Any) -> Manifest:
     """The manifest of a finished staging folder; checksums and size are taken from the files."""
-    files = file_checksums(staged, without=MANIFEST)
+    files = _files(staged)
     found = {
         "files": files,
         "size_bytes": sum((staged / name).stat().st_size for name in files),

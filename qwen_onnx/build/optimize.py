@@ -87,13 +87,13 @@ def optimize(job: Job, progress: Progress = print) -> Outcome:
     Raises:
         QwenOnnxError: any stage failed; nothing was published.
     """
-    from qwen_onnx.export.olive import exporter_digest
+    from qwen_onnx.export.code import exporter_digest
 
     packages = package_versions()
     with build_lock(
         job.target, wait=job.wait, waiting=lambda: progress("another build of this artifact runs: waiting")
     ):
-        exporter = exporter_digest()
+        exporter = exporter_digest(job.plan, job.source)
         pins = expected_revisions(job.plan, job.cache, job.source)
         keys = [build_key(job.plan, pin, packages, exporter) for pin in pins]
         hit = None if job.force else cached(job.target, keys)
@@ -164,7 +164,7 @@ def build_model(
         ExportError: Olive failed, or the graph is not what the plan asked for.
     """
     from qwen_onnx.export.olive import collect, run_olive
-    from qwen_onnx.export.readback.onnx import read_back
+    from qwen_onnx.export.readback.common import read_back
 
     folder, work = staging / "artifact", staging / "work"
     interpreter, companion = olive_interpreter(plan, cache, progress), companion_of(plan, cache, progress)

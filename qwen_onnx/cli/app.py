@@ -23,7 +23,7 @@ from qwen_onnx.cli.publish import publish, pull
 from qwen_onnx.cli.release import release
 from qwen_onnx.cli.serve import keys_app, serve
 from qwen_onnx.cli.trust import diff, verify_package
-from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.errors import QwenOnnxError, printable
 
 app = typer.Typer(
     name="qwen-onnx",
@@ -67,7 +67,8 @@ def main() -> None:
     try:
         app()
     except QwenOnnxError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        told = escape(printable(str(error)))
+        Console(stderr=True).print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # the reader went away, as `| head` does: not a fault

@@ -5,7 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
+from qwen_onnx.errors import printable
+
 
 def progress(message: str) -> None:
     """One line at the start of each part."""
-    Console(stderr=True).print(f"[cyan]›[/] {escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[cyan]›[/] {escape(printable(message))}", highlight=False, soft_wrap=True)

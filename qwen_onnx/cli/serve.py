@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic.fields import FieldInfo
 
 from qwen_onnx.cli.options import ArtifactPath, Threads
+from qwen_onnx.runtime.server.settings import ServerSettings, variables
+from qwen_onnx.runtime.service.policy import STRICT
 
 keys_app = typer.Typer(help="API keys of `qwen-onnx serve`.", no_args_is_help=True)
-DEFAULT = "; else QWEN_ONNX_{}, else {}"
 
 
 @keys_app.command("new")
@@ -31,53 +34,45 @@ def _keys() -> None:
 
 def serve(
     artifact: ArtifactPath,
-    host: str | None = typer.Option(None, help="address to listen on" + DEFAULT.format("HOST", "127.0.0.1")),
-    port: int | None = typer.Option(None, help="0 takes a free one" + DEFAULT.format("PORT", "8000")),
-    name: str | None = typer.Option(None, help="model name in the API; default: the recipe's id"),
+    name: Annotated[str | None, typer.Option(help="model name in the API; default: the recipe's id")] = None,
     threads: Threads = None,
-    keys: Path | None = typer.Option(None, help="file of API keys, see `qwen-onnx keys new`; also QWEN_ONNX_API_KEYS"),
-    insecure: bool | None = typer.Option(None, "--insecure", help="listen beyond loopback without API keys"),
-    rate_limit: int | None = typer.Option(None, help="requests of a key in an hour; with keys 100, without no limit"),
-    max_input_characters: int | None = typer.Option(None, help="of a request's text; default 8192"),
-    max_tokens: int | None = typer.Option(None, help="most that a request may ask for; default 1024"),
-    request_seconds: float | None = typer.Option(None, help="time for one answer; default 300"),
-    grace_seconds: int | None = typer.Option(None, help="time for running answers after SIGTERM; default 30"),
-    streams: int | None = typer.Option(None, help="answers at once; default 4"),
-    context: int | None = typer.Option(None, help="tokens of a conversation; default: the model's, or what fits"),
-    queue_size: int | None = typer.Option(None, help="requests that may wait; default 16"),
-    allowed_host: list[str] | None = typer.Option(None, help="a name of this server, as behind a proxy; repeatable"),
-    cors_origin: list[str] | None = typer.Option(None, help="pages of this origin may call the API; repeatable"),
-    sanitise: bool | None = typer.Option(None, "--sanitise", help="remove scripts, frames and executable URLs"),
-    otlp: str | None = typer.Option(None, help="send traces there, e.g. http://localhost:4318/v1/traces"),
+    **settings: Any,
 ) -> None:
-    """Serve the artifact at an OpenAI-compatible API.
-
-    Options but --name and --threads may stand in the environment too: QWEN_ONNX_MAX_TOKENS=512.
-    """
+    """Serve the artifact at an OpenAI-compatible API."""
     import os
 
     from qwen_onnx.artifact.manifest import open_runnable
     from qwen_onnx.runtime.server.app import serve as run
-    from qwen_onnx.runtime.server.settings import ServerSettings
 
-    settings = ServerSettings.read(
-        os.environ,
-        host=host,
-        port=port,
-        keys=keys,
-        insecure=insecure,
-        rate_limit=rate_limit,
-        max_input_characters=max_input_characters,
-        max_tokens=max_tokens,
-        request_seconds=request_seconds,
-        grace_seconds=grace_seconds,
-        streams=streams,
-        queue_size=queue_size,
-        context=context,
-        allowed_hosts=tuple(allowed_host) if allowed_host else None,
-        cors_origins=tuple(cors_origin) if cors_origin else None,
-        sanitise=sanitise,
-        otlp=otlp,
-    )
+    read = ServerSettings.read(os.environ, **settings)
     opened = open_runnable(artifact.resolve())
-    run(opened.path, model_name=name or opened.manifest.plan.model, settings=settings, threads=threads)
+    run(opened.path, model_name=name or opened.manifest.plan.model, settings=read, threads=threads)
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    """An option of the command line that is a field of the settings."""
+    listed = isinstance(field.default, tuple)
+    flag = "--" + (name.removesuffix("s") if listed else name).replace("_", "-")
+    told = f"{field.description}; default: {field.default}" if field.default else field.description
+    option = typer.Option(flag, envvar=variables(name), show_default=False, help=told)
+    kind: Any = list[str] if listed else field.annotation
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _describe() -> None:
+    """Give ``serve`` its options and its help."""
+    told = inspect.signature(serve, eval_str=True)
+    fixed = [one for one in told.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [_option(name, field) for name, field in ServerSettings.model_fields.items() if field.description]
+    serve.__signature__ = told.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]
+    limits = (
+        "On loopback without keys the model's context is the only limit; with keys, beyond loopback or with "
+        f"--allowed-host the defaults are {STRICT.max_input_characters} characters, {STRICT.max_tokens} tokens and "
+        f"{STRICT.rate_limit} requests an hour, and {STRICT.request_seconds:g} s for an answer."
+    )
+    serve.__doc__ = f"{serve.__doc__}\n\n{limits}"
+
+
+_describe()

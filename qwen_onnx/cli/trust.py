@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qwen_onnx.errors import PackageError
+from qwen_onnx.errors import PackageError, printable
 
 out = Console()
 
@@ -29,13 +29,13 @@ def verify_package(
 
     package = read_package(folder.resolve())
     checks = examine(package.path, expect)
-    table = Table("check", "", "faults", title=escape(package.record.id))
+    table = Table("check", "", "faults", title=escape(printable(package.record.id)))
     for check in checks:
         mark = "[red]fault[/]" if check.faults else "[green]ok[/]"
-        table.add_row(check.name, mark, escape("\n".join(check.faults)))
+        table.add_row(check.name, mark, escape(printable("\n".join(check.faults))))
     out.print(table)
     require_sound(package.path, checks)
-    out.print(f"verdict: {package.record.verdict}: {package.record.claim}", markup=False, soft_wrap=True)
+    out.print(f"verdict: {package.record.verdict}: {printable(package.record.claim)}", markup=False, soft_wrap=True)
     line = {"id": package.record.id, "verdict": package.record.verdict, "digest": package_digest(package.path)}
     print(json.dumps(line))
 
@@ -50,7 +50,7 @@ def diff(
     found = compare(one.resolve(), other.resolve())
     table = Table("file", "")
     for name, relation in found.items():
-        table.add_row(escape(name), relation)
+        table.add_row(escape(printable(name)), relation)
     out.print(table)
     count = Counter(found.values())
     line = {relation.name.lower(): count[relation] for relation in Relation}

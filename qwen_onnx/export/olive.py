@@ -14,29 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact.manifest import full_disk
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.catalog.registry import options_of
-from qwen_onnx.errors import ExportError
+from qwen_onnx.errors import ExportError, full_disk
 from qwen_onnx.export.progress import PROGRESS
-from qwen_onnx.files import file_checksums
+from qwen_onnx.export.workfolder import KEPT_FOLDER
 from qwen_onnx.processes.environments import Interpreter, own_interpreter
-from qwen_onnx.records import digest_of
 
 Progress = Callable[[str], None]
-CONFIG_FILE = "genai_config.json"
-REQUIRED = (CONFIG_FILE, "tokenizer.json")
-# below the folder that Olive runs in, beside ``checkpoint``
-KEPT_FOLDER = "kept"
+REQUIRED = (GENAI_CONFIG, "tokenizer.json")
 # Olive's own bookkeeping beside a model: times and paths of the machine
 BOOKKEEPING = ("model_config.json", "footprint.json", "output_footprint.json", "run_history.txt")
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
-
-
-def exporter_digest() -> str:
-    """Digest of our own export code: an edit of it makes other artifacts."""
-    files = file_checksums(Path(__file__).parent, without="")
-    # compiled files hold times and places: they differ between clones
-    return digest_of({name: digest for name, digest in files.items() if not name.endswith(".pyc")})
 
 
 def run_olive(
@@ -78,7 +67,14 @@ def run_olive(
     environment |= companion.announced() if companion else {}
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
-            command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=work,
+            env=environment,
+            # nothing that it loads may ask whether to trust a checkpoint
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         try:
             for line in child.stdout or ():
@@ -113,8 +109,7 @@ def _judge(code: int, work: Path, log: Path) -> Path:
 
 def _missing_model(folder: Path) -> list[str]:
     """The model that ``genai_config.json`` names, when it is not there."""
-    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    name = settings["model"]["decoder"]["filename"]
+    name = GenaiConfig.read(folder, ExportError, hint=None).graph_file
     return [] if (folder / name).exists() else [name]
 
 

@@ -36,7 +36,7 @@ class Skeleton:
 
         self.weights = CheckpointWeights(checkpoint)
         self.scratch = scratch
-        self.config = AutoConfig.from_pretrained(checkpoint)
+        self.config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         self.model.config.use_cache = False

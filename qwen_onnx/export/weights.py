@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.sources.checkpoint import SINGLE_FILE, weight_map
 
-INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 # safetensors wants the header padded so that the data begin aligned
 ALIGNMENT = 64
@@ -28,16 +28,16 @@ class CheckpointWeights:
 
     Raises:
         ExportError: a shard that the index names is missing.
+        SourceError: the index cannot be trusted.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / INDEX_FILE
-        if index.exists():
-            self._files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), "model.safetensors")
+        named = weight_map(folder)
+        if named is None:
+            with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+                named = dict.fromkeys(file.keys(), SINGLE_FILE)
+        self._files = named
         missing = sorted({name for name in self._files.values() if not (folder / name).exists()})
         if missing:
             raise ExportError(

@@ -13,11 +13,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact.manifest import RECORD_SUFFIX
 from qwen_onnx.errors import ExportError
-from qwen_onnx.files import sha256_of
+from qwen_onnx.files import RECORD_SUFFIX, sha256_of
 
 IDENTITY = "identity.json"
+# where a pass finds the folder of its finished steps, below the folder that Olive runs in
+KEPT_FOLDER = "kept"
 
 
 class WorkFolder:

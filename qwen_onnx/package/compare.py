@@ -6,10 +6,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact.checksums import SUMS, sums_of
+from qwen_onnx.artifact.checksums import SUMS, sha256_of_plain, sums_of
 from qwen_onnx.artifact.manifest import MANIFEST, read_manifest
 from qwen_onnx.errors import PackageError
-from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import LEFT_BEHIND, MEASURED, PACKAGE, read_package
 
 # of a manifest, what is measured or depends on it
@@ -61,7 +60,7 @@ def _kind(folder: Path) -> str:
 
 def _sums(folder: Path) -> dict[str, str]:
     """SHA-256 by name, ``SHA256SUMS`` included where there is one."""
-    return sums_of(folder) | ({SUMS: sha256_of(folder / SUMS)} if (folder / SUMS).exists() else {})
+    return sums_of(folder) | ({SUMS: sha256_of_plain(folder / SUMS)} if (folder / SUMS).exists() else {})
 
 
 def _relation(name: str, one: str | None, other: str | None) -> Relation:

@@ -1,22 +1,24 @@
-"""What a package folder holds, read when a rule asks for it."""
+"""What a package folder holds, read when a rule or a check asks for it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
-from qwen_onnx.artifact.manifest import MANIFEST, Manifest
-from qwen_onnx.errors import ArtifactError, EnvironmentFault, PackageError
+from qwen_onnx.artifact.checksums import sums_of
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig, Search
+from qwen_onnx.artifact.manifest import Manifest, read_manifest
+from qwen_onnx.bounded import read_bytes, read_object
+from qwen_onnx.errors import EnvironmentFault, PackageError, QwenOnnxError
+from qwen_onnx.package.provenance import Statement, read_statement
 from qwen_onnx.package.records import PackageRecord, read_package
 from qwen_onnx.runtime.processing.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 
-GENAI_CONFIG = "genai_config.json"
 SIDECAR = "foundry_local.json"
 INFERENCE = "inference_model.json"
 # where Foundry's prompt template takes the user's text
@@ -24,6 +26,11 @@ CONTENT = "{Content}"
 EXTERNAL = 1  # onnx.TensorProto.DataLocation.EXTERNAL
 ROPE_CACHE = "cos_cache"
 CONTEXT_NODE, CONTEXT_FILE = "EPContext", "ep_cache_context"
+# of a document, of a chat template, and of a graph without its weights: more is not what protobuf takes
+MOST_BYTES, MOST_TEMPLATE, MOST_GRAPH = 4 << 20, 1 << 20, (1 << 31) - 1
+
+
+Found = TypeVar("Found")
 
 
 class Unreadable(PackageError):
@@ -31,48 +38,50 @@ class Unreadable(PackageError):
 
 
 class Contents:
-    """A view of ``path``; every property raises ``Unreadable`` when its file cannot be read."""
+    """A view of ``path``, each part read once; every property raises ``Unreadable`` when its file cannot be read.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        expect: SHA-256 that its ``SHA256SUMS`` should have.
+    """
+
+    def __init__(self, path: Path, expect: str | None = None) -> None:
+        self.path, self.expect = path, expect
 
     def document(self, name: str) -> dict[str, Any]:
         """A JSON object."""
-        try:
-            found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise Unreadable(f"{name} cannot be read: {error}", where=str(self.path)) from error
-        if not isinstance(found, dict):
-            raise Unreadable(f"{name} is not an object", where=str(self.path))
-        return found
+        return read_object(self.path / name, most_bytes=MOST_BYTES, error=Unreadable)
 
     @cached_property
     def record(self) -> PackageRecord:
         """``package.json``."""
-        try:
-            return read_package(self.path).record
-        except PackageError as error:
-            raise Unreadable(error.what, where=error.where) from error
+        return _readable(lambda: read_package(self.path).record)
 
     @cached_property
     def manifest(self) -> Manifest:
         """``manifest.json`` of the artifact; its ``files`` may be more than the package has."""
-        try:
-            return Manifest.model_validate_json((self.path / MANIFEST).read_bytes())
-        except (OSError, ValidationError) as error:
-            raise Unreadable(f"{MANIFEST} cannot be read: {error}", where=str(self.path)) from error
+        return _readable(lambda: read_manifest(self.path))
 
     @cached_property
-    def genai(self) -> dict[str, Any]:
-        """``genai_config.json`` with the keys that every model has."""
-        found = self.document(GENAI_CONFIG)
-        try:
-            _ = found["model"]["context_length"] + found["model"]["vocab_size"] + found["search"]["max_length"]
-            _ = found["model"]["eos_token_id"], found["model"]["decoder"]["filename"] + ""
-            _ = [dict(entry) for entry in found["model"]["decoder"]["session_options"]["provider_options"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise Unreadable(f"{GENAI_CONFIG} lacks a key: {error}", where=str(self.path)) from error
-        return found
+    def statement(self) -> Statement:
+        """``provenance.intoto.json``."""
+        return _readable(lambda: read_statement(self.path))
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """SHA-256 by name of every file but ``SHA256SUMS``."""
+        return _readable(lambda: sums_of(self.path))
+
+    @cached_property
+    def genai(self) -> GenaiConfig:
+        """``genai_config.json``."""
+        return GenaiConfig.read(self.path, Unreadable)
+
+    @property
+    def search(self) -> Search:
+        """Its defaults of generation, without which Foundry Local does not load a model."""
+        if self.genai.search is None:
+            raise Unreadable(f"{GENAI_CONFIG} lacks search", where=str(self.path))
+        return self.genai.search
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
@@ -108,20 +117,19 @@ class Contents:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         """``tokenizer.json``."""
-        try:
-            return TextTokenizer(self.path)
-        except ArtifactError as error:
-            raise Unreadable(error.what, where=error.where) from error
+        return _readable(lambda: TextTokenizer(self.path))
 
     @cached_property
     def templates(self) -> list[str]:
         """Sources of the chat templates, each once: none, one, or two that contradict each other."""
         found = [self.tokenizer_config.get("chat_template")]
         separate = self.path / TEMPLATE_FILE
-        try:
-            found.append(separate.read_text(encoding="utf-8") if separate.exists() else None)
-        except (OSError, UnicodeDecodeError) as error:
-            raise Unreadable(f"{TEMPLATE_FILE} cannot be read: {error}", where=str(self.path)) from error
+        if os.path.lexists(separate):
+            try:
+                text = read_bytes(separate, most_bytes=MOST_TEMPLATE, error=Unreadable).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise Unreadable(f"{TEMPLATE_FILE} is not UTF-8: {error}", where=str(self.path)) from error
+            found.append(text)
         return list(
             dict.fromkeys(source if isinstance(source, str) else json.dumps(source) for source in found if source)
         )
@@ -137,60 +145,78 @@ class Contents:
 
     @cached_property
     def graph(self) -> Any:
-        """The ONNX file that ``genai_config.json`` names, without its external data."""
+        """The graph in the ONNX file that ``genai_config.json`` names."""
+        return self.model.graph
+
+    @cached_property
+    def model(self) -> Any:
+        """That file, without its external data."""
         try:
             import onnx
             from google.protobuf.message import DecodeError
         except ImportError as error:
             raise EnvironmentFault("onnx is not installed", hint="pip install 'qwen-onnx[export]'") from error
-        name = self.genai["model"]["decoder"]["filename"]
+        name = self.genai.graph_file
+        body = read_bytes(self.path / name, most_bytes=MOST_GRAPH, error=Unreadable)
         try:
-            return onnx.load(str(self.path / name), load_external_data=False).graph
-        except (OSError, DecodeError) as error:
+            return onnx.load_model_from_string(body)
+        except DecodeError as error:
             raise Unreadable(f"{name} cannot be read: {error}", where=str(self.path)) from error
 
     @cached_property
     def external(self) -> dict[str, int]:
         """Bytes that the graph reads from each file beside it, by the name as it stands in the graph."""
-        ends: dict[str, int] = {}
-        for tensor in _tensors(self.graph):
-            if tensor.data_location == EXTERNAL:
-                entry = {item.key: item.value for item in tensor.external_data}
-                end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-                name = entry.get("location", "")
-                ends[name] = max(end, ends.get(name, 0))
-        for node in self.graph.node:
-            named = [a.s.decode() for a in node.attribute if a.name == CONTEXT_FILE and node.op_type == CONTEXT_NODE]
-            # an IR of OpenVINO is two files, of which the graph names the first
-            pairs = [name for xml in named for name in (xml, xml.removesuffix(".xml") + ".bin")]
-            ends.update(dict.fromkeys(pairs if any(".xml" in name for name in named) else named, 0))
-        return ends
+        try:
+            return _read_by(self.model)
+        # an offset that is not a number, a name that is not UTF-8
+        except ValueError as error:
+            raise Unreadable(f"{self.genai.graph_file} is damaged: {error}", where=str(self.path)) from error
 
     @cached_property
     def model_files(self) -> list[str]:
         """The ONNX file and what it reads."""
-        return [self.genai["model"]["decoder"]["filename"], *self.external]
+        return [self.genai.graph_file, *self.external]
 
     @cached_property
     def rope_rows(self) -> int | None:
         """Positions that the cache of rotary embeddings in the graph holds; None when it has no such cache."""
-        rows = [tensor.dims[0] for tensor in self.graph.initializer if tensor.name.endswith(ROPE_CACHE)]
+        caches = [tensor for tensor in self.graph.initializer if tensor.name.endswith(ROPE_CACHE)]
+        rows = [tensor.dims[0] for tensor in caches if tensor.dims]
         return min(rows, default=None)
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Every constant of a graph and of the graphs inside its nodes."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
+def _readable(read: Callable[[], Found]) -> Found:
+    """What ``read`` gives; a deliberate error becomes ``Unreadable``."""
+    try:
+        return read()
+    except QwenOnnxError as error:
+        raise Unreadable(error.what, where=error.where) from error
 
 
-def token_ids(value: Any) -> list[Any]:
-    """A token id of ``genai_config.json``, which may be a list, as a list."""
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+def _read_by(model: Any) -> dict[str, int]:
+    """See ``Contents.external``."""
+    ends: dict[str, int] = {}
+    for part in _parts(model):
+        kind = part.DESCRIPTOR.name
+        if kind == "TensorProto" and (part.data_location == EXTERNAL or part.external_data):
+            entry = {item.key: item.value for item in part.external_data}
+            end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+            name = entry.get("location", "")
+            ends[name] = max(end, ends.get(name, 0))
+        elif kind == "NodeProto" and part.op_type == CONTEXT_NODE:
+            named = [a.s.decode() for a in part.attribute if a.name == CONTEXT_FILE]
+            # an IR of OpenVINO is two files, of which the graph names the first
+            pairs = [name for xml in named for name in (xml, xml.removesuffix(".xml") + ".bin")]
+            ends.update(dict.fromkeys(pairs if any(".xml" in name for name in named) else named, 0))
+    return ends
+
+
+def _parts(message: Any) -> Iterator[Any]:
+    """A protobuf message and every message inside: graphs of nodes, functions and sparse tensors too."""
+    waiting = [message]
+    while waiting:
+        part = waiting.pop()
+        yield part
+        for field, value in part.ListFields():
+            if field.message_type is not None:
+                waiting += [value] if hasattr(value, "DESCRIPTOR") else value

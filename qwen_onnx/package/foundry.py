@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.package.contents import CONTENT, GENAI_CONFIG, INFERENCE, SIDECAR, Contents
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG
+from qwen_onnx.package.contents import CONTENT, INFERENCE, SIDECAR, Contents
 from qwen_onnx.package.devices import DEVICES
 from qwen_onnx.package.records import PackageRecord
 from qwen_onnx.runtime.processing.template import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate
@@ -70,15 +71,14 @@ def markers_of(contents: Contents, record: PackageRecord) -> dict[str, str]:
 
 def _genai_config(contents: Contents, record: PackageRecord, markers: dict[str, str]) -> dict[str, Any]:
     """Lengths that fit the graph; marker ids for exactly the markers that are declared, none for genai 0.14."""
-    found = contents.genai
-    rows = contents.rope_rows
-    model, search = found["model"], found["search"]
-    context = min(model["context_length"], contents.manifest.plan.context, rows or model["context_length"])
+    longest, search = contents.genai.model.context_length, contents.search
+    context = min(longest, contents.manifest.plan.context, contents.rope_rows or longest)
     ids = {key: contents.tokenizer.added_tokens[markers[name]] for name, key in MARKER_IDS.items() if name in markers}
-    kept = {key: value for key, value in model.items() if key not in MARKER_IDS.values()}
+    found = contents.document(GENAI_CONFIG)
+    kept = {key: value for key, value in found["model"].items() if key not in MARKER_IDS.values()}
     return found | {
         "model": kept | {"context_length": context} | (ids if record.profile == "sdk2" else {}),
-        "search": search | {"max_length": min(search["max_length"], context)},
+        "search": found["search"] | {"max_length": min(search.max_length, context)},
     }
 
 
@@ -118,7 +118,7 @@ def _ints(contents: Contents, record: PackageRecord, markers: dict[str, str]) ->
     return {
         "supports_tool_calling": int("tool_call_start" in markers),
         "supports_reasoning": int("reasoning_start" in markers),
-        "max_output_tokens": most_output(contents.genai["model"]["context_length"], record),
+        "max_output_tokens": most_output(contents.genai.model.context_length, record),
         "filesize_mb": model_megabytes(contents),
     }
 

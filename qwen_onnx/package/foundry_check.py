@@ -119,7 +119,7 @@ def expected_counts(folder: Path, conversations: Any) -> list[int]:
         template, tokenizer = ChatTemplate(folder), TextTokenizer(folder)
         texts = [template.render(messages) for messages in conversations]
         return [len(tokenizer.encode(text, allow_special=True, add_special_tokens=False)) for text in texts]
-    reference = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    reference = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return [
         len(reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         for messages in conversations

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, Field, JsonValue, ValidationError
+from pydantic import ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
 from qwen_onnx import __version__
 from qwen_onnx.artifact.manifest import Manifest
+from qwen_onnx.bounded import read_record
 from qwen_onnx.errors import PackageError
 from qwen_onnx.git import Checkout, this_checkout
 from qwen_onnx.package.records import PackageRecord
@@ -161,12 +162,4 @@ def _packages(manifest: Manifest) -> list[Resource]:
 
 def read_statement(folder: Path) -> Statement:
     """The statement in ``folder``; PackageError when it is missing or not one of ours."""
-    path = folder / PROVENANCE
-    try:
-        return Statement.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise PackageError(f"{PROVENANCE} is missing", where=str(folder)) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise PackageError(f"{PROVENANCE} is damaged: {place}: {first['msg']}", where=str(path)) from error
+    return read_record(folder / PROVENANCE, Statement, most_bytes=4 << 20, error=PackageError)

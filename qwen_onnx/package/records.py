@@ -6,8 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from qwen_onnx.bounded import read_description
 from qwen_onnx.catalog.schema import Precision
 from qwen_onnx.errors import PackageError
 from qwen_onnx.records import Record
@@ -82,15 +83,8 @@ def read_package(folder: Path) -> Package:
     Raises:
         PackageError: it is missing or not ours.
     """
-    path = folder / PACKAGE
     hint = "make one: qwen-onnx package ARTIFACT"
-    if not folder.is_dir():
-        raise PackageError("there is no package", where=str(folder), hint=hint)
-    try:
-        return Package(path=folder, record=PackageRecord.model_validate_json(path.read_bytes()))
-    except FileNotFoundError as error:
-        raise PackageError(f"no {PACKAGE}: not a package of qwen-onnx", where=str(folder), hint=hint) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise PackageError(f"{PACKAGE} is damaged: {place}: {first['msg']}", where=str(path), hint=hint) from error
+    record = read_description(
+        folder, PACKAGE, PackageRecord, called="a package", most_bytes=1 << 20, error=PackageError, hint=hint
+    )
+    return Package(path=folder, record=record)

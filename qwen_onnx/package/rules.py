@@ -42,7 +42,10 @@ DOWNLOAD = "download.tmp"
 # the one rule about where a package lies: it is kept when one is made
 FOLDER_NAME = "folder-name"
 # properties of ``Contents``, each of a file that must be there
-READ = ("genai", "sidecar", "inference", "tokenizer_config", "tokenizer", "templates", "record", "manifest", "graph")
+READ = (
+    *("genai", "search", "sidecar", "inference", "tokenizer_config", "tokenizer", "templates", "record", "manifest"),
+    *("graph", "external"),
+)
 
 
 def broken_rules(folder: Path) -> dict[str, list[str]]:
@@ -78,19 +81,8 @@ def check_rules(folder: Path) -> None:
 
 @rule("readable", "What reads the package needs these files.")
 def _readable(contents: Contents) -> Iterator[str]:
-    names = (
-        "genai",
-        "sidecar",
-        "inference",
-        "tokenizer_config",
-        "tokenizer",
-        "templates",
-        "record",
-        "manifest",
-        "graph",
-    )
     told = set()
-    for name in names:
+    for name in READ:
         try:
             getattr(contents, name)
         except Unreadable as error:
@@ -170,7 +162,7 @@ def _unverified(contents: Contents) -> Iterator[str]:
     if record.verdict != contents.manifest.verdict:
         yield f"package.json says {record.verdict}, the artifact's manifest {contents.manifest.verdict}"
     elif record.unverified != (record.verdict != "PASS"):
-        yield f"unverified is {str(record.unverified).lower()} at the verdict {record.verdict}"
+        yield f"package.json has the verdict {record.verdict} and unverified = {str(record.unverified).lower()}"
     elif record.unverified and UNVERIFIED not in str(contents.strings.get("display_name", UNVERIFIED)):
         yield f"display_name does not say {UNVERIFIED}"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_onnx.artifact.manifest import Manifest, SourceRecord
+from qwen_onnx.bounded import read_json
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import ConfigError, PackageError
 from qwen_onnx.package.records import PackageRecord
@@ -192,9 +193,12 @@ def listed_files(folder: Path) -> dict[str, str]:
     Raises:
         PackageError: there is no bill, or it is not one of ours.
     """
+    made = read_json(folder / SBOM, most_bytes=4 << 20, error=PackageError)
     try:
-        made = json.loads((folder / SBOM).read_bytes())
         components = made["metadata"]["component"]["components"]
-        return {item["name"]: item["hashes"][0]["content"] for item in components}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise PackageError(f"{SBOM} is missing or damaged: {error!r}", where=str(folder)) from error
+        found = {item["name"]: item["hashes"][0]["content"] for item in components}
+    except (KeyError, TypeError, IndexError) as error:
+        raise PackageError(f"{SBOM} is damaged: {error!r}", where=str(folder)) from error
+    if not all(isinstance(part, str) for pair in found.items() for part in pair):
+        raise PackageError(f"{SBOM} is damaged: a name or a hash is not text", where=str(folder))
+    return found

@@ -6,19 +6,19 @@ from a place that is trusted (``expect``).
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-from qwen_onnx.artifact.checksums import SUMS, check_sums, sums_of
-from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
+from qwen_onnx.artifact.checksums import SUMS, check_sums, sha256_of_plain
+from qwen_onnx.artifact.manifest import MANIFEST
+from qwen_onnx.artifact.names import name_faults
 from qwen_onnx.errors import ArtifactError, PackageError
-from qwen_onnx.files import sha256_of
+from qwen_onnx.package.contents import Contents
 from qwen_onnx.package.licences import LICENCE, NOTICE, OWN_LICENCE
-from qwen_onnx.package.provenance import PACKAGING, PROVENANCE, VERDICT, Statement, read_statement, verdict_of
-from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, measured_in, read_package
+from qwen_onnx.package.provenance import PACKAGING, PROVENANCE, VERDICT, verdict_of
+from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, measured_in, read_package
 from qwen_onnx.package.rules import FOLDER_NAME, broken_rules
 from qwen_onnx.package.sbom import SBOM, listed_files
 from qwen_onnx.records import digest_of
@@ -32,37 +32,9 @@ class Check:
     faults: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """A package folder, each part of it read once, at the first question."""
-
-    folder: Path
-    expect: str | None
-
-    @cached_property
-    def package(self) -> Package:
-        return read_package(self.folder)
-
-    @property
-    def record(self) -> PackageRecord:
-        return self.package.record
-
-    @cached_property
-    def files(self) -> dict[str, str]:
-        return sums_of(self.folder)
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        return read_manifest(self.folder)
-
-    @cached_property
-    def statement(self) -> Statement:
-        return read_statement(self.folder)
-
-
 def package_digest(folder: Path) -> str:
     """SHA-256 of ``SHA256SUMS``: pins every byte of a package that passes ``verify_package``."""
-    return sha256_of(folder / SUMS)
+    return sha256_of_plain(folder / SUMS)
 
 
 def verify_package(folder: Path, expect: str | None = None) -> Package:
@@ -82,7 +54,7 @@ def verify_package(folder: Path, expect: str | None = None) -> Package:
 
 def examine(folder: Path, expect: str | None = None) -> list[Check]:
     """Carry out every check, whatever the others found."""
-    contents = _Contents(folder, expect)
+    contents = Contents(folder, expect)
     return [Check(name, tuple(_faults(find, contents))) for name, find in CHECKS.items()]
 
 
@@ -97,38 +69,37 @@ def require_sound(folder: Path, checks: list[Check]) -> None:
         )
 
 
-def _faults(find: Callable[[_Contents], Iterator[str]], contents: _Contents) -> Iterator[str]:
+def _faults(find: Callable[[Contents], Iterator[str]], contents: Contents) -> Iterator[str]:
     try:
         yield from find(contents)
     except (PackageError, ArtifactError) as error:
         yield error.what
 
 
-def _bytes(contents: _Contents) -> Iterator[str]:
-    """Every file is listed, and has the listed SHA-256."""
-    for path in sorted(contents.folder.rglob("*")):
+def _bytes(contents: Contents) -> Iterator[str]:
+    """Every file is listed, has the listed SHA-256, and is of a kind that a model needs."""
+    for path in sorted(contents.path.rglob("*")):
         if path.is_dir() and not path.is_symlink():
-            yield f"{path.relative_to(contents.folder).as_posix()}/ was added: a package has no folders"
-    check_sums(contents.folder)
+            yield f"{path.relative_to(contents.path).as_posix()}/ was added: a package has no folders"
+    yield from name_faults(path.name for path in contents.path.iterdir())
+    check_sums(contents.path)
 
 
-def _expected(contents: _Contents) -> Iterator[str]:
+def _expected(contents: Contents) -> Iterator[str]:
     """It is the package that was asked for."""
-    found = package_digest(contents.folder) if (contents.folder / SUMS).is_file() else "missing"
+    found = package_digest(contents.path) if os.path.lexists(contents.path / SUMS) else "missing"
     if contents.expect is not None and found != contents.expect.lower():
         yield f"{SUMS} is {found}, not the expected {contents.expect}"
 
 
-def _record(contents: _Contents) -> Iterator[str]:
+def _record(contents: Contents) -> Iterator[str]:
     """``package.json`` says what it may."""
     record = contents.record
-    if record.unverified != (record.verdict != "PASS"):
-        yield f"{PACKAGE} has the verdict {record.verdict} and unverified = {str(record.unverified).lower()}"
     if record.measured != (measured := measured_in(contents.files)):
         yield f"{PACKAGE} lists {', '.join(record.measured)} as measured, it is {', '.join(measured)}"
 
 
-def _manifest(contents: _Contents) -> Iterator[str]:
+def _manifest(contents: Contents) -> Iterator[str]:
     """The artifact's files are those of its manifest, but for those that packaging is said to have altered."""
     record, manifest, files = contents.record, contents.manifest, contents.files
     for name, sha256 in manifest.files.items():
@@ -152,13 +123,13 @@ def _manifest(contents: _Contents) -> Iterator[str]:
     }
     yield from (f"{name}: {PACKAGE} says {one}, the manifest {two}" for name, (one, two) in pairs.items() if one != two)
     # of the JSON as it stands: a newer version of this program may know more fields of a plan
-    if digest_of(json.loads((contents.folder / MANIFEST).read_bytes())["plan"]) != manifest.plan_digest:
+    if digest_of(contents.document(MANIFEST)["plan"]) != manifest.plan_digest:
         yield "the manifest's plan does not have the digest that it says"
     if manifest.claim.startswith("proven") != (manifest.verdict == "PASS"):
         yield f"the manifest claims more or less than {manifest.verdict} proves: {manifest.claim}"
 
 
-def _report(contents: _Contents) -> Iterator[str]:
+def _report(contents: Contents) -> Iterator[str]:
     """The verdict is that of the report; without one it is UNVERIFIED."""
     from qwen_onnx.verify.records import worst
     from qwen_onnx.verify.report import load_report
@@ -168,7 +139,7 @@ def _report(contents: _Contents) -> Iterator[str]:
         if verdict != "UNVERIFIED":
             yield f"the verdict is {verdict}, but there is no report.json"
         return
-    report = load_report(contents.folder)
+    report = load_report(contents.path)
     for name, found, said in (("verdict", report.verdict, verdict), ("claim", report.claim, contents.record.claim)):
         if found != said:
             yield f"{name}: {PACKAGE} says {said}, report.json {found}"
@@ -176,7 +147,7 @@ def _report(contents: _Contents) -> Iterator[str]:
         yield f"report.json says {report.verdict}, its checks do not"
 
 
-def _provenance(contents: _Contents) -> Iterator[str]:
+def _provenance(contents: Contents) -> Iterator[str]:
     """The statement is about these very files and says the same of them."""
     record, statement = contents.record, contents.statement
     about = {name: sha for name, sha in contents.files.items() if name not in (PROVENANCE, PACKAGE)}
@@ -197,11 +168,11 @@ def _provenance(contents: _Contents) -> Iterator[str]:
         yield f"{PROVENANCE} is about another build"
 
 
-def _bill(contents: _Contents) -> Iterator[str]:
+def _bill(contents: Contents) -> Iterator[str]:
     """The bill of materials lists everything that nobody measured."""
     apart = {*contents.record.measured, SBOM, PACKAGE}
     yield from _difference(
-        {k: v for k, v in contents.files.items() if k not in apart}, listed_files(contents.folder), SBOM
+        {k: v for k, v in contents.files.items() if k not in apart}, listed_files(contents.path), SBOM
     )
 
 
@@ -212,22 +183,22 @@ def _difference(found: dict[str, str], listed: dict[str, str], where: str) -> It
     yield from (f"{name} is not the one in {where}" for name in both if found[name] != listed[name])
 
 
-def _licence(contents: _Contents) -> Iterator[str]:
+def _licence(contents: Contents) -> Iterator[str]:
     """The licences and notices travel along."""
     for name in (LICENCE, OWN_LICENCE, NOTICE):
-        path = contents.folder / name
+        path = contents.path / name
         if not path.is_file() or not path.stat().st_size:
             yield f"{name} is missing"
 
 
-def _foundry(contents: _Contents) -> Iterator[str]:
+def _foundry(contents: Contents) -> Iterator[str]:
     """Foundry Local's rules are kept, wherever the folder lies and whatever it is called there."""
-    for name, faults in broken_rules(contents.folder).items():
+    for name, faults in broken_rules(contents.path).items():
         if name != FOLDER_NAME:
             yield from (f"{name}: {fault}" for fault in faults)
 
 
-CHECKS: dict[str, Callable[[_Contents], Iterator[str]]] = {
+CHECKS: dict[str, Callable[[Contents], Iterator[str]]] = {
     "bytes": _bytes,
     "digest": _expected,
     "record": _record,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +92,3 @@ def parse_address(text: str) -> Address:
     if text and not re.match(r"(oci|hf|ms|folder):|[a-z][a-z0-9+.-]*://", text):
         return FolderAddress(Path(text))
     raise PublishError(f"{text!r} is not an address", hint=f"give {KINDS}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name, with or without a port, stays on this machine."""
-    name = re.sub(r":[0-9]+$", "", host).strip("[]")
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"

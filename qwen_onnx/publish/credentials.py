@@ -9,39 +9,18 @@ import base64
 import binascii
 import json
 import os
-import re
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from qwen_onnx.errors import PublishError
+from qwen_onnx.publish.faults import FAULTS
+from qwen_onnx.sources.web import clean, secret
 
 USER, PASSWORD = "QWEN_ONNX_REGISTRY_USER", "QWEN_ONNX_REGISTRY_PASSWORD"
 HF_TOKEN, MODELSCOPE_TOKEN = "HF_TOKEN", "MODELSCOPE_API_TOKEN"
 # how docker writes its own registry in config.json
 DOCKER_HUB = {"docker.io": "https://index.docker.io/v1/", "registry-1.docker.io": "https://index.docker.io/v1/"}
-
-
-def secret(variable: str) -> SecretStr | None:
-    """What the environment variable holds; None when it is not set or empty.
-
-    Raises:
-        PublishError: it holds spaces, a line end or other characters that no header takes. HTTP libraries print such
-            a value in their errors, so it must not reach them.
-    """
-    value = os.environ.get(variable, "")
-    if not value:
-        return None
-    return _clean(value, variable)
-
-
-def _clean(value: str, source: str) -> SecretStr:
-    if not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise PublishError(
-            f"{source} holds a space, a line end or a character that is not ASCII",
-            hint=f"set {source} again, without a line end: export {source}=…",
-        )
-    return SecretStr(value)
 
 
 def missing(variable: str, where: str) -> PublishError:
@@ -59,7 +38,7 @@ def registry_login(host: str) -> tuple[str, SecretStr] | None:
     Raises:
         PublishError: one of the two variables is missing, or docker's configuration is damaged.
     """
-    user, password = os.environ.get(USER, ""), secret(PASSWORD)
+    user, password = os.environ.get(USER, ""), secret(PASSWORD, FAULTS)
     if bool(user) != (password is not None):
         raise PublishError(
             f"{USER if password else PASSWORD} is not set, its other half is",
@@ -91,4 +70,4 @@ def _docker_login(host: str) -> tuple[str, SecretStr] | None:
         ) from None
     if not colon or not password:
         return None
-    return user, _clean(password, f"the password in {path}")
+    return user, clean(password, f"the password in {path}", FAULTS)

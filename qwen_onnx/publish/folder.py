@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.bundle import BLOCK
-from qwen_onnx.publish.receive import RemoteFile
+from qwen_onnx.sources.remote import RemoteFile
 
 
 def blocks_of(path: Path, offset: int) -> Iterator[bytes]:

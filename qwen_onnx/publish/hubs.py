@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +16,10 @@ from qwen_onnx.artifact.checksums import SUMS, read_sums
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, Item
-from qwen_onnx.publish.receive import SMALL, RemoteFile, Source
-from qwen_onnx.publish.transport import blocks_from, make_client, range_header, reaching
+from qwen_onnx.publish.faults import FAULTS
+from qwen_onnx.publish.receive import SMALL
+from qwen_onnx.sources.remote import RemoteFile, Source, git_blob_of
+from qwen_onnx.sources.web import PASSING, Ranges, make_client, reading
 
 # a hub may write one into a repository that it makes
 WELCOME = "README.md"
@@ -27,12 +28,12 @@ WELCOME = "README.md"
 class HubReader:
     """Files of a hub's repository by their URLs; use it as a context manager, add ``listing``.
 
-    The token goes to the hub's own host and is dropped on the way to another.
+    The token goes to the hub's own host, that of the URL ``home``, and is dropped on the way to another.
     """
 
-    def __init__(self, address: HubAddress, token: SecretStr | None) -> None:
+    def __init__(self, address: HubAddress, token: SecretStr | None, home: str) -> None:
         self._address, self._where, self._token = address, str(address), token
-        self._client = make_client(plain_http=False)
+        self._client, self._ranges = make_client(FAULTS, home), Ranges(FAULTS)
         if token:
             self._client.headers["Authorization"] = f"Bearer {token.get_secret_value()}"
 
@@ -47,15 +48,14 @@ class HubReader:
         """The bytes of ``file`` from ``offset`` on.
 
         Raises:
-            PublishError: the hub refuses or cannot be reached.
+            PublishError: the hub refuses.
+            Interrupted: the connection broke, or the hub is busy.
         """
-        with (
-            reaching(self._where),
-            self._client.stream("GET", file.place, headers=range_header(offset)) as response,
-        ):
-            if response.status_code not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
+        headers = self._ranges.headers(file, offset)
+        with reading(self._where, FAULTS), self._client.stream("GET", file.place, headers=headers) as response:
+            if response.status_code not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT, *PASSING):
                 raise PublishError(f"the hub answered {response.status_code} for {file.name}", where=self._where)
-            yield blocks_from(response, offset)
+            yield self._ranges.blocks(response, file, offset)
 
 
 def obsolete_files(source: Source, remote: dict[str, RemoteFile], bundle: Bundle, where: str) -> list[str]:
@@ -91,17 +91,11 @@ def _remote_sums(source: Source, file: RemoteFile, where: str) -> dict[str, str]
         return read_sums(Path(folder))
 
 
-def git_blob(item: Item) -> str:
-    """SHA-1 of a file as git names its blob."""
-    content = item.path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
 def is_same(item: Item, file: RemoteFile | None) -> bool:
     """Whether the hub's digest of a file is that of ours."""
     if file is None or file.size != item.size:
         return False
-    return file.sha256 == item.sha256 if file.sha256 else file.git_blob == git_blob(item)
+    return file.sha256 == item.sha256 if file.sha256 else file.git_blob == git_blob_of(item.path)
 
 
 def require_same(bundle: Bundle, remote: dict[str, RemoteFile], where: str) -> None:

@@ -6,7 +6,6 @@ hub says what it has, compares what it gets, and nothing that was not verified c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,11 +15,14 @@ from pydantic import SecretStr
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item
-from qwen_onnx.publish.credentials import HF_TOKEN, missing, secret
+from qwen_onnx.publish.credentials import HF_TOKEN, missing
+from qwen_onnx.publish.faults import FAULTS
 from qwen_onnx.publish.hubs import HubReader, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
-from qwen_onnx.publish.receive import Progress, RemoteFile, teller
-from qwen_onnx.publish.transport import require_encrypted
+from qwen_onnx.sources.hub import endpoint_of
+from qwen_onnx.sources.remote import RemoteFile
+from qwen_onnx.sources.transfer import Progress, teller
+from qwen_onnx.sources.web import secret
 
 # the hub writes it into every repository
 OWN = (".gitattributes",)
@@ -36,7 +38,7 @@ def send_to_huggingface(bundle: Bundle, address: HubAddress, progress: Progress,
     Raises:
         PublishError: no token, the hub refuses or cannot be reached, or the repository holds somebody else's files.
     """
-    where, token = str(address), secret(HF_TOKEN)
+    where, token = str(address), secret(HF_TOKEN, FAULTS)
     if not token:
         raise missing(HF_TOKEN, where)
     revision = address.revision or MAIN
@@ -116,18 +118,11 @@ def _api(token: SecretStr | None) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    # its bars and warnings would stand between our lines
+    # its bars and warnings would stand between our lines, and it reads HF_ENDPOINT once, when it is imported
     disable_progress_bars()
     logging.set_verbosity_error()
-    return HfApi(_endpoint(), token=token.get_secret_value() if token else False, library_name="qwen-onnx")
-
-
-def _endpoint() -> str | None:
-    """The client reads it once, when it is imported."""
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    if endpoint:
-        require_encrypted(endpoint, "let HF_ENDPOINT begin with https")
-    return endpoint
+    own = token.get_secret_value() if token else False
+    return HfApi(endpoint_of("huggingface", FAULTS), token=own, library_name="qwen-onnx")
 
 
 @contextmanager
@@ -166,14 +161,14 @@ class HuggingFaceSource(HubReader):
     """A revision of a repository, pinned to its commit when it is first read."""
 
     def __init__(self, address: HubAddress, commit: str | None = None) -> None:
-        super().__init__(address, secret(HF_TOKEN))
+        super().__init__(address, secret(HF_TOKEN, FAULTS), endpoint_of("huggingface", FAULTS))
         self._commit = commit
 
     def listing(self) -> list[RemoteFile]:
         """The repository's files with the hub's digests; the hub's own files are left out."""
         from huggingface_hub import RepoFile, hf_hub_url
 
-        repository = self._address.repository
+        repository, endpoint = self._address.repository, endpoint_of("huggingface", FAULTS)
         with _faults(self._where):
             api = _api(self._token)
             if self._commit is None:
@@ -181,7 +176,7 @@ class HuggingFaceSource(HubReader):
             found = []
             for item in api.list_repo_tree(repository, recursive=True, revision=self._commit):
                 if isinstance(item, RepoFile) and item.path not in OWN:
-                    url = hf_hub_url(repository, item.path, revision=self._commit, endpoint=_endpoint())
+                    url = hf_hub_url(repository, item.path, revision=self._commit, endpoint=endpoint)
                     sha256 = item.lfs.sha256 if item.lfs else None
                     found.append(RemoteFile(item.path, item.size, sha256, None if sha256 else item.blob_id, url))
         return found

@@ -30,7 +30,8 @@ from qwen_onnx.publish.manifest import (
     read_manifest,
 )
 from qwen_onnx.publish.receipt import Receipt
-from qwen_onnx.publish.receive import Progress, RemoteFile, teller
+from qwen_onnx.sources.remote import RemoteFile
+from qwen_onnx.sources.transfer import Progress, teller
 
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 REF_NAME = "org.opencontainers.image.ref.name"

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.bundle import Bundle
-from qwen_onnx.publish.receive import RemoteFile
+from qwen_onnx.sources.remote import RemoteFile
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 ARTIFACT_TYPE = "application/vnd.qwen-onnx.package.v1"

@@ -19,11 +19,14 @@ from qwen_onnx.artifact.manifest import read_manifest
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.addresses import HubAddress
 from qwen_onnx.publish.bundle import Bundle, CheckedFile, Item, checked_bytes
-from qwen_onnx.publish.credentials import MODELSCOPE_TOKEN, missing, secret
+from qwen_onnx.publish.credentials import MODELSCOPE_TOKEN, missing
+from qwen_onnx.publish.faults import FAULTS
 from qwen_onnx.publish.hubs import HubReader, is_same, obsolete_files, require_same, status_fault, unreachable
 from qwen_onnx.publish.receipt import Receipt
-from qwen_onnx.publish.receive import Progress, RemoteFile, teller
-from qwen_onnx.publish.transport import require_encrypted
+from qwen_onnx.sources.hub import endpoint_of
+from qwen_onnx.sources.remote import RemoteFile
+from qwen_onnx.sources.transfer import Progress, teller
+from qwen_onnx.sources.web import require_encrypted, secret
 
 # the hub writes them into every repository
 OWN = (".gitattributes", "configuration.json")
@@ -39,7 +42,7 @@ def send_to_modelscope(bundle: Bundle, address: HubAddress, progress: Progress, 
     Raises:
         PublishError: no token, the hub refuses or cannot be reached, or the repository holds somebody else's files.
     """
-    where, token = str(address), secret(MODELSCOPE_TOKEN)
+    where, token = str(address), secret(MODELSCOPE_TOKEN, FAULTS)
     if not token:
         raise missing(MODELSCOPE_TOKEN, where)
     with _faults(where), ModelScopeSource(address) as source:
@@ -97,7 +100,7 @@ def _upload(api: Any, repository: str, items: list[Item], progress: Progress) ->
             progress(f"{item.name} ({item.size / 1e6:,.1f} MB)")
             place = places.pop(item.sha256)
             # the client sends the token there too: ModelScope stores large files on a host of its own
-            require_encrypted(place, "the hub named this place: tell ModelScope")
+            require_encrypted(place, "the hub named this place: tell ModelScope", FAULTS)
             with CheckedFile(item, teller(item.name, item.size, progress)) as file:
                 api.legacy.upload_blob(upload_url=place, data=file, size=item.size)
             sent += item.size
@@ -126,7 +129,7 @@ def _api(token: SecretStr | None) -> Any:
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or None
     if endpoint:
-        require_encrypted(endpoint, "let MODELSCOPE_ENDPOINT begin with https")
+        require_encrypted(endpoint, "let MODELSCOPE_ENDPOINT begin with https", FAULTS)
     # an empty token: use none, not the one that a login saved
     return HubApi(endpoint=endpoint, token=token.get_secret_value() if token else "")
 
@@ -153,7 +156,7 @@ class ModelScopeSource(HubReader):
     """A branch of a repository."""
 
     def __init__(self, address: HubAddress) -> None:
-        super().__init__(address, secret(MODELSCOPE_TOKEN))
+        super().__init__(address, secret(MODELSCOPE_TOKEN, FAULTS), endpoint_of("modelscope", FAULTS))
 
     def listing(self) -> list[RemoteFile]:
         """The repository's files with the hub's digests; the hub's own files are left out.

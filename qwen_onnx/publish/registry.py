@@ -14,14 +14,18 @@ import httpx
 from pydantic_core import from_json
 
 from qwen_onnx.errors import PublishError
-from qwen_onnx.publish.addresses import RegistryAddress, is_loopback
+from qwen_onnx.publish.addresses import RegistryAddress
 from qwen_onnx.publish.bundle import Bundle, Item, checked_blocks
+from qwen_onnx.publish.faults import FAULTS
 from qwen_onnx.publish.manifest import EMPTY, LARGEST, MANIFEST_TYPE, digest_text, make_manifest, read_manifest
 from qwen_onnx.publish.receipt import Receipt
-from qwen_onnx.publish.receive import Progress, RemoteFile, teller
 from qwen_onnx.publish.registry_auth import Login
-from qwen_onnx.publish.transport import blocks_from, bounded, make_client, range_header, reaching
+from qwen_onnx.sources.hosts import is_loopback
+from qwen_onnx.sources.remote import RemoteFile
+from qwen_onnx.sources.transfer import Progress, teller
+from qwen_onnx.sources.web import PASSING, Ranges, bounded, make_client, reaching, reading
 
+PLAIN = "--plain-http allows it for a registry, where you trust the network"
 Content = Callable[[], Iterator[bytes]]
 
 
@@ -37,7 +41,8 @@ class Registry:
         self._address, self.where = address, str(address)
         scheme = "http" if plain_http or is_loopback(address.host) else "https"
         self._base = httpx.URL(f"{scheme}://{address.host}")
-        self._client = make_client(plain_http=plain_http)
+        self._client = make_client(FAULTS, str(self._base), plain_http=plain_http, hint=PLAIN)
+        self._ranges = Ranges(FAULTS)
         actions = "pull,push" if write else "pull"
         self._login = Login(self._client, address.host, f"repository:{address.repository}:{actions}")
 
@@ -81,7 +86,7 @@ class Registry:
         headers = {"Accept": MANIFEST_TYPE}
         with self._send("GET", self._path("manifests", reference), headers=headers) as response:
             self._expect(response, httpx.codes.OK)
-            data = bounded(response, LARGEST, "the manifest")
+            data = bounded(response, LARGEST, "the manifest", FAULTS)
             announced = response.headers.get("Docker-Content-Digest", "")
         for digest in (reference, announced):
             if digest.startswith("sha256:") and digest != digest_text(data):
@@ -89,11 +94,21 @@ class Registry:
         return data
 
     @contextmanager
-    def blob(self, digest: str, offset: int) -> Iterator[Iterator[bytes]]:
-        """The bytes of a blob from ``offset`` on; the caller compares the digest."""
-        with self._send("GET", self._path("blobs", digest), headers=range_header(offset)) as response:
-            self._expect(response, httpx.codes.OK, httpx.codes.PARTIAL_CONTENT)
-            yield blocks_from(response, offset)
+    def blob(self, file: RemoteFile, offset: int) -> Iterator[Iterator[bytes]]:
+        """The bytes of the blob ``file.place`` from ``offset`` on; the caller compares the digest.
+
+        Raises:
+            Interrupted: the connection broke, or the registry is busy.
+        """
+        with (
+            reading(self.where, FAULTS),
+            self._answered(
+                "GET", self._path("blobs", file.place), headers=self._ranges.headers(file, offset)
+            ) as answer,
+        ):
+            if answer.status_code not in PASSING:
+                self._expect(answer, httpx.codes.OK, httpx.codes.PARTIAL_CONTENT)
+            yield self._ranges.blocks(answer, file, offset)
 
     def _path(self, kind: str, rest: str) -> httpx.URL:
         return self._base.join(f"/v2/{self._address.repository}/{kind}/{rest}")
@@ -102,25 +117,31 @@ class Registry:
     def _send(
         self, method: str, url: httpx.URL, *, headers: dict[str, str] | None = None, content: Content | None = None
     ) -> Iterator[httpx.Response]:
+        with reaching(self.where, FAULTS), self._answered(method, url, headers=headers, content=content) as response:
+            yield response
+
+    @contextmanager
+    def _answered(
+        self, method: str, url: httpx.URL, *, headers: dict[str, str] | None = None, content: Content | None = None
+    ) -> Iterator[httpx.Response]:
         """Send a request, and once more when the registry wants a (fresh) login first."""
-        with reaching(self.where):
-            for attempt in (1, 2):
-                # an upload may be told to go to another host: that one gets no login of ours
-                own = (url.scheme, url.host, url.port) == (self._base.scheme, self._base.host, self._base.port)
-                options: dict[str, Any] = {"content": content()} if content else {}
-                request = self._client.build_request(
-                    method, url, headers={**(headers or {}), **(self._login.headers() if own else {})}, **options
-                )
-                response = self._client.send(request, stream=True, follow_redirects=method in ("GET", "HEAD"))
-                try:
-                    challenge = response.headers.get("WWW-Authenticate")
-                    if response.status_code == httpx.codes.UNAUTHORIZED and own and challenge and attempt == 1:
-                        self._login.answer(challenge)
-                        continue
-                    yield response
-                    return
-                finally:
-                    response.close()
+        for attempt in (1, 2):
+            # an upload may be told to go to another host: that one gets no login of ours
+            own = (url.scheme, url.host, url.port) == (self._base.scheme, self._base.host, self._base.port)
+            options: dict[str, Any] = {"content": content()} if content else {}
+            request = self._client.build_request(
+                method, url, headers={**(headers or {}), **(self._login.headers() if own else {})}, **options
+            )
+            response = self._client.send(request, stream=True, follow_redirects=method in ("GET", "HEAD"))
+            try:
+                challenge = response.headers.get("WWW-Authenticate")
+                if response.status_code == httpx.codes.UNAUTHORIZED and own and challenge and attempt == 1:
+                    self._login.answer(challenge)
+                    continue
+                yield response
+                return
+            finally:
+                response.close()
 
     def _expect(self, response: httpx.Response, *statuses: int) -> None:
         """PublishError, unless the registry answered with one of ``statuses``."""
@@ -143,7 +164,7 @@ def _error_code(response: httpx.Response) -> str | None:
     if response.request.method == "HEAD":
         return None
     try:
-        code = from_json(bounded(response, 1 << 16, "the error"))["errors"][0]["code"]
+        code = from_json(bounded(response, 1 << 16, "the error", FAULTS))["errors"][0]["code"]
     except (ValueError, LookupError, TypeError, PublishError):
         return None
     return code if isinstance(code, str) and re.fullmatch(r"[A-Z_]{1,64}", code) else None
@@ -191,5 +212,5 @@ class RegistrySource:
     @contextmanager
     def read(self, file: RemoteFile, offset: int) -> Iterator[Iterator[bytes]]:
         """The bytes of a layer from ``offset`` on."""
-        with self._registry.blob(file.place, offset) as blocks:
+        with self._registry.blob(file, offset) as blocks:
             yield blocks

@@ -14,7 +14,8 @@ from pydantic_core import from_json
 
 from qwen_onnx.errors import PublishError
 from qwen_onnx.publish.credentials import PASSWORD, USER, registry_login
-from qwen_onnx.publish.transport import bounded
+from qwen_onnx.publish.faults import FAULTS
+from qwen_onnx.sources.web import bounded
 
 PARAMETER = re.compile(r'([a-zA-Z]+)="([^"]*)"')
 
@@ -68,7 +69,7 @@ class Login:
                 raise self.refused("the user or the password is wrong" if self._login else "needs a login")
             if response.status_code != httpx.codes.OK:
                 raise PublishError(f"its token server answered {response.status_code}", where=self._host)
-            body = bounded(response, 1 << 18, "the token")
+            body = bounded(response, 1 << 18, "the token", FAULTS)
         try:
             answer = from_json(body)
             token = answer.get("token") or answer["access_token"]

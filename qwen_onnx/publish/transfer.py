@@ -9,7 +9,8 @@ from qwen_onnx.publish.addresses import FolderAddress, HubAddress, LayoutAddress
 from qwen_onnx.publish.bundle import open_bundle
 from qwen_onnx.publish.folder import FolderSource
 from qwen_onnx.publish.receipt import Receipt
-from qwen_onnx.publish.receive import Progress, Received, Source, receive
+from qwen_onnx.publish.receive import PackageSource, Received, receive
+from qwen_onnx.sources.transfer import Progress
 
 
 def publish_package(
@@ -75,7 +76,7 @@ def pull_package(
 
 def _source(
     address: FolderAddress | LayoutAddress | RegistryAddress | HubAddress, stack: ExitStack, *, plain_http: bool
-) -> Source:
+) -> PackageSource:
     if isinstance(address, FolderAddress):
         return FolderSource(address.path)
     if isinstance(address, LayoutAddress):

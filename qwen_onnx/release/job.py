@@ -120,7 +120,7 @@ class _Run:
         )
 
     def _check_worker(self, plan: Plan) -> None:
-        if code_key(plan) != self.task.code:
+        if code_key(plan, self.task.source) != self.task.code:
             raise StepError("job", "this machine has other recipes, packages or code than the release", 3)
 
     def _optimize(self) -> None:

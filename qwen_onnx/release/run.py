@@ -119,7 +119,7 @@ def _results(order: ReleaseOrder, jobs: Sequence[ReleaseJob], store: Store, say:
     tasks = []
     for job in jobs:
         plan, source = make_plan(order.catalog, job.model, job.target, job.precision), order.sources.get(job.model)
-        code = code_key(plan)
+        code = code_key(plan, source)
         found = None if order.fresh else store.found(job, job_key(job, plan, order.cache, source, code))
         if found:
             say(job.name, "finished already")

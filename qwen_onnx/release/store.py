@@ -7,20 +7,18 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-import qwen_onnx
 from qwen_onnx.artifact.checksums import check_sums
+from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.artifact.manifest import build_key, package_versions, put_in_place
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import PackageError
-from qwen_onnx.export.olive import exporter_digest
-from qwen_onnx.files import file_checksums
+from qwen_onnx.export.code import modules_of
 from qwen_onnx.package.verify import package_digest
 from qwen_onnx.records import digest_of
 from qwen_onnx.release.matrix import ReleaseJob
@@ -29,21 +27,25 @@ from qwen_onnx.sources.fetch import expected_revisions
 
 RESULT, LOG, PACKAGES = "result.json", "job.log", "packages"
 UNFINISHED = ".unfinished-"
+# a job, and what the verbs do that it runs
+JOB = (
+    "qwen_onnx.release.job",
+    "qwen_onnx.build.optimize",
+    "qwen_onnx.package.build",
+    "qwen_onnx.package.verify",
+    "qwen_onnx.package.foundry_check",
+)
 
 
-def code_key(plan: Plan) -> str:
-    """Digest of the plan, of what carries it out and of the kind of machine; equal wherever a job may run."""
-    files = file_checksums(Path(qwen_onnx.__file__).parent, without="")
-    code = {name: digest for name, digest in files.items() if name.endswith((".py", ".j2", ".txt"))}
-    return digest_of([plan.digest, package_versions(), digest_of(code), platform.machine()])
+def code_key(plan: Plan, source: Path | None) -> str:
+    """The key of a build, but for its weights, over the code of the whole job; equal wherever a job may run."""
+    code = code_digest((*JOB, *modules_of(plan, source)))
+    return build_key(plan, "", package_versions(), code)
 
 
 def job_key(job: ReleaseJob, plan: Plan, cache: Path, source: Path | None, code: str) -> str:
     """Digest of everything that decides what becomes of a job; ``code`` is that of ``code_key``."""
-    packages, exporter = package_versions(), exporter_digest()
-    pins = expected_revisions(plan, cache, source)
-    keys = sorted(build_key(plan, pin, packages, exporter) for pin in pins)
-    return digest_of([job.model_dump(mode="json"), keys, code])
+    return digest_of([job.model_dump(mode="json"), sorted(expected_revisions(plan, cache, source)), code])
 
 
 @dataclass(frozen=True)

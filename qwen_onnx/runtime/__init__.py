@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
     from qwen_onnx.runtime.service.generation import ChatPrompt, Completion, Delta, GenerationConfig, TokenLogprob
     from qwen_onnx.runtime.service.monitor import Health, QwenMonitor, Thresholds
+    from qwen_onnx.runtime.service.policy import Policy
     from qwen_onnx.runtime.service.qwen import QwenService
-    from qwen_onnx.runtime.service.secure import Policy, SecureQwenService
+    from qwen_onnx.runtime.service.secure import SecureQwenService
 
 _PLACES = {
     "ChatPrompt": "service.generation",
@@ -28,7 +29,7 @@ _PLACES = {
     "Engine": "engines.genai",
     "GenerationConfig": "service.generation",
     "Health": "service.monitor",
-    "Policy": "service.secure",
+    "Policy": "service.policy",
     "QwenMonitor": "service.monitor",
     "QwenService": "service.qwen",
     "RemoteEngine": "engines.remote",

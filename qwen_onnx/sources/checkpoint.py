@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.catalog.schema import Shape
+from qwen_onnx import bounded
+from qwen_onnx.bounded import MOST_VALUES
 from qwen_onnx.errors import SourceError, UnsupportedModelError
+from qwen_onnx.sources.plain import require_plain
+
+if TYPE_CHECKING:
+    from qwen_onnx.catalog.schema import Shape
 
 TOKENIZER_FILE = "tokenizer.json"
 # other files that an architecture has instead; sources.py converts them
 TOKENIZER_FILES = {"QWenLMHeadModel": "qwen.tiktoken"}
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# bare and visible: what a manifest lists
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,240}\.safetensors")
+# bytes; a tokenizer of 150,000 tokens has 11 MB and some 800,000 values
+LARGEST_JSON, LARGEST_INDEX, LARGEST_TOKENIZER, MOST_TOKENIZER_VALUES = 4 << 20, 64 << 20, 128 << 20, 8_000_000
+# how transformers names each architecture; it looks for code in the folder of a type that it does not know
+MODEL_TYPES = {
+    "QWenLMHeadModel": "qwen",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
+}
+# transformers never sees their config
+CONVERTED = {"QWenLMHeadModel"}
+# keys that make transformers load code of the checkpoint, or kernels of a hub
+CODE_KEYS = {
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+}
+REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+REQUIRED_TOO = {"QWenLMHeadModel": ("intermediate_size", "seq_length", "layer_norm_epsilon")}
+# far above any Qwen, far below what would eat the memory of a machine by itself
+MOST = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "shared_expert_intermediate_size": 1 << 20,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 1 << 13,
+    "linear_num_key_heads": 1024,
+    "linear_num_value_heads": 1024,
+    "linear_key_head_dim": 1 << 13,
+    "linear_value_head_dim": 1 << 13,
+    "vocab_size": 1 << 21,
+    "num_experts": 1 << 13,
+    "num_experts_per_tok": 1 << 10,
+    "max_position_embeddings": 1 << 26,
+    "seq_length": 1 << 26,
+}
+MAY_BE_ZERO = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
+EMBEDDINGS = ("embed_tokens.weight", "transformer.wte.weight")
 
 # names in config.json of what a recipe's shape says
 CONFIG_KEYS = {
@@ -28,21 +86,17 @@ CONFIG_KEYS = {
 
 
 def check_checkpoint(folder: Path, architecture: str, shape: Shape) -> None:
-    """Config, architecture, sizes, tokenizer, every shard whole, every weight finite.
+    """Config, architecture, sizes, tokenizer, every shard whole, every weight finite; nothing of it is run.
 
     Raises:
-        UnsupportedModelError: another architecture or other sizes than the recipe's, no tokenizer, NaN or infinite
-            weights.
-        SourceError: a file is missing, truncated or not readable.
+        UnsupportedModelError: another architecture or other sizes than the recipe's, code of its own, no tokenizer,
+            NaN or infinite weights.
+        SourceError: a file is missing, truncated, not readable or not a plain file.
     """
+    require_plain(folder)
     config = read_json(folder / "config.json")
-    found = (config.get("architectures") or ["none"])[0]
-    if found != architecture:
-        raise UnsupportedModelError(
-            f"the checkpoint is a {found}, the recipe builds {architecture}",
-            where=str(folder / "config.json"),
-            hint="choose the recipe that fits: qwen-onnx list",
-        )
+    check_config(config, architecture, str(folder / "config.json"))
+    _require_no_code(folder, architecture)
     faults = contradictions(config, shape)
     if faults:
         raise UnsupportedModelError(
@@ -58,9 +112,82 @@ def check_checkpoint(folder: Path, architecture: str, shape: Shape) -> None:
             hint="save one beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
         )
     if tokenizer == TOKENIZER_FILE:
-        read_json(folder / tokenizer)
+        read_json(folder / tokenizer, most_bytes=LARGEST_TOKENIZER, most_values=MOST_TOKENIZER_VALUES)
+    settings = config.get("text_config") or config
     for shard in shards(folder):
-        _check_shard(shard)
+        _check_shard(shard, (settings["vocab_size"], settings["hidden_size"]))
+
+
+def check_config(config: dict[str, Any], architecture: str, where: str) -> None:
+    """Refuse a config that is not of ``architecture``, or that no model can have, before anything is made of it.
+
+    Raises:
+        UnsupportedModelError: all that is wrong.
+    """
+    named = config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else "none"
+    if found != architecture:
+        raise UnsupportedModelError(
+            f"the checkpoint is a {str(found)[:100]}, the recipe builds {architecture}",
+            where=where,
+            hint="choose the recipe that fits: qwen-onnx list",
+        )
+    faults = _config_faults(config, architecture)
+    if faults:
+        raise UnsupportedModelError(
+            f"the config cannot be right: {'; '.join(faults)}", where=where, hint="use the model's own config.json"
+        )
+
+
+def _config_faults(config: dict[str, Any], architecture: str) -> list[str]:
+    faults, settings = [], config.get("text_config") or config
+    if not isinstance(settings, dict):
+        return ["text_config is not an object"]
+    if config.get("model_type") != MODEL_TYPES.get(architecture):
+        # transformers looks for code in the folder when it does not know the type
+        faults.append(f"model_type is {str(config.get('model_type'))[:100]!r}, not {MODEL_TYPES.get(architecture)!r}")
+    required = (*REQUIRED, *REQUIRED_TOO.get(architecture, ()))
+    faults += [f"{name} is missing" for name in required if settings.get(name) is None]
+    for name, most in MOST.items():
+        value = settings.get(name)
+        least = 0 if name in MAY_BE_ZERO else 1
+        if value is not None and not (type(value) is int and least <= value <= most):
+            faults.append(f"{name} is {str(value)[:40]}, not a number from {least} to {most:,}")
+    faults += [
+        f"{name} is not an object"
+        for name in ("rope_parameters", "rope_scaling")
+        if not isinstance(settings.get(name), dict | None)
+    ]
+    for name in ("rms_norm_eps", "layer_norm_epsilon"):
+        if name in settings and not (isinstance(settings[name], int | float) and 0 <= settings[name] < 1):
+            faults.append(f"{name} is {str(settings[name])[:40]}, not a number from 0 to 1")
+    heads, groups = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
+    if not faults and groups and heads % groups:
+        faults.append(f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, {groups}")
+    return faults
+
+
+def _require_no_code(folder: Path, architecture: str) -> None:
+    """Qwen 1.0 names code of its own: it is converted from its weights, and its config never reaches transformers."""
+    if architecture in CONVERTED:
+        return
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModelError("an adapter is not a checkpoint", where=str(folder), hint="merge it into its model")
+    for path in sorted(folder.glob("*config.json")):
+        found = sorted(CODE_KEYS & _keys_of(read_json(path)))
+        if found:
+            raise UnsupportedModelError(
+                f"{path.name} asks for code that is not part of transformers: {', '.join(found)}",
+                where=str(path),
+                hint="no code of a checkpoint is run; use one without, or remove the key if you trust the rest",
+            )
+
+
+def _keys_of(value: Any) -> set[str]:
+    """Keys of an object at every level."""
+    if isinstance(value, dict):
+        return set(value).union(*map(_keys_of, value.values()))
+    return set().union(*map(_keys_of, value)) if isinstance(value, list) else set()
 
 
 def contradictions(config: dict[str, Any], shape: Shape) -> list[str]:
@@ -79,31 +206,50 @@ def contradictions(config: dict[str, Any], shape: Shape) -> list[str]:
     return faults
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; SourceError when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{path.name} is missing", where=str(path.parent), hint="fetch the checkpoint again"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path.name} is damaged: {error}", where=str(path), hint="fetch it again") from error
+def read_json(path: Path, most_bytes: int = LARGEST_JSON, most_values: int = MOST_VALUES) -> dict[str, Any]:
+    """A JSON object; SourceError when it is missing, damaged, or beyond the limits."""
+    if not path.exists():
+        raise SourceError(f"{path.name} is missing", where=str(path.parent), hint="fetch the checkpoint again")
+    name, hint = f"{path.name} is damaged: it", "fetch it again"
+    # links were looked at before: what is left leads to a file of the same checkpoint
+    value = bounded.read_json(
+        path.resolve(), most_bytes=most_bytes, most_values=most_values, error=SourceError, what=name, hint=hint
+    )
     if not isinstance(value, dict):
         raise SourceError(f"{path.name} is not a JSON object", where=str(path), hint="fetch it again")
     return value
 
 
-def shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, whether they exist or not."""
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """File by name of tensor, as the index of the shards says; None for a checkpoint of one file.
+
+    Raises:
+        SourceError: the index is damaged, or names what is not a visible file beside it.
+    """
     index = folder / INDEX_FILE
-    if index.exists():
-        weight_map = read_json(index).get("weight_map", {})
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    return [folder / "model.safetensors"]
+    if not index.exists():
+        return None
+    found = read_json(index, most_bytes=LARGEST_INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise SourceError(f"{INDEX_FILE} has no weight_map", where=str(index), hint="fetch it again")
+    for name in found.values():
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise SourceError(
+                f"{INDEX_FILE} names {str(name)[:200]!r}, which is not a safetensors file beside it",
+                where=str(index),
+                hint="use a checkpoint whose files lie in one folder",
+            )
+    return found
 
 
-def _check_shard(shard: Path) -> None:
+def shards(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, whether they exist or not; raises like ``weight_map``."""
+    names = weight_map(folder)
+    return [folder / name for name in sorted(set(names.values()))] if names else [folder / SINGLE_FILE]
+
+
+def _check_shard(shard: Path, embedding: tuple[int, int]) -> None:
+    """``embedding`` is the shape [vocabulary, hidden] that the config says."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -113,6 +259,12 @@ def _check_shard(shard: Path) -> None:
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 tensor = tensors.get_tensor(name)
+                if name.endswith(EMBEDDINGS) and tuple(tensor.shape) != embedding:
+                    raise UnsupportedModelError(
+                        f"the embedding is {list(tensor.shape)}, config.json says {list(embedding)}",
+                        where=f"{shard.name}: {name}",
+                        hint="use the model's own config.json",
+                    )
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise UnsupportedModelError(
                         "weights hold NaN or infinity", where=f"{shard.name}: {name}", hint="use a sound checkpoint"

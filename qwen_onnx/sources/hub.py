@@ -6,41 +6,87 @@ The endpoints can be moved with ``HF_ENDPOINT`` and ``MODELSCOPE_ENDPOINT``, as 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from qwen_onnx.artifact.manifest import build_lock
+from qwen_onnx.bounded import read_json
 from qwen_onnx.catalog.schema import HubSource
-from qwen_onnx.errors import ChecksumError, SourceError
+from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError
 from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums
+from qwen_onnx.sources.remote import CHECKPOINT_FAULTS as FAULTS
+from qwen_onnx.sources.remote import Faults, RemoteFile, require_safe
+from qwen_onnx.sources.transfer import Progress, Transfer
+from qwen_onnx.sources.web import PASSING, Ranges, bounded, make_client, reaching, reading, require_encrypted, secret
 
-Progress = Callable[[str], None]
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "vocab.json", "merges.txt")
 WANTED_TOO = ("*.tiktoken", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", *LICENCE_FILES)
-HUGGINGFACE = "https://huggingface.co"
-MODELSCOPE = "https://www.modelscope.cn"
-TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+ENDPOINTS = {
+    "huggingface": ("HF_ENDPOINT", "https://huggingface.co"),
+    "modelscope": ("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn"),
+}
+# bytes of a listing, of one file of weights, of any other file, and of a checkpoint: the largest Qwen has 1 TB
+LARGEST_LISTING, LARGEST_WEIGHTS, LARGEST_OTHER, LARGEST_CHECKPOINT = 32 << 20, 1 << 40, 1 << 28, 4 << 40
+Bytes = Annotated[int, Field(ge=0, strict=True)]
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a hub repository; ``sha256`` or ``git_blob`` (SHA-1 of a git blob), ``size`` in bytes."""
+class _Large(BaseModel):
+    oid: str
 
-    name: str
-    url: str
-    size: int
-    sha256: str | None = None
-    git_blob: str | None = None
+
+class _HuggingFaceFile(BaseModel):
+    """An entry of /api/models/{repo}/tree/{revision}; readers ignore what is new."""
+
+    type: str
+    path: str
+    size: Bytes = 0
+    oid: str
+    lfs: _Large | None = None
+
+
+class _ModelScopeFile(BaseModel):
+    Type: str
+    Path: str
+    Size: Bytes = 0
+    Sha256: str | None = None
+
+
+class _ModelScopeFiles(BaseModel):
+    Files: list[_ModelScopeFile] | None = None
+
+
+class _ModelScopeAnswer(BaseModel):
+    """An answer of /api/v1/models/{repo}/repo/files."""
+
+    Data: _ModelScopeFiles | None = None
+
+
+HUGGINGFACE_LISTING = TypeAdapter(list[_HuggingFaceFile])
+MODELSCOPE_LISTING = TypeAdapter(_ModelScopeAnswer)
+
+
+def endpoint_of(kind: str, faults: Faults = FAULTS) -> str:
+    """Base URL of a hub.
+
+    Raises:
+        faults.failed: it is moved to a place that is not encrypted.
+    """
+    variable, usual = ENDPOINTS[kind]
+    moved = os.environ.get(variable)
+    if not moved:
+        return usual
+    require_encrypted(moved, f"let {variable} begin with https", faults)
+    return moved.rstrip("/")
 
 
 def at_hand(source: HubSource, cache: Path) -> Path | None:
@@ -49,36 +95,48 @@ def at_hand(source: HubSource, cache: Path) -> Path | None:
 
 
 def download(source: HubSource, cache: Path, progress: Progress) -> tuple[Path, dict[str, str]]:
-    """Download a checkpoint, or find it in the cache.
+    """Download a checkpoint, or find it in the cache. What an interrupted run finished is not asked for again.
 
     Returns:
         Its folder and the SHA-256 of each file.
 
     Raises:
-        SourceError: not reachable, no such repository or revision.
+        SourceError: not reachable, no such repository or revision, or its listing cannot be trusted.
         ChecksumError: what arrived is not what the hub announced.
+        EnvironmentFault: the disk is full.
     """
     final = _folder(source, cache)
-    known = recorded(source, cache)
-    if known is not None:
-        if file_checksums(final, without=CHECKSUMS) == known:
-            return final, known
-        shutil.rmtree(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
-    try:
-        with httpx.Client(timeout=TIMEOUT, follow_redirects=True, headers=_authorization(source)) as client:
-            for file in _list(client, source):
-                progress(f"downloading {source.repo}: {file.name} ({file.size / 1e6:,.1f} MB)")
-                _download(client, file, staging)
-        files = file_checksums(staging, without=CHECKSUMS)
-        (staging / CHECKSUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        os.replace(staging, final)
-    except httpx.HTTPError as error:
-        raise _unreachable(source, error) from error
-    finally:
+    staging = final.with_name(f".{final.name}.part")
+    # the lock goes with the folder
+    lock = build_lock(staging / "hub", wait=True, waiting=lambda: progress(f"{source.repo}: another download runs"))
+    with lock, HubReader(source) as reader:
+        known = recorded(source, cache)
+        if known is not None and file_checksums(final, without=CHECKSUMS) == known:
+            files = known
+        else:
+            shutil.rmtree(final, ignore_errors=True)
+            files = _downloaded(reader, source, staging, progress)
+            (staging / "files" / CHECKSUMS).write_text(json.dumps(files, indent=1), encoding="utf-8")
+            os.replace(staging / "files", final)
         shutil.rmtree(staging, ignore_errors=True)
     return final, files
+
+
+def _downloaded(reader: HubReader, source: HubSource, staging: Path, progress: Progress) -> dict[str, str]:
+    """The files in ``staging/files``; what is of no use to the next run is removed when it fails."""
+    transfer = Transfer(reader, reader.where, staging, FAULTS, lambda said: progress(f"{source.repo}: {said}"))
+    try:
+        listing = reader.listing()
+        transfer.open(sum(file.size for file in listing))
+        # of another state of a branch
+        for path in transfer.files.iterdir():
+            if path.name not in {file.name for file in listing}:
+                path.unlink()
+        return dict(sorted((file.name, transfer.fetch(file, file.sha256)) for file in listing))
+    except QwenOnnxError as error:
+        if isinstance(error, ChecksumError) or not transfer.moved + transfer.present:
+            shutil.rmtree(staging)
+        raise
 
 
 def _folder(source: HubSource, cache: Path) -> Path:
@@ -94,73 +152,105 @@ def recorded(source: HubSource, cache: Path) -> dict[str, str] | None:
     return files
 
 
-def _authorization(source: HubSource) -> dict[str, str]:
-    token = os.environ.get("HF_TOKEN") if source.kind == "huggingface" else None
-    return {"Authorization": f"Bearer {token}"} if token else {}
+class HubReader:
+    """Listing and files of one revision of a repository; use it as a context manager.
 
+    The token goes to the hub's own host and is dropped on the way to another.
+    """
 
-def _unreachable(source: HubSource, error: httpx.HTTPError) -> SourceError:
-    if isinstance(error, httpx.HTTPStatusError):
-        status = error.response.status_code
-        cause = {401: "needs a token (HF_TOKEN)", 403: "access denied", 404: "no such repository or revision"}
-        what = f"{source.repo}@{source.revision}: {cause.get(status, f'the hub answered {status}')}"
-    else:
-        what = f"{source.repo}: the hub cannot be reached ({type(error).__name__}: {error})"
-    return SourceError(what, hint="go online, or give a local folder: SOURCE=path/to/checkpoint")
+    def __init__(self, source: HubSource) -> None:
+        self._source, self._base = source, endpoint_of(source.kind)
+        self.where = f"{source.repo}@{source.revision}"
+        self._client, self._ranges = make_client(FAULTS, self._base), Ranges(FAULTS)
+        token = secret("HF_TOKEN", FAULTS) if source.kind == "huggingface" else None
+        if token:
+            self._client.headers["Authorization"] = f"Bearer {token.get_secret_value()}"
 
+    def __enter__(self) -> HubReader:
+        return self
 
-def _list(client: httpx.Client, source: HubSource) -> list[RemoteFile]:
-    found = _list_huggingface(client, source) if source.kind == "huggingface" else _list_modelscope(client, source)
-    kept = [file for file in found if any(fnmatch(file.name, pattern) for pattern in (*WANTED, *WANTED_TOO))]
-    if not any(file.name.endswith(".safetensors") for file in kept):
-        raise SourceError(f"{source.repo}@{source.revision} holds no safetensors", hint="choose another source")
-    return kept
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
 
+    def listing(self) -> list[RemoteFile]:
+        """The files of a checkpoint that a build needs.
 
-def _list_huggingface(client: httpx.Client, source: HubSource) -> Iterator[RemoteFile]:
-    """https://huggingface.co/docs/hub/api: /api/models/{repo}/tree/{revision}."""
-    base = os.environ.get("HF_ENDPOINT", HUGGINGFACE).rstrip("/")
-    revision = quote(source.revision or "", safe="")
-    for item in _json(client, f"{base}/api/models/{source.repo}/tree/{revision}"):
-        if item.get("type") == "file":
-            url = f"{base}/{source.repo}/resolve/{revision}/{quote(item['path'])}"
-            lfs = item.get("lfs") or {}
-            yield RemoteFile(item["path"], url, item["size"], lfs.get("oid"), None if lfs else item["oid"])
+        Raises:
+            SourceError: not reachable, no such repository or revision, a listing that cannot be trusted, or one
+                without weights.
+            ChecksumError: a file without a digest.
+        """
+        found = self._huggingface() if self._source.kind == "huggingface" else self._modelscope()
+        kept = [file for file in found if any(fnmatch(file.name, pattern) for pattern in (*WANTED, *WANTED_TOO))]
+        require_safe(kept, self.where, FAULTS, bare=True)
+        if not any(file.name.endswith(".safetensors") for file in kept):
+            raise SourceError(f"{self.where} holds no safetensors", hint="choose another source")
+        for file in kept:
+            most = LARGEST_WEIGHTS if file.name.endswith(".safetensors") else LARGEST_OTHER
+            if file.size > most:
+                raise SourceError(f"{file.name} is announced with {file.size:,} bytes", where=self.where)
+            if not file.sha256 and not file.git_blob:
+                raise ChecksumError(f"the hub gives no checksum for {file.name}", hint="use a local copy: SOURCE=path")
+        if sum(file.size for file in kept) > LARGEST_CHECKPOINT:
+            raise SourceError(f"more than {LARGEST_CHECKPOINT:,} bytes are announced", where=self.where)
+        return kept
 
+    def _huggingface(self) -> Iterator[RemoteFile]:
+        """https://huggingface.co/docs/hub/api: /api/models/{repo}/tree/{revision}."""
+        repo, revision = self._source.repo, quote(self._source.revision or "", safe="")
+        for item in self._answer(f"{self._base}/api/models/{repo}/tree/{revision}", HUGGINGFACE_LISTING):
+            if item.type == "file":
+                url = f"{self._base}/{repo}/resolve/{revision}/{quote(item.path)}"
+                blob = None if item.lfs else item.oid
+                yield RemoteFile(item.path, item.size, item.lfs.oid if item.lfs else None, blob, url)
 
-def _list_modelscope(client: httpx.Client, source: HubSource) -> Iterator[RemoteFile]:
-    """The REST interface that the modelscope package uses: /api/v1/models/{repo}/repo/files."""
-    base = os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE).rstrip("/")
-    api = f"{base}/api/v1/models/{source.repo}/repo"
-    revision = quote(source.revision or "", safe="")
-    answer = _json(client, f"{api}/files?Revision={revision}&Recursive=false")
-    for item in (answer.get("Data") or {}).get("Files") or []:
-        if item.get("Type") == "blob":
-            url = f"{api}?Revision={revision}&FilePath={quote(item['Path'], safe='')}"
-            yield RemoteFile(item["Path"], url, item["Size"], item.get("Sha256"))
+    def _modelscope(self) -> Iterator[RemoteFile]:
+        """The REST interface that the modelscope package uses: /api/v1/models/{repo}/repo/files."""
+        api = f"{self._base}/api/v1/models/{self._source.repo}/repo"
+        revision = quote(self._source.revision or "", safe="")
+        answer = self._answer(f"{api}/files?Revision={revision}&Recursive=false", MODELSCOPE_LISTING)
+        for item in (answer.Data and answer.Data.Files) or []:
+            if item.Type == "blob":
+                url = f"{api}?Revision={revision}&FilePath={quote(item.Path, safe='')}"
+                yield RemoteFile(item.Path, item.Size, item.Sha256 or None, place=url)
 
+    def _answer(self, url: str, form: TypeAdapter[Any]) -> Any:
+        """A small answer in the form given."""
+        with self._answered(url, {}) as response:
+            body = bounded(response, LARGEST_LISTING, "the listing", FAULTS)
+        hint = "is a proxy in between?"
+        read_json(body, most_bytes=LARGEST_LISTING, error=SourceError, what="the hub's answer", hint=hint)
+        try:
+            return form.validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise SourceError(
+                f"the hub's answer is of no use: {place}: {first['msg']}", where=self.where, hint=hint
+            ) from None
 
-def _json(client: httpx.Client, url: str) -> Any:
-    response = client.get(url)
-    response.raise_for_status()
-    try:
-        return response.json()
-    except json.JSONDecodeError as error:
-        raise SourceError(f"the hub's answer is not JSON: {url}", hint="is a proxy in between?") from error
+    @contextmanager
+    def read(self, file: RemoteFile, offset: int) -> Iterator[Iterator[bytes]]:
+        """The bytes of ``file`` from ``offset`` on; raises ``Interrupted`` when it is worth trying again."""
+        with (
+            reading(self.where, FAULTS),
+            self._client.stream("GET", file.place, headers=self._ranges.headers(file, offset)) as response,
+        ):
+            self._require(response, *PASSING)
+            yield self._ranges.blocks(response, file, offset)
 
+    @contextmanager
+    def _answered(self, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        with reaching(f"{self.where}: the hub", FAULTS), self._client.stream("GET", url, headers=headers) as response:
+            self._require(response)
+            yield response
 
-def _download(client: httpx.Client, file: RemoteFile, folder: Path) -> None:
-    sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
-    with client.stream("GET", file.url) as response, (folder / file.name).open("wb") as output:
-        response.raise_for_status()
-        for chunk in response.iter_bytes(1 << 20):
-            output.write(chunk)
-            sha256.update(chunk)
-            blob.update(chunk)
-    expected, found = (file.sha256, sha256.hexdigest()) if file.sha256 else (file.git_blob, blob.hexdigest())
-    if expected is None:
-        raise ChecksumError(f"the hub gives no checksum for {file.name}", hint="use a local copy: SOURCE=path")
-    if found != expected:
-        raise ChecksumError(
-            f"{file.name} arrived with another checksum than the hub announced", where=file.url, hint="try again"
+    def _require(self, response: httpx.Response, *others: int) -> None:
+        status = response.status_code
+        if status in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT, *others):
+            return
+        causes = {401: "needs a token (HF_TOKEN)", 403: "access denied", 404: "no such repository or revision"}
+        raise SourceError(
+            f"{self.where}: {causes.get(status, f'the hub answered {status}')}",
+            hint="go online, or give a local folder: SOURCE=path/to/checkpoint",
         )

@@ -29,7 +29,9 @@ class TorchBaseline:
         logging.disable_progress_bar()
         torch.set_num_threads(threads)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise VerificationError(f"PyTorch cannot load the checkpoint: {error}", where=str(checkpoint)) from error
         self._model = model.eval()
@@ -66,9 +68,11 @@ class CheckpointTokenizer:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
-            self._auto: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+            self._auto: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
             saved = (checkpoint / "tokenizer.json").is_file()
-            self._own: Any = PreTrainedTokenizerFast.from_pretrained(checkpoint) if saved else self._auto
+            self._own: Any = (
+                PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False) if saved else self._auto
+            )
         except (OSError, ValueError, KeyError) as error:
             raise VerificationError(
                 f"The checkpoint's tokenizer does not load: {error}", where=str(checkpoint)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from qwen_onnx.bounded import read_record
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.verify import plots
@@ -108,13 +109,8 @@ def _templates() -> Environment:
 
 def load_report(folder: Path) -> Report:
     """The report inside an artifact; ArtifactError when it is missing or damaged."""
-    path = folder / "report.json"
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"the report cannot be read: {error}", where=str(path), hint=f"qwen-onnx verify {folder}"
-        ) from error
+    hint = f"qwen-onnx verify {folder}"
+    return read_record(folder / "report.json", Report, most_bytes=16 << 20, error=ArtifactError, hint=hint)
 
 
 def shown(value: float | str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.runtime.engines.genai import UNPACK_QDQ
 
@@ -131,13 +131,15 @@ class OnnxScorer:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        decoder = GenaiConfig.read(folder, VerificationError).model.decoder
         try:
-            decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-            self._sizes = {"batch_size": 1, "past_sequence_length": 0, "kv_cache_dim": int(decoder["head_size"])}
+            self._sizes = {"batch_size": 1, "past_sequence_length": 0}
+            if decoder.head_size is not None:
+                self._sizes["kv_cache_dim"] = decoder.head_size
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             for name, value in UNPACK_QDQ.items():
                 options.add_session_config_entry(name, value)
-            graph = with_every_position(folder / decoder["filename"])
+            graph = with_every_position(folder / decoder.filename)
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _faults() as error:
             raise VerificationError(f"The model cannot be loaded: {error}", where=str(folder)) from error

@@ -12,7 +12,6 @@ import pytest
 
 from qwen_onnx.artifact import manifest as artifacts
 from qwen_onnx.artifact.manifest import (
-    RECORD_SUFFIX,
     Artifact,
     SourceRecord,
     build_key,
@@ -27,6 +26,7 @@ from qwen_onnx.artifact.manifest import (
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, ExportError
+from qwen_onnx.files import RECORD_SUFFIX
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from qwen_onnx.export.passes.htp_qdq.linears import Linears
 from qwen_onnx.export.passes.htp_qdq.options import HtpQdqExportOptions
 from qwen_onnx.export.passes.rotate_residual.options import RotateResidualOptions
 from qwen_onnx.export.passes.rotate_residual.rotate import rotate, rotation
+from qwen_onnx.export.readback.common import read_back
 from qwen_onnx.export.readback.htp import read_qdq
-from qwen_onnx.export.readback.onnx import read_back
 from qwen_onnx.runtime.engines.runners.qnn import Backend
 from tests.fixtures.architectures import VOCABULARY, make_checkpoint
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.readback.onnx import read_back
+from qwen_onnx.export.readback.common import read_back
 from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY, edit_yaml, run_cli
 
@@ -40,8 +40,9 @@ def write_ir(
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [-1, -1, 300])
     node = helper.make_node("EPContext", ["input_ids"], ["logits"], domain="com.microsoft", ep_cache_context=named)
     onnx.save(helper.make_model(helper.make_graph([node], "wrapper", [ids], [logits])), str(folder / "model.onnx"))
-    session = {"session_options": {"provider_options": [{provider: {}}]}}
-    (folder / "genai_config.json").write_text(json.dumps({"model": {"decoder": session}}))
+    decoder = {"filename": "model.onnx", "session_options": {"provider_options": [{provider: {}}]}}
+    sizes = {"context_length": 1024, "vocab_size": 300, "eos_token_id": 1}
+    (folder / "genai_config.json").write_text(json.dumps({"model": {**sizes, "decoder": decoder}}))
     return folder
 
 

@@ -14,8 +14,8 @@ from qwen_onnx.publish.bundle import BLOCK, Bundle, CheckedFile, Item, checked_b
 from qwen_onnx.publish.huggingface import send_to_huggingface
 from qwen_onnx.publish.layout import send_to_layout
 from qwen_onnx.publish.modelscope import send_to_modelscope
-from qwen_onnx.publish.receive import STEP, teller
 from qwen_onnx.publish.registry import send_to_registry
+from qwen_onnx.sources.transfer import STEP, teller
 from tests.fixtures.fake_hubs import sha256
 from tests.publish.conftest import publish, pull
 

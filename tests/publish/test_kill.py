@@ -46,8 +46,8 @@ def killed_at(place: str, call: int, *arguments: object) -> None:
 @pytest.mark.parametrize(
     ("place", "call"),
     [
-        ("qwen_onnx.publish.receive:_append", 5),
-        ("qwen_onnx.publish.receive:_compare", 5),
+        ("qwen_onnx.sources.transfer:_append", 5),
+        ("qwen_onnx.sources.transfer:_compare", 5),
         ("qwen_onnx.publish.receive:put_in_place", 1),
         ("qwen_onnx.publish.receive:verify_package", 1),
         ("shutil:rmtree", 1),

@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from benchmarks.live import free_port
-from qwen_onnx.publish.addresses import RegistryAddress, is_loopback, parse_address
+from qwen_onnx.publish.addresses import RegistryAddress, parse_address
+from qwen_onnx.sources.hosts import is_loopback
 from tests.fixtures.fake_registry import PASSWORD, TOKEN, USER, digest_of
 from tests.publish.conftest import LARGEST, SMALL_FILES, files_of, leftovers, publish, pull, refused
 
@@ -88,8 +89,12 @@ def test_a_login_stays_with_its_host(registry: Any, passing_package: Path, tmp_p
     assert f"Bearer {TOKEN}" in {sent for _, _, sent in registry.log}
 
 
-def test_a_pull_that_was_cut_off_goes_on(registry: Any, passing_package: Path, tmp_path: Path) -> None:
+def test_a_pull_that_was_cut_off_goes_on(
+    registry: Any, passing_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(passing_package, address(registry.port))
+    # out of patience at once, as after a long outage
+    monkeypatch.setattr("qwen_onnx.sources.transfer.DELAYS", ())
     registry.cut = 200_000
     said = refused("pull", address(registry.port), "--output", tmp_path / "got")
     assert "the same command goes on where this one stopped" in said

@@ -16,8 +16,9 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import Shape, WheelSource
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError, UnsupportedModelError
-from qwen_onnx.sources.fetch import expected_revisions, fetch, unpacked_gguf
+from qwen_onnx.sources.fetch import expected_revisions, fetch
 from qwen_onnx.sources.gguf import write_dithered_checkpoint
+from qwen_onnx.sources.wheel import unpacked_gguf
 from tests.conftest import rewrite_json
 
 

@@ -67,8 +67,9 @@ def session_of_one_state(folder: Path, name: str, size: str) -> Path:
     last = helper.make_tensor("last", TensorProto.INT64, [1], [-1])
     graph = helper.make_graph(nodes, "states", inputs, [logits], [last])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), str(folder / "model.onnx"))
-    decoder = {"filename": "model.onnx", "head_size": 8}
-    (folder / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
+    decoder = {"filename": "model.onnx", "head_size": 8, "session_options": {"provider_options": []}}
+    sizes = {"context_length": 1024, "vocab_size": 300, "eos_token_id": 1}
+    (folder / "genai_config.json").write_text(json.dumps({"model": {**sizes, "decoder": decoder}}))
     return folder
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 from onnx import TensorProto, numpy_helper
 
 from qwen_onnx.artifact.htp.folder import CONTEXT, QDQ, HtpFolder
-from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.readback.common import provider_of, refuse
+
+if TYPE_CHECKING:
+    from qwen_onnx.catalog.schema import Readback
 
 NODE, HEAD = "EPContext", "lm_head"
 COMPATIBILITY = "ep_compatibility_info.qnn"
@@ -21,6 +24,13 @@ ARCHITECTURE, CHIP = 4, 5
 FLOAT_OPERATORS = {"Add", "RMSNormalization"}
 WEIGHT_BITS = {TensorProto.INT4: 4, TensorProto.INT8: 8}
 ACTIVATION_BITS = {TensorProto.UINT16: 16, TensorProto.UINT8: 8}
+
+
+def read_back(folder: Path, asked: Readback) -> dict[str, Any]:
+    """``compare_folder``, and the provider in ``genai_config.json``."""
+    if provider_of(folder) != asked.provider:
+        raise ExportError(f"provider is {provider_of(folder)}, asked {asked.provider}", where=str(folder))
+    return compare_folder(read_folder(folder), asked)
 
 
 def read_folder(folder: Path) -> dict[int, dict[str, Any]]:
@@ -130,9 +140,7 @@ def compare_folder(facts: dict[int, dict[str, Any]], asked: Readback) -> dict[st
     faults = []
     for tokens, found in facts.items():
         faults += [f"window {tokens}: {fault}" for fault in _differences(found["qdq"], found["context"], asked)]
-    if faults:
-        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
-        raise ExportError(f"the graph is not what the plan asked for: {shown}", hint="qwen-onnx plan shows the request")
+    refuse("the graph", faults)
     return {str(tokens): _summary(found) for tokens, found in facts.items()}
 
 

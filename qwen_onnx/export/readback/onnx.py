@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen_onnx.catalog.schema import Readback
-from qwen_onnx.errors import ExportError
+from qwen_onnx.export.readback.common import provider_of, refuse
+
+if TYPE_CHECKING:
+    from qwen_onnx.catalog.schema import Readback
 
 HEAD_NODE = "lm_head"
 # matrices that stay float in an int4 graph: what chooses experts, and the gates of linear attention
@@ -86,13 +87,6 @@ def _float_bits(kind: int) -> int | None:
     return BITS[kind] if kind in FLOATS else None
 
 
-def provider_of(folder: Path) -> str:
-    """genai's name of the execution provider in ``genai_config.json``."""
-    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    options = settings["model"]["decoder"]["session_options"]["provider_options"]
-    return next((name for entry in options for name in entry), "cpu")
-
-
 def _experts(node: Any) -> dict[str, Any]:
     attributes = {a.name: a.i for a in node.attribute}
     return {
@@ -139,9 +133,7 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     faults += [f"{name} is a float MatMul of {bits} bits" for name, bits in list(floats.items())[:3]]
     for name, node in facts["nodes"].items():
         faults += _differences(name, node, asked)
-    if faults:
-        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
-        raise ExportError(f"the graph is not what the plan asked for: {shown}", hint="qwen-onnx plan shows the request")
+    refuse("the graph", faults)
     return {
         "matrices": _kinds(facts["nodes"]),
         "experts": _kinds(facts["experts"]),
@@ -154,24 +146,7 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
 
 
 def read_back(folder: Path, asked: Readback) -> dict[str, Any]:
-    """Compare what was built in ``folder`` with the plan, in whatever format it is.
-
-    Returns:
-        A summary for the manifest.
-
-    Raises:
-        ExportError: naming the differences.
-    """
-    if asked.provider == "OpenVINO":
-        from qwen_onnx.export.readback.openvino import compare_ir, read_ir
-
-        return compare_ir(read_ir(folder), asked)
-    if asked.form == "HTP":
-        from qwen_onnx.export.readback.htp import compare_folder, read_folder
-
-        if provider_of(folder) != asked.provider:
-            raise ExportError(f"provider is {provider_of(folder)}, asked {asked.provider}", where=str(folder))
-        return compare_folder(read_folder(folder), asked)
+    """``compare`` the ONNX file of ``folder``."""
     return compare(read_graph(folder / "model.onnx"), asked)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from qwen_onnx.catalog.schema import Readback
-from qwen_onnx.errors import ExportError
-from qwen_onnx.export.readback.onnx import provider_of
+from qwen_onnx.export.readback.common import provider_of, refuse
+
+if TYPE_CHECKING:
+    from qwen_onnx.catalog.schema import Readback
 
 IR_FILE, WRAPPER_FILE = "model.xml", "model.onnx"
 # element types of the IR: codes of quantised weights, with a zero point or without; floats
@@ -21,6 +22,11 @@ PARTS = ("/scale", "/zero_point", "/fq_weights")
 # OpenVINO's own names: a matrix, and one that was converted to fp16
 WEIGHTS = (".weight", ".weight_compressed")
 TABLES = ("embed_tokens", "lm_head")
+
+
+def read_back(folder: Path, asked: Readback) -> dict[str, Any]:
+    """``compare_ir`` of ``folder``."""
+    return compare_ir(read_ir(folder), asked)
 
 
 def read_ir(folder: Path) -> dict[str, Any]:
@@ -74,9 +80,7 @@ def compare_ir(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
         faults += _differences(matrix, asked)
     if not any(matrix["bits"] == asked.body_bits for matrix in facts["matrices"] if not _is_table(matrix)):
         faults.append(f"no matrix of the body has {asked.body_bits} bits")
-    if faults:
-        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
-        raise ExportError(f"the IR is not what the plan asked for: {shown}", hint="qwen-onnx plan shows the request")
+    refuse("the IR", faults)
     kinds = Counter((item["type"], item["block_size"]) for item in facts["matrices"])
     return {
         "matrices": [{"type": kind, "block_size": block, "count": count} for (kind, block), count in kinds.items()],

@@ -146,8 +146,6 @@ class Conversation:
         Raises:
             QwenOnnxError: the question is refused or the engine failed; the question is taken back.
         """
-        prompt = self.prompt()
-        splitter = ThinkingSplitter(is_open(self.service.format_chat(prompt)))
         said: dict[Kind, str] = {"reasoning": "", "content": ""}
         begin, first, last = time.perf_counter(), None, None
         finished = False
@@ -158,6 +156,8 @@ class Conversation:
                 show(kind, text)
 
         try:
+            prompt = self.service.prepare(self.prompt(), self.config)
+            splitter = ThinkingSplitter(is_open(self.service.tokenizer.tail(prompt)))
             for last in self.service.stream(prompt, self.config, cancelled=stopped):
                 first = first or time.perf_counter()
                 pass_on(splitter.push(last.text))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
+from qwen_onnx.artifact.genai_config import GenaiConfig, ids_of
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling, search_options
 
-CONFIG_FILE = "genai_config.json"
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
 # whole piece: 128 tokens prefill as fast as 512 and need 80 MB less (docs/lab-log.md)
 PREFILL_CHUNK = 128
@@ -39,21 +39,10 @@ class Shape:
 
     @classmethod
     def read(cls, folder: Path) -> Shape:
-        """From ``genai_config.json``; ArtifactError when it is missing or damaged."""
-        path = folder / CONFIG_FILE
-        try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
-            eos = model["eos_token_id"]
-            ids = frozenset(eos if isinstance(eos, list) else [eos])
-            options = model["decoder"]["session_options"]["provider_options"]
-            provider = next((name for entry in options for name in entry), "cpu")
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ids, provider)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{CONFIG_FILE} cannot be read: {error}",
-                where=str(path),
-                hint="build it again: make optimize TARGET=cpu",
-            ) from error
+        """From ``genai_config.json``; ArtifactError when it is missing, damaged or says more than it may."""
+        config = GenaiConfig.read(folder)
+        model = config.model
+        return cls(model.context_length, model.vocab_size, frozenset(ids_of(model.eos_token_id)), config.provider)
 
     def check(self, prompt_ids: Sequence[int], new_tokens: int) -> None:
         """Refuse what genai would accept in silence.

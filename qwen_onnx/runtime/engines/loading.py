@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.serial import SerialEngine
@@ -17,8 +18,8 @@ log = logging.getLogger(__name__)
 class EngineOptions:
     """How to load an artifact; the fields are those of ``BatchEngine``."""
 
-    streams: int = 4
-    queue_size: int = 16
+    streams: int = STREAMS
+    queue_size: int = QUEUE_SIZE
     capacity: int | None = None
     threads: int | None = None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
+from qwen_onnx.runtime.engines import QUEUE_SIZE
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import (
     CLOSED,
@@ -45,7 +46,7 @@ class SerialEngine:
 
     features = GENAI_FEATURES
 
-    def __init__(self, folder: Path, *, queue_size: int = 16, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, *, queue_size: int = QUEUE_SIZE, threads: int | None = None) -> None:
         self._engine = Engine(folder, threads=threads)
         self.shape = self._engine.shape
         self._queue_size = queue_size

@@ -1,4 +1,4 @@
-"""Chat templates in jinja2's sandbox, and prompts in which users cannot forge control tokens.
+"""Chat templates of strangers, and prompts in which users cannot forge control tokens.
 
 A special token that appears inside a message is replaced by a marker before rendering. Afterwards the marker
 becomes the token's text again, encoded as ordinary characters; all else is encoded as one text.
@@ -6,18 +6,19 @@ becomes the token's text again, encoded as ordinary characters; all else is enco
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, meta
 from jinja2 import TemplateError as JinjaError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qwen_onnx.bounded import read_bytes, read_object
 from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
+from qwen_onnx.processes.limited import Limited, LimitReached, Limits
+from qwen_onnx.runtime.processing import rendering
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size, check_text
 
 Message = Mapping[str, Any]
@@ -26,40 +27,68 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 PRIVATE_USE = range(0xE000, 0xF8FF)
 # levels of nesting in messages and tools: far fewer than exhaust Python's stack, far more than schemas have
 MOST_LEVELS = 100
+# bytes of a template and of tokenizer_config.json: the largest known have some 30 kB
+MOST_SOURCE, MOST_CONFIG = 256 << 10, 16 << 20
 
 
 class ChatTemplate:
-    """The chat template of an artifact.
+    """The chat template of an artifact. It runs in a process of its own, which starts when it is first needed.
+
+    Args:
+        limits: of that process, for one conversation.
 
     Raises:
         ArtifactError: it has no template, or one that does not parse.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         source, config = _read(folder)
         if not isinstance(source, str):
             raise ArtifactError("the model has no chat template", where=str(folder), hint="use plain generation")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self._tokens = {name: _token_text(config[name]) for name in names if config.get(name)}
-        self.source = source
-        self._template = _compile(source, folder)
-        # what it reads beside the messages: ``tools``, ``enable_thinking``
-        self.variables = frozenset(meta.find_undeclared_variables(self._template.environment.parse(source)))
+        self.source, self._folder = source, folder
+        # the most that one conversation may take, if that is less than the limits
+        self.seconds: float | None = None
+        self._process = Limited(rendering.__name__, limits)
+        _check_syntax(source, folder)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What it reads beside the messages: ``tools``, ``enable_thinking``. Raises TemplateError: see ``render``."""
+        return frozenset(self._ask({"source": self.source})["reads"])
+
+    def close(self) -> None:
+        """End its process; what is being rendered fails."""
+        self._process.close()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        try:
+            told: dict[str, Any] = self._process.ask(question, self.seconds)
+        except LimitReached as error:
+            raise TemplateError(
+                f"the chat template was stopped: {error}", where="messages", hint="send less, or use another model"
+            ) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TemplateError(f"the messages are not JSON: {error}", where="messages") from error
+        if "broken" in told:
+            raise TemplateError(f"the chat template does not parse: {told['broken']}", where=str(self._folder))
+        if "refused" in told:
+            raise TemplateError(f"the chat template refuses these messages: {told['refused']}", where="messages")
+        return told
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt as text.
 
         Raises:
-            TemplateError: no messages, or the template refuses them.
+            TemplateError: no messages, the template refuses them, or takes more time or memory than the limits give.
         """
         if not messages:
             raise TemplateError("there are no messages", where="messages", hint="send at least one")
-        try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens, **variables
-            )
-        except (JinjaError, TypeError, KeyError, ValueError, OverflowError) as error:
-            raise TemplateError(f"the chat template refuses these messages: {error}", where="messages") from error
+        given = {**self._tokens, **variables, "add_generation_prompt": add_generation_prompt}
+        # messages may be any mapping
+        told = _mapped({**given, "messages": list(messages)}, lambda text: text)
+        return str(self._ask({"source": self.source, "variables": told})["text"])
 
     def encode(
         self, messages: Sequence[Message], tokenizer: TextTokenizer, context_length: int, **variables: Any
@@ -77,7 +106,9 @@ class ChatTemplate:
             check_text(text)
         forged = _pattern(tokenizer.special_tokens)
         if not any(forged.search(text) for text in texts):
-            return tokenizer.encode(self.render(messages, **variables), allow_special=True, add_special_tokens=False)
+            rendered = self.render(messages, **variables)
+            check_size(len(rendered), context_length)
+            return tokenizer.encode(rendered, allow_special=True, add_special_tokens=False)
         marker = _unused_character(texts)
         found: list[str] = []
 
@@ -87,6 +118,7 @@ class ChatTemplate:
 
         hidden = _mapped({"messages": list(messages), **variables}, lambda text: forged.sub(hide, text))
         rendered = self.render(**hidden)
+        check_size(len(rendered), context_length)
         ids: list[int] = []
         for index, piece in enumerate(re.split(f"{marker}(\\d+){marker}", rendered)):
             text = found[int(piece)] if index % 2 else piece
@@ -102,11 +134,13 @@ def has_template(folder: Path) -> bool:
 def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Source of the template, if there is one, and ``tokenizer_config.json``."""
     config_path = folder / TOKENIZER_CONFIG
+    config = read_object(config_path, most_bytes=MOST_CONFIG, error=ArtifactError)
+    separate = folder / TEMPLATE_FILE
+    if not os.path.lexists(separate):
+        return config.get("chat_template"), config
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        separate = folder / TEMPLATE_FILE
-        source = separate.read_text(encoding="utf-8") if separate.exists() else config.get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
+        source = read_bytes(separate, most_bytes=MOST_CONFIG, error=ArtifactError).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"the tokenizer's files cannot be read: {error}", where=str(config_path)) from error
     return source, config
 
@@ -115,24 +149,15 @@ def _token_text(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _compile(source: str, folder: Path) -> Template:
-    """With the globals that transformers gives to templates."""
-
-    def fail(message: str) -> NoReturn:
-        raise JinjaError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+def _check_syntax(source: str, folder: Path) -> None:
+    """Parsed alone: what compiles a template computes its constants, which may fill the memory."""
+    if len(source) > MOST_SOURCE:
+        raise ArtifactError(
+            f"the chat template has {len(source)} characters, the most is {MOST_SOURCE}", where=str(folder)
+        )
     try:
-        return environment.from_string(source)
-    except JinjaError as error:
+        rendering.ENVIRONMENT.parse(source)
+    except (JinjaError, RecursionError) as error:
         raise ArtifactError(f"the chat template does not parse: {error}", where=str(folder)) from error
 
 

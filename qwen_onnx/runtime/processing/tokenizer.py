@@ -8,12 +8,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from qwen_onnx.bounded import read_bytes
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import TOKENIZER_FILE
 
+# tokens at the end of a prompt among which an open tag is looked for
+TAIL = 64
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # no sensible text has more characters per token; what is longer is refused before any work
 MOST_CHARACTERS_PER_TOKEN = 64
+# a vocabulary of 250,000 has 20 MB; the parser takes several times what it reads
+MOST_BYTES = 64 << 20
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -30,14 +35,16 @@ class TextTokenizer:
     """The tokenizer of an artifact.
 
     Raises:
-        ArtifactError: ``tokenizer.json`` is missing or damaged.
+        ArtifactError: ``tokenizer.json`` is missing, damaged, or larger than any known.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / TOKENIZER_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path, most_bytes=MOST_BYTES, error=ArtifactError).decode("utf-8")
             self._trusted, self._user = Tokenizer.from_str(text), Tokenizer.from_str(text)
+        except ArtifactError:
+            raise
         # tokenizers raises bare Exception for a damaged file
         except Exception as error:
             raise ArtifactError(
@@ -72,6 +79,10 @@ class TextTokenizer:
             return written, written.encode()
         raw = bytes(BYTES[character] for character in written if character in BYTES)
         return raw.decode("utf-8", "replace"), raw
+
+    def tail(self, ids: Sequence[int]) -> str:
+        """How the text of a prompt ends, special tokens included; enough of it to see a tag and what follows that."""
+        return b"".join(self.piece(token)[1] for token in ids[-TAIL:]).decode("utf-8", "replace")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""

@@ -19,6 +19,7 @@ from typing import Any
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engines.interface import cache_scoped
 from qwen_onnx.runtime.server import logs
+from qwen_onnx.runtime.server.api.parsed import PARSED
 from qwen_onnx.runtime.server.api.protocol import error_body
 from qwen_onnx.runtime.server.keys import KeyRing
 from qwen_onnx.runtime.server.metrics import Metrics
@@ -99,8 +100,8 @@ class Gate:
     ) -> None:
         self._app, self._settings, self._keys, self._watch, self._routes = app, settings, keys, watch, routes
         self._hosts = settings.hosts()
-        limit = settings.rate_limit or (100 if len(keys) else None)
-        self._limiter = RateLimiter(limit, clock=clock) if limit else None
+        self._policy = settings.policy(keyed=len(keys) > 0)
+        self._limiter = RateLimiter(self._policy.rate_limit, clock=clock) if self._policy.rate_limit else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -205,13 +206,17 @@ class Gate:
         if scope["method"] == "POST" and _is_json(headers):
             try:
                 # what is long is read in a thread, so that streams go on meanwhile
-                await asyncio.to_thread(self._check, content) if len(content) > SMALL else self._check(content)
+                long = len(content) > SMALL
+                scope[PARSED] = await asyncio.to_thread(self._parsed, content) if long else self._parsed(content)
             except RequestError as error:
                 raise Refused(400, error.what, "malformed", param=error.where, close=False) from error
         return _replay(content, receive)
 
-    def _check(self, content: bytes) -> None:
-        check_token_fields(read_json(content, self._settings.max_json_depth), self._settings.max_tokens)
+    def _parsed(self, content: bytes) -> Any:
+        value = read_json(content, self._settings.max_json_depth)
+        if self._policy.max_tokens is not None:
+            check_token_fields(value, self._policy.max_tokens)
+        return value
 
     async def _drain(self, receive: Receive) -> None:
         with contextlib.suppress(TimeoutError):

@@ -20,7 +20,7 @@ from qwen_onnx import __version__
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.runtime.server import logs
 from qwen_onnx.runtime.server.admission import Gate, Watch
-from qwen_onnx.runtime.server.api import make_router
+from qwen_onnx.runtime.server.api import CLAMPED, make_router
 from qwen_onnx.runtime.server.faults import handle_errors
 from qwen_onnx.runtime.server.keys import KeyRing
 from qwen_onnx.runtime.server.listening import Server, make_config
@@ -31,7 +31,7 @@ from qwen_onnx.runtime.server.web import make_web_router
 from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.monitor import QwenMonitor
 from qwen_onnx.runtime.service.qwen import QwenService
-from qwen_onnx.runtime.service.secure import GuardedService, Policy
+from qwen_onnx.runtime.service.secure import GuardedService
 
 SNIPPET = """\
 {model} at {url}
@@ -63,8 +63,8 @@ def create_app(
     settings = settings or ServerSettings(allowed_hosts=("*",))
     monitor = QwenMonitor(service)
     metrics = Metrics(service.stats, lambda: int(psutil.Process().memory_info().rss))
-    policy = Policy(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Policy)})
-    guarded = GuardedService(service, policy, (monitor.add, metrics.generation))
+    keys = keys or KeyRing({})
+    guarded = GuardedService(service, settings.policy(keyed=len(keys) > 0), (monitor.add, metrics.generation))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -86,7 +86,7 @@ def create_app(
     app.include_router(make_web_router(model_name))
     known = frozenset({*app.openapi()["paths"], "/", "/docs", "/openapi.json"})
     app.openapi_schema = None
-    app.add_middleware(Gate, settings=settings, keys=keys or KeyRing({}), watch=Watch(metrics, tracer), routes=known)
+    app.add_middleware(Gate, settings=settings, keys=keys, watch=Watch(metrics, tracer), routes=known)
     if settings.cors_origins:
         # outermost: a browser's preflight carries no key
         app.add_middleware(
@@ -94,7 +94,7 @@ def create_app(
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "Retry-After", CLAMPED],
         )
     return app
 

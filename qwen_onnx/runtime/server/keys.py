@@ -21,6 +21,7 @@ from qwen_onnx.files import write_private
 
 KEY_PREFIX = "qo-"
 KEYS_VARIABLE = "QWEN_ONNX_API_KEYS"
+KEYS_FILE_VARIABLE = "QWEN_ONNX_API_KEYS_FILE"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 LEAST_KEY = 16
@@ -48,7 +49,7 @@ class KeyRing:
         """Keys of a file and of ``QWEN_ONNX_API_KEYS``, which holds keys separated by commas.
 
         Raises:
-            ConfigError: see ``read_keys``; or a variable that holds no key, or one too short to be random.
+            ConfigError: see ``read_keys``; or a variable that holds no key, a path, or a key too short to be random.
         """
         names = {digest: name for name, digest in read_keys(path).items()} if path else {}
         if path and not names:
@@ -58,6 +59,10 @@ class KeyRing:
             keys = [key.strip() for key in text.split(",") if key.strip()]
             if not keys or min(map(len, keys)) < LEAST_KEY:
                 raise ConfigError([f"{KEYS_VARIABLE}: no key, or one of fewer than {LEAST_KEY} characters"])
+            if any("/" in key or "\\" in key for key in keys):
+                raise ConfigError(
+                    [f"{KEYS_VARIABLE}: holds keys, and this is a path"], hint=f"a file of keys: {KEYS_FILE_VARIABLE}"
+                )
             names |= {digest_of(key): f"env-{index + 1}" for index, key in enumerate(keys)}
         return cls(names)
 

@@ -4,62 +4,84 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.server.keys import KEYS_FILE_VARIABLE, KEYS_VARIABLE
+from qwen_onnx.runtime.service.policy import OPEN, STRICT, Policy
 
 PREFIX = "QWEN_ONNX_"
 # read by other parts of the program
-OTHERS = frozenset({"QWEN_ONNX_CACHE", "QWEN_ONNX_API_KEYS", "QWEN_ONNX_TARGET_PACKAGE", "QWEN_ONNX_TARGET_PYTHON"})
+OTHERS = frozenset(
+    {
+        KEYS_VARIABLE,
+        *(f"{PREFIX}{name}" for name in ("CACHE", "TARGET_PACKAGE", "TARGET_PYTHON")),
+        *(f"{PREFIX}REGISTRY_{name}" for name in ("USER", "PASSWORD")),
+    }
+)
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+def variables(field: str) -> list[str]:
+    """Of the environment, in which a setting may stand."""
+    own = f"{PREFIX}{field.upper()}"
+    return [KEYS_FILE_VARIABLE, own] if field == "keys" else [own]
 
 
 class ServerSettings(BaseModel):
     """Limits and addresses of a server; an unknown key is an error.
 
+    What has a description is an option of ``qwen-onnx serve`` too, the rest stands in the environment alone. What is in
+    ``Policy`` and None is as ``policy`` says. Sizes are bytes.
+
     Args:
-        rate_limit: POST requests below /v1 that a key may send in an hour; None: 100 when there are API keys, no limit
-            when there are none. A limit without keys counts by client address.
-        streams: answers at once; queue_size: requests that may wait beyond them.
-        context: tokens of one conversation; None: the model's, or what the memory allows.
-        max_input_characters: of all text of a request: messages, prompt, instructions, tool results, tools.
-        max_tokens: the most that a request may ask for.
         header_seconds, body_seconds: time for a request's headers and for its body to arrive.
-        request_seconds: time for one answer; send_seconds: how long a client may leave a piece of it unread.
-        grace_seconds: time for running answers to end after SIGTERM.
-        allowed_hosts: names beside the loopback ones that the Host header may have; ``*`` allows all.
-        cors_origins: pages of these origins may call the API.
-        sanitise: remove scripts, frames and executable URLs from input and output (``sanitise.Sanitiser``).
-        log_key: of the HMAC under which prompts are logged; None: a random one for each process.
+        send_seconds: how long a client may leave a piece of an answer unread.
+        log_key: see ``Policy``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    insecure: bool = False
-    keys: Path | None = None
-    rate_limit: int | None = Field(default=None, ge=1)
-    max_input_characters: int = Field(default=8192, ge=1)
-    max_tokens: int = Field(default=1024, ge=1)
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    keys: Path | None = Field(default=None, description="file of API keys, see `qwen-onnx keys new`")
+    insecure: bool = Field(default=False, description="listen beyond loopback without API keys")
+    rate_limit: int | None = Field(
+        default=None, ge=1, description="requests of a key in an hour; without keys: of an address"
+    )
+    max_input_characters: int | None = Field(default=None, ge=1, description="of all text of a request")
+    max_tokens: int | None = Field(default=None, ge=1, description="most that a request may ask for")
+    request_seconds: float | None = Field(default=None, gt=0, description="time for one answer")
+    grace_seconds: int = Field(default=30, ge=0, description="time for running answers after SIGTERM")
+    streams: int = Field(default=STREAMS, ge=1, description="answers at once")
+    context: int | None = Field(
+        default=None, ge=16, description="tokens of a conversation; default: the model's, or what fits in memory"
+    )
+    queue_size: int = Field(default=QUEUE_SIZE, ge=0, description="requests that may wait")
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="a name of this server, as behind a proxy; * allows all; repeatable"
+    )
+    cors_origins: tuple[str, ...] = Field(default=(), description="pages of this origin may call the API; repeatable")
+    sanitise: bool = Field(default=False, description="remove scripts, frames and executable URLs")
+    otlp: str | None = Field(default=None, description="send traces there, e.g. http://localhost:4318/v1/traces")
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_json_depth: int = Field(default=64, ge=4)
     header_seconds: float = Field(default=10, gt=0)
     body_seconds: float = Field(default=30, gt=0)
-    request_seconds: float = Field(default=300, gt=0)
     send_seconds: float = Field(default=60, gt=0)
-    grace_seconds: int = Field(default=30, ge=0)
-    streams: int = Field(default=4, ge=1)
-    queue_size: int = Field(default=16, ge=0)
-    context: int | None = Field(default=None, ge=16)
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    sanitise: bool = False
-    otlp: str | None = None
     log_key: str | None = Field(default=None, min_length=16, repr=False)
+
+    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """As the environment has them: names between commas."""
+        parts = value.split(",") if isinstance(value, str) else [part for item in value for part in item.split(",")]
+        return tuple(part.strip() for part in parts if part.strip())
 
     @classmethod
     def read(cls, environment: Mapping[str, str], **options: Any) -> ServerSettings:
@@ -71,14 +93,13 @@ class ServerSettings(BaseModel):
         given: dict[str, Any] = {}
         faults = []
         for name, text in environment.items():
-            field = name.removeprefix(PREFIX).lower()
             if not name.startswith(PREFIX) or name in OTHERS:
                 continue
-            if field not in cls.model_fields:
+            field = next((field for field in cls.model_fields if name in variables(field)), None)
+            if field is None:
                 faults.append(f"{name}: no such setting")
             else:
-                listed = field in ("allowed_hosts", "cors_origins")
-                given[field] = tuple(part.strip() for part in text.split(",") if part.strip()) if listed else text
+                given[field] = text
         given |= {name: value for name, value in options.items() if value is not None}
         try:
             settings = cls(**given)
@@ -103,6 +124,14 @@ class ServerSettings(BaseModel):
         if "*" in self.allowed_hosts or not (self.loopback or self.allowed_hosts):
             return None
         return frozenset(host.lower() for host in (*LOOPBACK_HOSTS, self.host, *self.allowed_hosts))
+
+    def policy(self, keyed: bool) -> Policy:
+        """What a client may ask for: what was set; else the strict numbers, or, where only this machine's users come
+        and without keys, what the model's context holds. A server with another name has a proxy before it.
+        """
+        own = self.loopback and not keyed and not self.allowed_hosts
+        given = {field.name: getattr(self, field.name) for field in fields(Policy)}
+        return replace(OPEN if own else STRICT, **{name: value for name, value in given.items() if value is not None})
 
     def check_exposure(self, keyed: bool) -> None:
         """ConfigError when strangers could use the server without a key and nobody said that they may."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from qwen_onnx.runtime.service.answers import Answer
 from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt, Delta, GenerationConfig, Prompt
 from qwen_onnx.runtime.service.limits import RateLimiter
 from qwen_onnx.runtime.service.monitor import Measurement, QwenMonitor, Stopwatch, Thresholds
-from qwen_onnx.runtime.service.qwen import QwenService, is_ids
+from qwen_onnx.runtime.service.policy import STRICT, Policy
+from qwen_onnx.runtime.service.qwen import QwenService
+from qwen_onnx.runtime.service.text import Prepared, TextService, is_ids
 from qwen_onnx.runtime.service.told import PromptHash, RequestRecord, current
 
 Observer = Callable[[Measurement], None]
@@ -33,49 +35,39 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 OWN, FREE = frozenset({"role", "type"}), frozenset({"parameters", "arguments"})
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Limits of one generation; the fields are those of ``ServerSettings``."""
-
-    max_input_characters: int = 8192
-    max_tokens: int = 1024
-    request_seconds: float = 300.0
-    sanitise: bool = False
-    log_key: str | None = None
-
-
-class _Prepared(list[int]):
-    """Ids that ``prepare`` has let pass: what the template added to a text does not count against its limit."""
-
-
-class GuardedService(QwenService):
-    """A running service behind a policy. ``prepare`` and ``submit`` are where every form of generation passes.
+class GuardedService(TextService):
+    """A running service behind a policy.
 
     Args:
         inner: the service; closing this one closes it.
         observers: told of every generation that ended.
     """
 
-    def __init__(self, inner: QwenService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
-        # the same tokenizer, template and engine beneath the inherited methods: nothing is loaded again
-        self.__dict__ |= vars(inner)
+    def __init__(self, inner: TextService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
+        self._inner = inner
+        self.tokenizer, self.template, self.engine = inner.tokenizer, inner.template, inner.engine
+        self.fingerprint = inner.fingerprint
         self.policy, self._observers = policy, tuple(observers)
+        if self.template:
+            self.template.seconds = policy.request_seconds
         self._hash = PromptHash(policy.log_key)
 
-    def prepare(self, prompt: Prompt, config: GenerationConfig) -> list[int]:
+    def prepare(self, prompt: Prompt, config: GenerationConfig) -> Prepared:
         """Token ids of a prompt that the policy allows.
 
         Raises:
             RequestError: an unknown role, too many characters or tokens asked for; and see ``QwenService.prepare``.
         """
-        _check_roles(prompt)
-        if not isinstance(prompt, _Prepared):
-            self._check_length(prompt)
-        self._bounded(config)
         self._check_load()
-        if self.policy.sanitise:
-            prompt = _sanitised_prompt(prompt)
-        return _Prepared(super().prepare(prompt, config))
+        config = self._bounded(config)
+        begin = time.monotonic()
+        if not isinstance(prompt, Prepared):
+            _check_roles(prompt)
+            self._check_length(prompt)
+            prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
+            ids = self._inner.prepare(prompt, config)
+            return Prepared(ids, time.monotonic() - begin)
+        return self._inner.prepare(prompt, config)
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""
@@ -86,8 +78,10 @@ class GuardedService(QwenService):
             raise OverloadedError(f"{stats.waiting} requests wait already", hint="try again later")
 
     def _check_length(self, prompt: Prompt) -> None:
-        count = len(self.tokenizer.decode(self._known_ids(prompt))) if is_ids(prompt) else characters(prompt)
         most = self.policy.max_input_characters
+        if most is None:
+            return
+        count = len(self.tokenizer.decode(self._known_ids(prompt))) if is_ids(prompt) else characters(prompt)
         if count > most:
             raise RequestError(
                 f"the input has {count} characters, the most is {most}", where="input", hint="send less text"
@@ -101,7 +95,7 @@ class GuardedService(QwenService):
     def _bounded(self, config: GenerationConfig) -> GenerationConfig:
         """The config under the cap; the default, which nobody asked for, gives way in silence."""
         most = self.policy.max_tokens
-        if config.max_new_tokens > most:
+        if most is not None and config.max_new_tokens > most:
             if config.max_new_tokens != DEFAULT.max_new_tokens:
                 raise RequestError(
                     f"max_tokens is {config.max_new_tokens}, the most is {most}",
@@ -123,11 +117,15 @@ class GuardedService(QwenService):
             record.prompt_hash = self._hash.of(prompt)
         run = _Run(self, record)
         try:
-            run.begin(*super().submit(prompt, self._bounded(config), listener), listener)
+            run.begin(*self._inner.submit(prompt, self._bounded(config), listener), listener, _spent(prompt))
         except QwenOnnxError as error:
             run.end(error)
             raise
         return run, run
+
+    def close(self) -> None:
+        """Free the model."""
+        self._inner.close()
 
     def ended(self, measurement: Measurement) -> None:
         """Tell everybody of a generation."""
@@ -145,17 +143,19 @@ class _Run:
         self._timer: threading.Timer | None = None
         self._ended = threading.Lock()
 
-    def begin(self, handle: Handle, answer: Answer, listener: Listener) -> None:
-        """It was submitted."""
+    def begin(self, handle: Handle, answer: Answer, listener: Listener, spent: float) -> None:
+        """It was submitted; ``spent`` seconds of its time are gone."""
         self._handle, self._answer = handle, answer
         seconds = self._service.policy.request_seconds
+        if seconds is None:
+            return
 
         def late() -> None:
             error = DeadlineError(f"the answer was not finished within {seconds:g} s")
             listener(TokenEvent(error=error))
             handle.cancel()
 
-        self._timer = threading.Timer(seconds, late)
+        self._timer = threading.Timer(max(seconds - spent, 0), late)
         self._timer.daemon = True
         self._timer.start()
 
@@ -203,6 +203,11 @@ class _Run:
         if self._record is not None:
             self._record.generations.append(measurement)
         self._service.ended(measurement)
+
+
+def _spent(prompt: Prompt) -> float:
+    """Seconds that it took to prepare a prompt, when that is done."""
+    return prompt.seconds if isinstance(prompt, Prepared) else 0.0
 
 
 def characters(prompt: Any) -> int:
@@ -257,7 +262,7 @@ class SecureQwenService(GuardedService):
     Args:
         folder: flat folder of an exported model.
         policy: limits of one generation.
-        rate_limit: generations in an hour; None: no limit.
+        rate_limit: generations in an hour, whatever the policy says; None: no limit.
         thresholds: of the monitor.
         clock: seconds, for the rate limit.
         options: those of ``QwenService``.
@@ -271,14 +276,14 @@ class SecureQwenService(GuardedService):
         folder: Path | str,
         policy: Policy | None = None,
         *,
-        rate_limit: int | None = 100,
+        rate_limit: int | None = STRICT.rate_limit,
         thresholds: Thresholds | None = None,
         clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
         inner = QwenService(folder, **options)
         self.monitor = QwenMonitor(inner, thresholds)
-        super().__init__(inner, policy or Policy(), (self.monitor.add,))
+        super().__init__(inner, replace(policy or STRICT, rate_limit=rate_limit), (self.monitor.add,))
         self._limiter = RateLimiter(rate_limit, clock=clock) if rate_limit else None
 
     def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:

@@ -278,7 +278,7 @@ def test_thinking_is_switched_where_the_template_can(
     template = conversation.service.template
     assert template
     source = "{{ messages[-1].content }}{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-    monkeypatch.setattr(template, "_template", template._template.environment.from_string(source))
+    monkeypatch.setattr(template, "source", source)
     conversation.set_thinking(False)
     conversation.ask("why")
     assert conversation.service.format_chat(conversation.prompt()) == "why<think>\n\n</think>\n\n"
@@ -288,7 +288,7 @@ def test_after_an_opened_tag_all_is_reasoning(conversation: Conversation, monkey
     template = conversation.service.template
     assert template
     source = "{{ messages[-1].content }}<think>\n"
-    monkeypatch.setattr(template, "_template", template._template.environment.from_string(source))
+    monkeypatch.setattr(template, "source", source)
     heard: list[tuple[str, str]] = []
     conversation.ask("why")
     conversation.answer(lambda kind, text: heard.append((kind, text)), lambda: False)

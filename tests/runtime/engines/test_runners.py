@@ -66,7 +66,7 @@ def interpreter(tmp_path: Path) -> Interpreter:
 def artifact(tmp_path: Path) -> Path:
     folder = tmp_path / "artifact"
     folder.mkdir()
-    options = {"session_options": {"provider_options": []}}
+    options = {"filename": "model.onnx", "session_options": {"provider_options": []}}
     model = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "eos_token_id": EOS, "decoder": options}
     (folder / "genai_config.json").write_text(json.dumps({"model": model}))
     (folder / "weights").touch()

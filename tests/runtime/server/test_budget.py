@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from qwen_onnx.runtime.server.settings import ServerSettings
-from tests.fixtures.servers import CHAT, Guarded, guarded
+from tests.fixtures.servers import CHAT, Guarded, guarded, until
+from tests.runtime.server.api.conftest import with_template
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 RESPONSES, COMPLETIONS = "/v1/responses", "/v1/completions"
 
 
@@ -69,3 +75,31 @@ def test_arguments_of_earlier_calls_are_counted_too(server: Guarded) -> None:
 def test_a_long_stop_string_is_refused(server: Guarded, stop: Any) -> None:
     error = refusal(server, CHAT, {"messages": [{"role": "user", "content": "x"}], "stop": stop})
     assert "at most 256 characters" in error["message"]
+
+
+def test_a_server_ends_while_its_template_hangs(tiny_artifact: Path, tmp_path: Path) -> None:
+    artifact = with_template(tiny_artifact, tmp_path / "looping", LOOP)
+    answers: list[int] = []
+    # the end of the block waits for the server
+    with guarded(artifact, ServerSettings(grace_seconds=1)) as server:
+
+        def ask() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                answers.append(server.ask().status_code)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until(lambda: any("rendering" in " ".join(child.cmdline()) for child in psutil.Process().children()))
+    asking.join(timeout=30)
+    assert 200 not in answers
+    assert not any("rendering" in " ".join(child.cmdline()) for child in psutil.Process().children())
+
+
+def test_a_render_counts_into_the_time_of_the_answer(tiny_artifact: Path, tmp_path: Path) -> None:
+    source = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}{{ messages[0].content }}"
+    artifact = with_template(tiny_artifact, tmp_path / "looping", source)
+    with guarded(artifact, ServerSettings(request_seconds=3)) as server:
+        answer = server.ask(messages=[{"role": "user", "content": "loop"}])
+        assert answer.status_code == 400
+        assert "the chat template was stopped" in answer.json()["error"]["message"]
+        assert server.ask().status_code == 200

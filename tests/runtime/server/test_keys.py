@@ -40,6 +40,13 @@ def test_keys_of_the_environment() -> None:
             KeyRing.load(None, {"QWEN_ONNX_API_KEYS": bad})
 
 
+@pytest.mark.parametrize("path", ["/run/secrets/keys.json", "some/folder/keys.json", "C:\\secrets\\keys.json"])
+def test_a_path_is_not_a_key(path: str) -> None:
+    with pytest.raises(ConfigError, match="QWEN_ONNX_API_KEYS_FILE") as caught:
+        KeyRing.load(None, {"QWEN_ONNX_API_KEYS": f"{'a' * 32},{path}"})
+    assert path not in str(caught.value)
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "keys.json"

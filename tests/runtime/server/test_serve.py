@@ -148,7 +148,8 @@ def bad_bodies(running: Process) -> list[Callable[[], httpx.Response]]:
 
 
 def test_no_word_of_prompt_or_answer_stands_in_the_log(tiny_build: Path, tmp_path: Path) -> None:
-    with process(tiny_build, tmp_path, "--rate-limit", "14") as running:
+    strict = ("--max-input-characters", "8192", "--max-tokens", "1024")
+    with process(tiny_build, tmp_path, "--rate-limit", "14", *strict) as running:
         message = {"role": "user", "content": f"tell me of {SECRET}"}
         # sampled: the greedy answer of a random model is one character again and again
         asked = running.body(messages=[message], max_tokens=40, temperature=1.0, seed=3)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from unittest.mock import MagicMock
 
+import pytest
+from typer.testing import CliRunner
+
+from qwen_onnx.cli.app import app
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.runtime.server.settings import ServerSettings
 
@@ -13,6 +18,44 @@ def test_options_win_over_the_environment_and_that_over_the_defaults() -> None:
     settings = ServerSettings.read(environment, port=9001, host=None)
     assert (settings.port, settings.max_tokens, settings.host) == (9001, 77, "127.0.0.1")
     assert settings.allowed_hosts == ("a.example", "b")
+
+
+@pytest.mark.parametrize("name", ["QWEN_ONNX_API_KEYS_FILE", "QWEN_ONNX_KEYS"])
+def test_the_file_of_keys_has_a_variable(name: str) -> None:
+    assert ServerSettings.read({name: "/run/keys.json"}).keys == Path("/run/keys.json")
+    assert ServerSettings.read({name: "/run/keys.json"}, keys=Path("other.json")).keys == Path("other.json")
+
+
+def test_variables_of_other_verbs_are_let_be() -> None:
+    environment = {"QWEN_ONNX_API_KEYS": "a" * 32, "QWEN_ONNX_REGISTRY_USER": "someone", "QWEN_ONNX_CACHE": "/there"}
+    assert ServerSettings.read(environment) == ServerSettings()
+
+
+def test_the_command_line_has_each_setting_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServerSettings] = []
+    monkeypatch.setattr("qwen_onnx.runtime.server.app.serve", lambda *_, settings, **__: seen.append(settings))
+    monkeypatch.setattr("qwen_onnx.artifact.manifest.open_runnable", MagicMock())
+    environment = {
+        "QWEN_ONNX_ALLOWED_HOSTS": "a.example, b",
+        "QWEN_ONNX_MAX_TOKENS": "7",
+        "QWEN_ONNX_STREAMS": "2",
+        "QWEN_ONNX_INSECURE": "1",
+        "QWEN_ONNX_BODY_SECONDS": "3",
+    }
+    done = CliRunner().invoke(app, ["serve", "folder", "--streams", "3", "--cors-origin", "https://x"], env=environment)
+    assert done.exit_code == 0, done.output
+    [told] = seen
+    assert (told.allowed_hosts, told.cors_origins) == (("a.example", "b"), ("https://x",))
+    assert (told.max_tokens, told.streams, told.insecure, told.body_seconds) == (7, 3, True, 3)
+    # what was not said is as if there were no option
+    assert told.model_fields_set == {
+        "allowed_hosts",
+        "cors_origins",
+        "max_tokens",
+        "streams",
+        "insecure",
+        "body_seconds",
+    }
 
 
 def test_every_wrong_value_is_told_at_once_without_the_secret() -> None:

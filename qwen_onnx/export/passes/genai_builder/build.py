@@ -14,13 +14,13 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.genai_builder.qdq import write_signed
 from qwen_onnx.export.passes.genai_builder.repairs import repair
 from qwen_onnx.export.passes.genai_builder.streaming import weights_in_files
 from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.export.workfolder import KEPT_FOLDER
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.checkpoint import TOKENIZER_FILE
 

@@ -73,7 +73,7 @@ def mapped_model(checkpoint: Path) -> Any:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
     weights = CheckpointWeights(checkpoint)

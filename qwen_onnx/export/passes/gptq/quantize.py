@@ -27,7 +27,6 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
-from qwen_onnx.export.olive import KEPT_FOLDER
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.gptq.options import BATCH, CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.sensitivity import choose_int8, named_as
@@ -35,7 +34,6 @@ from qwen_onnx.export.passes.gptq.solver import Quantized, gptq, round_to_neares
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
 from qwen_onnx.export.weights import (
-    INDEX_FILE,
     Scratch,
     create_safetensors,
     mapped,
@@ -44,8 +42,9 @@ from qwen_onnx.export.weights import (
     row_pieces,
     write_safetensors,
 )
-from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
 from qwen_onnx.records import digest_of
+from qwen_onnx.sources.checkpoint import INDEX_FILE
 
 # matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -83,7 +82,7 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqOptions, kept
         skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
         _require_blocks(skeleton, config.group_size)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
         ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
         return_free_memory()
         settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

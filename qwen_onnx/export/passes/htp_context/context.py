@@ -50,7 +50,12 @@ def compile_in(interpreter: Interpreter, folder: Path, config: HtpContextOptions
     ]
     lines: list[str] = []
     with subprocess.Popen(
-        command, env=interpreter.variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=interpreter.variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as child:
         for line in child.stdout or ():
             print(line, end="", flush=True)

@@ -44,7 +44,7 @@ class FloatTables:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(linears.folder)
+        config = AutoConfig.from_pretrained(linears.folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         rotary = type(model.model.rotary_emb)(config=config)

@@ -86,7 +86,7 @@ def _grids(linears: Linears, tables: FloatTables, output: Path, config: HtpQdqEx
     from transformers import PreTrainedTokenizerFast
 
     sizes = Sizes.read(linears.config, config.prefill, config.context)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(linears.folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(linears.folder, trust_remote_code=False)
     windows = calibration_ids(tokenizer, config.windows, min(config.window, config.context), config.seed)
     with tempfile.TemporaryDirectory(prefix=".float-", dir=output) as folder:
         decoder = float_decoder(linears, sizes, tables, Path(folder), threads=THREADS)

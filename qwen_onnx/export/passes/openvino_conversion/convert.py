@@ -93,7 +93,7 @@ def _calibration(checkpoint: Path, config: OpenVINOConversionOptions) -> list[di
 
     from qwen_onnx.export.calibration import calibration_ids
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
     return [
         {
             "input_ids": np.asarray([ids]),

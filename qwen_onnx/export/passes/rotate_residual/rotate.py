@@ -22,7 +22,8 @@ from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.rotate_residual.options import RotateResidualOptions
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM
-from qwen_onnx.export.weights import INDEX_FILE, CheckpointWeights, create_safetensors
+from qwen_onnx.export.weights import CheckpointWeights, create_safetensors
+from qwen_onnx.sources.checkpoint import INDEX_FILE
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, ServiceError
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
 from qwen_onnx.runtime.engines.batch.rows import Rows
@@ -79,8 +80,8 @@ class BatchEngine:
         self,
         folder: Path,
         *,
-        streams: int = 4,
-        queue_size: int = 16,
+        streams: int = STREAMS,
+        queue_size: int = QUEUE_SIZE,
         capacity: int | None = None,
         threads: int | None = None,
     ) -> None:

@@ -8,7 +8,6 @@ own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
-from qwen_onnx.runtime.engines.genai import CONFIG_FILE, Shape
+from qwen_onnx.runtime.engines.genai import Shape
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -46,19 +46,28 @@ class KvLayout:
 
     @classmethod
     def read(cls, folder: Path) -> KvLayout:
-        """From ``genai_config.json``."""
-        decoder = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model"]["decoder"]
-        inputs, outputs = decoder["inputs"], decoder["outputs"]
-        layers = int(decoder["num_hidden_layers"])
-        try:
-            names = tuple(
-                (inputs[f"past_{kind}_names"] % layer, outputs[f"present_{kind}_names"] % layer)
-                for layer in range(layers)
-                for kind in ("key", "value")
-            )
-        except KeyError as error:
-            raise UnsupportedGraphError(f"the graph has no KV cache called {error}", where=str(folder)) from error
-        return cls(layers, int(decoder["num_key_value_heads"]), int(decoder["head_size"]), names)
+        """From ``genai_config.json``.
+
+        Raises:
+            ArtifactError: it lacks a name or a size. No other engine is asked then: every graph that we build with a
+                KV cache has them, and a file without them is not one that we wrote.
+        """
+        decoder = GenaiConfig.read(folder).model.decoder
+        inputs, outputs = decoder.inputs, decoder.outputs
+        kinds = (
+            (inputs.past_key_names, outputs.present_key_names),
+            (inputs.past_value_names, outputs.present_value_names),
+        )
+        layers, heads, size = decoder.num_hidden_layers, decoder.num_key_value_heads, decoder.head_size
+        if layers is None or heads is None or size is None:
+            raise _lacking("a size of the KV cache", folder)
+        names = []
+        for layer in range(layers):
+            for past, present in kinds:
+                if past is None or present is None:
+                    raise _lacking("a name of the KV cache", folder)
+                names.append((past % layer, present % layer))
+        return cls(layers, heads, size, tuple(names))
 
     def bytes_per_token(self, item: int) -> int:
         """Of one row."""
@@ -176,6 +185,10 @@ class BatchModel:
                 raise UnsupportedGraphError(f"the rows of a batch are not independent (cosine {cosine:.3f})")
 
 
+def _lacking(what: str, folder: Path) -> ArtifactError:
+    return ArtifactError(f"{GENAI_CONFIG} lacks {what}", where=str(folder), hint="get the artifact again, or build it")
+
+
 def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, Any]:
     """Zeroed memory whose pages are taken when they are first written.
 
@@ -188,12 +201,11 @@ def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, An
 
 
 def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    path = folder / config["model"]["decoder"]["filename"]
+    path = folder / GenaiConfig.read(folder).graph_file
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     # onnxruntime's exceptions have no common class but Exception

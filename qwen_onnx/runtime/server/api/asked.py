@@ -12,7 +12,7 @@ from qwen_onnx.runtime.processing.reasoning import OPEN, is_open
 from qwen_onnx.runtime.processing.tool_calls import OPEN as CALL
 from qwen_onnx.runtime.server.api.events import Reading
 from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt
-from qwen_onnx.runtime.service.qwen import QwenService
+from qwen_onnx.runtime.service.text import Prepared, TextService
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -68,7 +68,7 @@ class Asked:
     thinking: bool | None = None
 
 
-def understood(service: QwenService, asked: Asked) -> tuple[list[int], str | None, Reading]:
+def understood(service: TextService, asked: Asked) -> tuple[Prepared, str | None, Reading]:
     """Prompt ids, the grammar if there is one, and how to read the answer. Long texts take a while: call in a thread.
 
     Raises:
@@ -89,7 +89,7 @@ def understood(service: QwenService, asked: Asked) -> tuple[list[int], str | Non
     chat = ChatPrompt(asked.messages, [tool.plain() for tool in tools], asked.thinking)
     # before the template is run, because it refuses a text that is too long before it works on it
     ids = service.prepare(chat, DEFAULT)
-    inside = is_open(service.format_chat(chat))
+    inside = is_open(service.tokenizer.tail(ids))
     may = "enable_thinking" in knows and asked.thinking is not False
     grammar = _grammar(service, asked, tools, "inside" if inside else "may" if may else "no")
     thinks = inside or "enable_thinking" in knows or OPEN in service.tokenizer.added_tokens
@@ -110,7 +110,7 @@ def _tools(asked: Asked) -> Sequence[Tool]:
 
 
 def _grammar(
-    service: QwenService, asked: Asked, tools: Sequence[Tool], thinking: Literal["no", "may", "inside"]
+    service: TextService, asked: Asked, tools: Sequence[Tool], thinking: Literal["no", "may", "inside"]
 ) -> str | None:
     forced = asked.named is not None or asked.choice == "required"
     if asked.schema is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,14 +18,17 @@ from qwen_onnx.runtime.server.api.chat_request import ChatRequest
 from qwen_onnx.runtime.server.api.chat_response import DONE, ChatAnswers, ChatCompletion, sse
 from qwen_onnx.runtime.server.api.completions import CompletionRequest, TextAnswers, TextCompletion
 from qwen_onnx.runtime.server.api.events import Answer, End, Reader, Reading, Step
+from qwen_onnx.runtime.server.api.parsed import ParsedRoute
 from qwen_onnx.runtime.server.api.protocol import REFUSALS, Model, ModelList, configs, error_body
 from qwen_onnx.runtime.server.api.responses import ResponseAnswers, ResponseBody
 from qwen_onnx.runtime.server.api.responses_request import ResponseRequest
 from qwen_onnx.runtime.server.api.running import ClientLeft, unless_left
 from qwen_onnx.runtime.service.generation import Delta
 from qwen_onnx.runtime.service.generations import Generations, Job
-from qwen_onnx.runtime.service.qwen import QwenService
+from qwen_onnx.runtime.service.text import Prepared, TextService
 
+# says, in a header, to how many tokens what was asked for was lowered: the context holds no more
+CLAMPED = "X-Max-Tokens-Clamped"
 EVENT_STREAM = "text/event-stream"
 # nginx's name for "no request": a status that nobody receives, for the logs
 CLIENT_LEFT = 499
@@ -34,8 +37,8 @@ CLIENT_LEFT = 499
 class EventStream(StreamingResponse):
     """Server-sent events; the generations stop when it ends, also when the client leaves before the first event."""
 
-    def __init__(self, events: AsyncIterator[str], running: Generations) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    def __init__(self, events: AsyncIterator[str], running: Generations, headers: Mapping[str, str]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
         super().__init__(_or_error(events), media_type=EVENT_STREAM, headers=headers)
         self._running = running
 
@@ -62,9 +65,9 @@ def _documented(events: str) -> dict[int | str, dict[str, Any]]:
     return {**REFUSALS, 200: whole}
 
 
-def make_router(service: QwenService, model_name: str) -> APIRouter:
+def make_router(service: TextService, model_name: str) -> APIRouter:
     """Models, chat completions, completions and responses of one model."""
-    router = APIRouter(prefix="/v1")
+    router = APIRouter(prefix="/v1", route_class=ParsedRoute)
     _add_models(router, model_name)
     _add_chat(router, service, model_name)
     _add_completions(router, service, model_name)
@@ -93,25 +96,32 @@ def _unknown(asked: str, model_name: str) -> JSONResponse | None:
     return JSONResponse(error_body(text, kind="invalid_request_error", param="model", code="model_not_found"), 404)
 
 
+def _clamped(service: TextService, asked: int | None, prompts: Sequence[Prepared]) -> dict[str, str]:
+    """The header that tells of it when an answer may have fewer tokens than were asked for."""
+    room = min(map(service.room, prompts))
+    return {CLAMPED: str(room)} if asked is not None and asked > room else {}
+
+
 async def _answered(
     request: Request,
     running: Generations,
     stream: bool | None,
+    headers: Mapping[str, str],
     events: Callable[[], AsyncIterator[str]],
     whole: Callable[[], Coroutine[None, None, bytes]],
 ) -> Response:
     """Events or a whole answer, unless the client leaves."""
     if stream:
-        return EventStream(events(), running)
+        return EventStream(events(), running, headers)
     try:
-        return Response(await unless_left(request, whole()), media_type="application/json")
+        return Response(await unless_left(request, whole()), media_type="application/json", headers=headers)
     except ClientLeft:
         return Response(status_code=CLIENT_LEFT)
     finally:
         running.cancel()
 
 
-def _add_chat(router: APIRouter, service: QwenService, model_name: str) -> None:
+def _add_chat(router: APIRouter, service: TextService, model_name: str) -> None:
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_documented("chat.completion.chunk"))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
@@ -119,8 +129,7 @@ def _add_chat(router: APIRouter, service: QwenService, model_name: str) -> None:
         if unknown:
             return unknown
         options, asked = body.options(), body.asked()
-        ids, grammar, reading = await asyncio.to_thread(understood, service, asked)
-        options["grammar"] = grammar
+        ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked)
         jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
         running = await Generations.begin(service, jobs)
         bodies = ChatAnswers(
@@ -130,6 +139,7 @@ def _add_chat(router: APIRouter, service: QwenService, model_name: str) -> None:
             request,
             running,
             body.stream,
+            _clamped(service, options.get("max_new_tokens"), [ids]),
             lambda: _chat_events(running, len(jobs), reading, bodies),
             lambda: _chat_whole(running, len(jobs), reading, bodies),
         )
@@ -163,14 +173,15 @@ async def _chat_events(running: Generations, count: int, reading: Reading, bodie
     yield DONE
 
 
-def _add_completions(router: APIRouter, service: QwenService, model_name: str) -> None:
+def _add_completions(router: APIRouter, service: TextService, model_name: str) -> None:
     @router.post("/completions", response_model=TextCompletion, responses=_documented("text_completion objects"))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
         unknown = _unknown(body.model, model_name)
         if unknown:
             return unknown
-        each = configs(body.options(), body.choices, service.engine.features)
+        options = body.options()
+        each = configs(options, body.choices, service.engine.features)
         prompts = await asyncio.to_thread(lambda: [service.prepare(prompt, each[0]) for prompt in body.prompts()])
         jobs: list[Job] = [(ids, config) for ids in prompts for config in each]
         running = await Generations.begin(service, jobs)
@@ -181,6 +192,7 @@ def _add_completions(router: APIRouter, service: QwenService, model_name: str) -
             request,
             running,
             body.stream,
+            _clamped(service, options.get("max_new_tokens"), prompts),
             lambda: _text_events(running, bodies),
             lambda: _text_whole(running, len(jobs), bodies),
         )
@@ -203,7 +215,7 @@ async def _text_events(running: Generations, bodies: TextAnswers) -> AsyncIterat
     yield DONE
 
 
-def _add_responses(router: APIRouter, service: QwenService, model_name: str) -> None:
+def _add_responses(router: APIRouter, service: TextService, model_name: str) -> None:
     @router.post("/responses", response_model=ResponseBody, responses=_documented("response.* events"))
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation, in the form of OpenAI's Responses API. Nothing is kept."""
@@ -218,6 +230,7 @@ def _add_responses(router: APIRouter, service: QwenService, model_name: str) -> 
             request,
             running,
             body.stream,
+            _clamped(service, options.get("max_new_tokens"), [ids]),
             lambda: _response_events(running, reading, bodies),
             lambda: _response_whole(running, reading, bodies),
         )
