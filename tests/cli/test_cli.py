@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import typer
 from openai import OpenAI
+from typer.testing import CliRunner
 
-from benchmarks.live import free_port
+from benchmarks.live import LiveServer
+from qwen_onnx.cli.app import app
 from tests.conftest import edit_int4, edit_yaml, run_cli
 
-VERBS = (
-    "list",
-    "select",
-    "compare",
-    "plan",
-    "plans",
-    "fetch",
-    "optimize",
-    "verify",
-    "generate",
-    "package",
-    "verify-package",
-    "diff",
-    "foundry-check",
-    "release",
-    "publish",
-    "pull",
-    "chat",
-    "serve",
-    "doctor",
-    "environments",
-)
+HELP = {name: command for name, command in typer.main.get_group(app).commands.items() if not command.hidden}
 
 
-@pytest.mark.parametrize("verb", VERBS)
+def test_there_are_verbs() -> None:
+    assert len(HELP) > 15
+    assert {"optimize", "serve", "chat"} <= HELP.keys()
+
+
+@pytest.mark.parametrize("verb", HELP)
 def test_every_verb_has_help(verb: str) -> None:
-    done = run_cli(verb, "--help")
-    assert done.returncode == 0
-    assert f"qwen_onnx.cli.app {verb}" in done.stdout or f"qwen-onnx {verb}" in done.stdout
+    done = CliRunner().invoke(app, [verb, "--help"], prog_name="qwen-onnx")
+    assert done.exit_code == 0
+    assert f"qwen-onnx {verb}" in done.stdout
+    assert (HELP[verb].help or "").split("\n")[0].split()[0] in done.stdout
 
 
 def test_list_shows_whole_names() -> None:
@@ -181,27 +167,27 @@ def test_generate_reads_standard_input_and_bounds_the_prompt(tiny_build: Path) -
     assert "context" in long.stderr
 
 
-def test_chat_answers_each_line_and_ends_with_the_input(tiny_build: Path) -> None:
-    done = run_cli("chat", tiny_build, "--max-tokens", "4", input="one\ntwo\n")
+def test_chat_answers_each_line_and_ends_with_the_input(tiny_build: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    done = run_cli("chat", tiny_build, "--max-tokens", "4", input=f"one\ntwo\n/save {saved}\n")
     assert done.returncode == 0, done.stderr
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages[::2]] == ["one", "two"]
+    first, second = (message["content"] for message in messages[1::2])
+    assert first
+    assert second
+    assert second in done.stdout.split(first, 1)[1]
 
 
 def test_serve_answers_the_openai_client_and_ends_on_sigterm(tiny_build: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "qwen_onnx.cli.app", "serve", str(tiny_build), "--port", str(port)]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert server.stderr
-        while "running on" not in (line := server.stderr.readline()):
-            assert line, "the server ended early"
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    with LiveServer("qwen_onnx.cli.app", ["serve", str(tiny_build)]) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         answer = client.chat.completions.create(
             model="starter", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
         )
         assert answer.usage
         assert answer.usage.completion_tokens == 4
-    finally:
-        server.terminate()
         begin = time.monotonic()
-        server.communicate(timeout=30)
+        assert server.stop() == 0
     assert time.monotonic() - begin < 20

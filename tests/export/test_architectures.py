@@ -78,7 +78,16 @@ class Case(NamedTuple):
         return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=[QWEN1, *MAKERS])
+# dense and sparse; the others are built and compared by the slow tests
+QUICK = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+def cases(*architectures: str) -> list[Any]:
+    """Parameters of ``case``."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in architectures]
+
+
+@pytest.fixture(scope="module", params=cases(QWEN1, *MAKERS))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("architecture")
     original = checkpoint = folder / "checkpoint"
@@ -161,7 +170,7 @@ def rewrite_graph(folder: Path, copy: Path, change: Callable[[Any], None]) -> Pa
     return copy
 
 
-@pytest.mark.parametrize("case", ["Qwen2MoeForCausalLM"], indirect=True)
+@pytest.mark.parametrize("case", cases("Qwen2MoeForCausalLM"), indirect=True)
 def test_without_the_repair_qmoe_normalises_what_it_must_not(case: Case, tmp_path: Path) -> None:
     """What onnxruntime 1.32 does with normalize_routing_weights=0 alone. When this fails, the repair may go."""
 
@@ -180,7 +189,7 @@ def test_without_the_repair_qmoe_normalises_what_it_must_not(case: Case, tmp_pat
     assert np.abs(found - torch_logits(model, PROMPT)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("case", ["Qwen2MoeForCausalLM"], indirect=True)
+@pytest.mark.parametrize("case", cases("Qwen2MoeForCausalLM"), indirect=True)
 def test_experts_are_read_back_and_compared_with_the_plan(case: Case) -> None:
     facts, asked, experts = read_graph(case.int4 / "model.onnx"), ASKED, EXPERTS
     wrong = [
@@ -210,14 +219,14 @@ def test_experts_are_read_back_and_compared_with_the_plan(case: Case) -> None:
         ({"mlp_only_layers": [0]}, ExportError, "mixes dense and sparse layers"),
     ],
 )
-@pytest.mark.parametrize("case", ["Qwen3MoeForCausalLM"], indirect=True)
+@pytest.mark.parametrize("case", cases("Qwen3MoeForCausalLM"), indirect=True)
 def test_checkpoints_that_cannot_be_built_are_refused(
     case: Case, tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     refused(case, tmp_path, change, error, message)
 
 
-@pytest.mark.parametrize("case", ["Qwen3NextForCausalLM"], indirect=True)
+@pytest.mark.parametrize("case", cases("Qwen3NextForCausalLM"), indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"norm_topk_prob": False}, "normalised routing weights"), ({"mlp_only_layers": [0]}, "mixes dense and sparse")],
@@ -236,7 +245,9 @@ def refused(case: Case, tmp_path: Path, change: dict[str, Any], error: type[Exce
         build(broken, tmp_path / "out", FP32)
 
 
-@pytest.mark.parametrize("case", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM"], indirect=True)
+@pytest.mark.parametrize(
+    "case", cases("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM"), indirect=True
+)
 def test_the_stock_builder_does_not_know_these(case: Case, tmp_path: Path) -> None:
     """When this fails, genai has learnt an architecture, and our class for it may go."""
     common = ("", str(case.checkpoint), str(tmp_path / "out"), "fp32", "cpu", str(tmp_path / "cache"))

@@ -17,7 +17,7 @@ from qwen_onnx.runtime.server.keys import KeyRing, digest_of
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.service.policy import OPEN, STRICT
 from tests.conftest import build_apart, make_tiny_checkpoint, rewrite_json, run_cli
-from tests.runtime.guarded import CHAT, Guarded, guarded
+from tests.fixtures.servers import CHAT, Guarded, guarded
 from tests.runtime.server.api.conftest import QWEN3, with_template
 from tests.runtime.server.test_serve import process
 

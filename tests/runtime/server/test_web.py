@@ -18,7 +18,7 @@ from openai import OpenAI
 from qwen_onnx.runtime.server.web import TYPES, make_web_router
 from tests.conftest import REPOSITORY
 from tests.fixtures.browser import NAMES, Page, executable
-from tests.runtime.conftest import served
+from tests.fixtures.servers import served
 
 ATTACK = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 STATIC = REPOSITORY / "qwen_onnx/runtime/server/web/static"

@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from qwen_onnx.runtime import QwenService
 from tests.conftest import rewrite_json
-from tests.runtime.conftest import served
+from tests.fixtures.servers import served
 
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
-from benchmarks.live import free_port
 from qwen_onnx.errors import OverloadedError, RequestError
 from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.runtime.server.app import create_app
 from qwen_onnx.runtime.service.generations import Generations
-from tests.runtime.conftest import ROOMY
+from tests.fixtures.servers import ROOMY, in_thread
 
 LONG = GenerationConfig(max_new_tokens=8000, logit_bias={1: -100})
 
@@ -35,17 +32,8 @@ def small(tiny_artifact: Path) -> Iterator[QwenService]:
 @pytest.fixture(scope="module")
 def port(small: QwenService) -> Iterator[int]:
     """Where a server of it listens."""
-    port = free_port()
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(small, "tiny", ROOMY), port=port, log_level="warning", lifespan="off")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield port
-    server.should_exit = True
-    thread.join(timeout=10)
+    with in_thread(create_app(small, "tiny", ROOMY), ROOMY) as port:
+        yield port
 
 
 def wait_for(small: QwenService, running: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.server.api.asked import Asked, Tool, understood
-from tests.runtime.conftest import served
+from tests.fixtures.servers import served
 from tests.runtime.server.api.conftest import QWEN3, with_template
 from tests.runtime.server.api.test_chat import CITY, HELLO, ask, schema_of
 
