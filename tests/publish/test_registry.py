@@ -172,7 +172,7 @@ def test_a_token_server_elsewhere_is_encrypted_whatever_is_allowed(
 ) -> None:
     """``--plain-http`` is for the registry; the password does not follow a realm over http."""
     registry.login = "bearer"
-    realms = iter(["http://192.0.2.1/token", "ftp://127.0.0.1/token", "http://[", ""])
+    realms = iter(["http://192.0.2.1/token", "ftp://127.0.0.1/token", "http://x:port/", ""])
     registry._fault = lambda self, status, code, **_: self.send(
         401, WWW_Authenticate=f'Bearer realm="{next(realms)}",service="x"'
     )
