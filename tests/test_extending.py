@@ -58,7 +58,7 @@ def largest(extended: Path, name: str) -> float:
 
     model = Qwen2ForCausalLM.from_pretrained(extended / "checkpoint")
     with_weights_of(model, extended / name / "model.onnx")
-    return float(model.model.layers[0].mlp.down_proj.weight.abs().max())
+    return float(model.model.layers[0].mlp.down_proj.weight.detach().abs().max())
 
 
 @pytest.mark.slow
