@@ -14,6 +14,7 @@ import pytest
 
 from qwen_onnx.artifact.manifest import open_artifact
 from tests.conftest import make_tiny_checkpoint, rewrite_json
+from tests.export.dequantized import with_weights_of
 
 # the collection that a line of Python goes into
 INTO = {
@@ -39,12 +40,26 @@ def extended(repository: Path, tmp_path: Path) -> Path:
         (tmp_path / name).write_text(text)
     for block in blocks(repository, "python"):
         name, _, line = block.removeprefix("# ").partition("\n")
-        source = (tmp_path / name).read_text()
-        assert source.count(INTO[name]) == 1
-        (tmp_path / name).write_text(source.replace(INTO[name], INTO[name] + line))
+        if name in INTO:
+            source = (tmp_path / name).read_text()
+            assert source.count(INTO[name]) == 1
+            (tmp_path / name).write_text(source.replace(INTO[name], INTO[name] + line))
+        else:
+            assert not (tmp_path / name).exists(), "the document adds files"
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(line)
     make_tiny_checkpoint(tmp_path / "checkpoint")
     rewrite_json(tmp_path / "checkpoint/config.json", architectures=["Qwen2TwinForCausalLM"])
     return tmp_path
+
+
+def largest(extended: Path, name: str) -> float:
+    """Of the weights of one matrix in the graph of an artifact."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(extended / "checkpoint")
+    with_weights_of(model, extended / name / "model.onnx")
+    return float(model.model.layers[0].mlp.down_proj.weight.detach().abs().max())
 
 
 @pytest.mark.slow
@@ -61,10 +76,13 @@ def test_the_walk_through_works(repository: Path, extended: Path) -> None:
     lock = (extended / "recipes/plans.lock").read_text()
     assert re.search(r"^twin-tiny cpu int4 [0-9a-f]{64}$", lock, flags=re.MULTILINE)
     assert re.search(r"^twin-tiny cpu-fp32 fp32 [0-9a-f]{64}$", lock, flags=re.MULTILINE)
-    for name, form in (("twin-int4", "MatMulNBits"), ("twin-fp32", None)):
+    assert re.search(r"^twin-tiny cpu-clipped int4 [0-9a-f]{64}$", lock, flags=re.MULTILINE)
+    for name, form in (("twin-int4", "MatMulNBits"), ("twin-fp32", None), ("twin-clipped", "MatMulNBits")):
         manifest = open_artifact(extended / name).manifest
         assert manifest.plan.architecture == "Qwen2TwinForCausalLM"
         assert {row["form"] for row in manifest.readback["matrices"]} == ({form} if form else set())
+    # clipped to half of the largest, and rounded to four bits
+    assert largest(extended, "twin-clipped") < 0.7 * largest(extended, "twin-fp32")
 
 
 def test_an_architecture_that_is_not_registered_is_told(repository: Path, checkout: Path) -> None:
