@@ -18,6 +18,7 @@ from qwen_onnx.catalog.registry import options_of
 from qwen_onnx.errors import ExportError, full_disk
 from qwen_onnx.export.progress import PROGRESS
 from qwen_onnx.export.workfolder import KEPT_FOLDER
+from qwen_onnx.processes.children import kill_group
 from qwen_onnx.processes.environments import Interpreter, own_interpreter
 from qwen_onnx.processes.progress import progress
 
@@ -73,6 +74,7 @@ def run_olive(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         try:
             for line in child.stdout or ():
@@ -84,8 +86,7 @@ def run_olive(
                     progress(line.removeprefix(PROGRESS).strip())
             code = child.wait()
         except BaseException:
-            child.kill()
-            child.wait()
+            kill_group(child)
             raise
     return _judge(code, work, log)
 

@@ -6,23 +6,14 @@ RESULT only when Olive itself says that there is an output model.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from qwen_onnx.catalog.registry import passes
-
-PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    """Without this a killed build would leave its child writing into a folder that is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+from qwen_onnx.processes.children import die_with_parent
 
 
 def package_config(folder: Path) -> Path:
@@ -48,7 +39,8 @@ def package_config(folder: Path) -> Path:
 
 def main(config_file: str, result_file: str) -> int:
     """Run the config; 0 only when there is an output model."""
-    _die_with_parent()
+    # a killed build would leave its child writing into a folder that is gone
+    die_with_parent()
     os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     from olive.workflows import run

@@ -24,6 +24,7 @@ from qwen_onnx.package.contents import Contents
 from qwen_onnx.package.records import Package
 from qwen_onnx.package.sdk.job import Job
 from qwen_onnx.package.verify import verify_package
+from qwen_onnx.processes.children import last_words
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.runtime.processing.template import ChatTemplate
@@ -148,7 +149,7 @@ def run_steps(job: Job, interpreter: Interpreter, seconds: float) -> Iterator[St
         if child.expired.is_set():
             yield Step(f"after {last}", False, f"not finished within {seconds:g} s")
         elif code != 0 and not failed:
-            yield Step(f"after {last}", False, f"the process died (exit {code}){_last_words(log)}")
+            yield Step(f"after {last}", False, f"the process died (exit {code}){last_words(log)}")
 
 
 @dataclass
@@ -199,12 +200,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-
-
-def _last_words(log: Any) -> str:
-    log.seek(0)
-    lines = log.read().decode(errors="replace").strip().splitlines()
-    return f": {lines[-1][:500]}" if lines else ""
 
 
 def _assets_kept(folder: Path) -> Step:

@@ -15,7 +15,6 @@ import ctypes
 import os
 import resource
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -24,9 +23,10 @@ from typing import Literal
 
 import psutil
 
+from qwen_onnx.processes.children import die_with_parent
 from qwen_onnx.records import Record
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 EVERY_S = 0.2
 LINUX = sys.platform == "linux"
 
@@ -84,8 +84,7 @@ def end_descendants() -> None:
 
 def _bound_child() -> None:
     """In the child, before the command: it dies with the guard, and a crash writes no core file of gigabytes."""
-    if LINUX:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 
 from qwen_onnx.errors import ReleaseError
+from qwen_onnx.processes.children import kill_group
 from qwen_onnx.release.guard import Ended, Order
 
 
@@ -43,8 +42,7 @@ def run_guarded(order: Order, environment: dict[str, str] | None = None) -> Ende
         guard.wait()
         raise
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(guard.pid, signal.SIGKILL)
+        kill_group(guard)
         for stream in (guard.stdin, guard.stdout, guard.stderr):
             stream.close()
     if code != 0 or not said:

@@ -5,8 +5,6 @@ Turns follow the pattern A B B A, so that whatever else the machine does slows b
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.processes.children import LineChild
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify.records import EngineLatency, Latency, Spread, VerifyOptions
 from qwen_onnx.verify.statistics import median_ratio
@@ -41,28 +40,16 @@ class Worker:
     def __init__(self, engine: str, folder: Path, threads: int) -> None:
         self.engine, self.timings = engine, Timings()
         command = [sys.executable, "-m", "qwen_onnx.verify.latency_worker", engine, str(folder), str(threads)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.load_s = float(self._reply()["load_s"])
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        reply: dict[str, Any] = json.loads(line) if line else {"error": f"exit code {self._process.wait()}"}
-        if "error" in reply:
-            raise VerificationError(f"The latency worker for {self.engine} stopped: {reply['error']}")
-        return reply
+        self._child = LineChild(command, f"the latency of {engine}", VerificationError)
+        try:
+            self.load_s = float(self._child.receive()["load_s"])
+        except VerificationError:
+            self.close()
+            raise
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Send one command and wait for its answer."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return self._reply()
-        return self._reply()
+        return self._child.ask(command)
 
     def prefill(self, ids: Sequence[int], new_tokens: int) -> None:
         """Read the prompt up to the first new token."""
@@ -74,8 +61,7 @@ class Worker:
 
     def close(self) -> None:
         """End the child."""
-        self._process.kill()
-        self._process.communicate()
+        self._child.close()
 
     def record(self, prompt_tokens: int, new_tokens: int) -> EngineLatency:
         """Everything measured, with the child's peak memory."""

@@ -6,13 +6,13 @@ Only the clock of this process counts, so that pipes and JSON are not part of th
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+
+from qwen_onnx.processes.children import Answers
 
 Generate = Callable[[list[int], int], Iterator[int]]
 
@@ -58,11 +58,10 @@ def timed(tokens: Iterator[int], count: int) -> dict[str, float]:
     return {"seconds": seconds}
 
 
-def serve(generate: Generate) -> None:
+def serve(generate: Generate, answers: Answers) -> None:
     """Obey until standard input ends."""
     tokens: Iterator[int] = iter(())
-    for line in sys.stdin:
-        command: dict[str, Any] = json.loads(line)
+    for command in answers.questions():
         if command["do"] == "prefill":
             # The old run must give back its memory and threads before the new one is timed.
             tokens = iter(())
@@ -72,19 +71,20 @@ def serve(generate: Generate) -> None:
             reply = timed(tokens, int(command["count"]))
         else:
             reply = {"peak_rss": peak_rss()}
-        print(json.dumps(reply), flush=True)
+        answers.say(reply)
 
 
 def main(arguments: list[str]) -> int:
     """Load, say how long it took, then obey; a fault becomes a JSON line and exit code 1."""
     engine, folder, threads = arguments
+    answers = Answers()
     try:
         started = time.perf_counter()
         generate = load(engine, Path(folder), int(threads))
-        print(json.dumps({"load_s": time.perf_counter() - started}), flush=True)
-        serve(generate)
+        answers.say({"load_s": time.perf_counter() - started})
+        serve(generate, answers)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+        answers.fail(error)
         return 1
     return 0
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen_onnx import errors
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, VerificationError
+from qwen_onnx.processes import children
 from qwen_onnx.processes.environments import Interpreter
 from qwen_onnx.runtime.engines.runners import worker
 from qwen_onnx.runtime.engines.runners.client import Runner
@@ -58,6 +60,10 @@ def interpreter(tmp_path: Path) -> Interpreter:
     folder = tmp_path / "package/qwen_onnx/runtime/engines/runners"
     folder.mkdir(parents=True)
     shutil.copy(Path(worker.__file__), folder)
+    processes = tmp_path / "package/qwen_onnx/processes"
+    processes.mkdir()
+    shutil.copy(Path(children.__file__), processes)
+    shutil.copy(Path(errors.__file__), processes.parent)
     (folder / "counting.py").write_text(COUNTING)
     return Interpreter(Path(sys.executable), tmp_path / "package")
 

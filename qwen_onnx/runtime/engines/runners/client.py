@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen_onnx.errors import ArtifactError, VerificationError
+from qwen_onnx.processes.children import LineChild
 from qwen_onnx.processes.environments import Interpreter
 from qwen_onnx.runtime.engines.genai import Shape
 
@@ -36,7 +33,6 @@ class Runner:
         self.folder, self.backend = folder, backend
         self.shape = Shape.read(folder)
         self.context_length = self.shape.context_length
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         command = [
             str(interpreter.python),
             "-m",
@@ -45,11 +41,11 @@ class Runner:
             str(folder),
             str(threads),
         ]
-        self._child = subprocess.Popen(
-            command, env=interpreter.variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
+        self._child = LineChild(
+            command, backend, lambda what: VerificationError(what, where=str(folder)), interpreter.variables
         )
         try:
-            self._receive()
+            self._child.receive()
         except VerificationError as error:
             self.close()
             raise ArtifactError(f"{backend} cannot load the model: {error.what}", where=str(folder)) from error
@@ -80,41 +76,12 @@ class Runner:
 
     def close(self) -> None:
         """End the child process."""
-        self._child.kill()
-        self._child.communicate()
-        self._log.close()
+        self._child.close()
 
     def __del__(self) -> None:
-        if self._child.poll() is None:
-            self.close()
+        self.close()
 
     def _ask(self, operation: str, ids: Sequence[int]) -> Logits:
-        request = json.dumps({"op": operation, "ids": [int(token) for token in ids]})
-        assert self._child.stdin is not None
-        try:
-            self._child.stdin.write(request.encode() + b"\n")
-            self._child.stdin.flush()
-        except OSError as error:
-            raise self._died() from error
-        return self._receive()
-
-    def _receive(self) -> Logits:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise self._died()
-        header: dict[str, Any] = json.loads(line)
-        if "error" in header:
-            raise VerificationError(f"{self.backend} failed: {header['error']}", where=str(self.folder))
-        size = int(np.prod(header["shape"], dtype=np.int64)) * 4
-        data = self._child.stdout.read(size)
-        if len(data) != size:
-            raise self._died()
-        return np.frombuffer(data, dtype=np.float32).reshape(header["shape"]).copy()
-
-    def _died(self) -> VerificationError:
-        self._child.wait()
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        said = f": {lines[-1][:300]}" if lines else ""
-        return VerificationError(f"the process of {self.backend} died (exit {self._child.returncode}){said}")
+        shape = self._child.ask({"op": operation, "ids": [int(token) for token in ids]})["shape"]
+        data = self._child.read(int(np.prod(shape, dtype=np.int64)) * 4)
+        return np.frombuffer(data, dtype=np.float32).reshape(shape).copy()

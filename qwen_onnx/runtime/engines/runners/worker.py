@@ -7,14 +7,14 @@ of JSON, ``{"shape": [...]}`` or ``{"error": "..."}``, and then the float32 numb
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from qwen_onnx.processes.children import Answers
 
 Logits = npt.NDArray[np.float32]
 
@@ -45,28 +45,21 @@ def answer(backend: Backend, request: dict[str, Any]) -> Logits:
 
 def main(name: str, folder: str, threads: str) -> int:
     """Serve requests until standard input ends."""
-    # whatever a library prints goes to standard error: standard output is for answers
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def say(header: dict[str, Any], data: bytes = b"") -> None:
-        out.write(json.dumps(header).encode() + b"\n" + data)
-        out.flush()
-
+    answers = Answers()
     try:
         module = importlib.import_module(f".{name}", __package__)
         backend: Backend = module.Backend(Path(folder), int(threads))
     except Exception as error:  # noqa: BLE001 - engines raise what they like; the parent makes it a typed error
-        say({"error": f"{type(error).__name__}: {error}"})
+        answers.fail(error)
         return 1
-    say({"shape": [0]})
-    for line in sys.stdin:
+    answers.say({"shape": [0]})
+    for question in answers.questions():
         try:
-            found = np.ascontiguousarray(answer(backend, json.loads(line)), dtype=np.float32)
+            found = np.ascontiguousarray(answer(backend, question), dtype=np.float32)
         except Exception as error:  # noqa: BLE001 - as above
-            say({"error": f"{type(error).__name__}: {error}"})
+            answers.fail(error)
             continue
-        say({"shape": list(found.shape)}, found.tobytes())
+        answers.say({"shape": list(found.shape)}, found.tobytes())
     return 0
 
 
