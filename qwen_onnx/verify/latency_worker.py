@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.processes.children import Answers
 
 Generate = Callable[[list[int], int], Iterator[int]]
@@ -83,7 +84,7 @@ def main(arguments: list[str]) -> int:
         generate = load(engine, Path(folder), int(threads))
         answers.say({"load_s": time.perf_counter() - started})
         serve(generate, answers)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (QwenOnnxError, OSError, ValueError, RuntimeError, ImportError) as error:
         answers.fail(error)
         return 1
     return 0
