@@ -16,8 +16,9 @@ from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.runtime.server.keys import KeyRing, digest_of
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.service.policy import OPEN, STRICT
-from tests.conftest import build_apart, make_tiny_checkpoint, rewrite_json, run_cli
+from tests.fixtures.models import build_apart, make_tiny_checkpoint
 from tests.fixtures.servers import CHAT, Guarded, guarded
+from tests.fixtures.tools import rewrite_json, run_cli
 from tests.runtime.server.api.conftest import QWEN3, with_template
 from tests.runtime.server.test_serve import process
 
