@@ -19,15 +19,13 @@ from qwen_onnx.artifact.manifest import (
     Artifact,
     SourceRecord,
     build_key,
-    build_lock,
     cached,
-    kept_folder,
     package_versions,
     publish,
     replace_verdict,
     staged_manifest,
-    staging_folder,
 )
+from qwen_onnx.artifact.store import build_lock, kept_folder, staging_folder
 from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.build.toolchain import Toolchain
 from qwen_onnx.catalog.plan import Plan

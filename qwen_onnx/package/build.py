@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_onnx.artifact.checksums import write_sums
-from qwen_onnx.artifact.manifest import MANIFEST, Artifact, build_lock, put_in_place, staging_folder
+from qwen_onnx.artifact.manifest import MANIFEST, Artifact
+from qwen_onnx.artifact.store import build_lock, put_in_place, staging_folder
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.devices import package_name
 from qwen_onnx.package.documents import write_documents

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.artifact.manifest import build_lock, noticing_full_disk
+from qwen_onnx.artifact.store import build_lock, noticing_full_disk
 from qwen_onnx.bounded import read_object
 from qwen_onnx.errors import PublishError
 from qwen_onnx.files import sha256_of

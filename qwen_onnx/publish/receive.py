@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen_onnx.artifact.checksums import SUMS, read_sums
-from qwen_onnx.artifact.manifest import build_lock, put_in_place
+from qwen_onnx.artifact.store import build_lock, put_in_place
 from qwen_onnx.errors import PackageError, PublishError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.records import PACKAGE, Package, PackageRecord, read_package

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qwen_onnx import __version__
 from qwen_onnx.artifact.checksums import write_sums
-from qwen_onnx.artifact.manifest import build_lock, put_in_place, staging_folder
+from qwen_onnx.artifact.store import build_lock, put_in_place, staging_folder
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.errors import ConfigError, ReleaseError

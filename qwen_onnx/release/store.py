@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from qwen_onnx.artifact.checksums import check_sums, package_digest
 from qwen_onnx.artifact.code import code_digest
-from qwen_onnx.artifact.manifest import build_key, package_versions, put_in_place
+from qwen_onnx.artifact.manifest import build_key, package_versions
+from qwen_onnx.artifact.store import put_in_place
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import PackageError
 from qwen_onnx.export.code import modules_of

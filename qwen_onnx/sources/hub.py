@@ -19,7 +19,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from qwen_onnx.artifact.manifest import build_lock
+from qwen_onnx.artifact.store import build_lock
 from qwen_onnx.bounded import read_json
 from qwen_onnx.catalog.schema import HubSource
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen_onnx.artifact.manifest import noticing_full_disk
+from qwen_onnx.artifact.store import noticing_full_disk
 from qwen_onnx.errors import QwenOnnxError, full_disk
 from qwen_onnx.files import sha256_of
 from qwen_onnx.records import digest_of

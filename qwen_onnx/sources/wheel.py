@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_onnx.artifact.manifest import noticing_full_disk
+from qwen_onnx.artifact.store import noticing_full_disk
 from qwen_onnx.catalog.schema import WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, full_disk
 from qwen_onnx.files import sha256_of

@@ -15,14 +15,12 @@ from qwen_onnx.artifact.manifest import (
     Artifact,
     SourceRecord,
     build_key,
-    build_lock,
     cached,
-    kept_folder,
     open_artifact,
     publish,
     staged_manifest,
-    staging_folder,
 )
+from qwen_onnx.artifact.store import build_lock, kept_folder, staging_folder
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.errors import ArtifactError, BuildLockedError, EnvironmentFault, ExportError

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from qwen_onnx.artifact.manifest import build_lock, open_artifact
+from qwen_onnx.artifact.manifest import open_artifact
+from qwen_onnx.artifact.store import build_lock
 from tests.conftest import edit_int4, edit_yaml, rewrite_json, run_cli
 from tests.fixtures.architectures import make_checkpoint
 from tests.fixtures.qwen1 import make_qwen1_checkpoint
