@@ -283,7 +283,7 @@ def parse_amount(text: str, units: Sequence[tuple[str, int]], option: str) -> in
                 return int(value)
             break
     raise ConfigError(
-        [f"{option}: {text!r} is no amount such as {units[0][0]}"], hint=f"give e.g. {option} 8{units[0][0]}"
+        [f"{option}: {text!r} is not an amount such as {units[0][0]}"], hint=f"give e.g. {option} 8{units[0][0]}"
     )
 
 

@@ -29,7 +29,9 @@ out = Console()
 def fetch(
     model: Model,
     source: SourceOption = None,
-    dither: int | None = typer.Option(None, help="seed: copy with noise of half a 4-bit step, to test quantisers"),
+    dither: int | None = typer.Option(
+        None, help="seed: write a copy with noise of half a 4-bit step, to test quantisers"
+    ),
     output: Path | None = typer.Option(None, help="folder for the dithered copy"),
 ) -> None:
     """Fetch and verify the checkpoint of MODEL; prints its folder."""
@@ -59,8 +61,8 @@ def optimize(
     source: SourceOption = None,
     output: Path | None = typer.Option(None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION"),
     verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
-    wait: bool = typer.Option(True, help="wait when another build of the same artifact runs"),
-    force: bool = typer.Option(False, help="build even when the same artifact exists"),
+    wait: bool = typer.Option(True, help="wait while another build of the same artifact runs"),
+    force: bool = typer.Option(False, help="rebuild even if the same artifact exists"),
 ) -> None:
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.build.optimize import Job
@@ -121,7 +123,7 @@ def compare(
     model: Model,
     target: Target = "cpu",
     source: SourceOption = None,
-    only: Annotated[list[str] | None, typer.Option(help="a variant's name, may be given more than once")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="name of a variant; repeatable")] = None,
     speed: bool = typer.Option(True, help="measure latency too"),
 ) -> None:
     """Build each variant of pipelines/variants/TARGET.yaml and measure size, drift and speed."""

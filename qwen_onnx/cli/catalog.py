@@ -79,8 +79,10 @@ def plan(
     model: Model,
     target: Target = "cpu",
     precision: Precision = None,
-    full: bool = typer.Option(False, help="the whole plan"),
-    estimate: bool = typer.Option(False, "--estimate", help="what the build takes instead: disk, memory, artifact"),
+    full: bool = typer.Option(False, help="print the whole plan"),
+    estimate: bool = typer.Option(
+        False, "--estimate", help="print what the build needs instead: disk, memory, artifact"
+    ),
     source: SourceOption = None,
 ) -> None:
     """Print the complete Olive config of MODEL on a target as JSON; nothing runs."""

@@ -15,7 +15,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
     max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.0,
-    stop: Annotated[list[str] | None, typer.Option(help="stop string, may be given more than once")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="stop string; repeatable")] = None,
     threads: Threads = None,
 ) -> None:
     """Continue PROMPT as plain text, streaming; prints prompt and continuation."""

@@ -11,7 +11,7 @@ from rich.console import Console
 
 def foundry_check(
     package: Annotated[Path, typer.Argument(help="package folder, e.g. artifacts/packages/starter-int4-generic-cpu-1")],
-    seconds: Annotated[float, typer.Option(min=1, help="most time that it may take")] = 600.0,
+    seconds: Annotated[float, typer.Option(min=1, help="time limit in seconds")] = 600.0,
 ) -> None:
     """Use a package in Foundry Local itself, offline. Exits non-zero unless every step succeeds."""
     from qwen_onnx.catalog.load import find_root, load_catalog, work_root

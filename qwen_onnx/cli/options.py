@@ -19,8 +19,8 @@ SourceOption = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of the table")]
 ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]
-Threads = Annotated[int | None, typer.Option(min=1, help="threads of onnxruntime; default: its own choice")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="most new tokens to generate")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads for onnxruntime; default: its own choice")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="maximum number of new tokens")]
 Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy")]
 
 

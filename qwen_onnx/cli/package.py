@@ -19,9 +19,7 @@ def package(
     ] = "sdk2",
     name: Annotated[str | None, typer.Option(help="base of the id; default MODEL-PRECISION")] = None,
     version: Annotated[int, typer.Option(min=1, help="version in the id")] = 1,
-    allow_unverified: Annotated[
-        bool, typer.Option(help="also when the verdict is not PASS; the package says so")
-    ] = False,
+    allow_unverified: Annotated[bool, typer.Option(help="package it without a PASS too; the package says so")] = False,
 ) -> None:
     """Make a Foundry Local package of an artifact; prints its folder and one line of JSON."""
     from qwen_onnx.artifact.checksums import package_digest

@@ -30,7 +30,9 @@ def _extra() -> Iterator[None]:
 def publish(
     package: Annotated[Path, typer.Argument(help="folder of a package, see `qwen-onnx package`")],
     destination: Annotated[str, typer.Argument(help=DESTINATION)],
-    private: Annotated[bool, typer.Option("--private", help="a repository that is made now is private")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="create the repository as private if it does not exist")
+    ] = False,
     plain_http: PlainHttp = False,
 ) -> None:
     """Verify PACKAGE and publish it; only a verdict of PASS leaves. Prints one line of JSON."""
@@ -49,7 +51,7 @@ def pull(
     expect: Annotated[str | None, typer.Option(help="the digest that `publish` printed; refuse any other")] = None,
     plain_http: PlainHttp = False,
 ) -> None:
-    """Take in a package, verify it and put it in place. Prints its folder and one line of JSON."""
+    """Download a package, verify it and put it in place. Prints its folder and one line of JSON."""
     import re
 
     from qwen_onnx.catalog.load import work_root

@@ -17,16 +17,16 @@ def release(
     artifacts: Annotated[
         Path | None, typer.Option(help="folder that artifacts are built in, or found; default: that of --output")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="a job, e.g. 'starter/cpu-*'; may be given more than once")
-    ] = None,
-    source: Annotated[
-        list[str] | None, typer.Option(help="MODEL=PATH: local weights of a model; may be given more than once")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="jobs at a time on this machine; they disturb each other")] = 1,
-    on: Annotated[Literal["local", "ray"], typer.Option(help="this machine, or a Ray cluster that runs")] = "local",
-    address: Annotated[str, typer.Option(help="of the Ray cluster; auto: the one that this machine is in")] = "auto",
-    fresh: Annotated[bool, typer.Option(help="build even what is there")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="a job, e.g. 'starter/cpu-*'; repeatable")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="MODEL=PATH: local weights of a model; repeatable")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="jobs to run at once here; they disturb each other's speeds")] = 1,
+    on: Annotated[
+        Literal["local", "ray"], typer.Option(help="run on this machine, or on a running Ray cluster")
+    ] = "local",
+    address: Annotated[
+        str, typer.Option(help="address of the Ray cluster; auto: the one this machine belongs to")
+    ] = "auto",
+    fresh: Annotated[bool, typer.Option(help="rebuild what is already there")] = False,
 ) -> None:
     """Build, prove and package every job of a matrix. Exits non-zero unless every job passed."""
     from rich.console import Console

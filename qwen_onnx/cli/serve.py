@@ -18,8 +18,8 @@ keys_app = typer.Typer(help="API keys of `qwen-onnx serve`.", no_args_is_help=Tr
 
 @keys_app.command("new")
 def new(
-    name: Annotated[str, typer.Argument(help="who will use it: it stands in the log")],
-    file: Annotated[Path, typer.Option(help="file of keys; made when it does not exist")],
+    name: Annotated[str, typer.Argument(help="who will use it; shown in the log")],
+    file: Annotated[Path, typer.Option(help="key file; created if missing")],
 ) -> None:
     """Make an API key: prints it, once; the file keeps a name and a hash."""
     from qwen_onnx.runtime.server.keys import new_key

@@ -45,7 +45,7 @@ def diff(
     one: Annotated[Path, typer.Argument(help="artifact or package")],
     other: Annotated[Path, typer.Argument(help="another build of the same")],
 ) -> None:
-    """Compare two builds file by file; exits 0 only if all that was not measured is the same, else 10."""
+    """Compare two builds file by file; exits 0 if everything but measurements is equal, else 10."""
     from qwen_onnx.package.compare import Relation, compare
 
     found = compare(one.resolve(), other.resolve())

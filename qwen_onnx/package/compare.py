@@ -40,7 +40,7 @@ def compare(one: Path, other: Path) -> dict[str, Relation]:
     kinds = [_kind(folder) for folder in (one, other)]
     if kinds[0] != kinds[1]:
         raise PackageError(
-            f"one is {kinds[0]}, the other {kinds[1]}", where=f"{one} and {other}", hint="give two alike"
+            f"one is {kinds[0]}, the other {kinds[1]}", where=f"{one} and {other}", hint="compare two of a kind"
         )
     sums = [_sums(folder) for folder in (one, other)]
     found = {name: _relation(name, sums[0].get(name), sums[1].get(name)) for name in sorted(sums[0] | sums[1])}

@@ -69,7 +69,9 @@ def timestamp() -> str | None:
     if not seconds:
         return None
     if not re.fullmatch(r"\d{1,11}", seconds):
-        raise ConfigError([f"SOURCE_DATE_EPOCH: {seconds!r} is no number of seconds"], hint="unset SOURCE_DATE_EPOCH")
+        raise ConfigError(
+            [f"SOURCE_DATE_EPOCH: {seconds!r} is not a number of seconds"], hint="unset SOURCE_DATE_EPOCH"
+        )
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

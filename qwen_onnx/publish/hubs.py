@@ -70,7 +70,7 @@ def obsolete_files(source: Source, remote: dict[str, RemoteFile], bundle: Bundle
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise PublishError(
-            f"the repository holds files that are no package's: {shown}",
+            f"the repository holds files that do not belong to a package: {shown}",
             where=where,
             hint="choose another repository, or delete them there",
         )

@@ -155,7 +155,7 @@ def _fault(error: BaseException, where: str) -> PublishError:
     # the client wraps what went wrong with one file
     if error.__cause__:
         return _fault(error.__cause__, where)
-    return PublishError(f"the hub's answer is of no use ({type(error).__name__})", where=where)
+    return PublishError(f"the hub's answer makes no sense ({type(error).__name__})", where=where)
 
 
 class HuggingFaceSource(HubReader):

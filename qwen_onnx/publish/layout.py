@@ -69,7 +69,7 @@ def send_to_layout(bundle: Bundle, address: LayoutAddress, progress: Progress) -
 def _refuse_foreign(layout: Path) -> None:
     ours = {"ingest", "blobs", "oci-layout", "index.json"}
     if layout.exists() and (not layout.is_dir() or {path.name for path in layout.iterdir()} - ours):
-        raise PublishError("is there and is not an OCI layout", where=str(layout), hint="choose another folder")
+        raise PublishError("exists and is not an OCI layout", where=str(layout), hint="choose another folder")
 
 
 def _blob(layout: Path, digest: str) -> Path:

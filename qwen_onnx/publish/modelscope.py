@@ -149,7 +149,7 @@ def _faults(where: str) -> Iterator[None]:
     except (NetworkError, requests.exceptions.RequestException) as error:
         raise unreachable(error, "MODELSCOPE_ENDPOINT", where) from None
     except (HubError, ValueError, LookupError, AttributeError) as error:
-        raise PublishError(f"the hub's answer is of no use ({type(error).__name__})", where=where) from None
+        raise PublishError(f"the hub's answer makes no sense ({type(error).__name__})", where=where) from None
 
 
 class ModelScopeSource(HubReader):

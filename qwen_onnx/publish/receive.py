@@ -103,7 +103,7 @@ def _is_there(target: Path, digest: str) -> bool:
 def refuse_foreign(target: Path) -> None:
     """PublishError when ``target`` is there and is not a package: it would be replaced whole."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise PublishError("is there and is not a folder", where=str(target), hint="choose another folder")
+        raise PublishError("exists and is not a folder", where=str(target), hint="choose another folder")
     if target.is_dir() and any(target.iterdir()) and not (target / PACKAGE).is_file():
         raise PublishError(
             "the folder holds something that is not a package; it would be lost",
@@ -123,13 +123,13 @@ def _announced(job: Transfer, source: PackageSource, expect: str | None) -> _Ann
     digest = job.fetch(listing[SUMS], listing[SUMS].sha256)
     if expect and digest != expect:
         raise PublishError(
-            f"its digest is {digest}, expected was {expect}", where=job.where, hint="ask who published it"
+            f"its digest is {digest}, not the expected {expect}", where=job.where, hint="ask who published it"
         )
     sums = _believed(read_sums(job.files), listing, job.where)
     job.fetch(listing[PACKAGE], sums[PACKAGE])
     record = read_package(job.files).record
     if not PACKAGE_ID.fullmatch(record.id):
-        raise PublishError(f"{record.id!r} is no id of a package", where=job.where)
+        raise PublishError(f"{record.id!r} is not the id of a package", where=job.where)
     require_pass(record, job.where)
     return _Announced(listing, sums, digest, record)
 

@@ -128,7 +128,7 @@ def _whole(source: HubSource, cache: Path) -> dict[str, str] | None:
 
 
 def _downloaded(source: HubSource, staging: Path, progress: Progress) -> dict[str, str]:
-    """SHA-256 of the files in ``staging/files``; what is of no use to the next run is removed when it fails."""
+    """SHA-256 of the files in ``staging/files``; what makes no sense to the next run is removed when it fails."""
     try:
         with HubReader(source) as reader:
             said = f"downloading {source.repo}: "
@@ -233,7 +233,7 @@ class HubReader:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise SourceError(
-                f"the hub's answer is of no use: {place}: {first['msg']}", where=self.where, hint=hint
+                f"the hub's answer makes no sense: {place}: {first['msg']}", where=self.where, hint=hint
             ) from None
 
     @contextmanager

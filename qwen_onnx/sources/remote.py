@@ -57,7 +57,7 @@ class Interrupted(Exception):
 
     Args:
         error: what to raise when there is no further attempt.
-        restart: what came so far is of no use.
+        restart: what came so far makes no sense.
         after: seconds that the place asks to wait.
     """
 

@@ -72,7 +72,7 @@ class DriftStudy:
 
     @property
     def finite(self) -> bool:
-        """False when the artifact or the baseline gave a logit that is no number."""
+        """False when the artifact or the baseline gave a logit that is not a number."""
         return all(part.finite for parts in self.parts.values() for part in parts)
 
     def estimates(self) -> DriftEstimates:

@@ -63,7 +63,7 @@ def test_only_pass_comes_in(package: Path, tmp_path: Path) -> None:
 
 def test_another_digest_than_expected_is_refused(passing_package: Path, tmp_path: Path) -> None:
     said = refused("pull", passing_package, "--output", tmp_path / "got", "--expect", "0" * 64)
-    assert "expected was 0000" in said
+    assert "not the expected 0000" in said
     assert "not a SHA-256" in refused("pull", passing_package, "--expect", "latest")
 
 
@@ -71,7 +71,7 @@ def test_an_id_that_leads_elsewhere_is_refused(package: Path, checkout: Path, tm
     rewrite(package, id="../../escaped:1")
     done = run_cli("pull", package, cwd=checkout)
     assert done.returncode == 11, done.stderr
-    assert "is no id of a package" in done.stderr
+    assert "is not the id of a package" in done.stderr
     assert not list(tmp_path.rglob("escaped*"))
 
 

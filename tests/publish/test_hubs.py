@@ -134,7 +134,7 @@ def test_a_whole_forgery_is_refused_by_the_pin(
 ) -> None:
     sent = publish(passing_package, hub.address)
     publish(newer_package, hub.address)
-    assert "expected was" in refused("pull", hub.address, "--output", tmp_path / "got", "--expect", sent["digest"])
+    assert "not the expected" in refused("pull", hub.address, "--output", tmp_path / "got", "--expect", sent["digest"])
 
 
 def test_no_such_repository(hub: Any, tmp_path: Path) -> None:

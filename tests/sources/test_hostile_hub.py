@@ -68,7 +68,7 @@ def test_a_listing_cannot_name_a_file_elsewhere(hub: Any, tmp_path: Path, name: 
             "more than .* bytes are announced",
         ),
         ([{**WEIGHTS, "lfs": {"oid": "../../../home/victim"}}], "a digest that is none"),
-        ([{**WEIGHTS, "size": -1}], "the hub's answer is of no use"),
+        ([{**WEIGHTS, "size": -1}], "the hub's answer makes no sense"),
         ([WEIGHTS, {**WEIGHTS, "path": "MODEL.safetensors"}], "is there twice"),
         ([{**WEIGHTS, "path": f"{i}.safetensors"} for i in range(10_001)], "10,001 files are announced"),
     ],

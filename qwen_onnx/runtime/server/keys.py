@@ -108,7 +108,7 @@ def new_key(name: str, path: Path) -> str:
         EnvironmentFault: the disk is full.
     """
     if not NAME.fullmatch(name):
-        raise ConfigError([f"{name!r} is no name: letters, digits, '.', '_', '-', at most 64"])
+        raise ConfigError([f"{name!r} is not a name: letters, digits, '.', '_', '-', at most 64"])
     if not path.parent.is_dir():
         raise ConfigError([f"{path}: there is no such folder"], hint=f"mkdir -m 700 {path.parent}")
     try:

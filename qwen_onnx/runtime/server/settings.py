@@ -49,25 +49,25 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
-    keys: Path | None = Field(default=None, description="file of API keys, see `qwen-onnx keys new`")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
+    keys: Path | None = Field(default=None, description="key file, see `qwen-onnx keys new`")
     insecure: bool = Field(default=False, description="listen beyond loopback without API keys")
     rate_limit: int | None = Field(
-        default=None, ge=1, description="requests of a key in an hour; without keys: of an address"
+        default=None, ge=1, description="requests per hour and key, or per address without keys"
     )
-    max_input_characters: int | None = Field(default=None, ge=1, description="of all text of a request")
-    max_tokens: int | None = Field(default=None, ge=1, description="most that a request may ask for")
-    request_seconds: float | None = Field(default=None, gt=0, description="time for one answer")
-    grace_seconds: int = Field(default=30, ge=0, description="time for running answers after SIGTERM")
-    streams: int = Field(default=STREAMS, ge=1, description="answers at once")
+    max_input_characters: int | None = Field(default=None, ge=1, description="maximum characters of text in a request")
+    max_tokens: int | None = Field(default=None, ge=1, description="maximum tokens a request may ask for")
+    request_seconds: float | None = Field(default=None, gt=0, description="seconds for one answer")
+    grace_seconds: int = Field(default=30, ge=0, description="seconds for running answers after SIGTERM")
+    streams: int = Field(default=STREAMS, ge=1, description="answers generated at once")
     context: int | None = Field(
         default=None, ge=16, description="tokens of a conversation; default: the model's, or what fits in memory"
     )
-    queue_size: int = Field(default=QUEUE_SIZE, ge=0, description="requests that may wait")
+    queue_size: int = Field(default=QUEUE_SIZE, ge=0, description="requests that may wait beyond them")
     allowed_hosts: tuple[str, ...] = Field(
-        default=(), description="a name of this server, as behind a proxy; * allows all; repeatable"
+        default=(), description="a host name of this server, say behind a proxy; * allows any; repeatable"
     )
-    cors_origins: tuple[str, ...] = Field(default=(), description="pages of this origin may call the API; repeatable")
+    cors_origins: tuple[str, ...] = Field(default=(), description="let pages of this origin call the API; repeatable")
     sanitise: bool = Field(default=False, description="remove scripts, frames and executable URLs")
     otlp: str | None = Field(default=None, description="send traces there, e.g. http://localhost:4318/v1/traces")
     max_body_bytes: int = Field(default=4 << 20, ge=1024)

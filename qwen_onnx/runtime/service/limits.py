@@ -110,7 +110,7 @@ def _finite(text: str) -> float:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise RequestError(f"the body is not JSON: {text} is no number")
+    raise RequestError(f"the body is not JSON: {text} is not a number")
 
 
 def is_deeper(value: Any, most: int) -> bool:
