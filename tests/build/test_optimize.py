@@ -86,7 +86,7 @@ def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_ch
     target = tmp_path / "out/int4"
     done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
     assert done.returncode == 5
-    assert "no multiple of the block size 128" in done.stderr
+    assert "not a multiple of the block size 128" in done.stderr
     log = Path(done.stderr.split("where: ")[1].splitlines()[0])
     assert "Traceback" in log.read_text()
     assert leftovers(target.parent) == []

@@ -125,7 +125,7 @@ def test_the_checkpoint_that_it_writes(tiny_checkpoint: Path, tmp_path: Path) ->
 
 
 def test_a_matrix_that_does_not_divide_into_blocks_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="no multiple of the block size 128"):
+    with pytest.raises(ExportError, match="not a multiple of the block size 128"):
         quantize(tiny_checkpoint, tmp_path / "out", SMALL.model_copy(update={"group_size": 128}))
     assert not (tmp_path / "out").exists()
 

@@ -113,7 +113,7 @@ def _require_blocks(skeleton: Skeleton, block: int) -> None:
             if block > 0 and module.in_features % block:
                 where = f"model.layers.{index}.{name}"
                 raise ExportError(
-                    f"{where} has {module.in_features} inputs, no multiple of the block size {block}",
+                    f"{where} has {module.in_features} inputs, which is not a multiple of the block size {block}",
                     hint="set group_size of the quantize step for this model",
                 )
 
