@@ -90,7 +90,7 @@ class Registry:
             announced = response.headers.get("Docker-Content-Digest", "")
         for digest in (reference, announced):
             if digest.startswith("sha256:") and digest != digest_text(data):
-                raise PublishError("the manifest arrived with another digest than announced", where=self.where)
+                raise PublishError("the manifest arrived with a digest other than the one announced", where=self.where)
         return data
 
     @contextmanager

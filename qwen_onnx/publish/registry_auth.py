@@ -46,7 +46,7 @@ class Login:
         elif scheme.lower() == "bearer":
             self._header = self._token(dict(PARAMETER.findall(rest)))
         else:
-            raise PublishError("asks for a kind of login that is not known", where=self._host)
+            raise PublishError("asks for an unknown kind of login", where=self._host)
 
     def refused(self, what: str) -> PublishError:
         """The error when a login is missing or wrong."""

@@ -121,7 +121,7 @@ class _Run:
 
     def _check_worker(self, plan: Plan) -> None:
         if code_key(plan, self.task.source) != self.task.code:
-            raise StepError("job", "this machine has other recipes, packages or code than the release", 3)
+            raise StepError("job", "this machine's recipes, packages or code differ from the release's", 3)
 
     def _optimize(self) -> None:
         options = ["--precision", self.job.precision, "--output", str(self.artifact)]

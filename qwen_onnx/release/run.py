@@ -103,7 +103,7 @@ def _refuse_part(output: Path, complete: bool) -> None:
         there = Release.model_validate_json((output / RELEASE).read_bytes())
     except FileNotFoundError as error:
         if output.exists():
-            raise ReleaseError("there is a folder that is no release", where=str(output), hint="--output") from error
+            raise ReleaseError("the folder there is not a release", where=str(output), hint="--output") from error
         return
     except ValidationError as error:
         raise ReleaseError(f"{RELEASE} is damaged", where=str(output), hint="move it away, or --output") from error

@@ -157,7 +157,7 @@ def _brought(transfer: Transfer, file: RemoteFile, part: Path, sha256: str | Non
     if found is None:
         part.unlink()
         raise transfer.faults.altered(
-            f"{file.name} arrived with another digest than announced",
+            f"{file.name} arrived with a digest other than the one announced",
             where=transfer.where,
             hint="try again; if it stays so, it was changed after it was published: do not use it",
         )

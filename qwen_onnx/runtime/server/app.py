@@ -189,7 +189,7 @@ def serve(
         Server(make_config(app, settings), greet, drain, failed).run()
     except SystemExit as error:
         raise EnvironmentFault(
-            f"cannot listen at {settings.host}:{settings.port}", hint="another --port; 0 takes a free one"
+            f"cannot listen at {settings.host}:{settings.port}", hint="use another --port; 0 picks a free one"
         ) from error
     if failed():
         raise WorkerDiedError("the engine's process died again and again", hint="the log above says how it ended")

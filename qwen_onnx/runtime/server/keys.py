@@ -89,12 +89,10 @@ def read_keys(path: Path) -> dict[str, str]:
         names = {entry["name"]: entry["sha256"] for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            [f"{path}: no file of keys ({reason})"], hint="qwen-onnx keys new NAME --file FILE"
-        ) from error
+        raise ConfigError([f"{path}: not a key file ({reason})"], hint="qwen-onnx keys new NAME --file FILE") from error
     wrong = [name for name, digest in names.items() if not NAME.fullmatch(name) or not DIGEST.fullmatch(str(digest))]
     if wrong or len(names) != len(entries):
-        raise ConfigError([f"{path}: damaged entries {wrong}" if wrong else f"{path}: a name stands there twice"])
+        raise ConfigError([f"{path}: damaged entries {wrong}" if wrong else f"{path}: a name appears twice"])
     return names
 
 

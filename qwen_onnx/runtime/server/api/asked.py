@@ -80,7 +80,7 @@ def understood(service: TextService, asked: Asked) -> tuple[Prepared, str | None
         raise RequestError("this model has no tool format: its chat template does not know tools", where="tools")
     # Qwen3-Coder's XML calls stand between the same tags
     if service.template and tools and (CALL not in service.template.source or "<function=" in service.template.source):
-        raise RequestError("this model's chat template has another tool format than Hermes's", where="tools")
+        raise RequestError("this model's chat template does not use Hermes' tool format", where="tools")
     if service.template and asked.thinking is not None and "enable_thinking" not in knows:
         raise RequestError(
             "this model's thinking cannot be switched: its chat template does not know enable_thinking",

@@ -77,14 +77,14 @@ class ToolCall(Strict):
         """For the chat template, which writes the arguments itself.
 
         Raises:
-            RequestError: they are no JSON object.
+            RequestError: they are not a JSON object.
         """
         try:
             arguments = json.loads(self.function.arguments or "{}")
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"arguments of the call {self.id!r} are no JSON: {error}", where=where) from error
+            raise RequestError(f"arguments of the call {self.id!r} are not JSON: {error}", where=where) from error
         if not isinstance(arguments, dict):
-            raise RequestError(f"arguments of the call {self.id!r} are no JSON object", where=where)
+            raise RequestError(f"arguments of the call {self.id!r} are not a JSON object", where=where)
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 

@@ -289,7 +289,7 @@ def test_thinking_is_apart(qwen3: OpenAI) -> None:
                     },
                 ]
             },
-            "no JSON object",
+            "not a JSON object",
         ),
         ({"messages": [{"role": "user", "content": "x" * 9000}], "stream": True}, "context"),
     ],
