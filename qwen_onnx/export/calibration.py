@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.sources.chat import CheckpointTemplate
 
 CALIBRATION_PACKAGES = ("email", "unittest", "xml", "concurrent", "asyncio", "json")
 LONGEST_ANSWER = 1500  # characters
@@ -74,10 +75,14 @@ def calibration_ids(tokenizer: Any, windows: int, length: int, seed: int = 0) ->
         windows: how many.
         length: tokens of each; fewer when the texts are shorter.
         seed: of the places where the windows begin.
+
+    Raises:
+        SourceError: the chat template does not render, or was stopped.
     """
     prose = tokenizer("\n\n".join(topics().values())).input_ids
     if tokenizer.chat_template:
-        rendered = (tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations())
+        template = CheckpointTemplate(tokenizer)
+        rendered = map(template.render, conversations())
         chats = tokenizer("\n".join(rendered)).input_ids
     else:
         chats = prose

@@ -11,9 +11,12 @@ import base64
 import json
 from pathlib import Path
 
+from qwen_onnx.bounded import read_bytes
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 
 TIKTOKEN_FILE = "qwen.tiktoken"
+# bytes; the published file has 2.6 MB
+LARGEST = 32 << 20
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # the ids after the last rank, as published with the model
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{index}|>" for index in range(205)))
@@ -27,13 +30,15 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Rank of each token, 0 to n-1.
 
     Raises:
-        SourceError: a line is not ``base64 rank``, or the file is missing.
+        SourceError: a line is not ``base64 rank``, or the file is missing, too large or not a plain file.
         UnsupportedModelError: ranks are not 0 to n-1, or a single byte has none.
     """
     if not path.exists():
         raise SourceError(f"{path.name} is missing", where=str(path.parent), hint="fetch it again")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    # the hub's cache has links to files
+    body = read_bytes(path.resolve(), most_bytes=LARGEST, error=SourceError, hint="use the model's own file")
+    for number, line in enumerate(body.splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

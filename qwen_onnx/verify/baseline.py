@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.errors import VerificationError
+from qwen_onnx.errors import SourceError, VerificationError
+from qwen_onnx.sources.chat import CheckpointTemplate
 from qwen_onnx.verify.corpus import Message
 from qwen_onnx.verify.scoring import Logits
 
@@ -77,6 +78,7 @@ class CheckpointTokenizer:
             raise VerificationError(
                 f"The checkpoint's tokenizer does not load: {error}", where=str(checkpoint)
             ) from error
+        self._template = CheckpointTemplate(self._own)
 
     @property
     def chats(self) -> bool:
@@ -100,8 +102,12 @@ class CheckpointTokenizer:
         return str(self._own.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """The conversation in the chat template; ``prompt`` adds the opening of an answer."""
+        """The conversation in the chat template; ``prompt`` adds the opening of an answer.
+
+        Raises:
+            VerificationError: the template refuses it, or was stopped.
+        """
         try:
-            return str(self._own.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
-        except ValueError as error:
-            raise VerificationError(f"The checkpoint's chat template does not render: {error}") from error
+            return self._template.render(messages, prompt=prompt)
+        except SourceError as error:
+            raise VerificationError(error.what, where=error.where, hint=error.hint) from error

@@ -14,6 +14,7 @@ from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_all_plans, make_plan
 from qwen_onnx.catalog.sizes import dimensions
+from qwen_onnx.errors import SourceError
 from qwen_onnx.files import folder_bytes
 from tests.conftest import run_cli
 
@@ -76,6 +77,39 @@ def test_a_local_checkpoint_counts_instead_of_the_row(repository: Path, tiny_che
     # the tables of rotary embeddings have the length of the plan's context
     assert local.artifact < 10_000_000
     assert local.download == 0
+
+
+STRANGE_CONFIGS = {
+    "nested": "[" * 100_000,
+    "large": " " * (5 << 20),
+    "other": "[]",
+    "empty": "{}",
+    "text": '{"text_config": 7}',
+    "words": '{"num_hidden_layers": "x", "hidden_size": [], "num_attention_heads": 1, "vocab_size": 1}',
+    "beyond": '{"num_hidden_layers": 10000000000, "hidden_size": 1, "num_attention_heads": 1, "vocab_size": 1}',
+}
+
+
+@pytest.mark.parametrize("text", STRANGE_CONFIGS.values(), ids=STRANGE_CONFIGS)
+def test_the_config_of_a_stranger_is_refused(repository: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SourceError, match=r"config\.json"):
+        dimensions(plan_of(repository, "starter"), tmp_path)
+
+
+def test_the_commands_tell_of_a_config_nested_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    for command in (("plan", "starter", "--estimate"), ("optimize", "starter", "--output", tmp_path / "out")):
+        done = run_cli(*command, "--source", tmp_path)
+        assert done.returncode == SourceError.exit_code, done.stderr
+        assert "nested deeper" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_config_may_be_a_link_as_in_the_hubs_cache(repository: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to(tiny_checkpoint / "config.json")
+    plan = plan_of(repository, "starter")
+    assert dimensions(plan, tmp_path).layer == dimensions(plan, tiny_checkpoint).layer
 
 
 def test_the_command_prints_a_table_and_a_line_of_json(tiny_checkpoint: Path) -> None:

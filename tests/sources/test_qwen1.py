@@ -18,7 +18,7 @@ from qwen_onnx.catalog.schema import Shape
 from qwen_onnx.errors import QwenOnnxError, SourceError, UnsupportedModelError
 from qwen_onnx.sources.fetch import fetch
 from qwen_onnx.sources.qwen1 import write_qwen2_form
-from qwen_onnx.sources.tiktoken import SPECIAL_TOKENS, write_tokenizer
+from qwen_onnx.sources.tiktoken import LARGEST, SPECIAL_TOKENS, write_tokenizer
 from tests.conftest import rewrite_json
 from tests.fixtures.qwen1 import (
     CONTEXT,
@@ -112,6 +112,13 @@ def test_ranks_that_are_refused(tmp_path: Path, name: str) -> None:
 def test_a_damaged_tiktoken_file_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "qwen.tiktoken").write_text(f"AA== 0\n{line}\n")
     with pytest.raises(SourceError, match=r"qwen.tiktoken is damaged in line 2"):
+        write_tokenizer(tmp_path / "qwen.tiktoken", tmp_path)
+
+
+def test_a_tiktoken_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "qwen.tiktoken").open("wb") as file:
+        file.truncate(LARGEST + 1)
+    with pytest.raises(SourceError, match=r"has more than 33,554,432 bytes"):
         write_tokenizer(tmp_path / "qwen.tiktoken", tmp_path)
 
 

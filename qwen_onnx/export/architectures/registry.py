@@ -8,7 +8,6 @@ becomes the model type that the runtime knows.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from qwen_onnx.catalog.architectures import DENSE
 from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.architectures import moe, qwen3_next
 from qwen_onnx.export.architectures.stock import builder
+from qwen_onnx.sources.checkpoint import read_json
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
         UnsupportedModelError: no entry.
         ExportError: the checkpoint was quantised by a step that cannot see all of its weights.
     """
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint / "config.json")
     name = (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(

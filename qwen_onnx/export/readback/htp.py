@@ -40,7 +40,7 @@ def read_folder(folder: Path) -> dict[int, dict[str, Any]]:
         ExportError: a file is missing or is no ONNX file.
     """
     facts = {}
-    described = HtpFolder.read(folder)
+    described = HtpFolder.read(folder, ExportError)
     for tokens in described.windows:
         qdq, context = (described.in_form(form).graph(tokens) for form in (QDQ, CONTEXT))
         missing = [path.name for path in (qdq, context) if not path.exists()]

@@ -46,7 +46,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise ArtifactError("the model has no chat template", where=str(folder), hint="use plain generation")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        self._tokens = {name: _token_text(config[name]) for name in names if config.get(name)}
+        self._tokens = {name: _token_text(name, config[name], folder) for name in names if config.get(name)}
         self.source, self._folder = source, folder
         # the most that one conversation may take, if that is less than the limits
         self.seconds: float | None = None
@@ -145,8 +145,11 @@ def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
     return source, config
 
 
-def _token_text(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
+def _token_text(name: str, token: Any, folder: Path) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ArtifactError(f"{name} of {TOKENIZER_CONFIG} is not a text", where=str(folder))
+    return text
 
 
 def _check_syntax(source: str, folder: Path) -> None:

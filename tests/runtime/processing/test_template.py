@@ -105,3 +105,10 @@ def test_a_tokenizer_that_is_too_large_is_not_parsed(tmp_path: Path) -> None:
         file.truncate(64 << 20)
     with pytest.raises(QwenOnnxError, match="more than"):
         ChatTemplate(tmp_path)
+
+
+@pytest.mark.parametrize("token", [{"x": 1}, {"content": 7}, [1], 7])
+def test_a_special_token_that_is_not_a_text_is_refused(tmp_path: Path, token: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 }}", "eos_token": token}))
+    with pytest.raises(ArtifactError, match=r"eos_token of tokenizer_config\.json is not a text"):
+        ChatTemplate(tmp_path)

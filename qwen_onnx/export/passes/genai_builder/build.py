@@ -5,7 +5,6 @@ Olive 0.13's own ModelBuilder pass calls an interface that genai dropped in 0.15
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from qwen_onnx.export.passes.genai_builder.streaming import weights_in_files
 from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.export.workfolder import KEPT_FOLDER
 from qwen_onnx.records import digest_of
-from qwen_onnx.sources.checkpoint import TOKENIZER_FILE
+from qwen_onnx.sources.checkpoint import TOKENIZER_FILE, read_json
 
 MODEL_FILE = "model.onnx"
 # below the folder of finished steps: the quantise pass has its own there
@@ -71,7 +70,7 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderOptions, kept
     common = ("", str(checkpoint), str(output), config.precision, config.execution_provider, str(cache))
     parsed = builder.parse_extra_options(*common, [*flags, *architecture.options])
     present(parsed, architecture)
-    settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(checkpoint / "config.json")
     identity = digest_of([config.model_dump(mode="json"), settings, CheckpointWeights(checkpoint).fingerprint()])
     with installed(architecture), weights_in_files(output, identity, kept):
         builder.create_model(*common, **parsed)

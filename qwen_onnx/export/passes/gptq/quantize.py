@@ -44,7 +44,7 @@ from qwen_onnx.export.weights import (
 )
 from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
 from qwen_onnx.records import digest_of
-from qwen_onnx.sources.checkpoint import INDEX_FILE
+from qwen_onnx.sources.checkpoint import INDEX_FILE, read_json
 
 # matrices with the same input share a Hessian
 LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -85,7 +85,7 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqOptions, kept
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
         ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
         return_free_memory()
-        settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        settings = read_json(checkpoint / "config.json")
         identity = digest_of([config.model_dump(mode="json"), settings, ids.tolist(), skeleton.weights.fingerprint()])
         work = WorkFolder(folder, identity)
         precise = choose_int8(skeleton, ids[: config.sensitivity_windows], config, work)
@@ -271,7 +271,7 @@ def _assemble(
     total = sum(path.stat().st_size for path in output.glob("model-*.safetensors"))
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
     (output / INDEX_FILE).write_text(text, encoding="utf-8")
-    settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(checkpoint / "config.json")
     settings["quantization_config"] = {
         "quant_method": "olive",
         "bits": config.bits,

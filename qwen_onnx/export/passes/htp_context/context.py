@@ -60,7 +60,7 @@ def compile_in(interpreter: Interpreter, folder: Path, config: HtpContextOptions
         for line in child.stdout or ():
             print(line, end="", flush=True)
             lines.append(line.strip())
-    described = HtpFolder.read(folder)
+    described = HtpFolder.read(folder, ExportError)
     missing = any(not described.in_form(CONTEXT).graph(tokens).exists() for tokens in described.windows)
     if child.returncode or missing:
         said = " ".join(line for line in lines if line)[-600:]

@@ -24,6 +24,7 @@ from qwen_onnx.export.passes.htp_qdq.decoder import COSINES, EMBEDDINGS, LOGITS,
 from qwen_onnx.export.passes.htp_qdq.linears import Linears
 from qwen_onnx.export.passes.htp_qdq.options import HtpQdqExportOptions
 from qwen_onnx.export.passes.htp_qdq.writer import DataFile, FloatWriter, QdqWriter
+from qwen_onnx.sources.checkpoint import read_json
 
 DATA_FILE = "weights.data"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -106,7 +107,7 @@ def _interface_grids(grids: dict[str, Grid], layers: int) -> dict[str, Grid]:
 def write_genai_config(checkpoint: Path, output: Path, settings: dict[str, Any], config: HtpQdqExportOptions) -> None:
     """What our tools read of an artifact; onnxruntime-genai itself has no loop for these graphs."""
     place = checkpoint / "generation_config.json"
-    generation = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    generation = read_json(place) if place.exists() else {}
     options: list[dict[str, Any]] = [{"qnn": {}}] if config.form == QDQ else []
     model = {
         "type": settings["model_type"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.sources.checkpoint import read_json
 
 Floats = npt.NDArray[np.float32]
 
@@ -68,7 +68,7 @@ class Linears:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.weights = CheckpointWeights(folder)
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.config = read_json(folder / "config.json")
         self._quantized: dict[str, Any] = self.config.get("quantization_config") or {}
 
     def bits(self, name: str) -> int:

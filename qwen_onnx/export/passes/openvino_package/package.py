@@ -18,6 +18,7 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from qwen_onnx.export.options import parameters
 from qwen_onnx.export.passes.openvino_conversion.options import COPIED
 from qwen_onnx.export.passes.openvino_package.options import OpenVINOPackageOptions
+from qwen_onnx.sources.checkpoint import read_json
 
 
 class OpenVINOPackage(OpenVINOEncapsulation):  # type: ignore[misc]
@@ -48,7 +49,7 @@ def correct_genai_config(folder: Path, device: str, max_prompt_len: int, min_res
     """Write head size, context, end tokens and the device's fixed lengths into ``genai_config.json``."""
     path = folder / "genai_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     context = min(max_prompt_len + min_response_len, config["max_position_embeddings"])
     model = settings["model"]
     model["context_length"] = settings["search"]["max_length"] = context

@@ -23,7 +23,7 @@ from qwen_onnx.export.passes.rotate_residual.options import RotateResidualOption
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM
 from qwen_onnx.export.weights import CheckpointWeights, create_safetensors
-from qwen_onnx.sources.checkpoint import INDEX_FILE
+from qwen_onnx.sources.checkpoint import INDEX_FILE, read_json
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -62,7 +62,7 @@ def rotate(checkpoint: Path, output: Path, config: RotateResidualOptions) -> Non
     """
     output.mkdir(parents=True, exist_ok=True)
     weights = CheckpointWeights(checkpoint)
-    settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(checkpoint / "config.json")
     turn = rotation(settings["hidden_size"], config.seed)
     groups = [f"model.layers.{index}" for index in range(settings["num_hidden_layers"])]
     names = {group: weights.names(f"{group}.") for group in groups}
