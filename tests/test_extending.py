@@ -14,7 +14,7 @@ import pytest
 
 from qwen_onnx.artifact.manifest import open_artifact
 from tests.conftest import make_tiny_checkpoint, rewrite_json
-from tests.export.dequantized import with_weights_of
+from tests.fixtures.dequantized import with_weights_of
 
 # the collection that a line of Python goes into
 INTO = {

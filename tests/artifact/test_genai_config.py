@@ -15,7 +15,7 @@ from qwen_onnx.errors import ArtifactError, QwenOnnxError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.genai import Engine, Shape
-from qwen_onnx.runtime.engines.remote import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from tests.conftest import run_cli
 
 NPU = json.dumps({"NPU": {"MAX_PROMPT_LEN": "896", "MIN_RESPONSE_LEN": "128"}})

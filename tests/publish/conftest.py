@@ -71,7 +71,7 @@ def passing_package(passing_artifact: Path, tmp_path_factory: pytest.TempPathFac
 def newer_package(passing_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another package with the same id: one small file more, the large ones the same."""
     artifact = Path(shutil.copytree(passing_artifact, tmp_path_factory.mktemp("newer") / "int4"))
-    (artifact / "NEWS").write_text("new")
+    (artifact / "NEWS.txt").write_text("new")
     return packaged(claim_pass(artifact), tmp_path_factory.mktemp("newer-packages"))
 
 

@@ -10,6 +10,10 @@ from openai import OpenAI
 
 from qwen_onnx.runtime import QwenService
 from tests.fixtures.servers import served
+from tests.fixtures.templates import qwen3, qwen3_artifact, qwen3_service
+
+# fixtures are found from here
+__all__ = ["client", "qwen3", "qwen3_artifact", "qwen3_service", "service"]
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_olive_has_nothing_to_read_from(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from qwen_onnx.export.olive import run_olive\n"
         "from qwen_onnx.processes.environments import Interpreter\n"
         "folder = Path(sys.argv[1])\n"
-        "run_olive({}, folder, folder / 'work', folder / 'log', print, "
+        "run_olive({}, folder, folder / 'work', folder / 'log', "
         "interpreter=Interpreter(folder / 'python', dict(PATH='/usr/bin:/bin')))"
     )
     done = subprocess.run(

@@ -19,7 +19,7 @@ from qwen_onnx.runtime.engines import loading
 from qwen_onnx.runtime.engines.child import Patience
 from qwen_onnx.runtime.engines.loading import EngineOptions
 from tests.conftest import run_cli
-from tests.runtime.guarded import until
+from tests.fixtures.servers import until
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.service.policy import OPEN, STRICT
 from tests.fixtures.models import build_apart, make_tiny_checkpoint
 from tests.fixtures.servers import CHAT, Guarded, guarded
+from tests.fixtures.templates import QWEN3, with_template
 from tests.fixtures.tools import rewrite_json, run_cli
-from tests.runtime.server.api.conftest import QWEN3, with_template
 from tests.runtime.server.test_serve import process
 
 CLAMPED = "x-max-tokens-clamped"

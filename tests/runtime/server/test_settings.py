@@ -34,7 +34,7 @@ def test_variables_of_other_verbs_are_let_be() -> None:
 def test_the_command_line_has_each_setting_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ServerSettings] = []
     monkeypatch.setattr("qwen_onnx.runtime.server.app.serve", lambda *_, settings, **__: seen.append(settings))
-    monkeypatch.setattr("qwen_onnx.artifact.manifest.open_runnable", MagicMock())
+    monkeypatch.setattr("qwen_onnx.artifact.manifest.read_manifest", MagicMock())
     environment = {
         "QWEN_ONNX_ALLOWED_HOSTS": "a.example, b",
         "QWEN_ONNX_MAX_TOKENS": "7",

@@ -20,7 +20,7 @@ from qwen_onnx.runtime.server.faults import handle_errors
 from qwen_onnx.runtime.server.keys import KeyRing, digest_of
 from qwen_onnx.runtime.server.metrics import Metrics
 from qwen_onnx.runtime.server.settings import ServerSettings
-from tests.runtime.guarded import CHAT, Guarded, body, guarded
+from tests.fixtures.servers import CHAT, Guarded, body, guarded
 
 ALICE, BOB = "qo-alice-0123456789", "qo-bob-0123456789"
 KEYS = KeyRing({digest_of(ALICE): "alice", digest_of(BOB): "bob"})

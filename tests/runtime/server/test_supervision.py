@@ -16,7 +16,7 @@ from qwen_onnx.runtime import QwenService, RemoteEngine
 from qwen_onnx.runtime.engines.child import Patience
 from qwen_onnx.runtime.server import app, logs
 from qwen_onnx.runtime.server.settings import ServerSettings
-from tests.runtime.guarded import until
+from tests.fixtures.servers import until
 
 
 class Frail(QwenService):

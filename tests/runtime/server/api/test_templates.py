@@ -11,7 +11,7 @@ from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.server.api.asked import Asked, Tool, understood
 from tests.fixtures.servers import served
-from tests.runtime.server.api.conftest import QWEN3, with_template
+from tests.fixtures.templates import QWEN3, with_template
 from tests.runtime.server.api.test_chat import CITY, HELLO, ask, schema_of
 
 
