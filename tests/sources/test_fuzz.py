@@ -16,7 +16,7 @@ from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.sources.checkpoint import INDEX_FILE, check_config, contradictions, read_json, shards
 from qwen_onnx.sources.hub import HubReader
 from qwen_onnx.sources.qwen1 import qwen2_settings
-from tests.publish.fake_server import Handler, running
+from tests.fixtures.fake_server import Handler, running
 from tests.sources.strange import BOUNDED, documents
 
 CONFIG = {

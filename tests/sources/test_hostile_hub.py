@@ -11,7 +11,7 @@ import pytest
 from qwen_onnx.catalog.schema import HubSource
 from qwen_onnx.errors import SourceError
 from qwen_onnx.sources.hub import download
-from tests.publish.fake_server import Handler, running
+from tests.fixtures.fake_server import Handler, running
 
 SOURCE = HubSource(kind="huggingface", repo="org/tiny", revision="0" * 40)
 WEIGHTS = {"type": "file", "path": "model.safetensors", "size": 9, "oid": "0" * 40, "lfs": {"oid": "1" * 64}}
