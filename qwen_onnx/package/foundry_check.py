@@ -29,6 +29,7 @@ from qwen_onnx.processes.environments import Interpreter, interpreter_of
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
+from qwen_onnx.sources.chat import CheckpointTemplate
 
 # environment and backend of each profile
 STACKS = {"sdk2": ("foundry", "sdk2"), "cli1": ("foundry-cli1", "cli1")}
@@ -119,10 +120,10 @@ def expected_counts(folder: Path, conversations: Any) -> list[int]:
         texts = [template.render(messages) for messages in conversations]
         return [len(tokenizer.encode(text, allow_special=True, add_special_tokens=False)) for text in texts]
     reference = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return [
-        len(reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        for messages in conversations
-    ]
+    # a package may be a stranger's: its template runs in a process of its own
+    checkpoint_template = CheckpointTemplate(reference)
+    texts = [checkpoint_template.render(messages, prompt=True) for messages in conversations]
+    return [len(reference.encode(text, add_special_tokens=False)) for text in texts]
 
 
 def run_steps(job: Job, interpreter: Interpreter, seconds: float) -> Iterator[Step]:

@@ -18,6 +18,7 @@ import pytest
 
 from qwen_onnx.artifact.checksums import write_sums
 from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.errors import SourceError
 from qwen_onnx.package.foundry_check import PROMPTS, expected_counts, run_steps
 from qwen_onnx.package.sdk.job import Job
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
@@ -83,6 +84,14 @@ def test_expected_counts_are_those_of_our_template_too(tiny_package: Path, monke
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert expected_counts(tiny_package, PROMPTS.values()) == by_transformers
     assert len(set(by_transformers)) > 3
+
+
+def test_a_bomb_in_the_template_of_a_package_is_stopped(tiny_package: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_package / name, tmp_path / name)
+    (tmp_path / "chat_template.jinja").write_text("{{ 'a' * 1500000000 }}")
+    with pytest.raises(SourceError, match="stopped: it needs more than 512 MiB"):
+        expected_counts(tmp_path, PROMPTS.values())
 
 
 # what the child needs of this package is in it; a backend of the tests stands for Foundry's
