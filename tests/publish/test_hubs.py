@@ -50,7 +50,7 @@ def test_a_new_version_is_one_commit_and_old_files_go(hub: Any, passing_package:
 def test_files_of_somebody_else_are_neither_lost_nor_mixed_in(hub: Any, passing_package: Path) -> None:
     theirs = {"model.safetensors": b"theirs", "README.md": b"# theirs"}
     hub.repositories["org/tiny"] = [theirs]
-    assert "no package's: model.safetensors" in refused("publish", passing_package, hub.address)
+    assert "do not belong to a package: model.safetensors" in refused("publish", passing_package, hub.address)
     assert hub.repositories["org/tiny"] == [theirs]
 
 

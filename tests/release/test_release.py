@@ -196,7 +196,7 @@ def test_a_part_does_not_replace_the_whole(run: Run, place: Path) -> None:
     (place / "release/release.json").unlink()
     done = run(INT4)
     assert done.returncode == 12
-    assert "a folder that is no release" in done.stderr
+    assert "the folder there is not a release" in done.stderr
 
 
 def start(place: Path, checkpoint: Path, *entries: dict[str, Any]) -> subprocess.Popen[str]:

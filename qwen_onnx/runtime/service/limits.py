@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from qwen_onnx import bounded
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.service.budget import BUDGET, Budget
 
 HOUR = 3600.0
 MOST_CLIENTS = 10_000
-# Python's own limit of digits is 4300; nothing here needs more than 64 bits
-MOST_DIGITS = 40
 TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -65,52 +63,20 @@ def read_json(body: bytes, most_depth: int, budget: Budget = BUDGET) -> Any:
     """JSON of UTF-8, within a budget and without what parsers disagree about.
 
     Raises:
-        RequestError: no JSON, not UTF-8, a key twice in an object, NaN or Infinity, a number of more than
-            ``MOST_DIGITS`` digits, nesting beyond ``most_depth``, more than ``budget`` has.
+        RequestError: see ``bounded.read_json``; or more than ``budget`` has.
     """
     budget.check_size(body)
-    try:
-        value = json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_int=_whole,
-            parse_float=_finite,
-            parse_constant=_no_number,
-        )
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8: byte {error.start} is wrong") from error
-    except json.JSONDecodeError as error:
-        raise RequestError(f"the body is not JSON: {error.msg} at character {error.pos}") from error
-    except RecursionError as error:
-        raise RequestError(f"the body is nested deeper than {most_depth} levels") from error
-    if is_deeper(value, most_depth):
-        raise RequestError(f"the body is nested deeper than {most_depth} levels")
+    # the budget counts values; here only what parsers disagree about is refused
+    value = bounded.read_json(
+        body,
+        most_bytes=len(body),
+        most_depth=most_depth,
+        most_values=len(body) + 1,
+        error=RequestError,
+        what="the body",
+    )
     budget.check(value)
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise RequestError("an object in the body has the same key twice")
-    return made
-
-
-def _whole(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise RequestError(f"a number in the body has {len(text)} digits, the most is {MOST_DIGITS}")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise RequestError("a number in the body is too large")
-    return number
-
-
-def _no_number(text: str) -> NoReturn:
-    raise RequestError(f"the body is not JSON: {text} is not a number")
 
 
 def is_deeper(value: Any, most: int) -> bool:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qwen_onnx import bounded
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.service import limits
 from qwen_onnx.runtime.service.budget import Budget
 from qwen_onnx.runtime.service.limits import MOST_CLIENTS, RateLimiter, check_token_fields, read_json
 
@@ -213,7 +213,7 @@ def test_no_bytes_raise_anything_else(body: bytes) -> None:
     ],
 )
 def test_what_has_too_many_values_is_refused_before_it_is_parsed(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "json", None)
+    monkeypatch.setattr(bounded, "json", None)
     with pytest.raises(RequestError, match="more than 65536 values"):
         read_json(body, 64)
 

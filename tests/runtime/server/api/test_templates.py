@@ -20,7 +20,7 @@ def test_a_template_with_another_tool_format_is_refused(tiny_artifact: Path, tmp
     template = QWEN3.replace('{"name": "{{ call', "<function={{ call")
     with QwenService(with_template(tiny_artifact, tmp_path / "coder", template), threads=1) as service:
         tool = Tool("now", None, None)
-        with pytest.raises(RequestError, match="another tool format"):
+        with pytest.raises(RequestError, match="Hermes' tool format"):
             understood(service, Asked(HELLO, [tool]))
         assert understood(service, Asked(HELLO, [tool], choice="none"))[0]
 
