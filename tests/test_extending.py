@@ -20,7 +20,7 @@ from tests.fixtures.dequantized import with_weights_of
 INTO = {
     "qwen_onnx/runtime/engines/sampling.py": "    # adding one needs no other edit (docs/extending.md)\n",
     "qwen_onnx/export/architectures/registry.py": "ARCHITECTURES: dict[str, Architecture] = {\n",
-    "qwen_onnx/catalog/architectures.py": "ARCHITECTURES: dict[str, Kind] = {\n",
+    "qwen_onnx/catalog/architectures.py": "ARCHITECTURES: dict[str, Known] = {\n",
 }
 
 

@@ -5,26 +5,34 @@ What each needs of the exporter is in ``qwen_onnx/export/architectures/registry.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 # dense: all weights are linear layers; mixture: attention and experts; hybrid: linear attention besides
 Kind = Literal["dense", "mixture", "hybrid"]
 
-ARCHITECTURES: dict[str, Kind] = {
-    "QWenLMHeadModel": "dense",
-    "Qwen2ForCausalLM": "dense",
-    "Qwen2MoeForCausalLM": "mixture",
-    "Qwen3ForCausalLM": "dense",
-    "Qwen3MoeForCausalLM": "mixture",
-    "Qwen3NextForCausalLM": "hybrid",
-    "Qwen3_5ForConditionalGeneration": "hybrid",
-    "Qwen3_5MoeForConditionalGeneration": "hybrid",
+
+class Known(NamedTuple):
+    """The weights' kind, and ``model_type`` as the architecture's ``config.json`` has it."""
+
+    kind: Kind
+    model_type: str
+
+
+ARCHITECTURES: dict[str, Known] = {
+    "QWenLMHeadModel": Known("dense", "qwen"),
+    "Qwen2ForCausalLM": Known("dense", "qwen2"),
+    "Qwen2MoeForCausalLM": Known("mixture", "qwen2_moe"),
+    "Qwen3ForCausalLM": Known("dense", "qwen3"),
+    "Qwen3MoeForCausalLM": Known("mixture", "qwen3_moe"),
+    "Qwen3NextForCausalLM": Known("hybrid", "qwen3_next"),
+    "Qwen3_5ForConditionalGeneration": Known("hybrid", "qwen3_5"),
+    "Qwen3_5MoeForConditionalGeneration": Known("hybrid", "qwen3_5_moe"),
 }
 
 
 def of_kind(kind: Kind) -> frozenset[str]:
     """The architectures whose weights are of one kind."""
-    return frozenset(name for name, known in ARCHITECTURES.items() if known == kind)
+    return frozenset(name for name, known in ARCHITECTURES.items() if known.kind == kind)
 
 
 DENSE, MIXTURES, HYBRIDS = of_kind("dense"), of_kind("mixture"), of_kind("hybrid")

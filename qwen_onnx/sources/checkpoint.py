@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_onnx import bounded
 from qwen_onnx.bounded import MOST_VALUES
+from qwen_onnx.catalog.architectures import ARCHITECTURES
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.sources.plain import require_plain
 
@@ -23,17 +24,6 @@ SINGLE_FILE = "model.safetensors"
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,240}\.safetensors")
 # bytes; a tokenizer of 150,000 tokens has 11 MB and some 800,000 values
 LARGEST_JSON, LARGEST_INDEX, LARGEST_TOKENIZER, MOST_TOKENIZER_VALUES = 4 << 20, 64 << 20, 128 << 20, 8_000_000
-# how transformers names each architecture; it looks for code in the folder of a type that it does not know
-MODEL_TYPES = {
-    "QWenLMHeadModel": "qwen",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Qwen3NextForCausalLM": "qwen3_next",
-    "Qwen3_5ForConditionalGeneration": "qwen3_5",
-    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
-}
 # transformers never sees their config
 CONVERTED = {"QWenLMHeadModel"}
 # keys that make transformers load code of the checkpoint, or kernels of a hub
@@ -143,9 +133,10 @@ def _config_faults(config: dict[str, Any], architecture: str) -> list[str]:
     faults, settings = [], config.get("text_config") or config
     if not isinstance(settings, dict):
         return ["text_config is not an object"]
-    if config.get("model_type") != MODEL_TYPES.get(architecture):
+    known = ARCHITECTURES[architecture].model_type if architecture in ARCHITECTURES else None
+    if config.get("model_type") != known:
         # transformers looks for code in the folder when it does not know the type
-        faults.append(f"model_type is {str(config.get('model_type'))[:100]!r}, not {MODEL_TYPES.get(architecture)!r}")
+        faults.append(f"model_type is {str(config.get('model_type'))[:100]!r}, not {known!r}")
     required = (*REQUIRED, *REQUIRED_TOO.get(architecture, ()))
     faults += [f"{name} is missing" for name in required if settings.get(name) is None]
     for name, most in MOST.items():
