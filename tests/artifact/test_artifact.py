@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_onnx.artifact import manifest as artifacts
+from qwen_onnx.artifact import store
 from qwen_onnx.artifact.manifest import (
     Artifact,
     SourceRecord,
@@ -66,7 +66,7 @@ def test_publish_and_open(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_publishing_without_rename_exchange(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "_exchange", lambda *_: False)
+    monkeypatch.setattr(store, "_exchange", lambda *_: False)
     put(plan, tmp_path / "a", "one")
     put(plan, tmp_path / "a", "two")
     assert (tmp_path / "a/model.onnx").read_text() == "two"
