@@ -77,6 +77,7 @@ def test_a_verdict_other_than_pass_publishes_beside_the_target(
     assert (tmp_path / "out/int4.rejected/report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def wider(pipeline: dict) -> None:  # type: ignore[type-arg]
         pipeline["steps"][0]["config"]["group_size"] = 128

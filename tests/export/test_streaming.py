@@ -95,6 +95,7 @@ def test_logits_in_pieces_choose_the_same_matrices(
     assert overrides_of(whole) == overrides_of(tmp_path / "pieces")
 
 
+@pytest.mark.slow
 def test_converting_in_pieces_changes_no_byte(
     tiny_checkpoint: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

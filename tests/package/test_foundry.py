@@ -113,6 +113,7 @@ def test_a_name_that_foundry_would_refuse_is_refused_at_once(name: str, tiny_bui
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_package_of_another_profile_or_a_foreign_folder_is_not_replaced(tiny_build: Path, tmp_path: Path) -> None:
     folder = packaged(tiny_build, tmp_path)
     packaged(tiny_build, tmp_path)

@@ -37,6 +37,7 @@ def test_a_sound_package_passes_and_names_its_digest(tiny_package: Path) -> None
     assert verify_package(tiny_package).record.unverified
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_in_any_file_is_found(broken: Path) -> None:
     dice = random.Random(0)
     names = sorted(path.name for path in broken.iterdir())
@@ -55,6 +56,7 @@ def test_one_flipped_bit_in_any_file_is_found(broken: Path) -> None:
     verify_package(broken)
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_small_files_counts(broken: Path) -> None:
     """Those that hold statements: no byte of them is read in two ways."""
     for name in ("SHA256SUMS", "package.json"):

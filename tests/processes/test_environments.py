@@ -39,6 +39,7 @@ def run(interpreter: Interpreter, code: str) -> int:
     return subprocess.run(command, env=interpreter.variables, capture_output=True, check=False).returncode
 
 
+@pytest.mark.slow
 def test_it_has_its_own_packages_and_ours_but_none_of_those_beside_ours(tmp_path: Path) -> None:
     said: list[str] = []
     wanted = environment(wheel(tmp_path, "first"), wheel(tmp_path, "second"), removed={"second": "it is in the way"})
@@ -53,6 +54,7 @@ def test_it_has_its_own_packages_and_ours_but_none_of_those_beside_ours(tmp_path
     assert len(said) == 1, "it is there and was made again"
 
 
+@pytest.mark.slow
 def test_an_environment_that_another_checkout_made_runs_our_code(tmp_path: Path) -> None:
     wanted = environment(wheel(tmp_path, "first"))
     made = interpreter_of(wanted, tmp_path)
@@ -63,6 +65,7 @@ def test_an_environment_that_another_checkout_made_runs_our_code(tmp_path: Path)
     assert run(interpreter_of(wanted, tmp_path), "import first, qwen_onnx") == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
     wanted = environment(wheel(tmp_path, "first"))
     folder = place_of(wanted, tmp_path)
@@ -74,6 +77,7 @@ def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
     assert not (folder / "half").exists()
 
 
+@pytest.mark.slow
 def test_what_pip_cannot_install_is_an_error_and_leaves_no_environment(tmp_path: Path) -> None:
     wanted = environment(str(tmp_path / "missing-1.0-py3-none-any.whl"))
     with pytest.raises(EnvironmentFault, match=r"other cannot be made: ERROR.*missing"):

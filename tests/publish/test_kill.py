@@ -121,6 +121,7 @@ def test_a_registry(registry: Any, passing_package: Path, tmp_path: Path) -> Non
     assert files_of(tmp_path / "got") == files_of(passing_package)
 
 
+@pytest.mark.slow
 def test_a_hub(hub: Any, passing_package: Path, tmp_path: Path) -> None:
     """Killed while a large file is under way: no commit; the large file that arrived is not sent again."""
     hub.stalls = threading.Event()

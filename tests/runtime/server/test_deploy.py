@@ -38,6 +38,7 @@ def commands() -> list[str]:
     return [line for text in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_option_of_the_commands_exists() -> None:
     """The programs' own help is asked; ``soak``, ``benchmark`` and ``ray_serve`` have tests that run them."""
     asked = 0

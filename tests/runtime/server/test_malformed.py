@@ -203,6 +203,7 @@ def attacks() -> list[Attack]:
     return made + [QUICK[index % len(QUICK)](rng) for index in range(COUNT - SLOW_KINDS)]
 
 
+@pytest.mark.slow
 def test_a_thousand_malformed_requests(tiny_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_ONNX_HEADER_SECONDS", "0.5")
     monkeypatch.setenv("QWEN_ONNX_BODY_SECONDS", "0.5")
