@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,10 @@ __all__ = [
     "tiny_build",
     "tiny_checkpoint",
 ]
+
+
+# Ray gives a machine 30 s to start, which two cores that build beside it need too
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
 
 
 @pytest.fixture(scope="session")

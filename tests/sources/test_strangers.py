@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import transformers
 
+from qwen_onnx.catalog.architectures import ARCHITECTURES
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import ARCHITECTURES
 from qwen_onnx.errors import SourceError, UnsupportedModelError
-from qwen_onnx.sources.checkpoint import CONVERTED, INDEX_FILE, MODEL_TYPES
+from qwen_onnx.sources.checkpoint import CONVERTED, INDEX_FILE
 from qwen_onnx.sources.fetch import expected_revisions, fetch, weights_of
 from tests.conftest import REPOSITORY, rewrite_json, run_cli
 
@@ -78,10 +78,10 @@ def test_an_adapter_is_refused(plan: Plan, broken_checkpoint: Path) -> None:
 
 
 def test_every_architecture_of_the_catalog_has_the_type_that_transformers_knows() -> None:
-    assert set(MODEL_TYPES) == set(ARCHITECTURES)
-    for architecture, kind in MODEL_TYPES.items():
+    assert len(ARCHITECTURES) >= 8
+    for architecture, known in ARCHITECTURES.items():
         if architecture not in CONVERTED:
-            assert getattr(transformers, architecture).config_class.model_type == kind
+            assert getattr(transformers, architecture).config_class.model_type == known.model_type
 
 
 def test_olive_has_nothing_to_read_from(tmp_path: Path) -> None:
