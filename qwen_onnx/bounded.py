@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Collection, Iterable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -157,6 +158,18 @@ def read_description(
     if not os.path.lexists(folder / name):
         raise error(f"no {name}: not {called} of qwen-onnx", where=str(folder), hint=hint)
     return read_record(folder / name, kind, most_bytes=most_bytes, error=error, hint=hint)
+
+
+def is_deeper(value: object, most: int) -> bool:
+    """Whether a value nests more than ``most`` objects and lists; found without recursion, which would need a stack."""
+    level = _nested([value])
+    for _ in range(most):
+        level = _nested(item for outer in level for item in (outer.values() if isinstance(outer, Mapping) else outer))
+    return bool(level)
+
+
+def _nested(items: Iterable[object]) -> list[Collection[object]]:
+    return [item for item in items if isinstance(item, Collection) and not isinstance(item, str | bytes)]
 
 
 class _Refused(ValueError):

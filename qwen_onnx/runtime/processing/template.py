@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError
 
-from qwen_onnx.bounded import read_bytes, read_object
+from qwen_onnx.bounded import is_deeper, read_bytes, read_object
 from qwen_onnx.errors import ArtifactError, RequestError, TemplateError
 from qwen_onnx.processes.limited import Limited, LimitReached, Limits
 from qwen_onnx.runtime.processing import rendering
@@ -171,13 +171,8 @@ def _pattern(tokens: Mapping[str, int]) -> re.Pattern[str]:
 
 def check_depth(value: Any) -> None:
     """RequestError for nesting that would exhaust the stack: a tool call's arguments are JSON within JSON."""
-    level = [value]
-    for _ in range(MOST_LEVELS):
-        if not level:
-            return
-        inner = [item.values() if isinstance(item, Mapping) else item for item in level]
-        level = [each for item in inner if not isinstance(item, str) and isinstance(item, Collection) for each in item]
-    raise RequestError(f"the messages nest more than {MOST_LEVELS} levels", where="messages", hint="flatten them")
+    if is_deeper(value, MOST_LEVELS):
+        raise RequestError(f"the messages nest more than {MOST_LEVELS} levels", where="messages", hint="flatten them")
 
 
 def _strings(value: Any) -> Sequence[str]:

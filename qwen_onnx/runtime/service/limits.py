@@ -79,15 +79,6 @@ def read_json(body: bytes, most_depth: int, budget: Budget = BUDGET) -> Any:
     return value
 
 
-def is_deeper(value: Any, most: int) -> bool:
-    """Whether JSON nests more than ``most`` objects and lists; found without recursion."""
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(most):
-        inner = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
-        level = [item for item in inner if isinstance(item, dict | list)]
-    return bool(level)
-
-
 def check_token_fields(value: Any, most: int) -> None:
     """RequestError when a request asks for more than ``most`` tokens, naming the field as the client wrote it."""
     for name in TOKEN_FIELDS if isinstance(value, dict) else ():

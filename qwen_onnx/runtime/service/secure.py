@@ -60,8 +60,10 @@ class GuardedService(TextService):
         Raises:
             RequestError: an unknown role, too many characters or tokens asked for; and see ``QwenService.prepare``.
         """
+        return self._prepared(prompt, self._bounded(config))
+
+    def _prepared(self, prompt: Prompt, config: GenerationConfig) -> Prepared:
         self._check_load()
-        config = self._bounded(config)
         if isinstance(prompt, Prepared):
             return self._inner.prepare(prompt, config)
         _check_roles(prompt)
@@ -124,7 +126,7 @@ class GuardedService(TextService):
         run = _Run(self, record, client)
         try:
             config = self._bounded(config)
-            ids = self.prepare(prompt, config)
+            ids = self._prepared(prompt, config)
             run.begin(*self._inner.submit(ids, config, listener), listener, ids.seconds)
         except QwenOnnxError as error:
             run.end(error)

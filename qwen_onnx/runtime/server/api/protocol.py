@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
+from qwen_onnx.bounded import is_deeper
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, MOST_BIAS, SAMPLING, Sampling
 from qwen_onnx.runtime.service.generation import DEFAULT, MOST_STOP_CHARACTERS, PARAMETERS, Delta, GenerationConfig
-from qwen_onnx.runtime.service.limits import is_deeper
 
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
 MOST_STOPS = 4
