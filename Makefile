@@ -14,6 +14,9 @@ BIN    := $(VENV)/bin
 NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
 READY  := $(VENV)/.ready
 
+# where it is set, every process would compile torch and transformers again, for seconds each
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup optimize verify package foundry-check release serve chat plans environments wheel try-wheel \
   test test-slow test-release lint clean
