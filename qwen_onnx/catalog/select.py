@@ -23,6 +23,8 @@ def count(value: int | None) -> str:
     """A number of weights for people; nothing for an unknown one."""
     if value is None:
         return ""
+    if value >= 1e12:
+        return f"{value / 1e12:.3g}T"
     return f"{value / 1e9:.3g}B" if value >= 1e9 else f"{value / 1e6:.0f}M"
 
 

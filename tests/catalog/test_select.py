@@ -14,6 +14,7 @@ from qwen_onnx.catalog.select import (
     TOKEN_UNITS,
     Wish,
     bytes_needed,
+    count,
     matrix,
     parse_amount,
     select,
@@ -83,6 +84,11 @@ def test_amounts_of_memory(text: str, value: int) -> None:
 def test_what_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--ram"):
         parse_amount(text, BYTE_UNITS, "--ram")
+
+
+@pytest.mark.parametrize(("weights", "shown"), [(None, ""), (596049920, "596M"), (8e9, "8B"), (2.4e12, "2.4T")])
+def test_weights_for_people(weights: int | None, shown: str) -> None:
+    assert count(weights) == shown
 
 
 def test_amounts_of_tokens() -> None:
