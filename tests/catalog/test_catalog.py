@@ -65,7 +65,18 @@ def test_each_fact_has_a_source(repository: Path) -> None:
 def test_large_models_have_tighter_limits(repository: Path) -> None:
     catalog = load_catalog(repository)
     found = [make_plan(catalog, name, "cpu").limits.kld_mean for name in ("qwen3-0.6b", "qwen3-4b", "qwen3-8b")]
-    assert found == [0.18, 0.12, 0.05]
+    assert found == [0.18, 0.06, 0.05]
+
+
+def test_targets_that_round_alike_have_one_limit(repository: Path) -> None:
+    catalog = load_catalog(repository)
+    found = {
+        target: make_plan(catalog, "qwen3-1.7b", target, "int4").limits.kld_mean
+        for target in catalog.pipelines
+        if catalog.pipelines[target].precisions
+    }
+    coarser = {"npu-openvino": 0.12, "npu-qnn": 0.12, "trt-rtx": 0.12}
+    assert found == {"cpu": 0.06, "cuda": 0.06, "dml": 0.06, "webgpu": 0.06, **coarser}
 
 
 def test_a_limit_by_size_that_does_not_exist_is_a_fault(checkout: Path) -> None:
