@@ -1,17 +1,18 @@
-"""Texts for verification, taken from the running Python and from one text of our own.
+"""Texts for verification in eight domains: of the running Python, of mpmath, and of our own.
 
 Nothing is downloaded. The quantiser calibrates on other files (``export.calibration``): verification has
-``EVALUATION_SOURCES`` and the topics of odd rank.
+``EVALUATION_SOURCES``, the topics of odd rank, mpmath's documentation and ``texts/``. A test compares them.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import resources, util
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -22,6 +23,9 @@ DOCUMENTED_MODULES = ("optparse", "_pydecimal", "pickletools", "subprocess", "ty
 CHAT_MODULES = ("shutil", "textwrap", "posixpath", "tempfile", "calendar", "bisect", "heapq", "functools", "string")
 EVALUATION_SOURCES = (*CODE_MODULES, *DOCUMENTED_MODULES, *CHAT_MODULES)
 """Standard-library modules whose text is used here and therefore never for calibration."""
+REFERENCES = 10  # topics, and functions of mpmath: the longest
+SENTENCE_END = re.compile(r"(?<=[.!?।؟])\s+|(?<=[。！？])")
+SPEAKERS = {"User": "user", "Assistant": "assistant"}
 
 Message = Mapping[str, str]
 RenderChat = Callable[[Sequence[Message]], str]
@@ -82,9 +86,9 @@ def topics() -> dict[str, str]:
     return {name: every[name] for name in sorted(every)[1::2]}
 
 
-def _reference() -> list[Document]:
-    long_first = sorted(topics().items(), key=lambda item: (-len(item[1]), item[0]))
-    return [Document(f"pydoc_data.topics:{name}", text) for name, text in long_first[:10]]
+def _longest(texts: Mapping[str, str], where: str) -> list[Document]:
+    long_first = sorted(texts.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [Document(f"{where}:{name}", text) for name, text in long_first[:REFERENCES]]
 
 
 def _documentation() -> list[Document]:
@@ -100,7 +104,48 @@ def _code() -> list[Document]:
     return [Document(f"{name} (source)", module_source(name)) for name in CODE_MODULES]
 
 
-def _conversation(name: str) -> list[Message]:
+def functions() -> dict[str, str]:
+    """What mpmath says of the functions of mathematics, with formulas and worked examples; no code of it is run.
+
+    Raises:
+        VerificationError: it is not installed.
+    """
+    package = util.find_spec("mpmath")
+    if package is None or package.origin is None:
+        raise VerificationError(
+            "mpmath is missing, and verification reads its documentation.",
+            where="this Python's packages",
+            hint="pip install 'qwen-onnx[export]' (mpmath comes with torch)",
+        )
+    tree = ast.parse(Path(package.origin).with_name("function_docs.py").read_text(encoding="utf-8"))
+    return {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def own_text(name: str) -> str:
+    """A file of ``texts/``, written for this project."""
+    return resources.files("qwen_onnx.verify").joinpath(f"texts/{name}.txt").read_text(encoding="utf-8")
+
+
+def _own(name: str) -> list[Document]:
+    return [Document(f"texts/{name}.txt", own_text(name))]
+
+
+def conversations() -> list[list[Message]]:
+    """The conversations of ``texts/dialogue.txt``: one paragraph each, one line a turn."""
+    found = []
+    for paragraph in own_text("dialogue").strip().split("\n\n"):
+        turns = (line.partition(": ") for line in paragraph.splitlines())
+        found.append([{"role": SPEAKERS[speaker], "content": said} for speaker, _, said in turns])
+    return found
+
+
+def _questions(name: str) -> list[Message]:
     turns: list[Message] = []
     for item, text in docstrings(module_source(name)):
         turns += [
@@ -110,17 +155,47 @@ def _conversation(name: str) -> list[Message]:
     return turns
 
 
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as plain text, for checkpoints without a chat template."""
+    names = {role: name for name, role in SPEAKERS.items()}
+    return "".join(f"{names[message['role']]}: {message['content']}\n\n" for message in messages)
+
+
+def _dialogue(render: RenderChat) -> list[Document]:
+    everyday = conversations()
+    halves = [Document(f"texts/dialogue.txt ({n + 1} of 2)", "".join(map(render, everyday[n::2]))) for n in range(2)]
+    return halves + [Document(f"{name} (questions)", render(_questions(name))) for name in CHAT_MODULES]
+
+
+def languages() -> list[list[str]]:
+    """The sentences of each paragraph of ``texts/multilingual.txt``, whose languages follow each other."""
+    paragraphs = own_text("multilingual").strip().split("\n\n")
+    return [[sentence for sentence in SENTENCE_END.split(paragraph) if sentence] for paragraph in paragraphs]
+
+
 def _multilingual() -> list[Document]:
-    text = resources.files("qwen_onnx.verify").joinpath("texts/multilingual.txt").read_text(encoding="utf-8")
-    return [Document("texts/multilingual.txt", text)]
+    """One sentence of every paragraph in turn: the first windows of the documents hold more than ten languages."""
+    rounds = list(zip_longest(*languages(), fillvalue=""))
+    step = len(rounds[0]) // 3
+    turned = [sentences[n * step :] + sentences[: n * step] for n, sentences in enumerate(rounds)]
+    return [
+        Document(f"texts/multilingual.txt ({n})", "\n".join(filter(None, sentences)))
+        for n, sentences in enumerate(turned, 1)
+    ]
 
 
 def domains(render_chat: RenderChat | None) -> dict[str, list[Document]]:
     """The evaluation texts by domain; ``render_chat`` applies the checkpoint's chat template, if it has one."""
-    found = {"code": _code(), "reference": _reference(), "docstrings": _documentation()}
-    if render_chat:
-        found["chat"] = [Document(f"{name} (chat)", render_chat(_conversation(name))) for name in CHAT_MODULES]
-    return found | {"multilingual": _multilingual()}
+    return {
+        "code": _code(),
+        "reference": _longest(topics(), "pydoc_data.topics"),
+        "docstrings": _documentation(),
+        "dialogue": _dialogue(render_chat or transcript),
+        "mathematics": _longest(functions(), "mpmath.function_docs"),
+        "facts": _own("facts"),
+        "prose": _own("prose"),
+        "multilingual": _multilingual(),
+    }
 
 
 def _windows_of(domain: str, document: Document, ids: Sequence[int], size: int) -> Iterator[Window]:

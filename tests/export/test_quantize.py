@@ -19,7 +19,6 @@ from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest, search_g
 from qwen_onnx.export.skeleton import Skeleton
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
 from qwen_onnx.export.workfolder import WorkFolder
-from qwen_onnx.verify import corpus
 
 SMALL = CalibratedGptqOptions(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)
 
@@ -128,23 +127,6 @@ def test_a_matrix_that_does_not_divide_into_blocks_is_refused(tiny_checkpoint: P
     with pytest.raises(ExportError, match="not a multiple of the block size 128"):
         quantize(tiny_checkpoint, tmp_path / "out", SMALL.model_copy(update={"group_size": 128}))
     assert not (tmp_path / "out").exists()
-
-
-def test_calibration_is_disjoint_from_evaluation(tiny_checkpoint: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
-    documents = corpus.domains(lambda turns: str(tokenizer.apply_chat_template(list(turns), tokenize=False)))
-    read = [
-        line
-        for docs in documents.values()
-        for doc in docs
-        for line in doc.text.splitlines()
-        if len(line) > 60 and "---" not in line
-    ]
-    assert len(read) > 500
-    learnt = "\n".join([calibration.code(), *calibration.topics().values(), calibration.multilingual()])
-    assert [line for line in read if line in learnt] == []
-    packages = {name.partition(".")[0] for name in corpus.EVALUATION_SOURCES}
-    assert not packages & set(calibration.CALIBRATION_PACKAGES)
 
 
 @pytest.mark.slow
