@@ -1,11 +1,13 @@
 # make optimize TARGET=cpu            the starter model: environment, build, proof, report
 # make optimize TARGET=cuda PRECISION=fp16  another target, another precision (qwen-onnx list)
 # make optimize MODEL=qwen3-0.6b      another recipe; SOURCE=path takes local weights
+# make verify DEPTH=release           five times the text
 MODEL  ?= starter
 TARGET ?= cpu
 PRECISION ?=
 SOURCE ?=
 OUTPUT ?=
+DEPTH  ?=
 MATRIX ?=
 ONLY   ?=
 PYTHON ?= python3
@@ -34,10 +36,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
-	@$(BIN)/qwen-onnx optimize $(MODEL) --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)')
+	@$(BIN)/qwen-onnx optimize $(MODEL) --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(DEPTH),--depth $(DEPTH))
 
 verify: $(READY)  ## measure the artifact against PyTorch again
-	@$(BIN)/qwen-onnx verify artifacts/$(NAME) $(if $(SOURCE),--source '$(SOURCE)')
+	@$(BIN)/qwen-onnx verify artifacts/$(NAME) $(if $(SOURCE),--source '$(SOURCE)') $(if $(DEPTH),--depth $(DEPTH))
 
 package: $(READY)  ## a Foundry Local package of the artifact, in artifacts/packages; builds the artifact when it is missing
 	@test -e artifacts/$(NAME)/manifest.json || $(MAKE) --no-print-directory optimize

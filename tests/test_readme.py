@@ -34,6 +34,7 @@ SLOW_OR_LASTING = {
     ".venv/bin/qwen-onnx serve artifacts/starter/cpu-int4": "the server fixture runs it",
     "make verify": "the next command does the same",
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4": "test_starter.py, on a copy",
+    ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --depth release": "test_optimize.py, on a tiny model",
     ".venv/bin/qwen-onnx optimize starter --source dithered --output dithered-int4": "test_starter.py",
     ".venv/bin/qwen-onnx compare starter": "test_starter.py, one variant",
     ".venv/bin/qwen-onnx fetch starter --dither 0 --output dithered": "test_starter.py",

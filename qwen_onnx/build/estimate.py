@@ -27,7 +27,7 @@ FILES_BYTES = 25_000  # configs, logs and manifest; the rest of model.onnx
 # file in memory; what a session takes of its weights, prepacked ones included; logits and hidden states of a window
 VERIFIER_BYTES, LATENCY_BYTES, TOKENIZER_COPIES = 300_000_000, 870_000_000, 30
 EXPORT_COPIES, ARTIFACT_COPIES, LATENCY_COPIES = 1.45, 1.4, 1.1
-WINDOW, LOGITS_OF_DRIFT, STATES_OF_DRIFT = 512, 5.1, 22  # the default of verify.records.VerifyOptions.window
+WINDOW, LOGITS_OF_DRIFT, STATES_OF_DRIFT = 512, 5.1, 22  # the longest of verify.records.DEPTHS
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from qwen_onnx.artifact.manifest import (
     SourceRecord,
     build_key,
     cached,
+    open_artifact,
     package_versions,
     publish,
     replace_verdict,
@@ -39,6 +40,7 @@ from qwen_onnx.records import Verdict
 from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
+    from qwen_onnx.verify.records import Depth
     from qwen_onnx.verify.report import Report
 
 LOG_FILE = "build.log"
@@ -55,6 +57,7 @@ class Job:
         cache: downloads and checkpoints.
         verify: measure against PyTorch before publishing.
         wait: wait when another process builds the same artifact.
+        depth: how much of each kind of text is measured; an artifact that was measured less is measured again.
     """
 
     plan: Plan
@@ -64,6 +67,7 @@ class Job:
     verify: bool = True
     wait: bool = True
     force: bool = False
+    depth: Depth = "quick"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,20 @@ def optimize(job: Job) -> Outcome:
     Raises:
         QwenOnnxError: any stage failed; nothing was published.
     """
+    outcome = _built_or_found(job)
+    if outcome.hit and job.verify and job.depth != "quick":
+        from qwen_onnx.verify.report import load_report
+
+        found = outcome.artifact.path
+        if load_report(found).options.depth != job.depth:
+            progress(f"measured less deeply so far: verifying again (depth: {job.depth})")
+            checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
+            report = verify_published(outcome.artifact, checkpoint, job.cache, job.depth)
+            return Outcome(open_artifact(found), hit=True, report=report)
+    return outcome
+
+
+def _built_or_found(job: Job) -> Outcome:
     from qwen_onnx.export.code import exporter_digest
 
     packages = package_versions()
@@ -118,7 +136,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     progress("loading the artifact and generating")
     smoke(folder, tools)
     built = time.monotonic() - begin
-    report = _measured(tools, folder, checkpoint.path, staging) if job.verify else None
+    report = _measured(tools, folder, checkpoint.path, staging, job.depth) if job.verify else None
     if report:
         report.save(folder)
     verdict = report.verdict if report else Verdict.UNVERIFIED
@@ -164,17 +182,19 @@ def build_model(
     return folder, read_back(folder, plan.readback)
 
 
-def _measured(tools: Toolchain, folder: Path, checkpoint: Path, staging: Path) -> Report:
+def _measured(tools: Toolchain, folder: Path, checkpoint: Path, staging: Path, depth: Depth) -> Report:
     """The report of a whole verification, with an fp32 export of the checkpoint below ``staging``."""
+    from qwen_onnx.verify.records import VerifyOptions
+
     progress("exporting the fp32 reference")
-    return tools.verify(folder, checkpoint, tools.export_reference(checkpoint, staging))
+    return tools.verify(folder, checkpoint, tools.export_reference(checkpoint, staging), VerifyOptions.of(depth))
 
 
-def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path) -> Report:
+def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, depth: Depth = "quick") -> Report:
     """Verify an artifact again and publish it with the new report and verdict."""
     with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
         tools = Toolchain.of(artifact.manifest.plan, cache)
-        report = _measured(tools, artifact.path, checkpoint.path, staging)
+        report = _measured(tools, artifact.path, checkpoint.path, staging, depth)
         folder = staging / "artifact"
         shutil.copytree(artifact.path, folder, copy_function=os.link)
         for name in ("report.json", "report.html", "manifest.json"):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qwen_onnx.cli.options import (
     ArtifactPath,
+    Depth,
     Model,
     Precision,
     SourceOption,
@@ -63,6 +64,7 @@ def optimize(
     verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
     wait: bool = typer.Option(True, help="wait while another build of the same artifact runs"),
     force: bool = typer.Option(False, help="rebuild even if the same artifact exists"),
+    depth: Depth = "quick",
 ) -> None:
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.build.optimize import Job
@@ -71,7 +73,7 @@ def optimize(
 
     made = plan_of(model, target, precision)
     where = output or work_root() / "artifacts" / made.name
-    job = Job(made, where.resolve(), cache_here(), source, verify=verify, wait=wait, force=force)
+    job = Job(made, where.resolve(), cache_here(), source, verify=verify, wait=wait, force=force, depth=depth)
     outcome = run(job)
     manifest = outcome.artifact.manifest
     if outcome.hit:
@@ -101,7 +103,7 @@ def _show_report(artifact: Path, verdict: str) -> None:
         )
 
 
-def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
+def verify(artifact: ArtifactPath, source: SourceOption = None, depth: Depth = "quick") -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.build.optimize import verify_published
@@ -115,7 +117,7 @@ def verify(artifact: ArtifactPath, source: SourceOption = None) -> None:
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
         )
-    report = verify_published(opened, checkpoint, cache_here())
+    report = verify_published(opened, checkpoint, cache_here(), depth)
     _show_report(opened.path, report.verdict)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,11 @@ Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
 Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
 SourceOption = Annotated[
     Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
+]
+# not verify.records.Depth, which loads NumPy: a test compares
+Depth = Annotated[
+    Literal["quick", "release"],
+    typer.Option(help="how much text drift is measured on: 6 thousand tokens (quick) or 32 thousand (release)"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of the table")]
 ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]

@@ -138,7 +138,7 @@ def _own(name: str) -> list[Document]:
 
 def conversations() -> list[list[Message]]:
     """The conversations of ``texts/dialogue.txt``: one paragraph each, one line a turn."""
-    found = []
+    found: list[list[Message]] = []
     for paragraph in own_text("dialogue").strip().split("\n\n"):
         turns = (line.partition(": ") for line in paragraph.splitlines())
         found.append([{"role": SPEAKERS[speaker], "content": said} for speaker, _, said in turns])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +24,11 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return Verdict.PASS if found == {Verdict.PASS} else Verdict.INCONCLUSIVE
 
 
+Depth = Literal["quick", "release"]
+# (tokens of a window, windows of each domain): 6 thousand tokens, and 32 thousand where the texts hold them
+DEPTHS: dict[Depth, tuple[int, int]] = {"quick": (384, 2), "release": (512, 8)}
+
+
 class VerifyOptions(Frozen):
     """How much is measured; the defaults take about two minutes for 135 M parameters on two cores.
 
@@ -30,11 +36,12 @@ class VerifyOptions(Frozen):
     Lengths are tokens. ``seed`` fixes the bootstrap, so that the same data gives the same verdict.
     """
 
+    depth: Depth = "quick"
     checks: tuple[str, ...] = ()
     threads: int = Field(default=2, ge=1)
     seed: int = 20261123
-    window: int = Field(default=512, ge=16)
-    windows_per_domain: int = Field(default=3, ge=1)
+    window: int = Field(default=DEPTHS["quick"][0], ge=16)
+    windows_per_domain: int = Field(default=DEPTHS["quick"][1], ge=1)
     block: int = Field(default=64, ge=1)
     resamples: int = Field(default=2000, ge=100)
     decode_tokens: int = Field(default=96, ge=8)
@@ -47,6 +54,12 @@ class VerifyOptions(Frozen):
     segment: int = Field(default=16, ge=1, description="tokens decoded by one engine before the other takes over")
     rounds: int = Field(default=3, ge=1)
     prefill_pairs: int = Field(default=4, ge=0, description="prefills measured beyond those of the rounds")
+
+    @classmethod
+    def of(cls, depth: Depth) -> VerifyOptions:
+        """The options of a depth: how many tokens of each domain the drift is measured on."""
+        window, count = DEPTHS[depth]
+        return cls(depth=depth, window=window, windows_per_domain=count)
 
 
 class Estimate(Frozen):

@@ -67,6 +67,8 @@ class Report(Frozen):
         if self.drift:
             names = ("kld_mean", "kld_p99", "top1", "ppl_ratio")
             line |= {name: getattr(self.drift, name).value for name in names}
+            line["depth"] = self.options.depth
+            line["domains"] = {domain.name: domain.kld_mean.value for domain in self.drift.domains}
         if self.latency:
             line["decode_speedup"] = self.latency.decode_speedup.value
             line["prefill_speedup"] = self.latency.prefill_speedup.value

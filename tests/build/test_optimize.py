@@ -17,6 +17,7 @@ import pytest
 
 from qwen_onnx.artifact.manifest import open_artifact
 from qwen_onnx.artifact.store import build_lock
+from qwen_onnx.verify.report import load_report
 from tests.conftest import edit_int4, edit_yaml, rewrite_json, run_cli
 from tests.fixtures.architectures import make_checkpoint
 from tests.fixtures.qwen1 import make_qwen1_checkpoint
@@ -75,6 +76,25 @@ def test_a_verdict_other_than_pass_publishes_beside_the_target(
     assert leftovers(target.parent) == ["int4.rejected"]
     assert open_artifact(tmp_path / "out/int4.rejected").manifest.verdict == "FAIL"
     assert (tmp_path / "out/int4.rejected/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_deeper_verification_measures_a_built_artifact_again(
+    tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(tiny_build, tmp_path / "int4"))
+    # a random model may fail its limits; what counts here is how much was measured
+    assert run_cli("verify", target, "--source", tiny_checkpoint).returncode in (0, 7)
+    quick = load_report(target)
+    assert quick.drift
+    assert "verifying again" not in optimize(tiny_checkpoint, target).stderr
+    assert "verifying again (depth: release)" in optimize(tiny_checkpoint, target, "--depth", "release").stderr
+    deep = load_report(target)
+    assert deep.drift
+    assert (quick.options.depth, deep.options.depth) == ("quick", "release")
+    assert deep.drift.positions > 4 * quick.drift.positions
+    assert {domain.name for domain in deep.drift.domains} == {domain.name for domain in quick.drift.domains}
+    assert "verifying again" not in optimize(tiny_checkpoint, target, "--depth", "release").stderr
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks.live import LiveServer
 from qwen_onnx.cli.app import app
+from qwen_onnx.verify.records import DEPTHS, VerifyOptions
 from tests.conftest import edit_int4, edit_yaml, run_cli
 
 HELP = {name: command for name, command in typer.main.get_group(app).commands.items() if not command.hidden}
@@ -29,6 +30,16 @@ def test_every_verb_has_help(verb: str) -> None:
     assert done.exit_code == 0
     assert f"qwen-onnx {verb}" in done.stdout
     assert (HELP[verb].help or "").split("\n")[0].split()[0] in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["optimize", "verify"])
+def test_a_depth_is_one_of_those_that_verification_knows(verb: str) -> None:
+    done = CliRunner().invoke(app, [verb, "starter", "--depth", "deep"], prog_name="qwen-onnx")
+    assert done.exit_code == 2
+    assert all(name in done.output for name in DEPTHS)
+    [option] = [parameter for parameter in HELP[verb].params if parameter.name == "depth"]
+    assert list(option.type.choices) == list(DEPTHS)  # type: ignore[attr-defined]
+    assert option.default == VerifyOptions().depth
 
 
 def test_list_shows_whole_names() -> None:

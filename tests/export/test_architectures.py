@@ -11,12 +11,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.genai_builder.mapped_model import UNUSED
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.genai_builder.repairs import ROUTER_WEIGHTS
 from qwen_onnx.export.readback.onnx import compare, read_graph
@@ -159,6 +161,21 @@ def test_every_graph_holds_what_was_asked_for(case: Case) -> None:
     found = compare(facts, Readback.model_validate(ASKED | ({"experts": EXPERTS} if sparse else {})))
     layers = case.model().config.get_text_config().num_hidden_layers
     assert found["experts"] == ([{"accuracy_level": 1, **EXPERTS, "count": layers}] if sparse else [])
+
+
+@pytest.mark.slow
+def test_weights_of_the_language_model_alone_are_enough(tmp_path: Path) -> None:
+    """Qwen-AgentWorld is published so: its config.json announces a vision tower that its files do not hold."""
+    checkpoint = make_checkpoint("Qwen3_5MoeForConditionalGeneration", tmp_path / "checkpoint")
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    weights = load_file(checkpoint / "model.safetensors")
+    text = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
+    assert len(text) < len(weights)
+    save_file(text, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    build(checkpoint, tmp_path / "fp32", FP32)
+    assert_same(tmp_path / "fp32", whole, 1e-3)
+    again = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    assert np.array_equal(torch_logits(again, PROMPT), torch_logits(whole, PROMPT))
 
 
 def rewrite_graph(folder: Path, copy: Path, change: Callable[[Any], None]) -> Path:

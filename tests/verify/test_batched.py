@@ -73,7 +73,7 @@ def mixing(artifact: Path, tmp_path: Path) -> Callable[[int], Path]:
 def test_independent_rows_pass(artifact: Path, checkpoint: Path) -> None:
     found = judged(artifact, checkpoint)
     assert found.verdict is Verdict.PASS
-    assert found.measured["streams"] == 5
+    assert found.measured["streams"] == 8
 
 
 def test_rows_that_mix_when_they_are_long_fail(mixing: Callable[[int], Path], checkpoint: Path) -> None:
