@@ -1,7 +1,7 @@
 # make optimize TARGET=cpu            the starter model: environment, build, proof, report
 # make optimize TARGET=cuda PRECISION=fp16  another target, another precision (qwen-onnx list)
 # make optimize MODEL=qwen3-0.6b      another recipe; SOURCE=path takes local weights
-# make verify DEPTH=release           five times the text
+# make verify DEPTH=release           four times the text
 MODEL  ?= starter
 TARGET ?= cpu
 PRECISION ?=

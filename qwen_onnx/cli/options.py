@@ -20,7 +20,7 @@ SourceOption = Annotated[
 # not verify.records.Depth, which loads NumPy: a test compares
 Depth = Annotated[
     Literal["quick", "release"],
-    typer.Option(help="how much text drift is measured on: 6 thousand tokens (quick) or 32 thousand (release)"),
+    typer.Option(help="how much text drift is measured on: 6 thousand tokens (quick) or up to 32 thousand (release)"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of the table")]
 ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]

@@ -25,7 +25,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 Depth = Literal["quick", "release"]
-# (tokens of a window, windows of each domain): 6 thousand tokens, and 32 thousand where the texts hold them
+# (tokens of a window, windows of each domain): 6 thousand tokens, and up to 32 thousand as far as the texts go
 DEPTHS: dict[Depth, tuple[int, int]] = {"quick": (384, 2), "release": (512, 8)}
 
 
