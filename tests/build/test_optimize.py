@@ -78,7 +78,7 @@ def test_a_verdict_other_than_pass_publishes_beside_the_target(
     assert (tmp_path / "out/int4.rejected/report.html").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_deeper_verification_measures_a_built_artifact_again(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -173,9 +173,9 @@ def test_weights_of_the_language_model_alone_are_enough(tmp_path: Path) -> None:
     assert len(text) < len(weights)
     save_file(text, checkpoint / "model.safetensors", metadata={"format": "pt"})
     build(checkpoint, tmp_path / "fp32", FP32)
-    assert_same(tmp_path / "fp32", whole, 1e-3)
+    assert_same(tmp_path / "fp32", whole, 2e-4)
     again = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    assert np.array_equal(torch_logits(again, PROMPT), torch_logits(whole, PROMPT))
+    assert np.abs(torch_logits(again, PROMPT) - torch_logits(whole, PROMPT)).max() <= 1e-5
 
 
 def rewrite_graph(folder: Path, copy: Path, change: Callable[[Any], None]) -> Path:
