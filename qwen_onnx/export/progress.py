@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 # the parent process shows lines with this prefix
 PROGRESS = "progress: "
@@ -20,10 +21,11 @@ class Steps:
     Args:
         what: what each line begins with.
         total: all steps, those that an earlier run finished included.
+        say: takes each line.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total = what, total
+    def __init__(self, what: str, total: int, say: Callable[[str], None] = progress) -> None:
+        self.what, self.total, self.say = what, total, say
         self.begun, self.done = time.monotonic(), 0
 
     def step(self, number: int) -> None:
@@ -31,7 +33,7 @@ class Steps:
         self.done += 1
         seconds = (time.monotonic() - self.begun) / self.done * (self.total - number)
         left = f", about {duration(seconds)} left" if number < self.total else ""
-        progress(f"{self.what} {number} of {self.total}{left}")
+        self.say(f"{self.what} {number} of {self.total}{left}")
 
 
 def duration(seconds: float) -> str:

@@ -36,7 +36,8 @@ class Skeleton:
 
         self.weights = CheckpointWeights(checkpoint)
         self.scratch = scratch
-        self.config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        # of a model with a vision tower too, the part that reads text
+        self.config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config()
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         self.model.config.use_cache = False
