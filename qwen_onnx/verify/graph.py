@@ -1,0 +1,167 @@
+"""The graph of an artifact as verification needs it: read with its weights mapped, and rewritten in memory.
+
+Nothing of a rewritten graph is saved: weights stay those of the artifact's files.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_onnx.errors import VerificationError
+
+HEADS = ("MatMulNBits", "MatMul")
+QUANTIZED = ("MatMulNBits", "QMoE")
+FLOAT, FLOAT16, INT4 = 1, 10, 22  # onnx.TensorProto.DataType
+TYPES: dict[int, Any] = {FLOAT: np.float32, 2: np.uint8, FLOAT16: np.float16, INT4: np.uint8}
+# these read a few rows of their first input, which is a whole table
+READ_ROWS = ("Gather", "GatherBlockQuantized")
+
+
+def attributes(node: Any) -> dict[str, Any]:
+    """Attributes of a node by name."""
+    import onnx
+
+    return {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+
+
+class Graph:
+    """A graph file and its initialisers, which are mapped when they are asked for.
+
+    Attributes:
+        types: element type (onnx.TensorProto.DataType) of what nodes hand each other, as far as the file says.
+
+    Raises:
+        VerificationError: the file is no graph.
+    """
+
+    def __init__(self, file: Path) -> None:
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        self.file = file
+        try:
+            self.model = onnx.load(str(file), load_external_data=False)
+        except (OSError, DecodeError) as error:
+            raise VerificationError(f"the graph cannot be read: {error}", where=str(file)) from error
+        values = (*self.model.graph.value_info, *self.model.graph.output)
+        self.types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    @property
+    def nodes(self) -> Any:
+        """Of the main graph, in order."""
+        return self.model.graph.node
+
+    @property
+    def half(self) -> bool:
+        """Whether activations, and floats that are stored, are float16; else they are float32."""
+        logits = next(item for item in self.model.graph.output if item.name == "logits")
+        return bool(logits.type.tensor_type.elem_type == FLOAT16)
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """An initialiser as it is stored; of INT4 the bytes, two codes in each.
+
+        Raises:
+            VerificationError: there is none of that name, or its data are not where the graph says.
+        """
+        from onnx import numpy_helper
+
+        found = self._tensors.get(name)
+        if found is None or found.data_type not in TYPES:
+            raise VerificationError(f"{name} is not a constant that can be read", where=str(self.file))
+        dtype, shape = np.dtype(TYPES[found.data_type]), tuple(found.dims)
+        if found.data_type == INT4:
+            shape = (*shape[:-1], shape[-1] // 2)
+        if found.data_location != found.EXTERNAL:
+            plain = np.frombuffer(found.raw_data, dtype) if found.raw_data else numpy_helper.to_array(found)
+            return plain.reshape(shape).copy()
+        told = {item.key: item.value for item in found.external_data}
+        path, offset = self.file.parent / Path(told["location"]).name, int(told.get("offset", 0))
+        length = math.prod(shape) * dtype.itemsize
+        if path.name != told["location"] or not path.is_file() or path.stat().st_size < offset + length:
+            raise VerificationError(f"{name} is not in {told['location']}", where=str(self.file))
+        # copy on write: torch wants memory that it may write to
+        return np.memmap(path, dtype, mode="c", offset=offset, shape=shape)
+
+    def every_position(self) -> None:
+        """Join again what ``prune_lm_head`` cut: logits of all positions, not of the last one.
+
+        Weights and kernels stay those of the artifact; only the Gather and Unsqueeze before the head are passed by.
+        """
+        graph = self.model.graph
+        makers = {name: node for node in graph.node for name in node.output}
+        for node in graph.node:
+            # [batch, tokens, hidden] - Gather(last) - Unsqueeze - head
+            cut = makers.get(node.input[0]) if node.op_type in HEADS and node.input else None
+            last = makers.get(cut.input[0]) if cut is not None and cut.op_type == "Unsqueeze" else None
+            if last is not None and last.op_type == "Gather" and "logits" in node.output:
+                node.input[0] = last.input[0]
+                dim = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape.dim[1]
+                dim.dim_param = "sequence_length"
+
+    def in_float32(self) -> None:
+        """Have every operator compute in float32: accuracy level 1, and no float16 but in stored weights.
+
+        Serving rounds activations to 8 bits (level 4) or to float16; what the graph itself says shows without it.
+        """
+        import onnx
+
+        for node in self.nodes:
+            if node.op_type in QUANTIZED:
+                kept = [item for item in node.attribute if item.name != "accuracy_level"]
+                del node.attribute[:]
+                node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", 1)])
+        if self.half:
+            self._widen()
+
+    def _widen(self) -> None:
+        import onnx
+
+        graph = self.model.graph
+        halves = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT16}
+        for value in (*graph.input, *graph.output):
+            if value.type.tensor_type.elem_type == FLOAT16:
+                value.type.tensor_type.elem_type = FLOAT
+        # what the file says of types in between is no longer true
+        del graph.value_info[:]
+        self.types = {name: FLOAT if kind == FLOAT16 else kind for name, kind in self.types.items()}
+        nodes, widened = [], set()
+        for node in graph.node:
+            _widen_attributes(node)
+            for place, name in enumerate(node.input):
+                if name not in halves:
+                    continue
+                if node.op_type in READ_ROWS and place == 0:
+                    # the rows that were read, not the whole table
+                    output, node.output[0] = node.output[0], f"{node.output[0]}/half"
+                    nodes += [node, onnx.helper.make_node("Cast", [node.output[0]], [output], to=FLOAT)]
+                    break
+                node.input[place] = f"{name}/float"
+                if name not in widened:
+                    widened.add(name)
+                    nodes.append(onnx.helper.make_node("Cast", [name], [f"{name}/float"], to=FLOAT))
+            else:
+                nodes.append(node)
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    def serialized(self) -> bytes:
+        """The graph as it is now; its weights are still in the artifact's files."""
+        found: bytes = self.model.SerializeToString()
+        return found
+
+
+def _widen_attributes(node: Any) -> None:
+    """Casts to float16 and constants of float16 become float32."""
+    from onnx import numpy_helper
+
+    for item in node.attribute:
+        if node.op_type == "Cast" and item.name == "to" and item.i == FLOAT16:
+            item.i = FLOAT
+        elif item.HasField("t") and item.t.data_type == FLOAT16:
+            item.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item.t).astype(np.float32), item.t.name))
