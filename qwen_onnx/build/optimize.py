@@ -183,11 +183,14 @@ def build_model(
 
 
 def _measured(tools: Toolchain, folder: Path, checkpoint: Path, staging: Path, depth: Depth) -> Report:
-    """The report of a whole verification, with an fp32 export of the checkpoint below ``staging``."""
+    """The report of a whole verification, with an fp32 export of the checkpoint below ``staging`` if it needs one."""
     from qwen_onnx.verify.records import VerifyOptions
 
+    options = VerifyOptions.of(depth)
+    if not tools.plan.needs_reference:
+        return tools.verify(folder, checkpoint, None, options)
     progress("exporting the fp32 reference")
-    return tools.verify(folder, checkpoint, tools.export_reference(checkpoint, staging), VerifyOptions.of(depth))
+    return tools.verify(folder, checkpoint, tools.export_reference(checkpoint, staging), options)
 
 
 def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, depth: Depth = "quick") -> Report:

@@ -24,6 +24,7 @@ class Toolchain:
     """The processes that a plan needs on this machine.
 
     Attributes:
+        cache: of downloads and finished steps.
         olive: the Python that Olive runs in; None for the one that runs this.
         companion: the Python of the target's environment, for passes that start processes in it while Olive runs in
             ours.
@@ -33,6 +34,7 @@ class Toolchain:
     """
 
     plan: Plan
+    cache: Path
     olive: Interpreter | None = None
     companion: Interpreter | None = None
     runner: Callable[[Path], Runner] | None = None
@@ -46,11 +48,12 @@ class Toolchain:
             EnvironmentFault: the environment cannot be made.
         """
         if plan.environment is None:
-            return cls(plan)
+            return cls(plan, cache)
         interpreter, name = interpreter_of(plan.environment, cache), plan.environment.name
         simulated = plan.verification is Verification.SIMULATOR
         return cls(
             plan,
+            cache,
             olive=interpreter if plan.environment.olive else None,
             companion=None if plan.environment.olive else interpreter,
             # simulators are far too slow for thousands of positions: what was compiled is judged by the graph it came
@@ -68,7 +71,7 @@ class Toolchain:
         return run_olive(config, checkpoint, work, log, kept, self.olive, self.companion)
 
     def export_reference(self, checkpoint: Path, staging: Path) -> Path:
-        """An fp32 export of the same checkpoint by the same exporter, below ``staging``, for export parity."""
+        """An fp32 export of the same checkpoint by the same exporter, below ``staging``, for graph parity."""
         from qwen_onnx.export.olive import reference_config
 
         config = reference_config(self.plan.olive)
@@ -89,6 +92,7 @@ class Toolchain:
             options=options or VerifyOptions(),
             runner=self.runner,
             simulator=self.simulator,
+            cache=self.cache,
         )
 
 

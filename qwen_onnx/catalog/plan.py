@@ -63,6 +63,13 @@ class Plan(Record):
         return digest_of(self.model_dump(mode="json"))
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether only an fp32 export proves the graph: another engine's, or one whose norms were altered."""
+        if self.verification is Verification.STRUCTURE:
+            return False
+        return self.environment is not None or any(options_of(step).rewrites for step in self.olive["passes"].values())
+
+    @property
     def name(self) -> str:
         """Where the artifact goes below ``artifacts/``: ``<model>/<target>-<precision>``."""
         return f"{self.model}/{self.target}-{self.precision}"

@@ -28,10 +28,13 @@ class PassOptions(Record):
     Attributes:
         implementation: module of the same folder and class of the pass, whose name pipelines use as ``type``.
         architectures: those that it takes, as ``config.json`` names them; None takes all.
+        rewrites: whether it alters norms or biases. Such a graph is not the checkpoint's with rounded matrices, and is
+            proven by an fp32 export beside it.
     """
 
     implementation: ClassVar[str]
     architectures: ClassVar[Collection[str] | None] = None
+    rewrites: ClassVar[bool] = False
 
     @classmethod
     def pass_name(cls) -> str:

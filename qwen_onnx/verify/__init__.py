@@ -16,6 +16,7 @@ from qwen_onnx.verify.checks import CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
 from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
+from qwen_onnx.verify.scratch import scratch_folder
 
 __all__ = ["CheckResult", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]
 
@@ -32,18 +33,22 @@ def verify_artifact(
     options: VerifyOptions = DEFAULT_OPTIONS,
     runner: Callable[[Path], Runner] | None = None,
     simulator: Callable[[Path], Runner] | None = None,
+    cache: Path | None = None,
 ) -> Report:
     """Run every check on ``artifact`` that its verification level promises; the report names the others.
 
     Args:
         artifact: flat folder that the runtime serves.
         checkpoint: Hugging Face folder that the artifact was made from.
-        reference: fp32 ONNX export of the same checkpoint; without it the verdict is at best INCONCLUSIVE.
+        reference: fp32 export of the same checkpoint, which artifacts of other engines than ours need: without it their
+            verdict is at best INCONCLUSIVE.
         limits: what the artifact must reach.
         level: how artifacts of this target are judged here.
         options: how much is measured.
         runner: what runs the two folders; None is ONNX Runtime and onnxruntime-genai.
         simulator: what runs the artifact as the device would, much more slowly.
+        cache: keeps what a killed verification had computed, for the next one of the same checkpoint; None keeps
+            nothing.
 
     Raises:
         VerificationError: a folder is missing, a check has no such name, or the level cannot make it. Checks that
@@ -60,9 +65,10 @@ def verify_artifact(
         if not folder.is_dir():
             raise VerificationError("The folder to verify with does not exist.", where=str(folder))
     started = time.perf_counter()
-    context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator)
-    results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
-    context.release()
+    with scratch_folder(cache, checkpoint) as scratch:
+        context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, scratch)
+        results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
+        context.release()
     verdict = worst(item.verdict for item in results)
     return Report(
         verdict=verdict,

@@ -1,6 +1,6 @@
 """The checkpoint itself: PyTorch in fp32 and the tokenizer that the model was trained with.
 
-The only module that imports torch and transformers, and only inside functions.
+Torch and transformers are imported only inside functions: the child that times the artifact must not hold them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 from qwen_onnx.errors import SourceError, VerificationError
 from qwen_onnx.sources.chat import CheckpointTemplate
 from qwen_onnx.verify.corpus import Message
-from qwen_onnx.verify.scoring import Logits
 
 
 class TorchBaseline:
-    """The checkpoint as a PyTorch model in fp32 on the CPU.
+    """The checkpoint as a PyTorch model in fp32 on the CPU, whole in memory: what speed is compared with.
 
     Raises:
         VerificationError: transformers cannot load the folder.
@@ -36,14 +35,6 @@ class TorchBaseline:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise VerificationError(f"PyTorch cannot load the checkpoint: {error}", where=str(checkpoint)) from error
         self._model = model.eval()
-
-    def logits(self, ids: Sequence[int]) -> Logits:
-        """Logits of shape [tokens, vocabulary] for one sequence."""
-        import torch
-
-        with torch.inference_mode():
-            found: Logits = self._model(torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
-        return found
 
     def generate(self, ids: Sequence[int], count: int) -> Iterator[int]:
         """Greedy continuation of ``count`` tokens through the KV cache, without a stop token."""

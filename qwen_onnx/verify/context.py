@@ -7,19 +7,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import psutil
+
+from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.catalog.schema import Limits, Verification
+from qwen_onnx.errors import VerificationError
+from qwen_onnx.files import folder_bytes
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify import corpus
-from qwen_onnx.verify.baseline import CheckpointTokenizer, TorchBaseline
-from qwen_onnx.verify.drift import DriftStudy, Scorer
+from qwen_onnx.verify.baseline import CheckpointTokenizer
+from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
+from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.parity import decode_positions
 from qwen_onnx.verify.records import Drift, Latency, VerifyOptions
-from qwen_onnx.verify.scoring import Logits, OnnxScorer
+from qwen_onnx.verify.scoring import Logits, OnnxScorer, Positions, compare
+from qwen_onnx.verify.slices import SlicedScorer
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.genai import Engine
     from qwen_onnx.runtime.processing.template import ChatTemplate
     from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
+    from qwen_onnx.verify.answers import Answers
+
+
+# bytes that a verification needs besides the artifact; and what a session holds of its weights, prepacked ones included
+BESIDE, SESSION_COPIES = 2_500_000_000, 1.4
 
 
 class Runner(Protocol):
@@ -49,7 +61,9 @@ class Context:
         options: VerifyOptions,
         runner: Callable[[Path], Runner] | None,
         simulator: Callable[[Path], Runner] | None,
+        scratch: Path,
     ) -> None:
+        self.scratch = scratch
         self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
         self.limits, self.level, self.options = limits, level, options
         self._runner, self.simulator = runner, simulator
@@ -78,17 +92,73 @@ class Context:
         return self._scorer(self.artifact)
 
     def _scorer(self, folder: Path) -> Scorer:
-        return self._runner(folder) if self._runner else OnnxScorer(folder, self.options.threads)
+        if self._runner:
+            return self._runner(folder)
+        return self._session() if folder == self.artifact else OnnxScorer(folder, self.options.threads)
+
+    def _session(self, *, in_float32: bool = False) -> Scorer:
+        """The artifact by ONNX Runtime, in slices if it is larger than the memory."""
+        threads = self.options.threads
+        if self.slice_layers is None:
+            return OnnxScorer(self.artifact, threads, in_float32=in_float32)
+        return SlicedScorer(self._graph(), threads, self.scratch, self.slice_layers, in_float32=in_float32)
+
+    @cached_property
+    def slice_layers(self) -> int | None:
+        """Layers of the artifact that are loaded at once; None for all of them."""
+        if self.options.layers_at_once or self._runner:
+            return self.options.layers_at_once
+        free = psutil.virtual_memory().available
+        share = max(free - BESIDE, free / 2) / (SESSION_COPIES * folder_bytes(self.artifact))
+        layers = GenaiConfig.read(self.artifact, VerificationError).model.decoder.num_hidden_layers
+        return None if share >= 1 or layers is None else max(int(share * layers), 1)
+
+    @cached_property
+    def teacher(self) -> Answers:
+        """The checkpoint in PyTorch fp32, layer by layer."""
+        from qwen_onnx.verify.answers import Answers
+        from qwen_onnx.verify.teacher import Teacher
+
+        return Answers(Teacher(self.checkpoint, self.options.threads), self.scratch)
 
     @cached_property
     def study(self) -> DriftStudy:
-        """The first sample of teacher-forced positions, with those of the reference export."""
-        progress("drift: loading PyTorch fp32")
-        baseline = TorchBaseline(self.checkpoint, self.options.threads)
+        """The first sample of teacher-forced positions, with those of the reference export if there is one."""
         reference = (lambda folder=self.reference: self._scorer(folder)) if self.reference else None
-        study = DriftStudy(baseline, self.scorer, reference, self.pools, self.options)
+        study = DriftStudy(self.teacher, self.scorer, reference, self.pools, self.options)
         study.start()
         return study
+
+    @cached_property
+    def graph(self) -> Graph | None:
+        """The artifact's graph, unless it is another engine's."""
+        return None if self._runner is not None else self._graph()
+
+    def _graph(self) -> Graph:
+        return Graph(self.artifact / GenaiConfig.read(self.artifact, VerificationError).graph_file)
+
+    def graph_positions(self, graph: Graph) -> tuple[Positions, dict[str, float]]:
+        """The graph in fp32 arithmetic against PyTorch with the graph's own dequantised matrices.
+
+        Returns:
+            Positions of the first window of each domain; and for each matrix how far its worst row is from the
+            checkpoint's, see ``matrices.worst_row``.
+        """
+        from qwen_onnx.verify.answers import Answers
+        from qwen_onnx.verify.teacher import student_of
+
+        texts = [pool[0].ids for pool in self.pools.values() if pool]
+        student = student_of(self.checkpoint, graph, self.options.threads)
+        progress(f"graph parity: {len(texts)} windows, PyTorch with the artifact's matrices")
+        answers = Answers(student, self.scratch)
+        answers.prepare(texts)
+        progress("graph parity: the artifact with fp32 activations")
+        exact = self._session(in_float32=True)
+        if isinstance(exact, Prepared):
+            exact.prepare(texts)
+        parts = [compare(answers.logits(ids), exact.logits(ids), ids) for ids in texts]
+        del exact
+        return Positions.join(parts), student.errors()
 
     @cached_property
     def engine(self) -> Engine | Runner:
@@ -100,17 +170,32 @@ class Context:
 
         return self._runner(folder) if self._runner else Engine(folder, threads=self.options.threads, on_cpu=on_cpu)
 
-    def reference_decode(self, prompts: Mapping[str, Sequence[int]]) -> float:
-        """Mean KLD of the fp32 export's decode path to its own prefill, in nats, on the first of ``prompts``."""
-        assert self.reference is not None
+    def exact_decode(self, prompts: Mapping[str, Sequence[int]]) -> float | None:
+        """Mean KLD in nats of decoding through the KV cache to prefill, in fp32 arithmetic, on the first prompt.
+
+        By the artifact with fp32 activations, or by the fp32 export; None when there is neither.
+        """
+        if self.reference is None and self.graph is None:
+            return None
         first = dict(list(prompts.items())[:1])
-        # one after the other: each holds more than the fp32 weights
-        engine = self._engine(self.reference)
+        # one after the other: each holds its own copy of the weights
+        engine = self._engine(self.reference) if self.reference else self._exact_engine()
         decoded = {tuple(ids): engine.forced_logits(ids[:1], ids[1:]) for ids in first.values()}
         del engine
-        scorer = self._scorer(self.reference)
+        scorer = (
+            self._scorer(self.reference)
+            if self.reference
+            else OnnxScorer(self.artifact, self.options.threads, in_float32=True)
+        )
         found = decode_positions(lambda ids: decoded[tuple(ids)], scorer.logits, first)
         return float(found.kld.mean())
+
+    def _exact_engine(self) -> Engine:
+        from qwen_onnx.runtime.engines.genai import Engine
+
+        graph = self._graph()
+        graph.in_float32()
+        return Engine(self.artifact, threads=self.options.threads, on_cpu=True, graph=graph.serialized())
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -128,5 +213,5 @@ class Context:
 
     def release(self) -> None:
         """Drop models and sessions, so that the latency check has the machine to itself."""
-        for name in ("study", "scorer", "engine"):
+        for name in ("study", "scorer", "engine", "teacher"):
             self.__dict__.pop(name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,13 +24,20 @@ class Scorer(Protocol):
     def logits(self, ids: Sequence[int]) -> Logits: ...
 
 
+@runtime_checkable
+class Prepared(Scorer, Protocol):
+    """One that reads weights by and by, and therefore wants to know all texts first."""
+
+    def prepare(self, texts: Sequence[Sequence[int]]) -> None: ...
+
+
 class DriftStudy:
     """Collects statistics window by window; logits are dropped as soon as they are compared.
 
     Args:
         baseline: PyTorch fp32.
         artifact: the quantised model.
-        reference: opens the fp32 export, which is compared on the first window of each domain.
+        reference: opens an fp32 export, which is compared on the first window of each domain.
         pools: all windows of each domain in the order of use.
     """
 
@@ -60,6 +67,10 @@ class DriftStudy:
         self.doubled = True
 
     def _measure(self, start: int, stop: int, reference: Scorer | None) -> None:
+        texts = [window.ids for pool in self.pools.values() for window in take(pool, start, stop)]
+        for scorer in (self._baseline, self._artifact):
+            if isinstance(scorer, Prepared):
+                scorer.prepare(texts)
         for name, pool in self.pools.items():
             chosen = take(pool, start, stop)
             progress(f"drift: {len(chosen)} windows of {name}")

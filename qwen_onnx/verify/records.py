@@ -42,6 +42,7 @@ class VerifyOptions(Frozen):
     seed: int = 20261123
     window: int = Field(default=DEPTHS["quick"][0], ge=16)
     windows_per_domain: int = Field(default=DEPTHS["quick"][1], ge=1)
+    layers_at_once: int | None = Field(default=None, ge=1, description="of the artifact; by default all, if they fit")
     block: int = Field(default=64, ge=1)
     resamples: int = Field(default=2000, ge=100)
     decode_tokens: int = Field(default=96, ge=8)

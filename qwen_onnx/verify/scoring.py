@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import numpy.typing as npt
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.runtime.engines.genai import UNPACK_QDQ
+from qwen_onnx.verify.graph import Graph
 
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
 
-HEADS = ("MatMulNBits", "MatMul")
 STATES = ("past_key_values.", "past.")
 ROWS = 32  # vocabulary rows per step: float64 copies then stay within a few tens of megabytes
 
@@ -85,28 +85,6 @@ def compare(baseline: Logits, candidate: Logits, ids: Sequence[int]) -> Position
     return Positions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def with_every_position(model: Path) -> bytes:
-    """The graph with logits of all positions: what ``prune_lm_head`` cut to the last one is joined again.
-
-    Weights and kernels stay those of the artifact; only the Gather and Unsqueeze before the head are passed by.
-    """
-    import onnx
-
-    loaded = onnx.load(str(model), load_external_data=False)
-    graph = loaded.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
-        # [batch, tokens, hidden] - Gather(last) - Unsqueeze - head
-        cut = makers.get(node.input[0]) if node.op_type in HEADS and node.input else None
-        last = makers.get(cut.input[0]) if cut is not None and cut.op_type == "Unsqueeze" else None
-        if last is not None and last.op_type == "Gather" and "logits" in node.output:
-            node.input[0] = last.input[0]
-            dim = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape.dim[1]
-            dim.dim_param = "sequence_length"
-    serialized: bytes = loaded.SerializeToString()
-    return serialized
-
-
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -115,45 +93,35 @@ _DTYPES: dict[str, Any] = {
 }
 
 
-class OnnxScorer:
-    """A plain ``InferenceSession`` with empty states: one run gives the logits of all positions.
+class Session:
+    """A graph, or a slice of one, that starts every run with empty states.
 
     States are the KV cache and, with linear attention, those of the convolution and of the recurrence.
 
-    Raises:
-        VerificationError: the folder holds no model that ONNX Runtime loads.
+    Args:
+        session: of ONNX Runtime.
+        folder: of the artifact.
+        sizes: of dimensions that have names.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime as ort
+    def __init__(self, session: Any, folder: Path, sizes: dict[str, int]) -> None:
+        self._session, self.folder, self._sizes = session, folder, sizes
 
-        self.folder = folder
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        decoder = GenaiConfig.read(folder, VerificationError).model.decoder
-        try:
-            self._sizes = {"batch_size": 1, "past_sequence_length": 0}
-            if decoder.head_size is not None:
-                self._sizes["kv_cache_dim"] = decoder.head_size
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-            for name, value in UNPACK_QDQ.items():
-                options.add_session_config_entry(name, value)
-            graph = with_every_position(folder / decoder.filename)
-            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except _faults() as error:
-            raise VerificationError(f"The model cannot be loaded: {error}", where=str(folder)) from error
+    def run(
+        self, outputs: Sequence[str], ids: Sequence[int], given: Mapping[str, npt.NDArray[Any]]
+    ) -> list[npt.NDArray[Any]]:
+        """Values of ``outputs`` for one text; ``given`` are inputs that other slices made.
 
-    def logits(self, ids: Sequence[int]) -> Logits:
-        """Logits of shape [tokens, vocabulary] for one sequence."""
+        Raises:
+            VerificationError: it does not run, or wants an input that no Qwen has.
+        """
         try:
-            (found,) = self._session.run(["logits"], self._feeds(np.asarray([ids])))
+            found: list[npt.NDArray[Any]] = self._session.run(list(outputs), self._feeds(np.asarray([ids]), given))
         except _faults() as error:
             raise VerificationError(f"The model does not run: {error}", where=str(self.folder)) from error
-        logits: Logits = found[0].astype(np.float32, copy=False)
-        return logits
+        return found
 
-    def _feeds(self, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    def _feeds(self, ids: npt.NDArray[np.int64], given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         known = {
             "input_ids": ids,
             "attention_mask": np.ones_like(ids),
@@ -161,6 +129,9 @@ class OnnxScorer:
         }
         feeds = {}
         for spec in self._session.get_inputs():
+            if spec.name in given:
+                feeds[spec.name] = given[spec.name]
+                continue
             if spec.name.startswith(STATES):
                 value: npt.NDArray[Any] = np.zeros([self._size(size, spec.name) for size in spec.shape])
             elif spec.name in known:
@@ -180,6 +151,63 @@ class OnnxScorer:
         if size not in self._sizes:
             raise VerificationError(f"The state {name} has an unknown dimension: {size}", where=str(self.folder))
         return self._sizes[size]
+
+
+def open_session(graph: bytes, folder: Path, threads: int, *, folded: bool = True) -> Session:
+    """Load a serialised graph whose weights are in the files of ``folder``.
+
+    Args:
+        threads: within an operator.
+        folded: compute once what follows from weights alone; otherwise in every run, which takes less memory.
+
+    Raises:
+        VerificationError: ONNX Runtime does not load it.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    for name, value in UNPACK_QDQ.items():
+        options.add_session_config_entry(name, value)
+    sizes = {"batch_size": 1, "past_sequence_length": 0}
+    head_size = GenaiConfig.read(folder, VerificationError).model.decoder.head_size
+    if head_size is not None:
+        sizes["kv_cache_dim"] = head_size
+    try:
+        left_out = [] if folded else ["ConstantFolding"]
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out)
+    except _faults() as error:
+        raise VerificationError(f"The model cannot be loaded: {error}", where=str(folder)) from error
+    return Session(session, folder, sizes)
+
+
+class OnnxScorer:
+    """An artifact in a plain ``InferenceSession``: one run gives the logits of all positions.
+
+    Args:
+        folder: of the artifact.
+        threads: within an operator.
+        in_float32: every operator computes in float32, see ``Graph.in_float32``.
+
+    Raises:
+        VerificationError: the folder holds no model that ONNX Runtime loads.
+    """
+
+    def __init__(self, folder: Path, threads: int, *, in_float32: bool = False) -> None:
+        graph = Graph(folder / GenaiConfig.read(folder, VerificationError).graph_file)
+        graph.every_position()
+        if in_float32:
+            graph.in_float32()
+        # folded, all weights would be there in float32 at once
+        self._session = open_session(graph.serialized(), folder, threads, folded=not in_float32)
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Logits of shape [tokens, vocabulary] for one sequence."""
+        (found,) = self._session.run(["logits"], ids, {})
+        logits: Logits = found[0].astype(np.float32, copy=False)
+        return logits
 
 
 def _faults() -> tuple[type[Exception], ...]:

@@ -59,3 +59,17 @@ def test_the_reference_is_made_of_the_steps_that_have_a_form_without_quantisatio
         assert wanted.items() <= step.items()
     if target in ("cpu", "cuda"):
         assert made == steps
+
+
+def test_an_fp32_export_is_needed_where_the_graph_is_not_the_checkpoints_with_rounded_matrices() -> None:
+    for target, needed in (
+        ("cpu", False),
+        ("cuda", False),
+        ("trt-rtx", False),
+        ("npu-qnn", True),
+        ("npu-openvino", True),
+    ):
+        assert make_plan(CATALOG, "starter", target).needs_reference is needed, target
+    plan = make_plan(CATALOG, "starter", "cpu")
+    turned = {"turn": {"type": "RotateResidual"}, **plan.olive["passes"]}
+    assert plan.model_copy(update={"olive": {**plan.olive, "passes": turned}}).needs_reference

@@ -73,12 +73,15 @@ class Engine:
         folder: flat folder with ``genai_config.json`` and ``model.onnx``.
         threads: threads within an operator; None leaves it to onnxruntime.
         on_cpu: run on the CPU whatever provider the artifact was built for.
+        graph: run this serialised graph, whose weights are in the folder, instead of the folder's.
 
     Raises:
         ArtifactError: the folder holds no model that genai loads.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None, on_cpu: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, threads: int | None = None, on_cpu: bool = False, graph: bytes | None = None
+    ) -> None:
         self.shape = Shape.read(folder)
         self.context_length = self.shape.context_length
         self.vocab_size = self.shape.vocab_size
@@ -89,6 +92,8 @@ class Engine:
             if on_cpu:
                 config.clear_providers()
                 session |= UNPACK_QDQ
+            if graph is not None:
+                config.add_model_data(GenaiConfig.read(folder).graph_file, graph)
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = og.Model(config)
         # genai raises bare RuntimeError, and OrtException derived from it, for whatever it cannot load

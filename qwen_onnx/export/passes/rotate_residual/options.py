@@ -16,6 +16,7 @@ class RotateResidualOptions(PassOptions):
 
     implementation: ClassVar = "rotate.RotateResidual"
     architectures: ClassVar = DENSE
+    rewrites: ClassVar = True
 
     seed: int = Field(default=0, description="of the random orthogonal matrix")
 
