@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from qwen_onnx.catalog.costs import Dimensions
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions
+from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.catalog.sizes import dimensions, steps_of, stored
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ FILES_BYTES = 25_000  # configs, logs and manifest; the rest of model.onnx
 VERIFIER_BYTES, LATENCY_BYTES, TOKENIZER_COPIES = 300_000_000, 870_000_000, 30
 EXPORT_COPIES, ARTIFACT_COPIES, LATENCY_COPIES = 1.45, 1.4, 1.1
 WINDOW, LOGITS_OF_DRIFT, STATES_OF_DRIFT = 512, 5.1, 22  # the longest of verify.records.DEPTHS
+# hidden states of eight domains, doubled, at the depth quick: those worked on, those kept, those being kept
+STATES_OF_TEACHER, TOKENS = 3, 2 * 8 * 2 * 384
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
 
     Args:
         source: local checkpoint; its ``config.json`` counts instead of the row's shape.
-        verify: whether the fp32 reference export counts.
+        verify: whether an fp32 export counts, where the graph can only be proven by one.
     """
     found, steps = dimensions(plan, source), steps_of(plan)
     states = stored(found, steps)
@@ -65,9 +68,10 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
     places = list(zip(steps, states, strict=False))
     kept, disk = sum(step.kept(found, before) for step, before in places), _disk(found, steps)
     if verify:
-        # a plan without one is refused when it is verified
-        references = [reference for step in steps if (reference := step.reference())]
-        disk = max(disk, kept + artifact + (_disk(found, references) if references else 0))
+        # a plan that needs one and has none is refused when it is verified
+        references = [reference for step in steps if (reference := step.reference())] if plan.needs_reference else []
+        beside = _disk(found, references) if references else STATES_OF_TEACHER * 4 * TOKENS * found.hidden
+        disk = max(disk, kept + artifact + beside)
     # the last step works beside the target
     working = max((step.scratch(found, before) for step, before in places[:-1] if step.kept(found, before)), default=0)
     return Estimate(
@@ -76,7 +80,7 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
         kept=kept + working,
         disk=disk,
         memory=max(step.memory(found, before) for step, before in places),
-        verification=_verification(found, artifact),
+        verification=_verification(found, artifact, plan),
         exact=found.exact,
     )
 
@@ -95,15 +99,18 @@ def _files(found: Dimensions) -> int:
     return found.tokenizer + GRAPH_BYTES_PER_LAYER * found.layers + FILES_BYTES
 
 
-def _verification(found: Dimensions, artifact: int) -> int:
-    """The larger of drift (PyTorch, fp32 export and artifact read one window) and latency (three processes)."""
-    weights = 4 * found.weights
-    # PyTorch reads float32 weights from the mapped file, but stacks experts
-    loaded = 0 if found.stored == 4 and not found.experts else weights
+def _verification(found: Dimensions, artifact: int, plan: Plan) -> int:
+    """The larger of drift (the teacher's layer, artifact and texts) and latency (three processes, PyTorch whole)."""
     tokenizers = TOKENIZER_COPIES * found.tokenizer
-    window = 4 * WINDOW * (LOGITS_OF_DRIFT * found.vocabulary + STATES_OF_DRIFT * found.widest)
-    drift = VERIFIER_BYTES + loaded + EXPORT_COPIES * weights + ARTIFACT_COPIES * artifact + window
-    return int(tokenizers + max(drift, LATENCY_BYTES + loaded + LATENCY_COPIES * artifact))
+    texts = 4 * WINDOW * (LOGITS_OF_DRIFT * found.vocabulary + STATES_OF_DRIFT * found.widest)
+    drift = int(VERIFIER_BYTES + ARTIFACT_COPIES * artifact + texts)
+    if plan.needs_reference:
+        drift += int(EXPORT_COPIES * 4 * found.weights)
+    if plan.verification is not Verification.RUN:
+        return tokenizers + drift
+    # PyTorch reads float32 weights from the mapped file, but stacks experts
+    loaded = 0 if found.stored == 4 and not found.experts else 4 * found.weights
+    return tokenizers + max(drift, int(LATENCY_BYTES + loaded + LATENCY_COPIES * artifact))
 
 
 MEANINGS = {
