@@ -205,7 +205,7 @@ def staged_manifest(staged: Path, *, plan: Plan, verdict: str, **fields: Any) ->
         "files": files,
         "size_bytes": sum((staged / name).stat().st_size for name in files),
         "python": platform.python_version(),
-        "claim": plan.verification.claim(verdict),
+        "claim": plan.claim(verdict),
     }
     return Manifest.model_validate({"plan": plan, "verdict": verdict, **found, **fields})
 

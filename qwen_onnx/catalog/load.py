@@ -6,8 +6,9 @@ All faults of all files are reported together, each with its file and key.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,12 +58,23 @@ class Catalog:
         families: by file path relative to the root.
         pipelines: by target name.
         environments: by name.
+        own: those of ``families`` that are not of the catalogue: recipes of the user's, or made from a config.json.
     """
 
     root: Path
     families: dict[str, Family]
     pipelines: dict[str, Pipeline]
     environments: dict[str, Environment]
+    own: frozenset[str] = frozenset()
+
+    def with_own(self, place: str, family: Family) -> Catalog:
+        """The same with a family beside it that has no recipe; messages call it ``place``."""
+        return replace(self, families={**self.families, place: family}, own=self.own | {place})
+
+    def is_catalogued(self, model: str) -> bool:
+        """Whether a recipe of the catalogue itself describes ``model``."""
+        families = (family for file, family in self.families.items() if file not in self.own)
+        return any(row.id == model for family in families for row in family.sizes)
 
     @cached_property
     def rows(self) -> dict[str, tuple[Family, Row]]:
@@ -176,14 +188,24 @@ def work_root() -> Path:
     return Path.cwd() if root == PACKAGED else root
 
 
-def load_catalog(root: Path) -> Catalog:
-    """Read and check every recipe and pipeline below ``root``.
+def own_recipes(root: Path, here: Path) -> list[Path]:
+    """The user's own recipes: ``recipes/*.yaml`` below ``here``, unless they are those of the catalogue at ``root``."""
+    folder = here / "recipes"
+    if folder.resolve() == (root / "recipes").resolve():
+        return []
+    return sorted(folder.glob("*.y*ml"))
+
+
+def load_catalog(root: Path, own: Sequence[Path] = ()) -> Catalog:
+    """Read and check every recipe and pipeline below ``root``, and the recipes ``own`` beside them.
 
     Raises:
-        ConfigError: with every fault of every file.
+        ConfigError: with every fault of every file; two rows of one id are a fault that names both files.
     """
     faults: list[str] = []
     recipes, targets = _read_folder(root, "recipes", faults), _read_folder(root, "pipelines", faults)
+    added = {name: data for path in own for name, data in _read_own(path, recipes, faults).items()}
+    recipes |= added
     # a list of builds, not a target: matrix.py reads it
     targets.pop(RELEASE_FILE, None)
     families, by_file = _checked(recipes, Family, faults), _checked(targets, Pipeline, faults)
@@ -211,7 +233,16 @@ def load_catalog(root: Path) -> Catalog:
     if faults:
         faults += further_faults(recipes, targets)
         raise ConfigError(list(dict.fromkeys(faults)), hint="correct these keys; recipes/*.schema.json describes them")
-    return Catalog(root, families, pipelines, environments)
+    return Catalog(root, families, pipelines, environments, frozenset(added))
+
+
+def _read_own(path: Path, known: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """A recipe of the user's by the path that messages show, which is never that of one of the catalogue's."""
+    if not path.is_file():
+        faults.append(f"{path}: there is no such file")
+        return {}
+    name = os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+    return read_yaml(path, f"./{name}" if name in known else name, faults)
 
 
 def _by_name(files: dict[str, R], key: str, faults: list[str]) -> dict[str, R]:

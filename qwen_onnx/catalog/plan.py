@@ -6,9 +6,9 @@ each (model, target, precision), so that an edit shows which sizes it moved.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from qwen_onnx.catalog.faults import describe, find, step_faults
 from qwen_onnx.catalog.load import Catalog
@@ -17,6 +17,8 @@ from qwen_onnx.catalog.schema import (
     About,
     Build,
     Family,
+    FolderSource,
+    HubSource,
     Limits,
     Pipeline,
     Precision,
@@ -30,6 +32,11 @@ from qwen_onnx.catalog.schema import (
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import Record, digest_of
+
+# what every record of a model says that no recipe of ours describes
+UNCATALOGUED = "the model is not in the catalogue"
+# fields that only some plans have: the digests of all others stay what they were
+UNUSUAL = {"catalogued": True, "quantization": None, "rope": None}
 
 
 class Plan(Record):
@@ -51,11 +58,20 @@ class Plan(Record):
     environment: Environment | None
     shape: Shape
     sources: tuple[Source, ...]
+    # false: a recipe of the user's own, or a row that was made from the checkpoint's config.json
+    catalogued: bool = True
+    quantization: Literal["fp8"] | None = None
+    rope: Literal["yarn"] | None = None
     olive: dict[str, Any]
     readback: Readback
     limits: Limits
     # a language more on a card is not another artifact: neither in the JSON nor in the digest
     about: About | None = Field(default=None, exclude=True)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = serialize(self)
+        return {name: value for name, value in found.items() if name not in UNUSUAL or value != UNUSUAL[name]}
 
     @property
     def digest(self) -> str:
@@ -73,6 +89,21 @@ class Plan(Record):
     def name(self) -> str:
         """Where the artifact goes below ``artifacts/``: ``<model>/<target>-<precision>``."""
         return f"{self.model}/{self.target}-{self.precision}"
+
+    @property
+    def asked(self) -> str:
+        """What the command line takes for this model: its id, a hub's repository at a commit, or its folder."""
+        source = self.sources[0]
+        if self.catalogued or not isinstance(source, HubSource | FolderSource):
+            return self.model
+        if isinstance(source, FolderSource):
+            return f"./{source.name}"
+        hub = "" if source.kind == "huggingface" else f"{source.kind}:"
+        return f"{hub}{source.repo}" + (f"@{source.revision}" if source.revision else "")
+
+    def claim(self, verdict: str) -> str:
+        """What a report or manifest may say of an artifact with ``verdict``."""
+        return self.verification.claim(verdict) + ("" if self.catalogued else f"; {UNCATALOGUED}")
 
 
 def make_plan(catalog: Catalog, model: str, target: str, precision: str | None = None) -> Plan:
@@ -170,6 +201,9 @@ def _compose(
         environment=catalog.environments[pipeline.environment] if pipeline.environment else None,
         shape=row.shape,
         sources=row.sources,
+        catalogued=file not in catalog.own,
+        quantization=row.quantization,
+        rope=row.rope,
         olive=_olive_config(steps, pipeline),
         readback=Readback.model_validate(layers["readback"]),
         limits=Limits.model_validate(layers["limits"]),

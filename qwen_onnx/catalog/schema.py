@@ -224,7 +224,14 @@ class WheelSource(Record):
     sha256: Sha256
 
 
-Source = Annotated[HubSource | WheelSource, Field(discriminator="kind")]
+class FolderSource(Record):
+    """A checkpoint folder of this machine: its name, and never its path; the command line says where it is."""
+
+    kind: Literal["folder"]
+    name: str = Field(min_length=1, max_length=255)
+
+
+Source = Annotated[HubSource | WheelSource | FolderSource, Field(discriminator="kind")]
 
 
 class Override(Record):
@@ -293,6 +300,12 @@ class Row(Record):
     released: str | None = Field(default=None, pattern=r"^20\d\d-\d\d$")
     shape: Shape = Shape()
     sources: tuple[Source, ...] = Field(min_length=1)
+    quantization: Literal["fp8"] | None = Field(
+        default=None, description="how the checkpoint stores its weights, which are dequantised before anything else"
+    )
+    rope: Literal["yarn"] | None = Field(
+        default=None, description="scaling of positions in the checkpoint's config, by which it has this context"
+    )
     planned: str | None = Field(default=None, min_length=10, description="why this size cannot be exported yet")
     read_in: dict[str, str] = Field(default_factory=dict, description="where each fact was read; default: the rest")
     targets: dict[Name, Override] = Field(default_factory=dict)

@@ -64,6 +64,7 @@ def listing(rows: Iterable[Row], catalog: Catalog) -> dict[str, Any]:
             **row.model_dump(mode="json", include=facts),
             "extended_context": row.extended_context and row.extended_context.tokens,
             "planned": row.planned,
+            "catalogued": catalog.is_catalogued(row.id),
             "targets": {} if row.planned else {t: catalog.precisions_of(row, t) for t in catalog.targets_of(row)},
         }
         for row in rows

@@ -84,8 +84,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
             head_dim=text.get("head_dim"),
             vocab_size=text["vocab_size"],
             tied=config.get("tie_word_embeddings", False),
-            # a dense model may say that it has none
-            experts=text.get("num_experts") or None,
+            # a dense model may say that it has none; transformers 5 writes Qwen3-MoE's under another name
+            experts=text.get("num_experts") or text.get("num_local_experts") or None,
             moe_intermediate_size=text.get("moe_intermediate_size") or None,
             shared_expert_intermediate_size=text.get("shared_expert_intermediate_size") or None,
         )
