@@ -10,7 +10,9 @@ from qwen_onnx import bounded
 from qwen_onnx.bounded import MOST_VALUES
 from qwen_onnx.catalog.architectures import ARCHITECTURES
 from qwen_onnx.errors import SourceError, UnsupportedModelError
+from qwen_onnx.records import REPOSITORY
 from qwen_onnx.sources.plain import require_plain
+from qwen_onnx.sources.quantized import quantization_of
 
 if TYPE_CHECKING:
     from qwen_onnx.catalog.schema import Shape
@@ -55,11 +57,21 @@ MOST = {
     "linear_value_head_dim": 1 << 13,
     "vocab_size": 1 << 21,
     "num_experts": 1 << 13,
+    "num_local_experts": 1 << 13,
     "num_experts_per_tok": 1 << 10,
+    "decoder_sparse_step": 1024,
+    "full_attention_interval": 1024,
+    "linear_conv_kernel_dim": 1 << 10,
     "max_position_embeddings": 1 << 26,
     "seq_length": 1 << 26,
 }
-MAY_BE_ZERO = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
+MAY_BE_ZERO = {
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+}
 EMBEDDINGS = ("embed_tokens.weight", "transformer.wte.weight")
 
 # names in config.json of what a recipe's shape says
@@ -75,19 +87,31 @@ CONFIG_KEYS = {
 }
 
 
-def check_checkpoint(folder: Path, architecture: str, shape: Shape) -> None:
+def check_checkpoint(
+    folder: Path, architecture: str, shape: Shape, quantization: str | None = None, rope: str | None = None
+) -> None:
     """Config, architecture, sizes, tokenizer, every shard whole, every weight finite; nothing of it is run.
 
+    Args:
+        quantization: how its weights are stored, as the recipe says.
+        rope: how its positions are scaled, as the recipe says.
+
     Raises:
-        UnsupportedModelError: another architecture or other sizes than the recipe's, code of its own, no tokenizer,
-            NaN or infinite weights.
+        UnsupportedModelError: another architecture, other sizes or otherwise stored than the recipe says, code of its
+            own, no tokenizer, NaN or infinite weights.
         SourceError: a file is missing, truncated, not readable or not a plain file.
     """
     require_plain(folder)
     config = read_json(folder / "config.json")
     check_config(config, architecture, str(folder / "config.json"))
     _require_no_code(folder, architecture)
-    faults = contradictions(config, shape)
+    if quantization_of(config, str(folder / "config.json")) != quantization:
+        raise UnsupportedModelError(
+            f"its weights are {'not ' if quantization else ''}quantised, the recipe says otherwise",
+            where=str(folder / "config.json"),
+            hint=f"a model of its own: qwen-onnx optimize ./{folder.name}",
+        )
+    faults = contradictions(config, shape, rope)
     if faults:
         raise UnsupportedModelError(
             f"the checkpoint contradicts its recipe: {'; '.join(faults)}",
@@ -149,6 +173,10 @@ def _config_faults(config: dict[str, Any], architecture: str) -> list[str]:
         for name in ("rope_parameters", "rope_scaling")
         if not isinstance(settings.get(name), dict | None)
     ]
+    for name, kind in (("layer_types", str), ("mlp_only_layers", int)):
+        value = settings.get(name)
+        if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+            faults.append(f"{name} is not a list of {'names' if kind is str else 'numbers'}")
     for name in ("rms_norm_eps", "layer_norm_epsilon"):
         if name in settings and not (isinstance(settings[name], int | float) and 0 <= settings[name] < 1):
             faults.append(f"{name} is {str(settings[name])[:40]}, not a number from 0 to 1")
@@ -162,8 +190,10 @@ def _require_no_code(folder: Path, architecture: str) -> None:
     """Qwen 1.0 names code of its own: it is converted from its weights, and its config never reaches transformers."""
     if architecture in CONVERTED:
         return
-    if (folder / "adapter_config.json").exists():
-        raise UnsupportedModelError("an adapter is not a checkpoint", where=str(folder), hint="merge it into its model")
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        text = bounded.read_bytes(adapter.resolve(), most_bytes=LARGEST_JSON, error=SourceError)
+        raise adapter_fault(str(folder), text.decode("utf-8", errors="replace"))
     for path in sorted(folder.glob("*config.json")):
         found = sorted(CODE_KEYS & _keys_of(read_json(path)))
         if found:
@@ -174,6 +204,21 @@ def _require_no_code(folder: Path, architecture: str) -> None:
             )
 
 
+def adapter_fault(where: str, text: str) -> UnsupportedModelError:
+    """The error for an adapter in place of a model; one name is taken from ``text``, its adapter_config.json."""
+    named = re.search(rf'"base_model_name_or_path"\s*:\s*"({REPOSITORY})"', text)
+    base = named[1] if named else "BASE"
+    adapter = where if re.fullmatch(r"[\w./~-]+", where) else "ADAPTER"
+    return UnsupportedModelError(
+        f"an adapter is not a checkpoint{f': it belongs to {base}' if named else ''}",
+        where=where,
+        hint='merge it into its model first: python -c "from peft import AutoPeftModelForCausalLM as M; '
+        "from transformers import AutoTokenizer as T; "
+        f"M.from_pretrained('{adapter}').merge_and_unload().save_pretrained('merged'); "
+        f"T.from_pretrained('{base}').save_pretrained('merged')\"; then: qwen-onnx optimize ./merged",
+    )
+
+
 def _keys_of(value: Any) -> set[str]:
     """Keys of an object at every level."""
     if isinstance(value, dict):
@@ -181,7 +226,7 @@ def _keys_of(value: Any) -> set[str]:
     return set().union(*map(_keys_of, value)) if isinstance(value, list) else set()
 
 
-def contradictions(config: dict[str, Any], shape: Shape) -> list[str]:
+def contradictions(config: dict[str, Any], shape: Shape, rope: str | None = None) -> list[str]:
     """What ``config.json`` says otherwise than the recipe; facts that either side lacks are not compared."""
     settings = config.get("text_config") or config
     known = {name: value for name, value in shape.model_dump().items() if value is not None and name in CONFIG_KEYS}
@@ -190,11 +235,18 @@ def contradictions(config: dict[str, Any], shape: Shape) -> list[str]:
         for name, value in known.items()
         if settings.get(CONFIG_KEYS[name], value) != value
     ]
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if known and kind != "default":
-        faults.append(f"rope scaling is {kind}, the recipe is for the native context")
+    kind = rope_type(settings)
+    if known and kind != (rope or "default"):
+        faults.append(f"rope scaling is {kind}, the recipe is for {rope or 'the native context'}")
     return faults
+
+
+def rope_type(settings: dict[str, Any]) -> str:
+    """How positions are scaled: ``default`` is not at all. ``settings`` went through ``check_config``."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")[:40]
+    # sections of positions for images, which text does not have
+    return "default" if kind == "mrope" else kind
 
 
 def read_json(path: Path, most_bytes: int = LARGEST_JSON, most_values: int = MOST_VALUES) -> dict[str, Any]:
@@ -256,7 +308,8 @@ def _check_shard(shard: Path, embedding: tuple[int, int]) -> None:
                         where=f"{shard.name}: {name}",
                         hint="use the model's own config.json",
                     )
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                # eight bits have no test for it, and no infinity: they are looked at when they are dequantised
+                if tensor.dtype.itemsize > 1 and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise UnsupportedModelError(
                         "weights hold NaN or infinity", where=f"{shard.name}: {name}", hint="use a sound checkpoint"
                     )

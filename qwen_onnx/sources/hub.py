@@ -6,6 +6,7 @@ The endpoints can be moved with ``HF_ENDPOINT`` and ``MODELSCOPE_ENDPOINT``, as 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,9 +22,11 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from qwen_onnx.artifact.store import build_lock
 from qwen_onnx.bounded import read_json
+from qwen_onnx.catalog.reference import HubName
 from qwen_onnx.catalog.schema import HubSource
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError
 from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums
+from qwen_onnx.records import COMMIT
 from qwen_onnx.sources.remote import CHECKPOINT_FAULTS as FAULTS
 from qwen_onnx.sources.remote import Faults, RemoteFile, require_safe
 from qwen_onnx.sources.transfer import Progress, Transfer
@@ -42,6 +45,12 @@ Bytes = Annotated[int, Field(ge=0, strict=True)]
 
 class _Large(BaseModel):
     oid: str
+
+
+class _HuggingFaceState(BaseModel):
+    """An answer of /api/models/{repo}/revision/{revision}."""
+
+    sha: str = Field(pattern=f"^{COMMIT}$")
 
 
 class _HuggingFaceFile(BaseModel):
@@ -72,6 +81,7 @@ class _ModelScopeAnswer(BaseModel):
 
 
 HUGGINGFACE_LISTING = TypeAdapter(list[_HuggingFaceFile])
+HUGGINGFACE_STATE = TypeAdapter(_HuggingFaceState)
 MODELSCOPE_LISTING = TypeAdapter(_ModelScopeAnswer)
 
 
@@ -165,7 +175,7 @@ class HubReader:
     The token goes to the hub's own host and is dropped on the way to another.
     """
 
-    def __init__(self, source: HubSource) -> None:
+    def __init__(self, source: HubSource | HubName) -> None:
         self._source, self._base = source, endpoint_of(source.kind)
         self.where = f"{source.repo}@{source.revision}"
         self._client, self._ranges = make_client(FAULTS, self._base), Ranges(FAULTS)
@@ -179,6 +189,32 @@ class HubReader:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
+    def commit(self) -> str:
+        """The commit that the revision is now, as Hugging Face's hub says; of ModelScope none can be asked for."""
+        revision = quote(self._source.revision or "", safe="")
+        url = f"{self._base}/api/models/{self._source.repo}/revision/{revision}"
+        found: str = self._answer(url, HUGGINGFACE_STATE).sha
+        return found
+
+    def files(self) -> list[RemoteFile]:
+        """Every file at the top of the repository, as it is announced; nothing of it is to be believed yet."""
+        return list(self._huggingface() if self._source.kind == "huggingface" else self._modelscope())
+
+    def small(self, file: RemoteFile, most_bytes: int) -> bytes:
+        """The bytes of a small file.
+
+        Raises:
+            SourceError: it cannot be had, or is larger than ``most_bytes``.
+            ChecksumError: it is not what the hub announced.
+        """
+        with self._answered(file.place, {}) as response:
+            body = bounded(response, min(most_bytes, file.size), file.name, FAULTS)
+        blob = hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
+        known = [(file.sha256, hashlib.sha256(body).hexdigest()), (file.git_blob, blob)]
+        if not any(wanted for wanted, _ in known) or any(wanted not in (None, found) for wanted, found in known):
+            raise ChecksumError(f"{file.name} is not what the hub announced", where=self.where, hint="try again")
+        return body
+
     def listing(self) -> list[RemoteFile]:
         """The files of a checkpoint that a build needs.
 
@@ -187,8 +223,7 @@ class HubReader:
                 without weights.
             ChecksumError: a file without a digest.
         """
-        found = self._huggingface() if self._source.kind == "huggingface" else self._modelscope()
-        kept = [file for file in found if any(fnmatch(file.name, pattern) for pattern in (*WANTED, *WANTED_TOO))]
+        kept = [file for file in self.files() if any(fnmatch(file.name, pattern) for pattern in (*WANTED, *WANTED_TOO))]
         require_safe(kept, self.where, FAULTS, bare=True)
         if not any(file.name.endswith(".safetensors") for file in kept):
             raise SourceError(f"{self.where} holds no safetensors", hint="choose another source")
@@ -256,8 +291,28 @@ class HubReader:
         status = response.status_code
         if status in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT, *others):
             return
-        causes = {401: "needs a token (HF_TOKEN)", 403: "access denied", 404: "no such repository or revision"}
-        raise SourceError(
+        raise self._refusal(status, response.headers.get("X-Error-Code", ""))
+
+    def _refusal(self, status: int, code: str) -> SourceError:
+        """Why the hub does not answer; ``code`` is Hugging Face's own word for it."""
+        repo, page = self._source.repo, f"{self._base}/{self._source.repo}"
+        if code == "GatedRepo":
+            return SourceError(
+                f"{self.where}: access denied: the repository is gated",
+                where=page,
+                hint=f"accept its terms at {page}, then: export HF_TOKEN=… (a token of that account)",
+            )
+        if code == "RepoNotFound" or (status == httpx.codes.NOT_FOUND and not code):
+            hint = "check its spelling" + ("; for a private one: export HF_TOKEN=…" if code else "")
+            return SourceError(f"{self.where}: no such repository or revision", where=page, hint=hint)
+        if code == "RevisionNotFound":
+            return SourceError(
+                f"{self.where}: no such repository or revision: {repo} has none of that name",
+                where=page,
+                hint="give a branch, a tag or a commit that its page lists",
+            )
+        causes = {401: "needs a token (HF_TOKEN)", 403: "access denied"}
+        return SourceError(
             f"{self.where}: {causes.get(status, f'the hub answered {status}')}",
             hint="go online, or give a local folder: SOURCE=path/to/checkpoint",
         )

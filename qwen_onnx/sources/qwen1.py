@@ -115,7 +115,6 @@ def qwen2_settings(config: dict[str, Any]) -> dict[str, Any]:
         "no_bias": (config.get("no_bias", True), True),
         "kv_channels": (config.get("kv_channels", config["hidden_size"] // heads) * heads, config["hidden_size"]),
         "scale_attn_weights": (config.get("scale_attn_weights", True), True),
-        "quantization_config": (config.get("quantization_config"), None),
     }
     wrong = [name for name, (found, wanted) in asked.items() if found != wanted]
     if wrong:

@@ -142,7 +142,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], type[QwenOnnxError], str]] = {
     "quantised": (
         lambda f: rewrite_json(f / "config.json", quantization_config={"bits": 4}),
         UnsupportedModelError,
-        "quantization_config",
+        "already quantised",
     ),
     "other sizes": (lambda f: rewrite_json(f / "config.json", hidden_size=128), UnsupportedModelError, "hidden_size"),
     "unknown tensor": (add_tensor, UnsupportedModelError, "no Qwen 1.0 has a tensor transformer.h.0.mlp.w3.weight"),
