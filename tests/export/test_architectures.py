@@ -270,3 +270,25 @@ def test_the_stock_builder_does_not_know_these(case: Case, tmp_path: Path) -> No
     common = ("", str(case.checkpoint), str(tmp_path / "out"), "fp32", "cpu", str(tmp_path / "cache"))
     with pytest.raises(NotImplementedError, match="not currently supported"):
         builder.create_model(*common, **builder.parse_extra_options(*common, []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"factor": 4.0},
+        {"factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.2},
+        {"factor": 2.0, "truncate": False},
+    ],
+)
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])
+def test_yarn_is_that_of_pytorch(architecture: str, scaling: dict[str, Any], tmp_path: Path) -> None:
+    """Of genai's own the first fails with an assertion, and the second differs in the first digit."""
+    checkpoint = make_checkpoint(architecture, tmp_path / "checkpoint")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False).eval()
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 256, **scaling}
+    rewrite_json(checkpoint / "config.json", rope_parameters=rope)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False).eval()
+    assert np.abs(torch_logits(model, PROMPT) - torch_logits(plain, PROMPT)).max() > 0.01, "it changes something"
+    build(checkpoint, tmp_path / "fp32", FP32)
+    assert_same(tmp_path / "fp32", model, 2e-4)

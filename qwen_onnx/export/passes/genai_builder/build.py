@@ -60,6 +60,7 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderOptions, kept
     """
     from onnxruntime_genai.models import builder
 
+    from qwen_onnx.export.architectures.positions import frequencies_of_transformers
     from qwen_onnx.export.architectures.registry import architecture_of, installed, present
 
     architecture = architecture_of(checkpoint)
@@ -72,7 +73,7 @@ def build(checkpoint: Path, output: Path, config: GenAIModelBuilderOptions, kept
     present(parsed, architecture)
     settings = read_json(checkpoint / "config.json")
     identity = digest_of([config.model_dump(mode="json"), settings, CheckpointWeights(checkpoint).fingerprint()])
-    with installed(architecture), weights_in_files(output, identity, kept):
+    with installed(architecture), frequencies_of_transformers(), weights_in_files(output, identity, kept):
         builder.create_model(*common, **parsed)
     repair(output / MODEL_FILE, config.accuracy_level)
     if config.execution_provider == "NvTensorRtRtx":
