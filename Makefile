@@ -1,6 +1,7 @@
 # make optimize TARGET=cpu            the starter model: environment, build, proof, report
 # make optimize TARGET=cuda PRECISION=fp16  another target, another precision (qwen-onnx list)
 # make optimize MODEL=qwen3-0.6b      another recipe; SOURCE=path takes local weights
+# make optimize MODEL=./my-finetune   a checkpoint without a recipe; or MODEL=ORG/NAME[@REVISION], modelscope:ORG/NAME
 # make verify DEPTH=release           four times the text
 MODEL  ?= starter
 TARGET ?= cpu
@@ -13,7 +14,11 @@ ONLY   ?=
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-NAME   := $(MODEL)/$(TARGET)-$(or $(PRECISION),int4)
+# what has a slash is no recipe's id: qwen-onnx knows by which name its artifact is kept, and is asked only then
+KEPT    = $(shell $(BIN)/qwen-onnx where '$(MODEL)' --target '$(TARGET)' $(if $(PRECISION),--precision '$(PRECISION)'))
+PLACE   = $(if $(findstring /,$(MODEL)),$(or $(KEPT),$(error MODEL=$(MODEL): see above)),artifacts/$(MODEL)/$(TARGET)-$(or $(PRECISION),int4))
+# a model that is a folder says itself where its weights are
+FOLDER  = $(if $(wildcard $(MODEL)/config.json),$(MODEL))
 READY  := $(VENV)/.ready
 
 # where it is set, every process would compile torch and transformers again, for seconds each
@@ -36,26 +41,26 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
-	@$(BIN)/qwen-onnx optimize $(MODEL) --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(DEPTH),--depth $(DEPTH))
+	@$(BIN)/qwen-onnx optimize '$(MODEL)' --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(DEPTH),--depth $(DEPTH))
 
 verify: $(READY)  ## measure the artifact against PyTorch again
-	@$(BIN)/qwen-onnx verify artifacts/$(NAME) $(if $(SOURCE),--source '$(SOURCE)') $(if $(DEPTH),--depth $(DEPTH))
+	@$(BIN)/qwen-onnx verify '$(PLACE)' $(if $(or $(SOURCE),$(FOLDER)),--source '$(or $(SOURCE),$(FOLDER))') $(if $(DEPTH),--depth $(DEPTH))
 
 package: $(READY)  ## a Foundry Local package of the artifact, in artifacts/packages; builds the artifact when it is missing
-	@test -e artifacts/$(NAME)/manifest.json || $(MAKE) --no-print-directory optimize
-	@$(BIN)/qwen-onnx package artifacts/$(NAME)
+	@test -e '$(PLACE)/manifest.json' || $(MAKE) --no-print-directory optimize
+	@$(BIN)/qwen-onnx package '$(PLACE)'
 
 foundry-check: package  ## that package in Foundry Local itself: register, load, chat, serve, unregister, offline
-	@$(BIN)/qwen-onnx foundry-check "$$(ls -td artifacts/packages/$(MODEL)-* | head -1)"
+	@$(BIN)/qwen-onnx foundry-check "$$(ls -td artifacts/packages/"$$(basename "$$(dirname '$(PLACE)')")"-* | head -1)"
 
 release: $(READY)  ## every job of pipelines/release.yaml (or MATRIX=file; ONLY=job), proven and packaged, in artifacts/release
 	@$(BIN)/qwen-onnx release $(if $(MATRIX),'$(MATRIX)') $(if $(ONLY),--only '$(ONLY)') $(if $(OUTPUT),--output '$(OUTPUT)')
 
 serve: $(READY)  ## OpenAI-compatible server on port 8000
-	@$(BIN)/qwen-onnx serve artifacts/$(NAME)
+	@$(BIN)/qwen-onnx serve '$(PLACE)'
 
 chat: $(READY)  ## chat in the terminal
-	@$(BIN)/qwen-onnx chat artifacts/$(NAME)
+	@$(BIN)/qwen-onnx chat '$(PLACE)'
 
 plans: $(READY)  ## check all recipes, write plans.lock, golden plans and schemas
 	@$(BIN)/qwen-onnx plans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -67,3 +68,17 @@ def test_away_from_a_checkout_it_plans_the_same_and_works_in_the_folder_one_is_i
     refused = run(unpacked, tmp_path, "optimize", "starter", "--source", "nothing")
     assert refused.returncode == 4, refused.stderr
     assert not list(unpacked.rglob("artifacts"))
+
+
+def test_recipes_of_the_working_directory_add_to_those_inside(unpacked: Path, repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    text = (repository / "recipes/starter.yaml").read_text()
+    own = tmp_path / "recipes/mine.yaml"
+    own.write_text(text.replace("family: starter", "family: mine").replace("id: starter", "id: mine"))
+    plan = run(unpacked, tmp_path, "plan", "mine", "--full")
+    assert json.loads(plan.stdout)["catalogued"] is False, plan.stderr
+    assert run(unpacked, tmp_path, "plan", "starter").returncode == 0
+    own.write_text(text)
+    clash = run(unpacked, tmp_path, "plan", "starter")
+    assert clash.returncode == 2
+    assert "recipes/mine.yaml: sizes.starter: id already used in recipes/starter.yaml" in clash.stderr

@@ -33,11 +33,11 @@ class Finding:
     fix: str = ""
 
 
-def examine(plan: Plan, root: Path) -> list[Finding]:
-    """Check Python, the extras' packages, memory and disk for ``plan``."""
+def examine(plan: Plan, root: Path, source: Path | None = None) -> list[Finding]:
+    """Check Python, the extras' packages, memory and disk for ``plan``, whose checkpoint may be in ``source``."""
     findings = [_python(), *(_extra(extra) for extra in EXTRAS)]
     memory = psutil.virtual_memory().available
-    needs = estimate(plan, checkpoint_at_hand(plan, cache_root(root), None))
+    needs = estimate(plan, checkpoint_at_hand(plan, cache_root(root), source))
     needed = max(needs.memory, needs.verification)
     findings.append(_amount(f"memory for {plan.model}", memory, needed, "close programs, or build on another machine"))
     disk = shutil.disk_usage(root).free

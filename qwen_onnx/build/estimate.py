@@ -39,7 +39,7 @@ class Estimate:
 
     Attributes:
         artifact: the artifact's folder.
-        download: the checkpoint, when it is not there.
+        download: the checkpoint, when it is not there, and its copy in bfloat16 when it is FP8.
         kept: peak below the cache besides the checkpoint, where finished steps are kept.
         disk: peak of all besides the checkpoint; of what is beside the target no more.
         memory: peak of anonymous memory of the process that builds; ``verification``: of verifying.
@@ -74,9 +74,11 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
         disk = max(disk, kept + artifact + beside)
     # the last step works beside the target
     working = max((step.scratch(found, before) for step, before in places[:-1] if step.kept(found, before)), default=0)
+    number = 1 if plan.quantization else found.stored
+    fetched = 0 if source and source.is_dir() else found.weights * number + found.tokenizer
     return Estimate(
         artifact=artifact,
-        download=0 if source and source.is_dir() else found.weights * found.stored + found.tokenizer,
+        download=fetched + (found.weights * found.stored if plan.quantization else 0),
         kept=kept + working,
         disk=disk,
         memory=max(step.memory(found, before) for step, before in places),

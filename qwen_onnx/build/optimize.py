@@ -186,11 +186,13 @@ def _measured(tools: Toolchain, folder: Path, checkpoint: Path, staging: Path, d
     """The report of a whole verification, with an fp32 export of the checkpoint below ``staging`` if it needs one."""
     from qwen_onnx.verify.records import VerifyOptions
 
-    options = VerifyOptions.of(depth)
-    if not tools.plan.needs_reference:
-        return tools.verify(folder, checkpoint, None, options)
-    progress("exporting the fp32 reference")
-    return tools.verify(folder, checkpoint, tools.export_reference(checkpoint, staging), options)
+    reference = None
+    if tools.plan.needs_reference:
+        progress("exporting the fp32 reference")
+        reference = tools.export_reference(checkpoint, staging)
+    report = tools.verify(folder, checkpoint, reference, VerifyOptions.of(depth))
+    # where the row came from is not the verification's business, but it belongs to the claim
+    return report.model_copy(update={"claim": tools.plan.claim(report.verdict)})
 
 
 def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, depth: Depth = "quick") -> Report:
@@ -266,7 +268,7 @@ def require_room(job: Job) -> None:
     if faults:
         raise EnvironmentFault(
             f"building {job.plan.model} needs about " + "; and ".join(faults),
-            where=f"qwen-onnx plan {job.plan.model} --target {job.plan.target} --estimate",
+            where=f"qwen-onnx plan {job.plan.asked} --target {job.plan.target} --estimate",
             hint="free space, or build elsewhere: qwen-onnx optimize ... --output FOLDER"
             + ("; --no-verify needs less of both" if job.verify else ""),
         )

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qwen_onnx.cli.build import compare, fetch, optimize, verify
-from qwen_onnx.cli.catalog import list_models, plan, plans, select_models
+from qwen_onnx.cli.catalog import list_models, plan, plans, select_models, where
 from qwen_onnx.cli.chat import chat, generate
 from qwen_onnx.cli.foundry import foundry_check
 from qwen_onnx.cli.machine import doctor, environments
@@ -40,6 +40,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "select": select_models,
     "plan": plan,
     "plans": plans,
+    "where": where,
     "fetch": fetch,
     "optimize": optimize,
     "verify": verify,

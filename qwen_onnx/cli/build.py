@@ -11,15 +11,17 @@ import typer
 from rich.console import Console
 
 from qwen_onnx.cli.options import (
-    ArtifactPath,
+    ARTIFACT,
     Depth,
     Model,
     Precision,
+    RecipeOption,
     SourceOption,
     Target,
+    artifact_at,
     cache_here,
-    catalog_here,
-    plan_of,
+    chosen,
+    wanted,
 )
 from qwen_onnx.errors import ArtifactError, ConfigError, VerdictError
 from qwen_onnx.processes.progress import progress
@@ -34,11 +36,13 @@ def fetch(
         None, help="seed: write a copy with noise of half a 4-bit step, to test quantisers"
     ),
     output: Path | None = typer.Option(None, help="folder for the dithered copy"),
+    recipe: RecipeOption = None,
 ) -> None:
     """Fetch and verify the checkpoint of MODEL; prints its folder."""
     from qwen_onnx.sources.fetch import fetch as fetch_source
 
-    checkpoint = fetch_source(plan_of(model, "cpu"), cache_here(), local=source, progress=progress)
+    asked = wanted(model, "cpu", source=source, recipes=recipe)
+    checkpoint = fetch_source(asked.plan, cache_here(), local=asked.source, progress=progress)
     if dither is None:
         print(checkpoint.path)
         return
@@ -64,6 +68,7 @@ def optimize(
     verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
     wait: bool = typer.Option(True, help="wait while another build of the same artifact runs"),
     force: bool = typer.Option(False, help="rebuild even if the same artifact exists"),
+    recipe: RecipeOption = None,
     depth: Depth = "quick",
 ) -> None:
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
@@ -71,9 +76,10 @@ def optimize(
     from qwen_onnx.build.optimize import optimize as run
     from qwen_onnx.catalog.load import work_root
 
-    made = plan_of(model, target, precision)
-    where = output or work_root() / "artifacts" / made.name
-    job = Job(made, where.resolve(), cache_here(), source, verify=verify, wait=wait, force=force, depth=depth)
+    asked = wanted(model, target, precision, source, recipe)
+    where = output or work_root() / "artifacts" / asked.plan.name
+    cache, target_folder = cache_here(), where.resolve()
+    job = Job(asked.plan, target_folder, cache, asked.source, verify=verify, wait=wait, force=force, depth=depth)
     outcome = run(job)
     manifest = outcome.artifact.manifest
     if outcome.hit:
@@ -103,16 +109,22 @@ def _show_report(artifact: Path, verdict: str) -> None:
         )
 
 
-def verify(artifact: ArtifactPath, source: SourceOption = None, depth: Depth = "quick") -> None:
+def verify(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help=ARTIFACT)],
+    source: SourceOption = None,
+    depth: Depth = "quick",
+) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.build.optimize import verify_published
     from qwen_onnx.sources.fetch import fetch as fetch_source
     from qwen_onnx.sources.fetch import weights_of
 
-    opened = open_artifact(artifact.resolve())
-    made = opened.manifest.plan
-    checkpoint = fetch_source(made, cache_here(), local=source, progress=progress)
+    place, given = artifact_at(artifact), Path(artifact).expanduser()
+    opened = open_artifact(place.resolve())
+    # a model that is a folder says where its weights are
+    local = source or (given if given.is_dir() and given != place else None)
+    checkpoint = fetch_source(opened.manifest.plan, cache_here(), local=local, progress=progress)
     if weights_of(checkpoint.files) != weights_of(opened.manifest.source.files):
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
@@ -127,6 +139,7 @@ def compare(
     source: SourceOption = None,
     only: Annotated[list[str] | None, typer.Option(help="name of a variant; repeatable")] = None,
     speed: bool = typer.Option(True, help="measure latency too"),
+    recipe: RecipeOption = None,
 ) -> None:
     """Build each variant of pipelines/variants/TARGET.yaml and measure size, drift and speed."""
     from qwen_onnx.build.variants import measure, print_comparison
@@ -134,16 +147,18 @@ def compare(
     from qwen_onnx.catalog.plan import make_variant_plan
     from qwen_onnx.sources.fetch import fetch as fetch_source
 
-    catalog = catalog_here()
+    asked = chosen(model, recipe)
+    catalog = asked.catalog
     variants = load_variants(catalog.root, target).variants
     unknown = sorted(set(only or ()) - {variant.name for variant in variants})
     if unknown:
         known = ", ".join(variant.name for variant in variants)
         raise ConfigError([f"--only {name}: no such variant; known: {known}" for name in unknown])
-    chosen = [variant for variant in variants if not only or variant.name in only]
-    plans = {variant.name: make_variant_plan(catalog, model, target, variant) for variant in chosen}
+    kept = [variant for variant in variants if not only or variant.name in only]
+    plans = {variant.name: make_variant_plan(catalog, asked.model, target, variant) for variant in kept}
     scratch = cache_here()
-    checkpoint = fetch_source(next(iter(plans.values())), scratch, local=source, progress=progress)
+    local = source or asked.folder
+    checkpoint = fetch_source(next(iter(plans.values())), scratch, local=local, progress=progress)
     rows: dict[str, dict[str, Any]] = {}
     for name, made in plans.items():
         progress(f"variant {len(rows) + 1} of {len(plans)}: {name}")

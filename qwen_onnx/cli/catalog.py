@@ -10,7 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from qwen_onnx.cli.options import AsJson, Model, Precision, SourceOption, Target, cache_here, catalog_here, plan_of
+from qwen_onnx.cli.options import (
+    AsJson,
+    Model,
+    Precision,
+    RecipeOption,
+    SourceOption,
+    Target,
+    cache_here,
+    catalog_here,
+    wanted,
+)
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.progress import progress
 
@@ -38,6 +48,9 @@ def list_models(
     out.print(table)
     for line in reasons(shown):
         out.print(escape(line))
+    own = [row.id for row in shown if not catalog.is_catalogued(row.id)]
+    if own:
+        out.print(escape(f"not in the catalogue: {', '.join(own)}"))
     for line in target_lines(catalog):
         out.print(escape(line), highlight=False)
 
@@ -84,19 +97,31 @@ def plan(
         False, "--estimate", help="print what the build needs instead: disk, memory, artifact"
     ),
     source: SourceOption = None,
+    recipe: RecipeOption = None,
 ) -> None:
     """Print the complete Olive config of MODEL on a target as JSON; nothing runs."""
-    made = plan_of(model, target, precision)
+    asked = wanted(model, target, precision, None, recipe)
+    made = asked.plan
     if source and not estimate:
         raise ConfigError(["--source: only with --estimate, a plan does not depend on it"])
     if estimate:
         from qwen_onnx.build.estimate import print_estimate
         from qwen_onnx.sources.fetch import checkpoint_at_hand
 
-        print_estimate(made, checkpoint_at_hand(made, cache_here(), source), out)
+        print_estimate(made, checkpoint_at_hand(made, cache_here(), source or asked.source), out)
         return
     progress(f"{made.name}: verification level: {made.verification.text}")
     print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
+
+
+def where(model: Model, target: Target = "cpu", precision: Precision = None, recipe: RecipeOption = None) -> None:
+    """Print the folder of MODEL's artifact on a target, built or not; no hub is asked."""
+    from qwen_onnx.catalog.load import work_root
+    from qwen_onnx.catalog.reference import id_of, parse
+
+    catalog = catalog_here(recipe)
+    name = id_of(catalog, parse(model))
+    print(work_root() / "artifacts" / name / f"{target}-{catalog.precision(target, precision)}")
 
 
 def plans(
@@ -104,9 +129,11 @@ def plans(
 ) -> None:
     """Check every recipe on every target and write recipes/plans.lock, golden plans and JSON Schemas."""
     from qwen_onnx.catalog import generated
+    from qwen_onnx.catalog.load import find_root, load_catalog
     from qwen_onnx.release import matrix
 
-    catalog = catalog_here()
+    # what is committed is the catalogue's; recipes of the user's own have no place in it
+    catalog = load_catalog(find_root())
     stale = []
     for name, text in (generated.committed_files(catalog) | matrix.committed_files(catalog)).items():
         path = catalog.root / name

@@ -10,19 +10,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qwen_onnx.cli.options import AsJson, Model, Precision, Target, cache_here, catalog_here, plan_of
+from qwen_onnx.cli.options import AsJson, Model, Precision, RecipeOption, Target, cache_here, catalog_here, wanted
 
 out = Console()
 
 
 def doctor(
-    model: Model = "starter", target: Target = "cpu", precision: Precision = None, as_json: AsJson = False
+    model: Model = "starter",
+    target: Target = "cpu",
+    precision: Precision = None,
+    as_json: AsJson = False,
+    recipe: RecipeOption = None,
 ) -> None:
     """Check this machine: versions, extras, memory and disk against what a recipe needs. Exits 3 on a fault."""
     from qwen_onnx.build.doctor import examine
     from qwen_onnx.catalog.load import work_root
 
-    findings = examine(plan_of(model, target, precision), work_root())
+    asked = wanted(model, target, precision, None, recipe)
+    findings = examine(asked.plan, work_root(), asked.source)
     sound = all(finding.ok for finding in findings)
     if as_json:
         print(json.dumps({"ok": sound, "findings": [asdict(finding) for finding in findings]}))

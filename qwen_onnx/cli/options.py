@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,8 +13,14 @@ import typer
 if TYPE_CHECKING:
     from qwen_onnx.catalog.load import Catalog
     from qwen_onnx.catalog.plan import Plan
+    from qwen_onnx.sources.own import Chosen
 
-Model = Annotated[str, typer.Argument(help="id of a recipe, see `qwen-onnx list`")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="id of a recipe, see `qwen-onnx list`; ORG/NAME[@REVISION] of Hugging Face; modelscope:ORG/NAME; ./FOLDER"
+    ),
+]
 Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
 Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
 SourceOption = Annotated[
@@ -22,25 +31,71 @@ Depth = Annotated[
     Literal["quick", "release"],
     typer.Option(help="how much text drift is measured on: 6 thousand tokens (quick) or up to 32 thousand (release)"),
 ]
+RecipeOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--recipe", help="recipe file of your own, beside recipes/*.yaml of the working directory; repeatable"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of the table")]
-ArtifactPath = Annotated[Path, typer.Argument(help="artifact folder, e.g. artifacts/starter/cpu-int4")]
+ARTIFACT = "artifact folder, e.g. artifacts/starter/cpu-int4; or a model that has one artifact"
 Threads = Annotated[int | None, typer.Option(min=1, help="threads for onnxruntime; default: its own choice")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="maximum number of new tokens")]
 Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy")]
 
 
-def catalog_here() -> Catalog:
-    """The recipes and pipelines that the working directory is in, or those of the wheel."""
-    from qwen_onnx.catalog.load import find_root, load_catalog
+def catalog_here(recipes: Sequence[Path] | None = None) -> Catalog:
+    """The recipes and pipelines that the working directory is in, or those of the wheel, and the user's own besides.
 
-    return load_catalog(find_root())
+    Args:
+        recipes: files beyond those in ``recipes/`` of the working directory.
+    """
+    from qwen_onnx.catalog.load import find_root, load_catalog, own_recipes
+
+    root = find_root()
+    own = {path.resolve(): path for path in [*own_recipes(root, Path.cwd()), *(recipes or ())]}
+    return load_catalog(root, list(own.values()))
 
 
-def plan_of(model: str, target: str, precision: str | None = None) -> Plan:
-    """The plan of ``model`` on ``target``."""
-    from qwen_onnx.catalog.plan import make_plan
+@dataclass(frozen=True)
+class Wanted:
+    """The plan of what was asked for, and the folder that its weights are in, if one was given."""
 
-    return make_plan(catalog_here(), model, target, precision)
+    plan: Plan
+    source: Path | None
+
+
+def chosen(model: str, recipes: Sequence[Path] | None = None) -> Chosen:
+    """The row that ``model`` means; a repository of a hub is asked for what a row needs."""
+    from qwen_onnx.processes.progress import progress
+    from qwen_onnx.sources.own import choose
+
+    return choose(catalog_here(recipes), model, cache_here(), progress)
+
+
+def wanted(
+    model: str,
+    target: str,
+    precision: str | None = None,
+    source: Path | None = None,
+    recipes: Sequence[Path] | None = None,
+) -> Wanted:
+    """The plan of ``model`` on ``target``.
+
+    Raises:
+        ConfigError: see ``make_plan``; or two folders were given.
+    """
+    from qwen_onnx.catalog.plan import UNCATALOGUED, make_plan
+    from qwen_onnx.errors import ConfigError
+    from qwen_onnx.processes.progress import progress
+
+    found = chosen(model, recipes)
+    if found.folder and source:
+        raise ConfigError(["--source: the model is a folder already"], hint="give one of the two")
+    plan = make_plan(found.catalog, found.model, target, precision)
+    if not plan.catalogued:
+        progress(f"{plan.title} as {plan.model}: {UNCATALOGUED}")
+    return Wanted(plan, source or found.folder)
 
 
 def cache_here() -> Path:
@@ -49,3 +104,32 @@ def cache_here() -> Path:
     from qwen_onnx.sources.fetch import cache_root
 
     return cache_root(work_root())
+
+
+def artifact_at(text: str) -> Path:
+    """The folder of an artifact: given as it is, or by its model where that has one artifact in ``artifacts/``.
+
+    Raises:
+        ConfigError: the model has several, or none that passed its verification.
+    """
+    from qwen_onnx.artifact.manifest import MANIFEST
+    from qwen_onnx.catalog.load import work_root
+    from qwen_onnx.catalog.reference import id_of, parse
+    from qwen_onnx.errors import ConfigError
+
+    given = Path(text)
+    if (given / MANIFEST).exists():
+        return given
+    try:
+        model = id_of(catalog_here(), parse(text))
+    except ConfigError:
+        return given
+    found = sorted(path.parent for path in (work_root() / "artifacts" / model).glob(f"[!.]*/{MANIFEST}"))
+    passed = [path for path in found if path.suffix != ".rejected"]
+    if len(passed) == 1 or not found:
+        return passed[0] if passed else given
+    what = f"{text} has several artifacts" if passed else f"no artifact of {text} passed its verification"
+    raise ConfigError([what], hint=f"give one: {', '.join(os.path.relpath(path) for path in passed or found)}")
+
+
+ArtifactPath = Annotated[Path, typer.Argument(parser=artifact_at, metavar="ARTIFACT", help=ARTIFACT)]

@@ -56,7 +56,7 @@ def build_package(job: PackageJob) -> Package:
         raise PackageError(
             "the artifact's manifest does not say what its model is for: an older version built it",
             where=str(job.artifact.path),
-            hint=f"qwen-onnx optimize {manifest.plan.model} --target {manifest.plan.target} --force",
+            hint=f"qwen-onnx optimize {manifest.plan.asked} --target {manifest.plan.target} --force",
         )
     name = package_name(manifest.plan, job.name)
     target = job.folder / f"{name}-{job.version}"

@@ -42,10 +42,11 @@ def write_licences(folder: Path, manifest: Manifest) -> None:
 def _missing(manifest: Manifest) -> PackageError:
     plan = manifest.plan
     return PackageError(
-        f"the weights of {plan.model} are under {plan.license or 'a licence that the recipe does not know'}, whose "
+        f"the weights of {plan.model} are under {plan.license or 'a licence that is not stated'}, whose "
         f"text must travel with them, and their checkpoint brought no {LICENCE}",
         where=manifest.source.origin,
-        hint=f"put its {LICENCE} into the checkpoint folder: qwen-onnx optimize {plan.model} --source FOLDER",
+        hint=f"put its {LICENCE} into the checkpoint folder: "
+        + (f"qwen-onnx optimize {plan.model} --source FOLDER" if plan.catalogued else "qwen-onnx optimize ./FOLDER"),
     )
 
 
@@ -59,7 +60,8 @@ def notice_text(manifest: Manifest, brought: str = "") -> str:
         f"{APACHE} ({OWN_LICENCE}).\n"
     ]
     name = plan.title.split()[0].lower()
-    paragraphs = own_text(NOTICES).split("\n- ")[1:]
+    # of a model that is not in the catalogue the name says nothing
+    paragraphs = own_text(NOTICES).split("\n- ")[1:] if plan.catalogued else []
     parts += [f"{text.strip()}\n" for text in paragraphs if name in text.split(":")[0].split(",")[0].lower()]
     return "\n".join([*parts, *([brought] if brought else [])])
 

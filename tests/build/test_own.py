@@ -1,0 +1,53 @@
+"""A fine-tune that no recipe describes, from its folder to a package: built, judged, and honest about both."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qwen_onnx.artifact.manifest import open_artifact
+from qwen_onnx.catalog.plan import UNCATALOGUED
+from qwen_onnx.catalog.schema import FolderSource
+from qwen_onnx.verify.report import load_report
+from tests.conftest import make_tiny_checkpoint, run_cli
+
+
+@pytest.mark.slow
+def test_a_finetune_is_built_judged_and_packaged(repository: Path, tmp_path: Path) -> None:
+    for name in ("recipes", "pipelines"):
+        shutil.copytree(repository / name, tmp_path / name)
+    folder = make_tiny_checkpoint(tmp_path / "My-Finetune", kind="qwen3")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
+    done = run_cli("optimize", "./My-Finetune", cwd=tmp_path)
+    # random weights have no most likely token that rounding would leave in place
+    assert done.returncode == 7, done.stderr
+    assert "the verdict is FAIL" in done.stderr
+    assert not (tmp_path / "artifacts/my-finetune/cpu-int4").exists()
+    artifact = open_artifact(tmp_path / "artifacts/my-finetune/cpu-int4.rejected")
+    plan = artifact.manifest.plan
+    assert plan.sources == (FolderSource(kind="folder", name="My-Finetune"),)
+    assert (plan.catalogued, plan.license) == (False, "Apache-2.0")
+    assert artifact.manifest.source.origin == "folder My-Finetune"
+    report = load_report(artifact.path)
+    assert report.claim == artifact.manifest.claim
+    assert UNCATALOGUED in report.claim
+    assert UNCATALOGUED in (artifact.path / "report.html").read_text()
+
+    refused = run_cli("package", artifact.path, cwd=tmp_path)
+    assert refused.returncode == 10
+    assert "only PASS is packaged" in refused.stderr
+    packaged = run_cli("package", artifact.path, "--allow-unverified", cwd=tmp_path)
+    assert packaged.returncode == 0, packaged.stderr
+    package = Path(json.loads(packaged.stdout.splitlines()[-1])["path"])
+    assert package.name == "my-finetune-int4-generic-cpu-1"
+    card = (package / "README.md").read_text()
+    assert "not in the catalogue" in card
+    assert "license: apache-2.0" in card
+    assert UNCATALOGUED in run_cli("verify-package", package).stdout
+
+    again = run_cli("verify", artifact.path, "--source", "./My-Finetune", cwd=tmp_path)
+    assert again.returncode == 7, again.stderr
+    assert UNCATALOGUED in load_report(artifact.path).claim
