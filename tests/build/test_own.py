@@ -13,11 +13,11 @@ from qwen_onnx.artifact.manifest import open_artifact
 from qwen_onnx.catalog.plan import UNCATALOGUED
 from qwen_onnx.catalog.schema import FolderSource
 from qwen_onnx.verify.report import load_report
-from tests.conftest import run_cli
+from tests.conftest import rewrite_json, run_cli
 from tests.fixtures.architectures import make_checkpoint
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_finetune_is_built_judged_and_packaged(repository: Path, tmp_path: Path) -> None:
     for name in ("recipes", "pipelines"):
         shutil.copytree(repository / name, tmp_path / name)
@@ -26,6 +26,8 @@ def test_a_finetune_is_built_judged_and_packaged(repository: Path, tmp_path: Pat
     # random weights have no answer that rounding would leave in place, once they are as sure of it as a real model
     weights["model.norm.weight"] *= 16
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # Foundry Local reserves 2,048 tokens for an answer
+    rewrite_json(folder / "config.json", max_position_embeddings=8192)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
     done = run_cli("optimize", "./My-Finetune", cwd=tmp_path)
     assert done.returncode == 7, done.stderr
