@@ -18,6 +18,7 @@ SUFFIXES = {
     ".log",
     ".md",
     ".npy",
+    ".npz",
     ".onnx",
     ".safetensors",
     ".svg",

@@ -1,0 +1,279 @@
+"""The teacher's answers in one small file: any device proves its artifact by it, without torch and the checkpoint.
+
+``golden.npz`` is a plain archive of numpy arrays, one named ``about`` that holds JSON. For every predicted position it
+keeps the ``TOP`` largest log-probabilities of PyTorch fp32, the mass of all other tokens together, and the
+log-probability of the token that follows. The KLD on those ``TOP`` + 1 outcomes is a lower bound of the full one:
+merging outcomes never adds to a divergence (the data-processing inequality). ``About.coarse`` and ``About.full`` say
+how near it was for the artifact that the file was made beside.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+
+from qwen_onnx.bounded import read_bytes, read_object
+from qwen_onnx.errors import ArtifactError
+from qwen_onnx.records import Record, Sha256
+from qwen_onnx.verify.scoring import ROWS, Logits, Positions
+
+GOLDEN = "golden.npz"
+TOP = 64
+MOST_BYTES = 64 << 20
+MOST_ABOUT_BYTES = 4 << 20
+MOST_HEADER_BYTES = 4096
+HINT = "build the artifact again, or get the package again from where it came"
+# of each array: its type; its shape follows from the first
+ARRAYS: dict[str, str] = {
+    "about": "|u1",
+    "ids": "<i4",
+    "top_ids": "<i4",
+    "top_logp": "<f4",
+    "rest_logp": "<f4",
+    "next_logp": "<f4",
+}
+
+
+class Stretch(Record):
+    """One text that the teacher read: ``tokens`` ids, of which it predicted all but the first.
+
+    Attributes:
+        domain: what kind of text.
+        prompt: tokens at its beginning that a continuation continues; 0 for a text.
+    """
+
+    domain: str
+    source: str
+    tokens: int = Field(ge=2)
+    prompt: int = Field(default=0, ge=0)
+
+
+class Encoded(Record):
+    """A text and the token ids that the checkpoint's tokenizer gives it."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+class Rendered(Record):
+    """A conversation and what the checkpoint's chat template makes of it."""
+
+    messages: tuple[dict[str, str], ...]
+    text: str
+
+
+class About(Record):
+    """What a golden file was made of.
+
+    Attributes:
+        model: the plan's name of the model.
+        weights: digest of the checkpoint's files of weights, see ``weights_digest``.
+        vocabulary: columns of the teacher's logits.
+        stretches: the texts, in the order of the arrays.
+        texts: for the tokenizer; ``conversations``: for the chat template.
+        coarse: mean KLD, in nats, of the artifact beside it on the coarse outcomes; ``full`` on all of them.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    weights: Sha256
+    vocabulary: int = Field(ge=2)
+    stretches: tuple[Stretch, ...] = Field(min_length=1)
+    texts: tuple[Encoded, ...] = ()
+    conversations: tuple[Rendered, ...] = ()
+    coarse: float | None = None
+    full: float | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The teacher's answers on one text of ``len(ids)`` tokens.
+
+    ``top_ids`` and ``top_logp`` are [tokens - 1, TOP], sorted by falling probability; ``rest_logp``, the logarithm of
+    the mass of all other tokens, and ``next_logp`` are [tokens - 1]. Logarithms are natural.
+    """
+
+    ids: npt.NDArray[np.int32]
+    top_ids: npt.NDArray[np.int32]
+    top_logp: npt.NDArray[np.float32]
+    rest_logp: npt.NDArray[np.float32]
+    next_logp: npt.NDArray[np.float32]
+
+
+def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    found = logits.astype(np.float64)
+    found -= found.max(axis=-1, keepdims=True)
+    found -= np.log(np.exp(found).sum(axis=-1, keepdims=True))
+    return found
+
+
+def _log_rest(logp: npt.NDArray[np.float64], top: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The logarithm of the mass beside ``top``, summed where it is: 1 - sum(top) would cancel."""
+    others = np.exp(logp)
+    np.put_along_axis(others, top, 0.0, axis=-1)
+    with np.errstate(divide="ignore"):
+        return np.log(others.sum(axis=-1))
+
+
+def answers(logits: Logits, ids: Sequence[int]) -> Answers:
+    """What is kept of the teacher's logits [tokens, vocabulary] for ``ids``."""
+    kept = min(TOP, logits.shape[-1] - 1)
+    parts: list[tuple[npt.NDArray[Any], ...]] = []
+    for start in range(0, len(ids) - 1, ROWS):
+        stop = min(start + ROWS, len(ids) - 1)
+        logp = _log_softmax(logits[start:stop])
+        top = np.argpartition(-logp, kept, axis=-1)[:, :kept]
+        order = np.argsort(-np.take_along_axis(logp, top, axis=-1), axis=-1, kind="stable")
+        top = np.take_along_axis(top, order, axis=-1)
+        following = np.asarray(ids[start + 1 : stop + 1])
+        parts.append(
+            (top, np.take_along_axis(logp, top, -1), _log_rest(logp, top), logp[np.arange(stop - start), following])
+        )
+    top, top_logp, rest, following_logp = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Answers(
+        np.asarray(ids, np.int32),
+        top.astype(np.int32),
+        top_logp.astype(np.float32),
+        # no mass left: a finite number whose exponential is zero
+        np.maximum(rest, -1e4).astype(np.float32),
+        following_logp.astype(np.float32),
+    )
+
+
+def compare_coarse(teacher: Answers, candidate: Logits) -> Positions:
+    """Statistics of ``candidate`` [tokens, vocabulary] on the outcomes that the teacher's file keeps.
+
+    ``kld`` is a lower bound of the full one; ``diff`` is the largest difference of the kept log-probabilities.
+    """
+    if len(candidate) != len(teacher.ids):
+        raise ArtifactError(f"logits for {len(candidate)} positions, the golden file has {len(teacher.ids)} tokens")
+    parts = []
+    with np.errstate(all="ignore"):
+        for start in range(0, len(teacher.ids) - 1, ROWS):
+            rows = slice(start, min(start + ROWS, len(teacher.ids) - 1))
+            parts.append(_coarse_rows(teacher, candidate[rows], rows))
+    return Positions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _coarse_rows(teacher: Answers, candidate: Logits, rows: slice) -> list[npt.NDArray[np.float64]]:
+    logp = _log_softmax(candidate)
+    top = teacher.top_ids[rows]
+    p, p_rest = teacher.top_logp[rows].astype(np.float64), teacher.rest_logp[rows].astype(np.float64)
+    q, q_rest = np.take_along_axis(logp, top, -1), _log_rest(logp, top)
+    kld = (np.exp(p) * (p - q)).sum(-1)
+    mass = np.exp(p_rest)
+    # 0 · log 0 is 0: where the teacher leaves nothing, the candidate may
+    kld += np.where(mass > 0, mass * (p_rest - q_rest), 0.0)
+    following = teacher.ids[rows.start + 1 : rows.stop + 1]
+    agree = (logp.argmax(-1) == top[:, 0]).astype(np.float64)
+    nll = -logp[np.arange(len(following)), following]
+    return [kld, agree, -teacher.next_logp[rows].astype(np.float64), nll, np.abs(p - q).max(-1)]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden file: ``about``, and the answers on each of its stretches."""
+
+    about: About
+    parts: tuple[Answers, ...]
+
+    def __iter__(self) -> Iterator[tuple[Stretch, Answers]]:
+        return zip(self.about.stretches, self.parts, strict=True)
+
+    def save(self, folder: Path) -> Path:
+        """Write ``golden.npz``; equal content gives equal bytes."""
+        told = np.frombuffer(self.about.model_dump_json().encode(), np.uint8)
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in self.parts]).astype(kind)
+            for name, kind in ARRAYS.items()
+            if name != "about"
+        }
+        path = folder / GOLDEN
+        np.savez_compressed(path, about=told, **arrays)
+        return path
+
+    @classmethod
+    def read(cls, folder: Path) -> Golden:
+        """The golden file of an artifact or a package.
+
+        Raises:
+            ArtifactError: it is missing, too large, or not one of ours.
+        """
+        path = folder / GOLDEN
+        arrays = _arrays(read_bytes(path, most_bytes=MOST_BYTES, error=ArtifactError, hint=HINT), path)
+        told = arrays.pop("about").tobytes()
+        read_object(told, most_bytes=MOST_ABOUT_BYTES, error=ArtifactError, what=GOLDEN, hint=HINT)
+        try:
+            about = About.model_validate_json(told)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        return cls(about, tuple(_split(about, arrays, path)))
+
+
+def _damaged(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"{GOLDEN} is damaged: {why}", where=str(path), hint=HINT)
+
+
+def _arrays(content: bytes, path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of the archive, none of which is larger than the archive may be."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = {f"{name}.npy" for name in ARRAYS}
+            if sorted(archive.namelist()) != sorted(names):
+                raise _damaged(path, f"it holds {', '.join(archive.namelist()[:8])}")
+            if sum(info.file_size for info in archive.infolist()) > MOST_BYTES:
+                raise _damaged(path, f"it unpacks to more than {MOST_BYTES:,} bytes")
+            return {name: _array(archive, name, kind, path) for name, kind in ARRAYS.items()}
+    # RuntimeError: encrypted, or a compression that zipfile lacks
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _array(archive: zipfile.ZipFile, name: str, kind: str, path: Path) -> npt.NDArray[Any]:
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as file:
+        # read to the size that was added up: what unpacks to more is cut off, and does not match its header
+        content = io.BytesIO(file.read(info.file_size))
+    version = np.lib.format.read_magic(content)
+    if version != (1, 0):
+        raise _damaged(path, f"{name} is of another format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(content, max_header_size=MOST_HEADER_BYTES)
+    body = content.read()
+    if dtype.str != kind or fortran or len(shape) != (2 if name.startswith("top_") else 1):
+        raise _damaged(path, f"{name} has another type or shape")
+    if any(size < 0 for size in shape) or int(np.prod([*shape, dtype.itemsize], dtype=object)) != len(body):
+        raise _damaged(path, f"{name} has another size than it says")
+    return np.frombuffer(body, dtype).reshape(shape)
+
+
+def _split(about: About, arrays: dict[str, npt.NDArray[Any]], path: Path) -> Iterator[Answers]:
+    """The answers on each stretch; every number is what it may be."""
+    tokens = sum(stretch.tokens for stretch in about.stretches)
+    positions = tokens - len(about.stretches)
+    width = min(TOP, about.vocabulary - 1)
+    expected = {"ids": (tokens,), "top_ids": (positions, width), "top_logp": (positions, width)}
+    for name, array in arrays.items():
+        if array.shape != expected.get(name, (positions,)):
+            raise _damaged(path, f"{name} does not have a row for each position")
+        if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array <= 1e-3).all()):
+            raise _damaged(path, f"{name} holds what is not a logarithm of a probability")
+        if array.dtype.kind == "i" and not ((array >= 0) & (array < about.vocabulary)).all():
+            raise _damaged(path, f"{name} holds a token outside the vocabulary")
+    start = first = 0
+    for stretch in about.stretches:
+        rows = slice(first, first + stretch.tokens - 1)
+        yield Answers(
+            arrays["ids"][start : start + stretch.tokens],
+            *(arrays[name][rows] for name in ("top_ids", "top_logp", "rest_logp", "next_logp")),
+        )
+        start, first = start + stretch.tokens, rows.stop
