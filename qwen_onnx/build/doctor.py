@@ -49,13 +49,26 @@ def examine(plan: Plan, root: Path, source: Path | None = None) -> list[Finding]
         wanted += 0 if ready else size
     findings.append(_amount(f"disk for {plan.model}", disk, wanted, "free space, or --output on another disk"))
     pins = load_catalog(find_root()).environment("foundry").requirements
-    return findings + foundry_skew(pins, _installed()) + foundry_beside(_installed(), _required(SDK))
+    return [*findings, *_devices(), *foundry_skew(pins, _installed()), *foundry_beside(_installed(), _required(SDK))]
 
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     ok = sys.version_info >= (3, 11)
     return Finding("Python", ok, version, "" if ok else "install Python 3.11 or newer")
+
+
+def _devices() -> list[Finding]:
+    """What ``verify --device`` can prove an artifact on here."""
+    # without it, the extra `serve` is a finding already
+    if ORT not in _installed():
+        return []
+    from qwen_onnx.runtime.engines.devices import devices
+
+    return [
+        Finding(f"device {each.name}", True, f"{each.hardware}; {each.provider}; driver {each.driver}")
+        for each in devices()
+    ]
 
 
 def _amount(name: str, available: int, needed: int, fix: str) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from qwen_onnx.build.doctor import GENAI, ORT, SDK, foundry_beside, foundry_skew
@@ -75,3 +76,10 @@ def test_the_verb_shows_a_skew_and_fails(checkout: Path) -> None:
     assert done.returncode == 3
     assert "theirs 0.14.1" in said
     assert "theirs 1.20.0" in said
+
+
+def test_the_devices_of_this_machine_are_listed() -> None:
+    done = run_cli("doctor", "--json")
+    found = {each["name"]: each for each in json.loads(done.stdout)["findings"]}
+    assert "CPUExecutionProvider" in found["device cpu"]["found"]
+    assert "device npu" not in found
