@@ -25,7 +25,8 @@ class Limits(Record):
     """What an artifact must reach to be called proven.
 
     ``kld_*`` are nats per token against PyTorch fp32, ``top1`` a fraction,
-    ``ppl_ratio`` artifact over baseline. The speed-ups are paired with PyTorch fp32.
+    ``ppl_ratio`` artifact over baseline. The speed-ups are paired with PyTorch fp32. ``max_memory`` is the artifact's
+    peak memory over PyTorch's, ``max_bytes`` its size on disk.
     """
 
     kld_mean: float = Field(gt=0)
@@ -38,6 +39,7 @@ class Limits(Record):
     decode_speedup: float | None = Field(default=None, gt=0)
     prefill_speedup: float | None = Field(default=None, gt=0)
     max_bytes: int | None = Field(default=None, gt=0)
+    max_memory: float | None = Field(default=None, gt=0)
 
 
 class Larger(Record):

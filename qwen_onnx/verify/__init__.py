@@ -12,6 +12,7 @@ from pathlib import Path
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.records import Verdict
+from qwen_onnx.verify import speed  # noqa: F401 - registers its checks
 from qwen_onnx.verify.checks import CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
 from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst

@@ -38,15 +38,20 @@ class TorchBaseline:
 
     def generate(self, ids: Sequence[int], count: int) -> Iterator[int]:
         """Greedy continuation of ``count`` tokens through the KV cache, without a stop token."""
-        import torch
+        return greedy(self._model, ids, count)
 
-        tokens, cache = torch.tensor([list(ids)]), None
-        for _ in range(count):
-            with torch.inference_mode():
-                # logits_to_keep: an engine that serves needs the last position only
-                out = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-            yield int(tokens.item())
+
+def greedy(model: Any, ids: Sequence[int], count: int) -> Iterator[int]:
+    """Greedy continuation by a PyTorch model, ``count`` tokens through its KV cache, without a stop token."""
+    import torch
+
+    tokens, cache = torch.tensor([list(ids)]), None
+    for _ in range(count):
+        with torch.inference_mode():
+            # logits_to_keep: an engine that serves needs the last position only
+            out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        yield int(tokens.item())
 
 
 class CheckpointTokenizer:

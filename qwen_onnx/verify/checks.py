@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from qwen_onnx.catalog.schema import Limits, Verification
+from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.processing.template import has_template
-from qwen_onnx.verify import latency
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import judge
 from qwen_onnx.verify.parity import (
@@ -23,7 +22,7 @@ from qwen_onnx.verify.parity import (
     decode_positions,
     mismatches,
 )
-from qwen_onnx.verify.records import CheckResult, Estimate, Latency, worst
+from qwen_onnx.verify.records import CheckResult, Estimate, worst
 from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most
 
@@ -49,8 +48,7 @@ ROW_ERROR = 0.7
 SIMULATOR_KLD = 4e-2
 SIMULATOR_TOP1 = 0.9
 # by engines that load the whole artifact
-WHOLE = {"kv_decode", "batched", "greedy", "latency"}
-CONTROL_WIDTH = 0.15  # an A/A comparison with bounds further from 1 than this says that the machine is too noisy
+WHOLE = {"kv_decode", "batched", "greedy", "latency", "memory"}
 
 
 def check(name: str, levels: frozenset[Verification] = COMPUTED) -> Callable[[Check], Check]:
@@ -148,17 +146,17 @@ def graph_parity(context: Context) -> CheckResult:
     else:
         found, errors = Positions.join(context.study.reference_parts), {}
     diff, kld = float(found.diff.max()), float(found.kld.mean())
-    verdicts = [at_most(_exact(diff), limits.fp32_max_diff), at_most(_exact(kld), limits.fp32_kld)]
+    verdicts = [at_most(exact(diff), limits.fp32_max_diff), at_most(exact(kld), limits.fp32_kld)]
     measured: dict[str, float | str] = {"max_diff": diff, "kld_mean": kld, "positions": len(found.kld)}
     if errors:
         worst_matrix = max(errors, key=lambda name: errors[name])
-        verdicts.append(at_most(_exact(errors[worst_matrix]), ROW_ERROR))
+        verdicts.append(at_most(exact(errors[worst_matrix]), ROW_ERROR))
         bounds["row_error"] = ROW_ERROR
         measured |= {"row_error": errors[worst_matrix], "matrices": len(errors), "worst_matrix": worst_matrix}
     return CheckResult(name="graph_parity", verdict=worst(verdicts), measured=measured, limit=bounds)
 
 
-def _exact(value: float) -> Estimate:
+def exact(value: float) -> Estimate:
     """A value without sampling error: both bounds are the value."""
     return Estimate(value=value, lower=value, upper=value)
 
@@ -211,7 +209,7 @@ def decode_parity(context: Context) -> CheckResult:
     if exact is None:
         verdicts.append(Verdict.INCONCLUSIVE)
     else:
-        verdicts.append(at_most(_exact(exact), context.limits.fp32_kld))
+        verdicts.append(at_most(exact(exact), context.limits.fp32_kld))
         measured["fp32_kld"], limit["fp32_kld"] = exact, context.limits.fp32_kld
     return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=limit)
 
@@ -224,7 +222,7 @@ def _decoded_prompts(context: Context) -> dict[str, tuple[int, ...]]:
 def _agreement(found: Positions) -> tuple[list[Verdict], dict[str, float | str]]:
     """Verdicts on ``DECODE_LIMIT``, and what was measured."""
     kld, top1 = float(found.kld.mean()), float(found.agree.mean())
-    verdicts = [at_most(_exact(kld), DECODE_KLD), at_least(_exact(top1), DECODE_TOP1)]
+    verdicts = [at_most(exact(kld), DECODE_KLD), at_least(exact(top1), DECODE_TOP1)]
     return verdicts, {"kld_mean": kld, "top1": top1, "positions": len(found.kld)}
 
 
@@ -296,7 +294,7 @@ def simulated_parity(context: Context) -> CheckResult:
     kld, top1 = float(found.kld.mean()), float(found.agree.mean())
     return CheckResult(
         name="simulator",
-        verdict=worst([at_most(_exact(kld), SIMULATOR_KLD), at_least(_exact(top1), SIMULATOR_TOP1)]),
+        verdict=worst([at_most(exact(kld), SIMULATOR_KLD), at_least(exact(top1), SIMULATOR_TOP1)]),
         measured={
             "kld_mean": kld,
             "top1": top1,
@@ -306,54 +304,6 @@ def simulated_parity(context: Context) -> CheckResult:
         },
         limit=bounds,
     )
-
-
-@check("latency", TIMED)
-def paired_latency(context: Context) -> CheckResult:
-    """The artifact is as much faster than PyTorch as the limits ask, measured side by side."""
-    prompt, limits = _long_prompt(context), context.limits
-    context.release()
-    found = latency.measure(
-        context.artifact,
-        context.checkpoint,
-        prompt,
-        context.options,
-        settled=lambda latency: _speed_verdict(latency, limits) is not Verdict.INCONCLUSIVE,
-    )
-    context.latency = found
-    measured: dict[str, float | str] = {}
-    for key in ("decode_speedup", "prefill_speedup", "control"):
-        item: Estimate = getattr(found, key)
-        measured |= {key: item.value, f"{key}_lower": item.lower, f"{key}_upper": item.upper}
-    return CheckResult(
-        name="latency",
-        verdict=_speed_verdict(found, limits),
-        measured=measured,
-        limit=dict(_asked(limits)),
-        detail=f"the artifact against itself differs by more than {CONTROL_WIDTH:.0%}: too noisy"
-        if _noisy(found)
-        else "",
-    )
-
-
-def _asked(limits: Limits) -> dict[str, float]:
-    asked = {"decode_speedup": limits.decode_speedup, "prefill_speedup": limits.prefill_speedup}
-    return {name: limit for name, limit in asked.items() if limit is not None}
-
-
-def _noisy(found: Latency) -> bool:
-    return found.control.lower < 1 - CONTROL_WIDTH or found.control.upper > 1 + CONTROL_WIDTH
-
-
-def _speed_verdict(found: Latency, limits: Limits) -> Verdict:
-    verdicts = [at_least(getattr(found, name), limit) for name, limit in _asked(limits).items()]
-    verdict = worst(verdicts) if verdicts else Verdict.PASS
-    return Verdict.INCONCLUSIVE if verdicts and verdict is Verdict.PASS and _noisy(found) else verdict
-
-
-def _long_prompt(context: Context) -> list[int]:
-    ids = [token for pool in context.pools.values() for window in pool for token in window.ids]
-    return ids[: context.options.prompt_tokens]
 
 
 @check("size", ANY)

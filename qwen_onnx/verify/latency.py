@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.files import folder_bytes
 from qwen_onnx.processes.children import LineChild
 from qwen_onnx.processes.progress import progress
+from qwen_onnx.sources.checkpoint import read_json, shards
 from qwen_onnx.verify.records import EngineLatency, Latency, Spread, VerifyOptions
+from qwen_onnx.verify.roofline import bytes_per_token
 from qwen_onnx.verify.statistics import median_ratio
 
 MOST_PLAYS = 3
+LAYERWISE = "layerwise"
+# of the three processes and of PyTorch's own buffers, beside its weights
+BESIDE_BYTES, COPIES = 1_500_000_000, 1.1
 
 
 @dataclass
@@ -42,7 +49,8 @@ class Worker:
         command = [sys.executable, "-m", "qwen_onnx.verify.latency_worker", engine, str(folder), str(threads)]
         self._child = LineChild(command, f"the latency of {engine}", VerificationError)
         try:
-            self.load_s = float(self._child.receive()["load_s"])
+            loaded = self._child.receive()
+            self.load_s, self.computed = float(loaded["load_s"]), str(loaded["computed"])
         except VerificationError:
             self.close()
             raise
@@ -67,7 +75,8 @@ class Worker:
         """Everything measured, with the child's peak memory."""
         timings = self.timings
         return EngineLatency(
-            name=self.engine,
+            name="pytorch" if self.engine == LAYERWISE else self.engine,
+            computed=self.computed,
             load_s=self.load_s,
             peak_rss=int(self.ask(do="memory")["peak_rss"]),
             ttft_s=spread(timings.prefill),
@@ -113,13 +122,13 @@ def measure(
     options: VerifyOptions,
     settled: Callable[[Latency], bool] = lambda _: True,
 ) -> Latency:
-    """Latency of the artifact and of PyTorch fp32 on the prompt ``ids``.
+    """Latency of the artifact and of PyTorch fp32 on the prompt ``ids``, and how near memory's limit the artifact is.
 
     Goes on, up to three times as long, until ``settled`` says that the figures decide.
     """
     workers: list[Worker] = []
     try:
-        for engine, folder in (("artifact", artifact), ("pytorch", checkpoint)):
+        for engine, folder in (("artifact", artifact), (_baseline_engine(artifact, checkpoint, options), checkpoint)):
             progress(f"latency: loading {engine}")
             workers.append(Worker(engine, folder, options.threads))
             _warm_up(workers[-1], ids)
@@ -129,10 +138,28 @@ def measure(
             found = _summary(workers[0], workers[1], len(ids), options)
             if settled(found):
                 break
-        return found
+        progress("latency: reading memory")
+        # last: its arrays would count as memory of the engine
+        read = float(workers[0].ask(do="bandwidth")["bytes_per_second"])
+        return found.model_copy(update={"bandwidth": read, "bytes_per_token": bytes_per_token(artifact)})
     finally:
         for worker in workers:
             worker.close()
+
+
+def _baseline_engine(artifact: Path, checkpoint: Path, options: VerifyOptions) -> str:
+    """PyTorch whole, or layer by layer when memory does not hold it beside the artifact."""
+    if options.pytorch != "fitting":
+        return "pytorch" if options.pytorch == "whole" else LAYERWISE
+    needed = COPIES * (pytorch_bytes(checkpoint) + folder_bytes(artifact)) + BESIDE_BYTES
+    return "pytorch" if needed < psutil.virtual_memory().available else LAYERWISE
+
+
+def pytorch_bytes(checkpoint: Path) -> int:
+    """Bytes of the weights in fp32."""
+    config = read_json(checkpoint / "config.json")
+    stored = sum(shard.stat().st_size for shard in shards(checkpoint))
+    return stored if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2 * stored
 
 
 def _summary(artifact: Worker, baseline: Worker, prompt_tokens: int, options: VerifyOptions) -> Latency:

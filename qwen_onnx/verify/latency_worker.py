@@ -1,6 +1,6 @@
 """Child of ``latency.py``: ``python -m qwen_onnx.verify.latency_worker ENGINE FOLDER THREADS``.
 
-Reads JSON lines (``prefill``, ``decode``, ``memory``) and answers each with one JSON line.
+Reads JSON lines (``prefill``, ``decode``, ``bandwidth``, ``memory``) and answers each with one JSON line.
 Only the clock of this process counts, so that pipes and JSON are not part of the measurement.
 """
 
@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.processes.children import Answers
+from qwen_onnx.verify.roofline import bandwidth
+from qwen_onnx.verify.timed import Timed
 
-Generate = Callable[[list[int], int], Iterator[int]]
 
+def load(engine: str, folder: Path, threads: int) -> Timed:
+    """The engine by its name: ``artifact``, ``pytorch``, or ``layerwise`` for a PyTorch that does not fit."""
+    if engine == "layerwise":
+        from qwen_onnx.verify.layerwise import LayerTimer
 
-def load(engine: str, folder: Path, threads: int) -> Generate:
-    """The engine's greedy generation: (prompt ids, count) to an iterator of ids."""
+        return LayerTimer(folder, threads)
     if engine == "pytorch":
         from qwen_onnx.verify.baseline import TorchBaseline
 
-        return TorchBaseline(folder, threads).generate
+        return Timed(TorchBaseline(folder, threads).generate)
     from qwen_onnx.runtime.engines.genai import Engine
 
     served = Engine(folder, threads=threads)
-    return lambda ids, count: iter(served.generate(ids, max_new_tokens=count, stop_on_eos=False))
+    return Timed(lambda ids, count: iter(served.generate(ids, max_new_tokens=count, stop_on_eos=False)))
 
 
 def peak_rss() -> int:
@@ -45,33 +47,17 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def timed(tokens: Iterator[int], count: int) -> dict[str, float]:
-    """Draw ``count`` tokens.
-
-    Raises:
-        RuntimeError: the engine ended early; a speed from fewer tokens would be wrong.
-    """
-    started = time.perf_counter()
-    drawn = len(list(islice(tokens, count)))
-    seconds = time.perf_counter() - started
-    if drawn != count:
-        raise RuntimeError(f"{drawn} tokens instead of {count}")
-    return {"seconds": seconds}
-
-
-def serve(generate: Generate, answers: Answers) -> None:
+def serve(engine: Timed, answers: Answers, threads: int) -> None:
     """Obey until standard input ends."""
-    tokens: Iterator[int] = iter(())
     for command in answers.questions():
         if command["do"] == "prefill":
-            # The old run must give back its memory and threads before the new one is timed.
-            tokens = iter(())
-            tokens = generate(command["ids"], command["new_tokens"])
-            reply = timed(tokens, 1)
+            reply = {"seconds": engine.prefill(command["ids"], command["new_tokens"])}
         elif command["do"] == "decode":
-            reply = timed(tokens, int(command["count"]))
+            reply = {"seconds": engine.decode(int(command["count"]))}
+        elif command["do"] == "bandwidth":
+            reply = {"bytes_per_second": bandwidth(threads)}
         else:
-            reply = {"peak_rss": peak_rss()}
+            reply = {"peak_rss": engine.peak_memory(peak_rss())}
         answers.say(reply)
 
 
@@ -81,9 +67,9 @@ def main(arguments: list[str]) -> int:
     answers = Answers()
     try:
         started = time.perf_counter()
-        generate = load(engine, Path(folder), int(threads))
-        answers.say({"load_s": time.perf_counter() - started})
-        serve(generate, answers)
+        timed = load(engine, Path(folder), int(threads))
+        answers.say({"load_s": time.perf_counter() - started, "computed": timed.computed})
+        serve(timed, answers, int(threads))
     except (QwenOnnxError, OSError, ValueError, RuntimeError, ImportError) as error:
         answers.fail(error)
         return 1

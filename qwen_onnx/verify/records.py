@@ -55,6 +55,9 @@ class VerifyOptions(Frozen):
     segment: int = Field(default=16, ge=1, description="tokens decoded by one engine before the other takes over")
     rounds: int = Field(default=3, ge=1)
     prefill_pairs: int = Field(default=4, ge=0, description="prefills measured beyond those of the rounds")
+    pytorch: Literal["fitting", "whole", "layerwise"] = Field(
+        default="fitting", description="how PyTorch is timed: whole where memory holds it, else layer by layer"
+    )
 
     @classmethod
     def of(cls, depth: Depth) -> VerifyOptions:
@@ -123,9 +126,13 @@ class Spread(Frozen):
 
 
 class EngineLatency(Frozen):
-    """One engine in a process of its own: seconds, tokens per second, bytes."""
+    """One engine in a process of its own: seconds, tokens per second, bytes.
+
+    ``computed`` says how, where the engine did not fit and its figures were not measured as they stand.
+    """
 
     name: str
+    computed: str = ""
     load_s: float
     peak_rss: int
     ttft_s: Spread
@@ -138,7 +145,8 @@ class Latency(Frozen):
     """Paired speeds; a speed-up above 1 means that the artifact is faster.
 
     ``control`` compares the artifact with itself and should be 1; ``pairs`` holds
-    (artifact, PyTorch) decode tokens per second, measured next to each other.
+    (artifact, PyTorch) decode tokens per second, measured next to each other. ``bandwidth`` is bytes a second that
+    as many threads read from memory; ``bytes_per_token`` those of the weights that a decoded token reads.
     """
 
     prompt_tokens: int
@@ -150,3 +158,12 @@ class Latency(Frozen):
     prefill_speedup: Estimate
     control: Estimate
     pairs: tuple[tuple[float, float], ...]
+    bandwidth: float | None = None
+    bytes_per_token: int | None = None
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """Decode speed over the most that memory allows, a fraction; None when that was not measured."""
+        if self.bandwidth is None or self.bytes_per_token is None:
+            return None
+        return self.artifact.decode_tok_s.median * self.bytes_per_token / self.bandwidth
