@@ -136,7 +136,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     progress("loading the artifact and generating")
     smoke(folder, tools)
     built = time.monotonic() - begin
-    report = _measured(tools, folder, checkpoint.path, staging, job.depth) if job.verify else None
+    report = _measured(tools, folder, checkpoint, staging, job.depth, folder) if job.verify else None
     if report:
         report.save(folder)
     verdict = report.verdict if report else Verdict.UNVERIFIED
@@ -182,29 +182,37 @@ def build_model(
     return folder, read_back(folder, plan.readback)
 
 
-def _measured(tools: Toolchain, folder: Path, checkpoint: Path, staging: Path, depth: Depth) -> Report:
-    """The report of a whole verification, with an fp32 export of the checkpoint below ``staging`` if it needs one."""
+def _measured(
+    tools: Toolchain, folder: Path, checkpoint: Checkpoint, staging: Path, depth: Depth, kept: Path
+) -> Report:
+    """The report of a whole verification, with an fp32 export of the checkpoint below ``staging`` if it needs one.
+
+    The golden file is written into ``kept``.
+    """
+    from qwen_onnx.verify import Keep
+    from qwen_onnx.verify.golden import weights_digest
     from qwen_onnx.verify.records import VerifyOptions
 
     reference = None
     if tools.plan.needs_reference:
         progress("exporting the fp32 reference")
-        reference = tools.export_reference(checkpoint, staging)
-    report = tools.verify(folder, checkpoint, reference, VerifyOptions.of(depth))
+        reference = tools.export_reference(checkpoint.path, staging)
+    keep = Keep(kept, tools.plan.model, weights_digest(checkpoint.files))
+    report = tools.verify(folder, checkpoint.path, reference, VerifyOptions.of(depth), keep)
     # where the row came from is not the verification's business, but it belongs to the claim
     return report.model_copy(update={"claim": tools.plan.claim(report.verdict)})
 
 
 def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, depth: Depth = "quick") -> Report:
-    """Verify an artifact again and publish it with the new report and verdict."""
+    """Verify an artifact again and publish it with the new report, golden file and verdict."""
     with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
         tools = Toolchain.of(artifact.manifest.plan, cache)
-        report = _measured(tools, artifact.path, checkpoint.path, staging, depth)
         folder = staging / "artifact"
         shutil.copytree(artifact.path, folder, copy_function=os.link)
-        for name in ("report.json", "report.html", "manifest.json"):
+        for name in ("report.json", "report.html", "golden.npz", "manifest.json"):
             # a hard link: writing through it would alter the published file
             (folder / name).unlink(missing_ok=True)
+        report = _measured(tools, artifact.path, checkpoint, staging, depth, folder)
         report.save(folder)
         replace_verdict(artifact, folder, report.verdict)
     return report

@@ -13,6 +13,7 @@ from qwen_onnx.processes.environments import Interpreter, interpreter_of
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.runners.client import Runner
+    from qwen_onnx.verify.keeping import Keep
     from qwen_onnx.verify.records import VerifyOptions
     from qwen_onnx.verify.report import Report
 
@@ -78,7 +79,12 @@ class Toolchain:
         return self.run_olive(config, checkpoint, staging / "reference", staging / "reference.log")
 
     def verify(
-        self, artifact: Path, checkpoint: Path, reference: Path | None, options: VerifyOptions | None = None
+        self,
+        artifact: Path,
+        checkpoint: Path,
+        reference: Path | None,
+        options: VerifyOptions | None = None,
+        keep: Keep | None = None,
     ) -> Report:
         """Measure ``artifact`` as far as the plan's verification level promises; see ``verify.verify_artifact``."""
         from qwen_onnx.verify import VerifyOptions, verify_artifact
@@ -93,6 +99,7 @@ class Toolchain:
             runner=self.runner,
             simulator=self.simulator,
             cache=self.cache,
+            keep=keep,
         )
 
 

@@ -113,8 +113,34 @@ def verify(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help=ARTIFACT)],
     source: SourceOption = None,
     depth: Depth = "quick",
+    device: str | None = typer.Option(
+        None, help="cpu, cuda, dml or webgpu: prove it there by its golden file, without PyTorch and checkpoint"
+    ),
+    golden: Path | None = typer.Option(None, help="with --device: another golden.npz than the artifact's own"),
+    record: Path | None = typer.Option(
+        None, help="with --device: where the record goes; default ARTIFACT.DEVICE.json beside the artifact"
+    ),
 ) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
+    if device is None:
+        if golden or record:
+            raise ConfigError(["--golden and --record: only with --device"])
+        _verify_here(artifact, source, depth)
+        return
+    if source:
+        raise ConfigError(["--source: not with --device, which reads no checkpoint"])
+    from qwen_onnx.verify.device import print_device_report, verify_on
+
+    folder = artifact_at(artifact).resolve()
+    report = verify_on(folder, device, golden=golden)
+    where = report.save(record or folder.with_name(f"{folder.name}.{device}.json"))
+    out.print(f"record: {_shown(where)}", soft_wrap=True)
+    print_device_report(report, out)
+    if report.verdict != "PASS":
+        raise VerdictError(f"the verdict on {device} is {report.verdict}", where=_shown(folder), hint=str(where))
+
+
+def _verify_here(artifact: str, source: Path | None, depth: Depth) -> None:
     from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.build.optimize import verify_published
     from qwen_onnx.sources.fetch import fetch as fetch_source

@@ -22,6 +22,7 @@ MEASURED = (
     "manifest.json",
     "report.json",
     "report.html",
+    "golden.npz",
     "README.md",
     "drift.svg",
     "drift-by-text.svg",

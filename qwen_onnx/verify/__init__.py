@@ -15,11 +15,12 @@ from qwen_onnx.records import Verdict
 from qwen_onnx.verify import speed  # noqa: F401 - registers its checks
 from qwen_onnx.verify.checks import CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
+from qwen_onnx.verify.keeping import Keep
 from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
 from qwen_onnx.verify.scratch import scratch_folder
 
-__all__ = ["CheckResult", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]
+__all__ = ["CheckResult", "Keep", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]
 
 DEFAULT_OPTIONS = VerifyOptions()
 
@@ -35,6 +36,7 @@ def verify_artifact(
     runner: Callable[[Path], Runner] | None = None,
     simulator: Callable[[Path], Runner] | None = None,
     cache: Path | None = None,
+    keep: Keep | None = None,
 ) -> Report:
     """Run every check on ``artifact`` that its verification level promises; the report names the others.
 
@@ -50,6 +52,7 @@ def verify_artifact(
         simulator: what runs the artifact as the device would, much more slowly.
         cache: keeps what a killed verification had computed, for the next one of the same checkpoint; None keeps
             nothing.
+        keep: where to write the golden file, by which other devices prove the artifact; None: nowhere.
 
     Raises:
         VerificationError: a folder is missing, a check has no such name, or the level cannot make it. Checks that
@@ -67,9 +70,11 @@ def verify_artifact(
             raise VerificationError("The folder to verify with does not exist.", where=str(folder))
     started = time.perf_counter()
     with scratch_folder(cache, checkpoint) as scratch:
-        context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, scratch)
+        context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, scratch, keep)
         results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
         context.release()
+    if keep and context.golden:
+        context.golden.save(keep.folder)
     verdict = worst(item.verdict for item in results)
     return Report(
         verdict=verdict,

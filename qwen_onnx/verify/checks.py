@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.processing.template import has_template
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import judge
+from qwen_onnx.verify.keeping import golden_of
 from qwen_onnx.verify.parity import (
     CONVERSATIONS,
     NASTY,
-    Mismatch,
-    batched_logits,
     decode_positions,
     mismatches,
 )
-from qwen_onnx.verify.records import CheckResult, Estimate, worst
+from qwen_onnx.verify.records import CheckResult, worst
+from qwen_onnx.verify.results import DECODE_LIMIT, agreement, batch_result, certain, drift_result, parity_result
 from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most
 
-PLAIN_PROMPTS = ["The capital of France is", "def main():"]
 Check = Callable[[Context], CheckResult]
 CHECKS: dict[str, Check] = {}
 # the levels that promise a check; nothing is computed of an artifact that is known by its structure alone
@@ -36,11 +34,6 @@ COMPUTED = ANY - {Verification.STRUCTURE}
 TIMED = frozenset({Verification.RUN})
 SIMULATED = frozenset({Verification.SIMULATOR})
 
-# Kernels that quantise activations (accuracy level 4) compute otherwise for one token than for many. Both
-# paths lie equally near PyTorch; between them lies about a tenth of the drift allowed (docs/lab-log.md).
-DECODE_KLD = 2e-2
-DECODE_TOP1 = 0.85
-DECODE_LIMIT: dict[str, float | str] = {"kld_mean": DECODE_KLD, "top1": DECODE_TOP1}
 # Rounding to 4 bits moves a row of weights by about a tenth of its length, GPTQ by more; another row's is 1.4 away
 ROW_ERROR = 0.7
 # What a device may add to the drift of the graph that it was compiled from: about a fifth of the drift allowed in int4.
@@ -85,16 +78,6 @@ def run_check(name: str, context: Context) -> CheckResult:
     return result.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
 
 
-def _parity_result(name: str, cases: int, wrong: Sequence[Mismatch], extra: dict[str, float | str]) -> CheckResult:
-    return CheckResult(
-        name=name,
-        verdict=Verdict.FAIL if wrong else Verdict.PASS,
-        measured={"cases": cases, "mismatches": len(wrong), **extra},
-        limit={"mismatches": 0},
-        detail="; ".join(str(item) for item in wrong[:3]),
-    )
-
-
 @check("tokenizer", ANY)
 def tokenizer_parity(context: Context) -> CheckResult:
     """The runtime encodes and decodes every text like the checkpoint's tokenizer."""
@@ -107,7 +90,7 @@ def tokenizer_parity(context: Context) -> CheckResult:
         lambda text: served.decode(truth.encode_plain(text)),
     )
     differs = len(mismatches(NASTY, truth.encode, truth.auto_encode))
-    return _parity_result("tokenizer", 2 * len(texts), wrong, {"AutoTokenizer_differs": differs})
+    return parity_result("tokenizer", 2 * len(texts), wrong, {"AutoTokenizer_differs": differs})
 
 
 @check("chat_template", ANY)
@@ -125,7 +108,7 @@ def template_parity(context: Context) -> CheckResult:
         lambda messages: context.truth.render(messages, prompt=True),
         lambda messages: context.template.render([dict(message) for message in messages]),
     )
-    return _parity_result("chat_template", len(CONVERSATIONS), wrong, {})
+    return parity_result("chat_template", len(CONVERSATIONS), wrong, {})
 
 
 @check("graph_parity")
@@ -146,53 +129,29 @@ def graph_parity(context: Context) -> CheckResult:
     else:
         found, errors = Positions.join(context.study.reference_parts), {}
     diff, kld = float(found.diff.max()), float(found.kld.mean())
-    verdicts = [at_most(exact(diff), limits.fp32_max_diff), at_most(exact(kld), limits.fp32_kld)]
+    verdicts = [at_most(certain(diff), limits.fp32_max_diff), at_most(certain(kld), limits.fp32_kld)]
     measured: dict[str, float | str] = {"max_diff": diff, "kld_mean": kld, "positions": len(found.kld)}
     if errors:
         worst_matrix = max(errors, key=lambda name: errors[name])
-        verdicts.append(at_most(exact(errors[worst_matrix]), ROW_ERROR))
+        verdicts.append(at_most(certain(errors[worst_matrix]), ROW_ERROR))
         bounds["row_error"] = ROW_ERROR
         measured |= {"row_error": errors[worst_matrix], "matrices": len(errors), "worst_matrix": worst_matrix}
     return CheckResult(name="graph_parity", verdict=worst(verdicts), measured=measured, limit=bounds)
-
-
-def exact(value: float) -> Estimate:
-    """A value without sampling error: both bounds are the value."""
-    return Estimate(value=value, lower=value, upper=value)
 
 
 @check("drift")
 def teacher_forced_drift(context: Context) -> CheckResult:
     """The quantised model predicts what PyTorch predicts, in every domain."""
     study, limits = context.study, context.limits
-    bounds: dict[str, float | str] = {
-        "kld_mean": limits.kld_mean,
-        "kld_p99": limits.kld_p99,
-        "top1": limits.top1,
-        "ppl_ratio": limits.ppl_ratio,
-        "worst_domain": limits.domain_factor * limits.kld_mean,
-    }
     if study.finite and Verdict.INCONCLUSIVE in judge(study.estimates(), limits).values():
         study.double()
     if not study.finite:
-        return CheckResult(name="drift", verdict=Verdict.FAIL, limit=bounds, detail="a logit is NaN or infinite")
+        return drift_result(None, limits)
     found = study.estimates()
-    verdicts = judge(found, limits)
     context.drift = study.summary(found, context.documents)
-    name, domain = max(found.domains.items(), key=lambda item: item[1].value)
-    measured: dict[str, float | str] = {"worst_domain_name": name, "positions": context.drift.positions}
-    for key, item in {**_overall(context), "worst_domain": domain}.items():
-        measured |= {key: item.value, f"{key}_lower": item.lower, f"{key}_upper": item.upper}
-    broken = [f"{key} {verdict}" for key, verdict in verdicts.items() if verdict is not Verdict.PASS]
-    return CheckResult(
-        name="drift", verdict=worst(verdicts.values()), measured=measured, limit=bounds, detail=", ".join(broken)
-    )
-
-
-def _overall(context: Context) -> dict[str, Estimate]:
-    drift = context.drift
-    names = ("kld_mean", "kld_p99", "top1", "ppl_ratio")
-    return {name: getattr(drift, name) for name in names}
+    if context.keep:
+        context.golden = golden_of(context, context.keep)
+    return drift_result(found, limits, {"positions": context.drift.positions})
 
 
 @check("kv_decode")
@@ -203,13 +162,13 @@ def decode_parity(context: Context) -> CheckResult:
     """
     prompts = _decoded_prompts(context)
     found = decode_positions(lambda ids: context.engine.forced_logits(ids[:1], ids[1:]), context.scorer.logits, prompts)
-    verdicts, measured = _agreement(found)
+    verdicts, measured = agreement(found)
     limit = dict(DECODE_LIMIT)
     exact = context.exact_decode(prompts)
     if exact is None:
         verdicts.append(Verdict.INCONCLUSIVE)
     else:
-        verdicts.append(at_most(exact(exact), context.limits.fp32_kld))
+        verdicts.append(at_most(certain(exact), context.limits.fp32_kld))
         measured["fp32_kld"], limit["fp32_kld"] = exact, context.limits.fp32_kld
     return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=limit)
 
@@ -219,38 +178,17 @@ def _decoded_prompts(context: Context) -> dict[str, tuple[int, ...]]:
     return {name: pool[0].ids[: context.options.decode_tokens] for name, pool in context.pools.items() if pool}
 
 
-def _agreement(found: Positions) -> tuple[list[Verdict], dict[str, float | str]]:
-    """Verdicts on ``DECODE_LIMIT``, and what was measured."""
-    kld, top1 = float(found.kld.mean()), float(found.agree.mean())
-    verdicts = [at_most(exact(kld), DECODE_KLD), at_least(exact(top1), DECODE_TOP1)]
-    return verdicts, {"kld_mean": kld, "top1": top1, "positions": len(found.kld)}
-
-
 @check("batched", TIMED)
 def batch_parity(context: Context) -> CheckResult:
     """Texts that share the steps of a batch, each joining later than the one before, get the logits of a lone run."""
-    prompts, limit = _decoded_prompts(context), dict(DECODE_LIMIT)
-    try:
-        rows = batched_logits(context.artifact, list(prompts.values()), context.options.threads)
-    except UnsupportedGraphError as error:
-        return CheckResult(
-            name="batched", verdict=Verdict.PASS, limit=limit, detail=f"served one request at a time: {error.what}"
-        )
-    together = {tuple(ids): logits for ids, logits in zip(prompts.values(), rows, strict=True)}
-    found = decode_positions(lambda ids: together[tuple(ids)], context.scorer.logits, prompts)
-    verdicts, measured = _agreement(found)
-    measured["streams"] = len(prompts)
-    return CheckResult(name="batched", verdict=worst(verdicts), measured=measured, limit=limit)
+    return batch_result(context.artifact, _decoded_prompts(context), context.scorer, context.options.threads)
 
 
 @check("greedy")
 def greedy_generation(context: Context) -> CheckResult:
     """Greedy answers have the length asked for, stay in the vocabulary, and their logits are finite."""
     count, wrong, tokens = context.options.greedy_tokens, [], 0
-    truth = context.truth
-    texts = [truth.render(messages, prompt=True) for messages in CONVERSATIONS[:2]] if truth.chats else PLAIN_PROMPTS
-    for text in texts:
-        prompt = truth.encode(text)
+    for prompt in context.greedy_prompts():
         answer = list(context.engine.generate(prompt, max_new_tokens=count, stop_on_eos=False))
         logits = context.scorer.logits([*prompt, *answer])
         tokens += len(answer)
@@ -294,7 +232,7 @@ def simulated_parity(context: Context) -> CheckResult:
     kld, top1 = float(found.kld.mean()), float(found.agree.mean())
     return CheckResult(
         name="simulator",
-        verdict=worst([at_most(exact(kld), SIMULATOR_KLD), at_least(exact(top1), SIMULATOR_TOP1)]),
+        verdict=worst([at_most(certain(kld), SIMULATOR_KLD), at_least(certain(top1), SIMULATOR_TOP1)]),
         measured={
             "kld_mean": kld,
             "top1": top1,

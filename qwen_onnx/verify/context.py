@@ -18,7 +18,7 @@ from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
 from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
 from qwen_onnx.verify.graph import Graph
-from qwen_onnx.verify.parity import decode_positions
+from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
 from qwen_onnx.verify.records import Drift, Latency, VerifyOptions
 from qwen_onnx.verify.scoring import Logits, OnnxScorer, Positions, compare
 from qwen_onnx.verify.slices import SlicedScorer
@@ -28,10 +28,15 @@ if TYPE_CHECKING:
     from qwen_onnx.runtime.processing.template import ChatTemplate
     from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
     from qwen_onnx.verify.answers import Answers
+    from qwen_onnx.verify.golden import Golden
+    from qwen_onnx.verify.keeping import Keep
 
 
 # bytes that a verification needs besides the artifact; and what a session holds of its weights, prepacked ones included
 BESIDE, SESSION_COPIES = 2_500_000_000, 1.4
+
+
+PLAIN_PROMPTS = ["The capital of France is", "def main():"]
 
 
 class Runner(Protocol):
@@ -49,7 +54,7 @@ class Runner(Protocol):
 
 
 class Context:
-    """One verification. ``drift`` and ``latency`` are filled in by the checks that measure them."""
+    """One verification. ``drift``, ``latency`` and ``golden`` are filled in by the checks that measure them."""
 
     def __init__(
         self,
@@ -62,8 +67,10 @@ class Context:
         runner: Callable[[Path], Runner] | None,
         simulator: Callable[[Path], Runner] | None,
         scratch: Path,
+        keep: Keep | None = None,
     ) -> None:
-        self.scratch = scratch
+        self.scratch, self.keep = scratch, keep
+        self.golden: Golden | None = None
         self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
         self.limits, self.level, self.options = limits, level, options
         self._runner, self.simulator = runner, simulator
@@ -210,6 +217,14 @@ class Context:
         from qwen_onnx.runtime.processing.template import ChatTemplate
 
         return ChatTemplate(self.artifact)
+
+    def greedy_prompts(self) -> list[list[int]]:
+        """Token ids of what greedy answers answer."""
+        truth = self.truth
+        texts = (
+            [truth.render(messages, prompt=True) for messages in CONVERSATIONS[:2]] if truth.chats else PLAIN_PROMPTS
+        )
+        return [truth.encode(text) for text in texts]
 
     def release(self) -> None:
         """Drop models and sessions, so that the latency check has the machine to itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,11 +12,14 @@ from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
 from qwen_onnx.verify.corpus import Document, Window, take
+from qwen_onnx.verify.golden import Kept, compare_coarse, kept
 from qwen_onnx.verify.records import DomainDrift, Drift, VerifyOptions, worst
 from qwen_onnx.verify.scoring import Logits, Positions, compare
 from qwen_onnx.verify.statistics import DriftEstimates, at_least, at_most, bootstrap, tail
 
 PLOT_POINTS = 200
+# of all domains together in a golden file, about 1 kB each
+MOST_POSITIONS = 6_200
 
 
 class Scorer(Protocol):
@@ -29,6 +33,35 @@ class Prepared(Scorer, Protocol):
     """One that reads weights by and by, and therefore wants to know all texts first."""
 
     def prepare(self, texts: Sequence[Sequence[int]]) -> None: ...
+
+
+@dataclass
+class Collected:
+    """Answers of the teacher for a golden file, of up to ``most`` positions of each domain.
+
+    ``coarse`` and ``full`` are sums of the KLD on its outcomes and on all.
+    """
+
+    most: int
+    windows: list[Window] = field(default_factory=list)
+    parts: list[Kept] = field(default_factory=list)
+    coarse: float = 0.0
+    full: float = 0.0
+    positions: int = 0
+    vocabulary: int = 0
+
+    def add(self, window: Window, baseline: Logits, candidate: Logits, found: Positions) -> None:
+        """Keep a window, while there is room in its domain."""
+        held = sum(len(each.ids) for each in self.windows if each.domain == window.domain)
+        if held + len(window.ids) > self.most or not found.finite:
+            return
+        part = kept(baseline, window.ids)
+        self.windows.append(window)
+        self.parts.append(part)
+        self.coarse += float(compare_coarse(part, candidate).kld.sum())
+        self.full += float(found.kld.sum())
+        self.positions += len(found.kld)
+        self.vocabulary = baseline.shape[-1]
 
 
 class DriftStudy:
@@ -53,6 +86,7 @@ class DriftStudy:
         self.parts: dict[str, list[Positions]] = {name: [] for name in self.pools}
         self.reference_parts: list[Positions] = []
         self.used: list[Window] = []
+        self.golden = Collected(MOST_POSITIONS // max(len(self.pools), 1))
         self.doubled = False
         self._baseline, self._artifact, self._reference, self._options = baseline, artifact, reference, options
 
@@ -75,8 +109,9 @@ class DriftStudy:
             chosen = take(pool, start, stop)
             progress(f"drift: {len(chosen)} windows of {name}")
             for index, window in enumerate(chosen):
-                baseline = self._baseline.logits(window.ids)
-                self.parts[name].append(compare(baseline, self._artifact.logits(window.ids), window.ids))
+                baseline, candidate = self._baseline.logits(window.ids), self._artifact.logits(window.ids)
+                self.parts[name].append(compare(baseline, candidate, window.ids))
+                self.golden.add(window, baseline, candidate, self.parts[name][-1])
                 if reference and index == 0:
                     self.reference_parts.append(compare(baseline, reference.logits(window.ids), window.ids))
                 self.used.append(window)

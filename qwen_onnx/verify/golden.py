@@ -23,11 +23,12 @@ from pydantic import Field, ValidationError
 
 from qwen_onnx.bounded import read_bytes, read_object
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.records import Record, Sha256
+from qwen_onnx.records import Record, Sha256, digest_of
+from qwen_onnx.sources.fetch import weights_of
 from qwen_onnx.verify.scoring import ROWS, Logits, Positions
 
 GOLDEN = "golden.npz"
-TOP = 64
+TOP = 192
 MOST_BYTES = 64 << 20
 MOST_ABOUT_BYTES = 4 << 20
 MOST_HEADER_BYTES = 4096
@@ -95,7 +96,7 @@ class About(Record):
 
 
 @dataclass(frozen=True)
-class Answers:
+class Kept:
     """The teacher's answers on one text of ``len(ids)`` tokens.
 
     ``top_ids`` and ``top_logp`` are [tokens - 1, TOP], sorted by falling probability; ``rest_logp``, the logarithm of
@@ -107,6 +108,11 @@ class Answers:
     top_logp: npt.NDArray[np.float32]
     rest_logp: npt.NDArray[np.float32]
     next_logp: npt.NDArray[np.float32]
+
+
+def weights_digest(files: dict[str, str]) -> str:
+    """What tells a checkpoint's weights from others, of the SHA-256 of its ``files`` by name."""
+    return digest_of(weights_of(files))
 
 
 def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
@@ -121,17 +127,18 @@ def _log_rest(logp: npt.NDArray[np.float64], top: npt.NDArray[Any]) -> npt.NDArr
     others = np.exp(logp)
     np.put_along_axis(others, top, 0.0, axis=-1)
     with np.errstate(divide="ignore"):
-        return np.log(others.sum(axis=-1))
+        rest: npt.NDArray[np.float64] = np.log(others.sum(axis=-1))
+    return rest
 
 
-def answers(logits: Logits, ids: Sequence[int]) -> Answers:
+def kept(logits: Logits, ids: Sequence[int]) -> Kept:
     """What is kept of the teacher's logits [tokens, vocabulary] for ``ids``."""
-    kept = min(TOP, logits.shape[-1] - 1)
+    width = min(TOP, logits.shape[-1] - 1)
     parts: list[tuple[npt.NDArray[Any], ...]] = []
     for start in range(0, len(ids) - 1, ROWS):
         stop = min(start + ROWS, len(ids) - 1)
         logp = _log_softmax(logits[start:stop])
-        top = np.argpartition(-logp, kept, axis=-1)[:, :kept]
+        top = np.argpartition(-logp, width, axis=-1)[:, :width]
         order = np.argsort(-np.take_along_axis(logp, top, axis=-1), axis=-1, kind="stable")
         top = np.take_along_axis(top, order, axis=-1)
         following = np.asarray(ids[start + 1 : stop + 1])
@@ -139,7 +146,7 @@ def answers(logits: Logits, ids: Sequence[int]) -> Answers:
             (top, np.take_along_axis(logp, top, -1), _log_rest(logp, top), logp[np.arange(stop - start), following])
         )
     top, top_logp, rest, following_logp = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Answers(
+    return Kept(
         np.asarray(ids, np.int32),
         top.astype(np.int32),
         top_logp.astype(np.float32),
@@ -149,7 +156,7 @@ def answers(logits: Logits, ids: Sequence[int]) -> Answers:
     )
 
 
-def compare_coarse(teacher: Answers, candidate: Logits) -> Positions:
+def compare_coarse(teacher: Kept, candidate: Logits) -> Positions:
     """Statistics of ``candidate`` [tokens, vocabulary] on the outcomes that the teacher's file keeps.
 
     ``kld`` is a lower bound of the full one; ``diff`` is the largest difference of the kept log-probabilities.
@@ -164,7 +171,7 @@ def compare_coarse(teacher: Answers, candidate: Logits) -> Positions:
     return Positions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _coarse_rows(teacher: Answers, candidate: Logits, rows: slice) -> list[npt.NDArray[np.float64]]:
+def _coarse_rows(teacher: Kept, candidate: Logits, rows: slice) -> list[npt.NDArray[np.float64]]:
     logp = _log_softmax(candidate)
     top = teacher.top_ids[rows]
     p, p_rest = teacher.top_logp[rows].astype(np.float64), teacher.rest_logp[rows].astype(np.float64)
@@ -184,9 +191,9 @@ class Golden:
     """A golden file: ``about``, and the answers on each of its stretches."""
 
     about: About
-    parts: tuple[Answers, ...]
+    parts: tuple[Kept, ...]
 
-    def __iter__(self) -> Iterator[tuple[Stretch, Answers]]:
+    def __iter__(self) -> Iterator[tuple[Stretch, Kept]]:
         return zip(self.about.stretches, self.parts, strict=True)
 
     def save(self, folder: Path) -> Path:
@@ -202,13 +209,12 @@ class Golden:
         return path
 
     @classmethod
-    def read(cls, folder: Path) -> Golden:
-        """The golden file of an artifact or a package.
+    def read(cls, path: Path) -> Golden:
+        """A golden file, a stranger's too.
 
         Raises:
             ArtifactError: it is missing, too large, or not one of ours.
         """
-        path = folder / GOLDEN
         arrays = _arrays(read_bytes(path, most_bytes=MOST_BYTES, error=ArtifactError, hint=HINT), path)
         told = arrays.pop("about").tobytes()
         read_object(told, most_bytes=MOST_ABOUT_BYTES, error=ArtifactError, what=GOLDEN, hint=HINT)
@@ -256,11 +262,13 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, path: Path) -> npt.ND
     return np.frombuffer(body, dtype).reshape(shape)
 
 
-def _split(about: About, arrays: dict[str, npt.NDArray[Any]], path: Path) -> Iterator[Answers]:
+def _split(about: About, arrays: dict[str, npt.NDArray[Any]], path: Path) -> Iterator[Kept]:
     """The answers on each stretch; every number is what it may be."""
     tokens = sum(stretch.tokens for stretch in about.stretches)
     positions = tokens - len(about.stretches)
-    width = min(TOP, about.vocabulary - 1)
+    width = arrays["top_ids"].shape[1]
+    if not 1 <= width < about.vocabulary:
+        raise _damaged(path, f"it keeps {width} of {about.vocabulary} tokens")
     expected = {"ids": (tokens,), "top_ids": (positions, width), "top_logp": (positions, width)}
     for name, array in arrays.items():
         if array.shape != expected.get(name, (positions,)):
@@ -272,7 +280,7 @@ def _split(about: About, arrays: dict[str, npt.NDArray[Any]], path: Path) -> Ite
     start = first = 0
     for stretch in about.stretches:
         rows = slice(first, first + stretch.tokens - 1)
-        yield Answers(
+        yield Kept(
             arrays["ids"][start : start + stretch.tokens],
             *(arrays[name][rows] for name in ("top_ids", "top_logp", "rest_logp", "next_logp")),
         )

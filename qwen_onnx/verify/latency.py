@@ -108,7 +108,8 @@ def _play(artifact: Worker, baseline: Worker, ids: Sequence[int], options: Verif
     _pairs(artifact, baseline, options.prefill_pairs, lambda worker: worker.prefill(ids, 1))
 
 
-def _warm_up(worker: Worker, ids: Sequence[int]) -> None:
+def warm_up(worker: Worker, ids: Sequence[int]) -> None:
+    """Some tokens that do not count."""
     for _ in range(2):
         worker.prefill(ids, 9)
         worker.decode(8)
@@ -131,7 +132,7 @@ def measure(
         for engine, folder in (("artifact", artifact), (_baseline_engine(artifact, checkpoint, options), checkpoint)):
             progress(f"latency: loading {engine}")
             workers.append(Worker(engine, folder, options.threads))
-            _warm_up(workers[-1], ids)
+            warm_up(workers[-1], ids)
         for _ in range(MOST_PLAYS):
             progress(f"latency: {options.rounds} rounds of {len(ids)} + {options.new_tokens} tokens")
             _play(workers[0], workers[1], ids, options)
@@ -145,6 +146,22 @@ def measure(
     finally:
         for worker in workers:
             worker.close()
+
+
+def measure_alone(artifact: Path, ids: Sequence[int], options: VerifyOptions) -> tuple[EngineLatency, float]:
+    """Speed of the artifact without anything beside it, and bytes per second that memory gives."""
+    progress("speed: loading the artifact")
+    worker = Worker("artifact", artifact, options.threads)
+    try:
+        warm_up(worker, ids)
+        for _ in range(options.rounds):
+            worker.prefill(ids, options.new_tokens)
+            for _ in range(max((options.new_tokens - 1) // options.segment, 1)):
+                worker.decode(min(options.segment, options.new_tokens - 1))
+        found = worker.record(len(ids), options.new_tokens)
+        return found, float(worker.ask(do="bandwidth")["bytes_per_second"])
+    finally:
+        worker.close()
 
 
 def _baseline_engine(artifact: Path, checkpoint: Path, options: VerifyOptions) -> str:

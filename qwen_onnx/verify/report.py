@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, Verify
 if TYPE_CHECKING:
     from jinja2 import Environment
     from rich.console import Console
+    from rich.table import Table
 
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "tokenizers", "torch", "transformers", "numpy", "qwen-onnx")
 STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE: "yellow"}
@@ -151,16 +153,15 @@ def _with_bounds(item: CheckResult, name: str) -> str:
     return f"{text} [{shown(item.measured[f'{name}_lower'])}, {shown(item.measured[f'{name}_upper'])}]"
 
 
-def print_report(report: Report, console: Console) -> None:
-    """A table for people, then one line of JSON for programs."""
+def check_table(checks: Sequence[CheckResult], verdict: Verdict, claim: str) -> Table:
+    """The checks for people."""
     from rich.markup import escape
     from rich.table import Table
 
-    title = f"verification: {report.verdict}\n{report.claim}"
-    table = Table(title=title, title_style=STYLES[report.verdict])
+    table = Table(title=f"verification: {verdict}\n{escape(claim)}", title_style=STYLES[verdict])
     for column in ("check", "verdict", "measured [bounds]", "limit", "seconds"):
         table.add_column(column, justify="right" if column in ("limit", "seconds") else "left")
-    for item in report.checks:
+    for item in checks:
         head = [item.name, f"[{STYLES[item.verdict]}]{item.verdict}[/]"]
         rows = [(f"{name} {value}", limit) for name, value, limit in compared(item)]
         rows += [(item.detail, "")] if item.detail else []
@@ -170,6 +171,14 @@ def print_report(report: Report, console: Console) -> None:
                 *(head if first else ("", "")), escape(measured), limit, f"{item.seconds:.1f}" if first else ""
             )
         table.add_section()
+    return table
+
+
+def print_report(report: Report, console: Console) -> None:
+    """A table for people, then one line of JSON for programs."""
+    from rich.markup import escape
+
+    table = check_table(report.checks, report.verdict, report.claim)
     for name, reason in report.not_checked.items():
         table.add_row(name, "–", escape(reason))
     console.print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_onnx.artifact.genai_config import GenaiConfig
+from qwen_onnx.bounded import read_json
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.runtime.engines.genai import UNPACK_QDQ
 from qwen_onnx.verify.graph import Graph
@@ -18,6 +21,8 @@ from qwen_onnx.verify.graph import Graph
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
 
+CPU = "CPUExecutionProvider"
+MOST_PROFILE_BYTES, MOST_PROFILE_VALUES = 256 << 20, 20_000_000
 STATES = ("past_key_values.", "past.")
 ROWS = 32  # vocabulary rows per step: float64 copies then stay within a few tens of megabytes
 
@@ -121,6 +126,10 @@ class Session:
             raise VerificationError(f"The model does not run: {error}", where=str(self.folder)) from error
         return found
 
+    def end_profile(self) -> str:
+        """Name of the profile's file."""
+        return str(self._session.end_profiling())
+
     def _feeds(self, ids: npt.NDArray[np.int64], given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         known = {
             "input_ids": ids,
@@ -153,12 +162,16 @@ class Session:
         return self._sizes[size]
 
 
-def open_session(graph: bytes, folder: Path, threads: int, *, folded: bool = True) -> Session:
+def open_session(
+    graph: bytes, folder: Path, threads: int, *, folded: bool = True, provider: str = CPU, profile: Path | None = None
+) -> Session:
     """Load a serialised graph whose weights are in the files of ``folder``.
 
     Args:
         threads: within an operator.
         folded: compute once what follows from weights alone; otherwise in every run, which takes less memory.
+        provider: execution provider by ONNX Runtime's name.
+        profile: prefix of a file that tells which provider ran each operator.
 
     Raises:
         VerificationError: ONNX Runtime does not load it.
@@ -169,6 +182,8 @@ def open_session(graph: bytes, folder: Path, threads: int, *, folded: bool = Tru
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     for name, value in UNPACK_QDQ.items():
         options.add_session_config_entry(name, value)
     sizes = {"batch_size": 1, "past_sequence_length": 0}
@@ -177,9 +192,12 @@ def open_session(graph: bytes, folder: Path, threads: int, *, folded: bool = Tru
         sizes["kv_cache_dim"] = head_size
     try:
         left_out = [] if folded else ["ConstantFolding"]
-        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out)
+        session = ort.InferenceSession(graph, options, providers=[provider], disabled_optimizers=left_out)
     except _faults() as error:
         raise VerificationError(f"The model cannot be loaded: {error}", where=str(folder)) from error
+    if provider not in session.get_providers():
+        # ONNX Runtime takes the CPU instead, with a warning
+        raise VerificationError(f"ONNX Runtime did not load {provider}", where=str(folder), hint="qwen-onnx doctor")
     return Session(session, folder, sizes)
 
 
@@ -190,24 +208,54 @@ class OnnxScorer:
         folder: of the artifact.
         threads: within an operator.
         in_float32: every operator computes in float32, see ``Graph.in_float32``.
+        provider, profile: see ``open_session``.
 
     Raises:
         VerificationError: the folder holds no model that ONNX Runtime loads.
     """
 
-    def __init__(self, folder: Path, threads: int, *, in_float32: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        threads: int,
+        *,
+        in_float32: bool = False,
+        provider: str = CPU,
+        profile: Path | None = None,
+    ) -> None:
         graph = Graph(folder / GenaiConfig.read(folder, VerificationError).graph_file)
         graph.every_position()
         if in_float32:
             graph.in_float32()
         # folded, all weights would be there in float32 at once
-        self._session = open_session(graph.serialized(), folder, threads, folded=not in_float32)
+        self._session = open_session(
+            graph.serialized(), folder, threads, folded=not in_float32, provider=provider, profile=profile
+        )
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Logits of shape [tokens, vocabulary] for one sequence."""
         (found,) = self._session.run(["logits"], ids, {})
         logits: Logits = found[0].astype(np.float32, copy=False)
         return logits
+
+    def end_profile(self) -> str:
+        """The file that tells which provider ran each operator; only with ``profile``."""
+        return self._session.end_profile()
+
+
+def placed(folder: Path, threads: int, provider: str, ids: Sequence[int]) -> Counter[tuple[str, str]]:
+    """How often each (operator, execution provider) ran for one text.
+
+    Raises:
+        VerificationError: the model does not run, or ONNX Runtime does not tell.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        scorer = OnnxScorer(folder, threads, provider=provider, profile=Path(scratch) / "run")
+        scorer.logits(ids)
+        file = Path(scorer.end_profile())
+        told = read_json(file, most_bytes=MOST_PROFILE_BYTES, error=VerificationError, most_values=MOST_PROFILE_VALUES)
+    runs = [event["args"] for event in told if event.get("cat") == "Node" and "provider" in event.get("args", {})]
+    return Counter((run["op_name"], run["provider"]) for run in runs)
 
 
 def _faults() -> tuple[type[Exception], ...]:

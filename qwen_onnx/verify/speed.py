@@ -5,9 +5,10 @@ from __future__ import annotations
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.records import Verdict
 from qwen_onnx.verify import latency
-from qwen_onnx.verify.checks import TIMED, check, exact
+from qwen_onnx.verify.checks import TIMED, check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.records import CheckResult, Estimate, Latency, worst
+from qwen_onnx.verify.results import certain
 from qwen_onnx.verify.statistics import at_least, at_most
 
 CONTROL_WIDTH = 0.15  # an A/A comparison with bounds further from 1 than this says that the machine is too noisy
@@ -78,7 +79,7 @@ def peak_memory(context: Context) -> CheckResult:
         return CheckResult(name="memory", verdict=Verdict.PASS, measured=measured, detail="no limit set")
     return CheckResult(
         name="memory",
-        verdict=at_most(exact(share), allowed),
+        verdict=at_most(certain(share), allowed),
         measured=measured,
         limit={"of_pytorch": allowed},
         detail=_computed(found),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.verify.golden import GOLDEN, MOST_BYTES, TOP, About, Golden, Stretch, answers, compare_coarse
+from qwen_onnx.verify.golden import GOLDEN, MOST_BYTES, TOP, About, Golden, Stretch, compare_coarse, kept
 from qwen_onnx.verify.scoring import compare
 
 VOCABULARY, TOKENS = 500, 70
@@ -27,13 +27,13 @@ NOISY = LOGITS + (0.3 * RANDOM.standard_normal(LOGITS.shape)).astype(np.float32)
 def golden(**changes: Any) -> Golden:
     stretches = (Stretch(domain="prose", source="a", tokens=TOKENS), Stretch(domain="code", source="b", tokens=40))
     fields = {"model": "tiny", "weights": "0" * 64, "vocabulary": VOCABULARY, "stretches": stretches}
-    return Golden(About(**{**fields, **changes}), (answers(LOGITS, IDS), answers(LOGITS[:40], IDS[:40])))
+    return Golden(About(**{**fields, **changes}), (kept(LOGITS, IDS), kept(LOGITS[:40], IDS[:40])))
 
 
 def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     made = golden()
     made.save(tmp_path)
-    found = Golden.read(tmp_path)
+    found = Golden.read(tmp_path / GOLDEN)
     assert found.about == made.about
     for one, other in zip(found.parts, made.parts, strict=True):
         for name in vars(one):
@@ -47,7 +47,7 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_the_teacher_itself_has_no_divergence() -> None:
-    found = compare_coarse(answers(LOGITS, IDS), LOGITS)
+    found = compare_coarse(kept(LOGITS, IDS), LOGITS)
     assert abs(found.kld).max() < 1e-6
     assert found.agree.all()
     assert np.allclose(found.nll_baseline, found.nll_candidate, atol=1e-5)
@@ -55,7 +55,7 @@ def test_the_teacher_itself_has_no_divergence() -> None:
 
 def test_the_coarse_divergence_is_a_near_lower_bound() -> None:
     full = compare(LOGITS, NOISY, IDS)
-    coarse = compare_coarse(answers(LOGITS, IDS), NOISY)
+    coarse = compare_coarse(kept(LOGITS, IDS), NOISY)
     assert (coarse.kld <= full.kld + 1e-6).all()
     assert coarse.kld.mean() > 0.75 * full.kld.mean()
     assert np.array_equal(coarse.agree, full.agree)
@@ -64,7 +64,7 @@ def test_the_coarse_divergence_is_a_near_lower_bound() -> None:
 
 
 def test_mass_and_order_are_those_of_the_softmax() -> None:
-    found = answers(LOGITS, IDS)
+    found = kept(LOGITS, IDS)
     exact = np.exp(LOGITS[:-1].astype(np.float64))
     exact /= exact.sum(-1, keepdims=True)
     assert np.allclose(np.exp(found.top_logp).sum(-1) + np.exp(found.rest_logp), 1, atol=1e-5)
@@ -74,17 +74,17 @@ def test_mass_and_order_are_those_of_the_softmax() -> None:
 def test_a_certain_teacher_leaves_no_mass() -> None:
     certain = np.zeros((3, 10), np.float32)
     certain[:, 4] = 3000
-    found = answers(certain, [4, 4, 4])
+    found = kept(certain, [4, 4, 4])
     assert np.isfinite(found.rest_logp).all()
     assert compare_coarse(found, certain).kld.max() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_vocabulary_smaller_than_the_top(tmp_path: Path) -> None:
-    small = answers(LOGITS[:5, :8], [1, 2, 3, 4, 5])
+    small = kept(LOGITS[:5, :8], [1, 2, 3, 4, 5])
     assert small.top_ids.shape == (4, 7)
     about = About(model="tiny", weights="0" * 64, vocabulary=8, stretches=(Stretch(domain="a", source="b", tokens=5),))
     Golden(about, (small,)).save(tmp_path)
-    assert np.array_equal(Golden.read(tmp_path).parts[0].top_ids, small.top_ids)
+    assert np.array_equal(Golden.read(tmp_path / GOLDEN).parts[0].top_ids, small.top_ids)
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]], None]) -> Path:
@@ -140,7 +140,7 @@ def _no_stretch(arrays: dict[str, Any]) -> None:
 )
 def test_what_is_not_one_of_ours_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     with pytest.raises(ArtifactError, match=GOLDEN.replace(".", r"\.")):
-        Golden.read(rewritten(tmp_path, change))
+        Golden.read(rewritten(tmp_path, change) / GOLDEN)
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         for name in ("about", "ids", "top_ids", "top_logp", "rest_logp", "next_logp"):
             archive.writestr(f"{name}.npy", b"\0" * (MOST_BYTES // 4))
     with pytest.raises(ArtifactError, match="unpacks to more"):
-        Golden.read(tmp_path)
+        Golden.read(tmp_path / GOLDEN)
 
 
 def test_a_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
@@ -161,16 +161,16 @@ def test_a_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
             np.save(out, array)
             content = out.getvalue()
             if name == "top_logp":
-                assert b"(108, 64)" in content
-                content = content.replace(b"(108, 64)", b"(999, 64)")
+                assert b"(108, 192)" in content
+                content = content.replace(b"(108, 192)", b"(999, 192)")
             archive.writestr(f"{name}.npy", content)
     with pytest.raises(ArtifactError, match="damaged"):
-        Golden.read(tmp_path)
+        Golden.read(tmp_path / GOLDEN)
 
 
 def test_none_at_all_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"golden\.npz is missing"):
-        Golden.read(tmp_path)
+        Golden.read(tmp_path / GOLDEN)
 
 
 @settings(max_examples=150, deadline=None)
@@ -184,7 +184,7 @@ def test_a_changed_byte_is_refused_or_changes_nothing_that_matters(
     content[int(place * len(content))] = byte
     (folder / GOLDEN).write_bytes(content)
     try:
-        found = Golden.read(folder)
+        found = Golden.read(folder / GOLDEN)
     except ArtifactError:
         return
     assert all(np.isfinite(part.top_logp).all() for part in found.parts)
