@@ -120,6 +120,8 @@ class Limited:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment | {"HF_HUB_OFFLINE": "1"},
+            # Ctrl-C in a terminal is for the parent; until the child runs its own code, it would end it
+            start_new_session=True,
         )
         self._finalizer = weakref.finalize(self, _end, self._child)
         try:

@@ -129,7 +129,7 @@ def functions() -> dict[str, str]:
 
 def own_text(name: str) -> str:
     """A file of ``texts/``, written for this project."""
-    return resources.files("qwen_onnx.verify").joinpath(f"texts/{name}.txt").read_text(encoding="utf-8")
+    return resources.files("qwen_onnx.verify").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
 
 
 def _own(name: str) -> list[Document]:

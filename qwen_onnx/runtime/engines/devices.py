@@ -113,7 +113,9 @@ def _nvidia() -> tuple[str, str]:
         return UNKNOWN, UNKNOWN
     command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+        told = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return UNKNOWN, UNKNOWN
     name, _, driver = told.partition("\n")[0].rpartition(",")
