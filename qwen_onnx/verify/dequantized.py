@@ -64,7 +64,8 @@ class Dequantized:
             elif node.op_type == "MatMulNBits":
                 self._take(node.name, self._packed(node), grouped)
             elif node.op_type == "DequantizeLinear":
-                self._take(node.name, self._signed(node), grouped)
+                # called after the MatMul that it serves
+                self._take(node.name.removesuffix("/DequantizeLinear"), self._signed(node), grouped)
         for index, parts in grouped.items():
             self.matrices[f"model.layers.{index}.{GROUPED}.weight"] = self._regrouped(parts)
 
