@@ -35,6 +35,7 @@ SLOW_OR_LASTING = {
     "make verify": "the next command does the same",
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4": "test_starter.py, on a copy",
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --depth release": "test_optimize.py, on a tiny model",
+    ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --device cpu": "test_device.py, with the runtime alone",
     ".venv/bin/qwen-onnx optimize starter --source dithered --output dithered-int4": "test_starter.py",
     ".venv/bin/qwen-onnx compare starter": "test_starter.py, one variant",
     ".venv/bin/qwen-onnx fetch starter --dither 0 --output dithered": "test_starter.py",
