@@ -102,7 +102,10 @@ def _files(found: Dimensions) -> int:
 
 
 def _verification(found: Dimensions, artifact: int, plan: Plan) -> int:
-    """The larger of drift (the teacher's layer, artifact and texts) and latency (three processes, PyTorch whole)."""
+    """The larger of drift (the teacher's layer, artifact and texts) and latency (three processes, a layer of PyTorch).
+
+    PyTorch is timed whole where memory holds it, and by a layer where it does not: what is needed is the latter.
+    """
     tokenizers = TOKENIZER_COPIES * found.tokenizer
     texts = 4 * WINDOW * (LOGITS_OF_DRIFT * found.vocabulary + STATES_OF_DRIFT * found.widest)
     drift = int(VERIFIER_BYTES + ARTIFACT_COPIES * artifact + texts)
@@ -110,8 +113,7 @@ def _verification(found: Dimensions, artifact: int, plan: Plan) -> int:
         drift += int(EXPORT_COPIES * 4 * found.weights)
     if plan.verification is not Verification.RUN:
         return tokenizers + drift
-    # PyTorch reads float32 weights from the mapped file, but stacks experts
-    loaded = 0 if found.stored == 4 and not found.experts else 4 * found.weights
+    loaded = 4 * (found.tables + found.layer + found.experts)
     return tokenizers + max(drift, int(LATENCY_BYTES + loaded + LATENCY_COPIES * artifact))
 
 
