@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from qwen_onnx.artifact.manifest import open_artifact
 from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.verify import Verdict, VerifyOptions, verify_artifact
+from qwen_onnx.verify.golden import GOLDEN
 from tests.conftest import run_cli
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,10 @@ ONLY_DRIFT = VerifyOptions(checks=("drift",))
 def test_the_published_artifact_passed(artifact_dir: Path) -> None:
     manifest = open_artifact(artifact_dir).manifest
     assert manifest.verdict == "PASS"
-    assert manifest.size_bytes <= 115_000_000
+    golden = (artifact_dir / GOLDEN).stat().st_size
+    assert golden <= 8_000_000
+    # no engine reads it
+    assert manifest.size_bytes - golden <= 115_000_000
     report = json.loads((artifact_dir / "report.json").read_text())
     assert {item["verdict"] for item in report["checks"]} == {"PASS"}
     assert report["drift"]["positions"] >= 6000
