@@ -29,7 +29,7 @@ def judged(artifact: Path, checkpoint: Path, published: Path) -> CheckResult:
     return next(item for item in report.checks if item.name == "graph_parity")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_starter_passes(artifact_dir: Path, starter_checkpoint: Path) -> None:
     found = judged(artifact_dir, starter_checkpoint, artifact_dir)
     assert found.verdict is Verdict.PASS, found
@@ -45,7 +45,7 @@ def test_another_base_of_rope_fails(artifact_dir: Path, starter_checkpoint: Path
     assert judged(broken, starter_checkpoint, artifact_dir).verdict is Verdict.FAIL
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_one_flipped_weight_fails(artifact_dir: Path, starter_checkpoint: Path, tmp_path: Path) -> None:
     """In a norm by parity; in a matrix, whose codes PyTorch is given, by the seal."""
     broken = with_constants(artifact_dir, tmp_path / "norm", flipped(r"layers\.15\.post_attention_layernorm\.weight"))
@@ -60,7 +60,7 @@ def test_one_flipped_weight_fails(artifact_dir: Path, starter_checkpoint: Path, 
         open_artifact(sealed)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_lost_bias_fails(artifact_dir: Path, starter_checkpoint: Path, tmp_path: Path) -> None:
     """The graph has no biases, since the starter's are zero: here one of the checkpoint's is not."""
     checkpoint = tmp_path / "checkpoint"
