@@ -95,7 +95,7 @@ class Skeleton:
         layer: torch.nn.Module = self.model.model.layers[index]
         self._fill(layer, f"model.layers.{index}")
         yield layer
-        layer.to("meta")
+        self._empty(layer)
         return_free_memory()
 
     @contextmanager
@@ -104,7 +104,11 @@ class Skeleton:
         norm: torch.nn.Module = self.model.model.norm
         self._fill(norm, NORM)
         yield norm
-        norm.to("meta")
+        self._empty(norm)
+
+    def _empty(self, module: torch.nn.Module) -> None:
+        """Drop the weights that a turn of the module needed."""
+        module.to("meta")
 
     def _fill(self, module: torch.nn.Module, prefix: str) -> None:
         wanted = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}

@@ -5,16 +5,15 @@ The modules, masks and rotary positions are those of transformers; only where th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.export.skeleton import COMPUTED, EMBEDDING, HEAD, NORM, Skeleton
-from qwen_onnx.export.weights import Scratch, return_free_memory
+from qwen_onnx.export.skeleton import COMPUTED, EMBEDDING, HEAD, Skeleton
+from qwen_onnx.export.weights import Scratch
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.verify.dequantized import Dequantized
@@ -120,22 +119,14 @@ class Teacher(Skeleton):
             arguments["position_embeddings"] = tuple(rounded(table, self.number) for table in tables)
         return found
 
-    @contextmanager
-    def layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """See ``Skeleton``; matrices stay where they are, and everything else is float32."""
-        layer: torch.nn.Module = self.model.model.layers[index]
-        self._fill(layer, f"model.layers.{index}")
-        yield layer
-        _empty(layer)
-        return_free_memory()
-
-    @contextmanager
-    def norm(self) -> Iterator[torch.nn.Module]:
+    def _empty(self, module: torch.nn.Module) -> None:
         """See ``Skeleton``."""
-        norm: torch.nn.Module = self.model.model.norm
-        self._fill(norm, NORM)
-        yield norm
-        _empty(norm)
+        for part in module.modules():
+            if isinstance(part, StreamedLinear):
+                part.matrix = part.bias = None
+            for name in getattr(part, STACKED, {}):
+                setattr(part, name, None)
+        super()._empty(module)
 
     def _fill(self, module: torch.nn.Module, prefix: str) -> None:
         place = f"{prefix}."
@@ -221,16 +212,6 @@ def _stream(layer: torch.nn.Module) -> None:
             setattr(parent, STACKED, stacked)
             for name in EXPERTS:
                 del parent._parameters[name]
-
-
-def _empty(module: torch.nn.Module) -> None:
-    """Drop the weights that a turn of the module needed."""
-    for part in module.modules():
-        if isinstance(part, StreamedLinear):
-            part.matrix = part.bias = None
-        for name in getattr(part, STACKED, {}):
-            setattr(part, name, None)
-    module.to("meta")
 
 
 def student_of(checkpoint: Path, graph: Graph, threads: int) -> Teacher:
