@@ -37,12 +37,18 @@ def folder_bytes(folder: Path) -> int:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file by one rename; only its owner may read it. OSError leaves the old one and nothing else."""
+    """``write_whole`` for what only its owner may read."""
+    write_whole(path, text, 0o600)
+
+
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """Replace a file by one rename. OSError leaves the old one and nothing else."""
     # mkstemp makes it with mode 0600
     descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(staging, mode)
         os.replace(staging, path)
     finally:
         Path(staging).unlink(missing_ok=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from qwen_onnx.catalog.schema import Verification
-from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
@@ -22,7 +20,15 @@ from qwen_onnx.verify.parity import (
     mismatches,
 )
 from qwen_onnx.verify.records import CheckResult, worst
-from qwen_onnx.verify.results import DECODE_LIMIT, agreement, batch_result, certain, drift_result, parity_result
+from qwen_onnx.verify.results import (
+    DECODE_LIMIT,
+    agreement,
+    batch_result,
+    carried_out,
+    certain,
+    drift_result,
+    parity_result,
+)
 from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.statistics import at_least, at_most
 
@@ -70,13 +76,7 @@ def run_check(name: str, context: Context) -> CheckResult:
     if name in WHOLE and context.slice_layers is not None:
         detail = "not made: the artifact is larger than the memory here, and this check runs all of it at once"
         return CheckResult(name=name, verdict=Verdict.INCONCLUSIVE, detail=detail)
-    progress(f"check: {name}")
-    started = time.perf_counter()
-    try:
-        result = CHECKS[name](context)
-    except (QwenOnnxError, OSError, ValueError, RuntimeError) as error:
-        result = CheckResult(name=name, verdict=Verdict.FAIL, detail=f"could not be carried out: {error}")
-    return result.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
+    return carried_out(name, lambda: CHECKS[name](context))
 
 
 @check("tokenizer", ANY)

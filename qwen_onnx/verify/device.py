@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,8 +14,8 @@ from pydantic import Field
 from qwen_onnx.artifact.manifest import open_runnable
 from qwen_onnx.artifact.seal import runnable_digest
 from qwen_onnx.catalog.schema import Limits
-from qwen_onnx.errors import ArtifactError, EnvironmentFault, QwenOnnxError, VerificationError
-from qwen_onnx.files import sha256_of
+from qwen_onnx.errors import ArtifactError, EnvironmentFault, VerificationError
+from qwen_onnx.files import sha256_of, write_whole
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import MeasuredVerdict, Sha256, Verdict
 from qwen_onnx.runtime.engines.devices import Device, device
@@ -30,7 +28,7 @@ from qwen_onnx.verify.latency import measure_alone
 from qwen_onnx.verify.parity import decode_positions, mismatches
 from qwen_onnx.verify.records import CheckResult, EngineLatency, Frozen, VerifyOptions, worst
 from qwen_onnx.verify.report import check_table, environment
-from qwen_onnx.verify.results import DECODE_LIMIT, agreement, batch_result, drift_result, parity_result
+from qwen_onnx.verify.results import DECODE_LIMIT, agreement, batch_result, carried_out, drift_result, parity_result
 from qwen_onnx.verify.roofline import bytes_per_token
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, placed
 from qwen_onnx.verify.statistics import bootstrap
@@ -76,9 +74,7 @@ class DeviceReport(Frozen):
     def save(self, path: Path) -> Path:
         """Write the record, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        staged.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(staged, path)
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
         return path
 
     def json_line(self) -> str:
@@ -123,7 +119,7 @@ def verify_on(
         )
     plan = opened.manifest.plan
     run = _Run(folder, place, answers, options, plan.limits, on_cpu=built_for != name)
-    checks = tuple(run.check(each) for each in CHECKS)
+    checks = tuple(carried_out(each.__name__, partial(each, run)) for each in CHECKS)
     verdict = worst(item.verdict for item in checks)
     told = f"run on this device: {place.hardware} ({place.provider}, driver {place.driver})"
     return DeviceReport(
@@ -197,16 +193,6 @@ class _Run:
     def engine(self) -> Engine:
         """The engine that serves it."""
         return Engine(self.folder, threads=self.options.threads, on_cpu=self.on_cpu)
-
-    def check(self, each: Check) -> CheckResult:
-        """Make one check; one that cannot be carried out has failed."""
-        progress(f"check: {each.__name__}")
-        started = time.perf_counter()
-        try:
-            result = each(self)
-        except (QwenOnnxError, OSError, ValueError, RuntimeError) as error:
-            result = CheckResult(name=each.__name__, verdict=Verdict.FAIL, detail=f"could not be carried out: {error}")
-        return result.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
 
 
 Check = Callable[[_Run], CheckResult]

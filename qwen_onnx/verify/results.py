@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qwen_onnx.catalog.schema import Limits
+from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.verify.drift import Scorer, judge
@@ -19,6 +22,17 @@ from qwen_onnx.verify.statistics import DriftEstimates, at_least, at_most
 DECODE_KLD = 2e-2
 DECODE_TOP1 = 0.85
 DECODE_LIMIT: dict[str, float | str] = {"kld_mean": DECODE_KLD, "top1": DECODE_TOP1}
+
+
+def carried_out(name: str, make: Callable[[], CheckResult]) -> CheckResult:
+    """The result of a check, with its seconds; one that cannot be carried out has failed."""
+    progress(f"check: {name}")
+    started = time.perf_counter()
+    try:
+        result = make()
+    except (QwenOnnxError, OSError, ValueError, RuntimeError) as error:
+        result = CheckResult(name=name, verdict=Verdict.FAIL, detail=f"could not be carried out: {error}")
+    return result.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
 
 
 def certain(value: float) -> Estimate:
