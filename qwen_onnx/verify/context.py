@@ -132,7 +132,7 @@ class Context:
     def study(self) -> DriftStudy:
         """The first sample of teacher-forced positions, with those of the reference export if there is one."""
         reference = (lambda folder=self.reference: self._scorer(folder)) if self.reference else None
-        study = DriftStudy(self.teacher, self.scorer, reference, self.pools, self.options)
+        study = DriftStudy(self.teacher, self.scorer, reference, self.pools, self.options, golden=self.keep is not None)
         study.start()
         return study
 

@@ -72,6 +72,7 @@ class DriftStudy:
         artifact: the quantised model.
         reference: opens an fp32 export, which is compared on the first window of each domain.
         pools: all windows of each domain in the order of use.
+        golden: whether answers are collected for a golden file.
     """
 
     def __init__(
@@ -81,12 +82,13 @@ class DriftStudy:
         reference: Callable[[], Scorer] | None,
         pools: Mapping[str, Sequence[Window]],
         options: VerifyOptions,
+        golden: bool = False,
     ) -> None:
         self.pools = {name: pool for name, pool in pools.items() if pool}
         self.parts: dict[str, list[Positions]] = {name: [] for name in self.pools}
         self.reference_parts: list[Positions] = []
         self.used: list[Window] = []
-        self.golden = Collected(MOST_POSITIONS // max(len(self.pools), 1))
+        self.golden = Collected(MOST_POSITIONS // max(len(self.pools), 1)) if golden else None
         self.doubled = False
         self._baseline, self._artifact, self._reference, self._options = baseline, artifact, reference, options
 
@@ -111,7 +113,8 @@ class DriftStudy:
             for index, window in enumerate(chosen):
                 baseline, candidate = self._baseline.logits(window.ids), self._artifact.logits(window.ids)
                 self.parts[name].append(compare(baseline, candidate, window.ids))
-                self.golden.add(window, baseline, candidate, self.parts[name][-1])
+                if self.golden:
+                    self.golden.add(window, baseline, candidate, self.parts[name][-1])
                 if reference and index == 0:
                     self.reference_parts.append(compare(baseline, reference.logits(window.ids), window.ids))
                 self.used.append(window)

@@ -38,6 +38,7 @@ def golden_of(context: Context, keep: Keep) -> Golden:
     """The golden file of a verification that has measured its drift and still has the teacher."""
     progress("keeping the teacher's answers")
     found, truth = context.study.golden, context.truth
+    assert found is not None
     stretches = [
         Stretch(domain=window.domain, source=window.source, tokens=len(window.ids)) for window in found.windows
     ]

@@ -99,9 +99,13 @@ def _pairs(artifact: Worker, baseline: Worker, count: int, step: Callable[[Worke
             step(worker)
 
 
+def _segments(options: VerifyOptions) -> tuple[int, int]:
+    """How many turns of decoding an answer has, and the tokens of each."""
+    return max((options.new_tokens - 1) // options.segment, 1), min(options.segment, options.new_tokens - 1)
+
+
 def _play(artifact: Worker, baseline: Worker, ids: Sequence[int], options: VerifyOptions) -> None:
-    segments = max((options.new_tokens - 1) // options.segment, 1)
-    size = min(options.segment, options.new_tokens - 1)
+    segments, size = _segments(options)
     for _ in range(options.rounds):
         _pairs(artifact, baseline, 1, lambda worker: worker.prefill(ids, options.new_tokens))
         _pairs(artifact, baseline, segments, lambda worker: worker.decode(size))
@@ -154,10 +158,11 @@ def measure_alone(artifact: Path, ids: Sequence[int], options: VerifyOptions) ->
     worker = Worker("artifact", artifact, options.threads)
     try:
         warm_up(worker, ids)
+        segments, size = _segments(options)
         for _ in range(options.rounds):
             worker.prefill(ids, options.new_tokens)
-            for _ in range(max((options.new_tokens - 1) // options.segment, 1)):
-                worker.decode(min(options.segment, options.new_tokens - 1))
+            for _ in range(segments):
+                worker.decode(size)
         found = worker.record(len(ids), options.new_tokens)
         return found, float(worker.ask(do="bandwidth")["bytes_per_second"])
     finally:
