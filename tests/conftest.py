@@ -11,7 +11,14 @@ import pytest
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.sources.fetch import cache_root, fetch
-from tests.fixtures.models import exact_artifact, make_tiny_checkpoint, tiny_artifact, tiny_build, tiny_checkpoint
+from tests.fixtures.models import (
+    exact_artifact,
+    make_tiny_checkpoint,
+    pruned_artifact,
+    tiny_artifact,
+    tiny_build,
+    tiny_checkpoint,
+)
 from tests.fixtures.skips import pytest_make_collect_report, pytest_runtest_makereport
 from tests.fixtures.tools import REPOSITORY, as_in_a_terminal, edit_int4, edit_yaml, rewrite_json, run_cli
 
@@ -23,6 +30,7 @@ __all__ = [
     "edit_yaml",
     "exact_artifact",
     "make_tiny_checkpoint",
+    "pruned_artifact",
     "pytest_make_collect_report",
     "pytest_runtest_makereport",
     "rewrite_json",

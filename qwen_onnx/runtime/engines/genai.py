@@ -44,17 +44,17 @@ class Shape:
         model = config.model
         return cls(model.context_length, model.vocab_size, frozenset(ids_of(model.eos_token_id)), config.provider)
 
-    def check(self, prompt_ids: Sequence[int], new_tokens: int) -> None:
+    def check(self, prompt_ids: Sequence[int], new_tokens: int, *, least: int = 1) -> None:
         """Refuse what genai would accept in silence.
 
         Raises:
-            RequestError: no ids, ids out of the vocabulary, no token to generate.
+            RequestError: no ids, ids out of the vocabulary, fewer than ``least`` tokens to generate.
             PromptTooLongError: prompt plus ``new_tokens`` exceed the context.
         """
         if not prompt_ids:
             raise RequestError("the prompt is empty", where="prompt", hint="send some text")
-        if new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {new_tokens}, the least is 1", where="max_new_tokens")
+        if new_tokens < least:
+            raise RequestError(f"max_new_tokens is {new_tokens}, the least is {least}", where="max_new_tokens")
         wrong = next((token for token in prompt_ids if not 0 <= token < self.vocab_size), None)
         if wrong is not None:
             raise RequestError(f"token id {wrong} is outside [0, {self.vocab_size})", where="prompt")

@@ -98,7 +98,7 @@ class Host:
 
         def listener(event: TokenEvent) -> None:
             nonlocal ended
-            if event.token is None:
+            if event.last:
                 with self._lock:
                     ended = True
                     self._handles.pop(number, None)

@@ -15,6 +15,8 @@ from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
 
 CLOSED = "the engine is closed"
 EngineFinish = Literal["stop", "length", "cancelled"]
+# (token id, log probability), most likely first
+Top = tuple[tuple[int, float], ...]
 
 
 # whose request it is, for every request that is made in this context; see ``TokenRequest.cache_scope``
@@ -40,6 +42,9 @@ class TokenRequest:
     """One generation: ids in [0, vocab_size), at most ``max_new_tokens`` more; EOS ends it and is not told.
 
     Args:
+        logprobs: how many alternatives are told beside each token; None: no log probabilities.
+        echo: with ``logprobs``, those of the prompt are told too, and that of the EOS that ends the answer. Then
+            ``max_new_tokens`` may be 0.
         cache_scope: prefixes that another scope left in the cache are not used.
     """
 
@@ -49,22 +54,40 @@ class TokenRequest:
     stop_on_eos: bool = True
     logprobs: int | None = None
     grammar: str | None = None
+    echo: bool = False
     cache_scope: str = ""
+
+    @property
+    def scored(self) -> bool:
+        """Whether log probabilities of the prompt are told."""
+        return self.echo and self.logprobs is not None
+
+    def check(self, shape: Shape) -> None:
+        """Refuse what does not fit; see ``Shape.check``."""
+        shape.check(self.prompt_ids, self.max_new_tokens, least=0 if self.echo else 1)
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A new token, or the end: ``finish`` or ``error``. After the end nothing more comes.
+    """A new token, log probabilities of the prompt, or the end: ``finish`` or ``error``. After the end nothing comes.
 
-    ``top`` holds (token id, log probability), most likely first.
+    Args:
+        prompt: (log probability, likeliest) of the prompt's next tokens; its first token has none.
+        token: at the end it is the EOS, which only a request with ``echo`` hears of.
     """
 
     token: int | None = None
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
     finish: EngineFinish | None = None
     error: QwenOnnxError | None = None
     cached_tokens: int = 0
+    prompt: tuple[tuple[float, Top], ...] = ()
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the end."""
+        return self.finish is not None or self.error is not None
 
 
 Listener = Callable[[TokenEvent], None]

@@ -67,7 +67,7 @@ class RemoteEngine:
 
     def submit(self, request: TokenRequest, listener: Listener) -> RemoteHandle:
         """See ``interface.TokenEngine``."""
-        self.shape.check(request.prompt_ids, request.max_new_tokens)
+        request.check(self.shape)
         with self._lock:
             self._check_life()
             waiting = len(self._listeners) - self._child.stats.streams
@@ -139,7 +139,7 @@ class RemoteEngine:
     def _tell(self, number: int, event: TokenEvent) -> None:
         with self._lock:
             listener = self._listeners.get(number)
-            if event.token is None:
+            if event.last:
                 self._listeners.pop(number, None)
         if listener:
             listener(event)

@@ -109,7 +109,7 @@ GREEDY = Sampling()
 MOST_BIAS = 100
 SAMPLING = parameters(Sampling)
 # what a request may ask for that is not a number; of the two engines the batch engine alone has it
-OTHERS = frozenset({"logit_bias", "logprobs", "grammar"})
+OTHERS = frozenset({"logit_bias", "logprobs", "grammar", "echo"})
 BATCH_FEATURES = frozenset(name for name, one in SAMPLING.items() if one.batch) | OTHERS
 GENAI_FEATURES = frozenset(name for name, one in SAMPLING.items() if one.genai)
 ALL_FEATURES = BATCH_FEATURES | GENAI_FEATURES

@@ -61,7 +61,7 @@ class SerialEngine:
 
     def submit(self, request: TokenRequest, listener: Listener) -> Turn:
         """See ``requests.TokenEngine``."""
-        self.shape.check(request.prompt_ids, request.max_new_tokens)
+        request.check(self.shape)
         _check_features(request)
         turn = Turn(request, listener)
         with self._changed:
@@ -157,6 +157,7 @@ class SerialEngine:
 def _check_features(request: TokenRequest) -> None:
     asked = {name for name in ALL_FEATURES if getattr(request.sampling, name, None) != getattr(GREEDY, name, None)}
     asked |= {name for name in ("logprobs", "grammar") if getattr(request, name) is not None}
+    asked |= {"echo"} if request.echo else set()
     for name in sorted(asked - SerialEngine.features):
         raise RequestError(f"{name} is not supported for this model on this device", where=name)
     if (request.sampling.seed or 0) > MOST_SEED:

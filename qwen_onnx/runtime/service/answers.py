@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
-from qwen_onnx.runtime.engines.interface import TokenEvent
+from qwen_onnx.runtime.engines.interface import TokenEvent, Top
 from qwen_onnx.runtime.processing.tails import Search
 from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
 from qwen_onnx.runtime.service.generation import Delta, FinishReason, GenerationConfig, TokenLogprob
@@ -25,8 +25,11 @@ class Answer(Protocol):
 class Assembler:
     """Builds one answer. Synchronous and asynchronous callers feed the same events to it."""
 
-    def __init__(self, tokenizer: TextTokenizer, config: GenerationConfig, prompt_tokens: int) -> None:
-        self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
+    def __init__(self, tokenizer: TextTokenizer, config: GenerationConfig, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer, self._prompt_tokens = tokenizer, len(prompt_ids)
+        self._echo = list(prompt_ids) if config.echo else []
+        # nothing stands before the first token
+        self._scored: list[tuple[float | None, Top]] = [] if config.logprobs is None else [(None, ())]
         self._decoder, self._stopper = StreamDecoder(tokenizer), StopStrings(config.stop)
         self._count, self._cached = 0, 0
         self._logprobs: list[TokenLogprob] = []
@@ -42,19 +45,36 @@ class Assembler:
             self.finished = True
             raise event.error
         self._cached = max(self._cached, event.cached_tokens)
-        if event.token is None:
-            return self._end("length" if event.finish == "length" else "stop")
-        self._count += 1
-        if event.logprob is not None:
+        if event.prompt:
+            self._scored += event.prompt
+            return []
+        echoed = [] if event.finish == "cancelled" else self._echoed()
+        if event.token is not None and event.logprob is not None:
             self._logprobs.append(self._entry(event.token, event.logprob, event.top))
-        text = self._stopper.push(self._decoder.push(event.token))
+        if event.last:
+            return echoed + self._end("length" if event.finish == "length" else "stop")
+        return echoed + self._continued(cast("int", event.token))
+
+    def _continued(self, token: int) -> list[Delta]:
+        self._count += 1
+        text = self._stopper.push(self._decoder.push(token))
         if self._stopper.hit:
             # the tokens of the stop string are no part of the answer
             self._logprobs.clear()
             return [*self._piece(text), self._last("stop")]
         return self._piece(text)
 
-    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
+    def _echoed(self) -> list[Delta]:
+        """The prompt as the model read it, once, before anything else."""
+        if not self._echo:
+            return []
+        ids, self._echo = self._echo, []
+        text = b"".join(self._tokenizer.piece(token)[1] for token in ids).decode("utf-8", "replace")
+        scored = zip(ids, self._scored, strict=True) if self._scored else ()
+        entries = tuple(self._entry(token, *told) for token, told in scored)
+        return [Delta(text, self._prompt_tokens, 0, None, self._cached, entries)]
+
+    def _entry(self, token: int, logprob: float | None, top: Top = ()) -> TokenLogprob:
         alternatives = tuple(self._entry(other, value) for other, value in top)
         return TokenLogprob(*self._tokenizer.piece(token), logprob, alternatives)
 

@@ -23,6 +23,7 @@ class GenerationConfig(Sampling):
         max_new_tokens: the most that the answer has.
         stop: the answer ends before the first of these strings; at most 16 of at most 256 characters.
         logprobs: None is off; else how many alternatives are told beside each chosen token, 0 to 20.
+        echo: the answer begins with the prompt, and ``logprobs`` tell of its tokens too; ``max_new_tokens`` may be 0.
         grammar: of llguidance, as JSON or Lark text: the answer is a word of it.
 
     Raises:
@@ -33,10 +34,12 @@ class GenerationConfig(Sampling):
     stop: tuple[str, ...] = ()
     logprobs: int | None = parameter(None, 0, 20, "Alternatives told beside each token.")
     grammar: str | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         for name, one in PARAMETERS.items():
-            one.check(name, getattr(self, name))
+            if not (self.echo and name == "max_new_tokens" and self.max_new_tokens == 0):
+                one.check(name, getattr(self, name))
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError("stop holds an empty string or no strings", where="stop")
         if len(self.stop) > MOST_STOP_STRINGS:
@@ -84,11 +87,14 @@ Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, as text and as bytes of UTF-8, and its natural log probability before temperature and truncation."""
+    """A token, as text and as bytes of UTF-8, and its natural log probability before temperature and truncation.
+
+    ``logprob`` is None for the first token of a prompt, before which nothing stands.
+    """
 
     token: str
     utf8: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
 
 

@@ -80,9 +80,9 @@ class QwenService(TextService):
         outside = next((token for token in config.logit_bias if not 0 <= token < self.engine.shape.vocab_size), None)
         if outside is not None:
             raise RequestError(f"logit_bias names token {outside}, which does not exist", where="logit_bias")
-        return prompt if isinstance(prompt, Prepared) else self._encoded(prompt)
+        return prompt if isinstance(prompt, Prepared) else self._encoded(prompt, least=min(config.max_new_tokens, 1))
 
-    def _encoded(self, prompt: Prompt) -> Prepared:
+    def _encoded(self, prompt: Prompt, least: int) -> Prepared:
         context = self.engine.shape.context_length
         if isinstance(prompt, str):
             check_size(len(prompt), context)
@@ -91,11 +91,11 @@ class QwenService(TextService):
             ids = list(cast("Sequence[int]", prompt))
         else:
             ids = self.encode_chat(cast("Sequence[Message] | ChatPrompt", prompt))
-        if self.room(ids) < 1:
+        if self.room(ids) < least:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the context holds {context}", where="prompt", hint="shorten it"
             )
-        self.engine.shape.check(ids, 1)
+        self.engine.shape.check(ids, least, least=least)
         return Prepared(ids)
 
     def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
@@ -114,9 +114,10 @@ class QwenService(TextService):
             sampling(config),
             logprobs=config.logprobs,
             grammar=config.grammar,
+            echo=config.echo,
             cache_scope=cache_scope.get(),
         )
-        return self.engine.submit(request, listener), Assembler(self.tokenizer, config, len(ids))
+        return self.engine.submit(request, listener), Assembler(self.tokenizer, config, ids)
 
     def close(self) -> None:
         """Free the model and end the processes."""

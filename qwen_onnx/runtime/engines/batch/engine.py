@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import psutil
 
-from qwen_onnx.errors import OverloadedError, QwenOnnxError, ServiceError
+from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
@@ -27,6 +27,7 @@ from qwen_onnx.runtime.engines.interface import (
     Listener,
     TokenEvent,
     TokenRequest,
+    Top,
 )
 from qwen_onnx.runtime.engines.sampling import BATCH_FEATURES
 
@@ -59,6 +60,11 @@ class Stream:
         """A seed is a promise: rounding depends on who else is in the batch, so such a stream runs alone."""
         return self.request.sampling.seed is not None
 
+    @property
+    def fresh(self) -> bool:
+        """Whether its whole prompt is computed: cached keys and values do not tell how likely their tokens were."""
+        return self.seeded or self.request.scored
+
 
 class BatchEngine:
     """Continuous batching; see ``requests.TokenEngine``.
@@ -74,8 +80,6 @@ class BatchEngine:
         UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
     """
 
-    features = BATCH_FEATURES
-
     def __init__(
         self,
         folder: Path,
@@ -86,6 +90,7 @@ class BatchEngine:
         threads: int | None = None,
     ) -> None:
         self._model = BatchModel(folder, rows=streams, capacity=capacity, chunk=PREFILL_CHUNK, threads=threads)
+        self.features = BATCH_FEATURES if self._model.tells_every_position else BATCH_FEATURES - {"echo"}
         self.shape = replace(Shape.read(folder), context_length=self._model.capacity)
         self._grammars = Grammars(folder, self.shape)
         self._rows, self._queue_size = Rows(streams), queue_size
@@ -102,7 +107,9 @@ class BatchEngine:
 
     def submit(self, request: TokenRequest, listener: Listener) -> Stream:
         """See ``requests.TokenEngine``."""
-        self.shape.check(request.prompt_ids, request.max_new_tokens)
+        request.check(self.shape)
+        if request.echo and "echo" not in self.features:
+            raise RequestError("echo is not supported for this model: its graph tells the last position", where="echo")
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
         stream = Stream(request, listener, Sampler(request, matcher, forbidden))
@@ -190,7 +197,7 @@ class BatchEngine:
                     self._waiting.popleft()
                 stream.listener(TokenEvent(finish="cancelled"))
                 continue
-            row = self._rows.admit(stream.request.prompt_ids, stream.request.cache_scope, reuse=not stream.seeded)
+            row = self._rows.admit(stream.request.prompt_ids, stream.request.cache_scope, reuse=not stream.fresh)
             if row is None:
                 return
             stream.row = row
@@ -206,20 +213,30 @@ class BatchEngine:
 
     def _prefill(self, stream: Stream) -> None:
         prompt, history = stream.request.prompt_ids, self._rows.histories[stream.row]
-        source, common = (stream.row, 0) if stream.seeded else self._rows.longest(prompt, stream.row)
+        source, common = (stream.row, 0) if stream.fresh else self._rows.longest(prompt, stream.row)
         if common:
             self._model.copy(source, stream.row, common)
             history[:] = prompt[:common]
             self._found(stream, common)
         piece = prompt[stream.filled : stream.filled + PREFILL_CHUNK]
-        logits = self._model.extend(stream.row, np.array([piece], np.int64), [stream.filled])
+        told: tuple[tuple[float, Top], ...] = ()
+        if stream.request.scored:
+            every = self._model.every_position(stream.row, np.array(piece, np.int64), stream.filled)
+            # nothing of the prompt follows its last token
+            following = prompt[stream.filled + 1 : stream.filled + len(piece) + 1]
+            told = tuple(stream.sampler.likely(*pair) for pair in zip(every, following, strict=False))
+            logits = every[-1]
+        else:
+            logits = self._model.extend(stream.row, np.array([piece], np.int64), [stream.filled])[0]
         history += piece
         stream.filled += len(piece)
         self._clock += 1
         stream.served = self._clock
         self._counted["prompt_tokens"] += len(piece)
+        if told:
+            stream.listener(TokenEvent(prompt=told, cached_tokens=stream.cached))
         if stream.filled == len(prompt):
-            self._draw(stream, logits[0])
+            self._finish(stream, "length") if stream.request.max_new_tokens == 0 else self._draw(stream, logits)
 
     def _decode(self, streams: list[Stream]) -> None:
         """One token for each; rows between them are computed for nothing, behind what they hold."""
@@ -246,7 +263,7 @@ class BatchEngine:
             stream.listener(TokenEvent(error=error))
             return
         if stream.request.stop_on_eos and token in self.shape.eos_token_ids:
-            self._finish(stream, "stop")
+            self._finish(stream, "stop", (token, logprob, top) if stream.request.scored else (None, None, ()))
             return
         stream.token = token
         stream.drawn += 1
@@ -257,9 +274,11 @@ class BatchEngine:
         elif stream.drawn == stream.request.max_new_tokens:
             self._finish(stream, "length")
 
-    def _finish(self, stream: Stream, reason: EngineFinish) -> None:
+    def _finish(
+        self, stream: Stream, reason: EngineFinish, eos: tuple[int | None, float | None, Top] = (None, None, ())
+    ) -> None:
         self._release(stream)
-        stream.listener(TokenEvent(finish=reason, cached_tokens=stream.cached))
+        stream.listener(TokenEvent(*eos, finish=reason, cached_tokens=stream.cached))
 
     def _release(self, stream: Stream) -> None:
         """Free the row; a stream at an end of the batch moves into the gap."""

@@ -20,6 +20,7 @@ import psutil
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
+from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.genai import Shape
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -101,7 +102,7 @@ class BatchModel:
         self._session = _session(folder, threads)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         past = {name for name, _ in layout.names}
-        foreign = sorted(set(self._inputs) - past - {"input_ids", "attention_mask", "position_ids"})
+        foreign = sorted(set(self._inputs) - past - {"input_ids", "attention_mask", "position_ids", POSITIONS})
         if foreign or not past <= set(self._inputs) or "attention_mask" not in self._inputs:
             raise UnsupportedGraphError(
                 f"the graph keeps other state than keys and values: {foreign}", where=str(folder)
@@ -113,7 +114,7 @@ class BatchModel:
         self.rows, self._layout = rows, layout
         sizes = (rows, layout.heads, self.capacity, layout.head_size)
         self._kv = [_zeros(sizes, self._type) for _ in layout.names]
-        # a pruned head computes the logits of the last token alone
+        # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
         self._bindings: dict[tuple[int, int], Any] = {}
@@ -123,6 +124,11 @@ class BatchModel:
     def kv_bytes_per_token(self) -> int:
         """Memory of one token in one row."""
         return self._layout.bytes_per_token(np.dtype(self._type).itemsize)
+
+    @property
+    def tells_every_position(self) -> bool:
+        """Whether ``every_position`` can be asked for."""
+        return not self._pruned
 
     def extend(self, first: int, tokens: np.ndarray[Any, Any], past: Sequence[int]) -> Floats:
         """Put tokens behind what neighbouring rows hold.
@@ -135,6 +141,25 @@ class BatchModel:
         Returns:
             Logits after the last token of each row, float32 [n, vocab_size]; valid until the next call.
         """
+        logits: Floats = self._run(first, tokens, past, every=False)[:, -1].astype(np.float32, copy=False)
+        return logits
+
+    def every_position(self, row: int, tokens: np.ndarray[Any, Any], past: int) -> Floats:
+        """Put at most ``chunk`` tokens behind what one row holds.
+
+        Args:
+            tokens: int64 [t]; past: tokens that the row holds.
+
+        Returns:
+            Logits after each of the tokens, float32 [t, vocab_size]; valid until the next call.
+        """
+        logits: Floats = self._run(row, tokens[None], [past], every=True)[0].astype(np.float32, copy=False)
+        return logits
+
+    def _run(
+        self, first: int, tokens: np.ndarray[Any, Any], past: Sequence[int], *, every: bool
+    ) -> np.ndarray[Any, Any]:
+        """Logits [n, positions, vocab_size] after the last token, or those after each of them."""
         count, new = tokens.shape
         mask = np.zeros((count, max(past) + new), np.int64)
         for row, length in enumerate(past):
@@ -145,11 +170,15 @@ class BatchModel:
         if "position_ids" in self._inputs:
             positions = np.asarray(past, np.int64)[:, None] + np.arange(new, dtype=np.int64)
             binding.bind_cpu_input("position_ids", positions)
-        kept = 1 if self._pruned else new
+        chosen = POSITIONS in self._inputs
+        if chosen:
+            wanted = np.arange(new, dtype=np.int64) if every else np.array([-1], np.int64)
+            binding.bind_cpu_input(POSITIONS, wanted)
+        kept = 1 if self._pruned or (chosen and not every) else new
         logits = self._logits[: count * kept].reshape(count, kept, self.vocab_size)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
-        return logits[:, -1].astype(np.float32, copy=False)
+        return logits
 
     def _binding(self, first: int, count: int) -> Any:
         """Past and present of these rows are one memory, which GroupQueryAttention then writes in place."""
@@ -230,8 +259,12 @@ def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
         options.intra_op_num_threads = threads
     path = folder / GenaiConfig.read(folder).graph_file
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    # onnxruntime's exceptions have no common class but Exception
+        graph = with_positions(path)
+        if graph is not None:
+            # where the graph's weights are
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
+    # neither onnxruntime's exceptions nor protobuf's have a common class but Exception
     except Exception as error:
         raise ArtifactError(
             f"onnxruntime cannot load the model: {error}", where=str(path), hint="build it again"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qwen_onnx.runtime.engines.batch.guidance import Matcher
-from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.interface import TokenRequest, Top
 from qwen_onnx.runtime.engines.sampling import SAMPLING
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -43,7 +43,7 @@ class Sampler:
         penalties = self._options.repetition_penalty != 1 or self._options.presence_penalty
         self._changes = bool(penalties or self._options.frequency_penalty or self._biased or forbidden or matcher)
 
-    def draw(self, logits: Floats) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
+    def draw(self, logits: Floats) -> tuple[int, float | None, Top]:
         """The next token, its log probability and the likeliest others (when asked for).
 
         Args:
@@ -55,7 +55,7 @@ class Sampler:
         self._counts[token] = self._counts.get(token, 0) + 1
         if self._matcher:
             self._matcher.consume(token)
-        return (token, None, ()) if self._logprobs is None else (token, *self._likely(logits, token))
+        return (token, None, ()) if self._logprobs is None else (token, *self.likely(logits, token))
 
     @property
     def finished(self) -> bool:
@@ -105,7 +105,8 @@ class Sampler:
             ids, before = _ranked(weights, most)
         return ids[before < nucleus]
 
-    def _likely(self, logits: Floats, token: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    def likely(self, logits: Floats, token: int) -> tuple[float, Top]:
+        """The log probability of ``token`` after ``logits``, and as many of the likeliest as were asked for."""
         top = float(logits.max())
         norm = top + float(np.log(np.exp(logits - top, dtype=np.float64).sum()))
         ids = _largest(logits, self._logprobs) if self._logprobs else np.arange(0)
@@ -114,6 +115,8 @@ class Sampler:
 
 def _largest(values: np.ndarray[Any, Any], count: int) -> Ids:
     """Indices of the largest values, largest first; equal ones by index, so that a seed decides alike everywhere."""
+    if count == 1:
+        return np.array([values.argmax()])
     if count < len(values):
         found = np.sort(np.argpartition(values, -count)[-count:])
         return found[np.argsort(-values[found], kind="stable")]

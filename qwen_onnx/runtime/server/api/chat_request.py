@@ -26,6 +26,8 @@ class TextPart(Strict):
 
 Content = str | Annotated[list[TextPart], FIRST_FAULT]
 Name = Annotated[str | None, Field(description="Handed to the chat template, which may not use it.")]
+# lm-eval says it of whole messages
+Type = Annotated[Literal["text"] | None, Field(description=NO_CHANGE)]
 
 
 def joined(content: Content | None) -> str:
@@ -41,6 +43,7 @@ class SystemMessage(Strict):
     role: Literal["system", "developer"]
     content: Content
     name: Name = None
+    type: Type = None
 
     def plain(self) -> dict[str, Any]:
         """For the chat template."""
@@ -53,6 +56,7 @@ class UserMessage(Strict):
     role: Literal["user"]
     content: Content
     name: Name = None
+    type: Type = None
 
     def plain(self) -> dict[str, Any]:
         """For the chat template."""
@@ -98,6 +102,7 @@ class AssistantMessage(Strict):
     )
     tool_calls: Annotated[list[ToolCall], FIRST_FAULT] | None = None
     name: Name = None
+    type: Type = None
     refusal: None = Field(default=None, description=NO_CHANGE)
     audio: None = Field(default=None, description=NO_CHANGE)
     function_call: None = Field(default=None, description=NO_CHANGE)
@@ -126,6 +131,7 @@ class ToolMessage(Strict):
     tool_call_id: str
     content: Content
     name: Name = None
+    type: Type = None
 
     def plain(self) -> dict[str, Any]:
         """For the chat template."""

@@ -174,7 +174,12 @@ def usage(ends: dict[int, End]) -> Usage:
 
 def told(entry: TokenLogprob) -> dict[str, Any]:
     """A log probability in OpenAI's form."""
-    return {"token": entry.token, "logprob": max(entry.logprob, LEAST_LOGPROB), "bytes": list(entry.utf8)}
+    return {"token": entry.token, "logprob": finite(entry.logprob), "bytes": list(entry.utf8)}
+
+
+def finite(logprob: float | None) -> float | None:
+    """A log probability that JSON can tell; None stays None."""
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def call_id() -> str:

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.server.api.chat_response import LEAST_LOGPROB, sse
-from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, SamplingFields, Strict, Usage
+from qwen_onnx.runtime.server.api.chat_response import finite, sse
+from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, SamplingFields, Strict, Usage, ranged
 from qwen_onnx.runtime.service.generation import Completion, Delta, TokenLogprob
 
 MOST_PROMPTS = 128
+# log probabilities of prompts in one answer, alternatives included: some 30 MB of JSON
+MOST_TOLD = 1 << 19
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], FIRST_FAULT, Field(min_length=1)]
@@ -27,7 +29,11 @@ class CompletionRequest(SamplingFields):
     model: str
     prompt: str | Texts | Ids | SeveralIds
     logprobs: int | None = Field(default=None, ge=0, le=20, description="Alternatives told beside each token.")
-    echo: Literal[False] | None = Field(default=None, description="The prompt is not repeated.")
+    max_tokens: int | None = ranged("max_new_tokens", least=0)
+    echo: bool | None = Field(
+        default=None,
+        description="The answer begins with the prompt, and logprobs tell of its tokens too. Not with stream.",
+    )
     suffix: Literal[""] | None = Field(default=None, description="There is no insertion.")
     best_of: int | None = Field(default=None, ge=1, description="Only equal to n: nothing is thrown away.")
 
@@ -41,19 +47,38 @@ class CompletionRequest(SamplingFields):
         """Arguments of ``GenerationConfig`` that were given.
 
         Raises:
-            RequestError: ``best_of`` is not ``n``.
+            RequestError: ``best_of`` is not ``n``; ``echo`` in a stream; ``max_tokens`` 0 without ``echo``.
         """
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens is 0: without echo nothing is left to answer", where="max_tokens")
+        if self.echo and self.stream:
+            raise RequestError("echo is for whole answers: leave stream out", where="echo")
         if self.best_of not in (None, self.choices):
             raise RequestError("best_of is supported only when it equals n", where="best_of")
-        return {**self.sampling(), **({} if self.logprobs is None else {"logprobs": self.logprobs})}
+        told = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        return {**self.sampling(), **told, **({"echo": True} if self.echo else {})}
+
+    def check_told(self, prompt_tokens: int) -> None:
+        """RequestError when the log probabilities of so many tokens of prompts make too long an answer."""
+        count = prompt_tokens * self.choices * (1 + (self.logprobs or 0))
+        if self.echo and self.logprobs is not None and count > MOST_TOLD:
+            raise RequestError(
+                f"echo would tell {count} log probabilities, the most is {MOST_TOLD}",
+                where="echo",
+                hint="send fewer prompts, or lower logprobs",
+            )
 
 
 class TextLogprobs(Strict):
-    """Lists of one length; ``text_offset`` counts characters from the beginning of the answer."""
+    """Lists of one length; ``text_offset`` counts characters from the beginning of the answer.
+
+    The first token of an echoed prompt has null instead of a log probability, and of alternatives. An echoed answer
+    tells of the token that ended it, too.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -126,10 +151,17 @@ class TextAnswers:
         for entry in entries:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(entry.token)
-        tops = [{top.token: max(top.logprob, LEAST_LOGPROB) for top in entry.top} for entry in entries]
         return {
             "tokens": [entry.token for entry in entries],
-            "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry in entries],
-            "top_logprobs": tops if self._most else None,
+            "token_logprobs": [finite(entry.logprob) for entry in entries],
+            "top_logprobs": list(map(_likeliest, entries)) if self._most else None,
             "text_offset": offsets,
         }
+
+
+def _likeliest(entry: TokenLogprob) -> dict[str, float | None] | None:
+    """Alternatives by their text; parts of characters share one, and the likeliest of them is told."""
+    told: dict[str, float | None] = {}
+    for top in entry.top:
+        told.setdefault(top.token, finite(top.logprob))
+    return told or None

@@ -12,10 +12,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from qwen_onnx.bounded import is_deeper
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, MOST_BIAS, SAMPLING, Sampling
-from qwen_onnx.runtime.service.generation import DEFAULT, MOST_STOP_CHARACTERS, PARAMETERS, Delta, GenerationConfig
+from qwen_onnx.runtime.service.generation import (
+    DEFAULT,
+    MOST_STOP_CHARACTERS,
+    MOST_STOP_STRINGS,
+    PARAMETERS,
+    Delta,
+    GenerationConfig,
+)
 
 NO_CHANGE = "Accepted for compatibility; it changes nothing."
-MOST_STOPS = 4
+# OpenAI takes 4; harnesses send more
+MOST_STOPS = MOST_STOP_STRINGS
 MOST_CHOICES = 8
 # llguidance reads no deeper schemas, and whoever recurses into one stays far from Python's own limit
 MOST_DEPTH = 64
@@ -34,11 +42,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def ranged(name: str) -> Any:
-    """A field with range and description of ``GenerationConfig``'s."""
+def ranged(name: str, least: float | None = None) -> Any:
+    """A field with range and description of ``GenerationConfig``'s; ``least`` stands for that of the range."""
     one = PARAMETERS[name]
     absent = "" if one.default is None else f" Absent: {one.default}."
-    bounds: dict[str, Any] = {"le": one.most, "gt" if one.above else "ge": one.least}
+    bounds: dict[str, Any] = {"le": one.most, "gt" if one.above else "ge": one.least if least is None else least}
     return Field(default=None, description=one.told + absent, **bounds)
 
 

@@ -183,6 +183,7 @@ def _add_completions(router: APIRouter, service: TextService, model_name: str) -
         options = body.options()
         each = configs(options, body.choices, service.engine.features)
         prompts = await asyncio.to_thread(lambda: [service.prepare(prompt, each[0]) for prompt in body.prompts()])
+        body.check_told(sum(map(len, prompts)))
         jobs: list[Job] = [(ids, config) for ids in prompts for config in each]
         running = await Generations.begin(service, jobs)
         bodies = TextAnswers(

@@ -30,12 +30,15 @@ class Heard:
         return self.all[-1]
 
     def end(self) -> TokenEvent:
-        while (event := self.next()).token is not None:
+        while not (event := self.next()).last:
             pass
         return event
 
     def tokens(self) -> list[int]:
         self.end()
+        return self.tokens_so_far()
+
+    def tokens_so_far(self) -> list[int]:
         return [event.token for event in self.all if event.token is not None]
 
 

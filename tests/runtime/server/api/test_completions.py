@@ -68,7 +68,12 @@ def test_logprobs_tell_tokens_alternatives_and_places(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"echo": True}, "echo"),
+        ({"echo": True, "stream": True}, "echo"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 0, "stream": True}, "max_tokens is 0"),
+        ({"echo": True, "max_tokens": -1}, "max_tokens"),
+        ({"echo": True, "max_tokens": 0, "prompt": "x" * 9000}, "context"),
+        ({"echo": True, "max_tokens": 0, "logprobs": 20, "n": 8, "prompt": ["x" * 3500]}, "echo would tell 588000"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"prompt": []}, "prompt"),
