@@ -33,6 +33,8 @@ NIGHTLY = ("make release", "make try-wheel")
 SLOW_OR_LASTING = {
     ".venv/bin/qwen-onnx serve artifacts/starter/cpu-int4": "the server fixture runs it",
     "make verify": "the next command does the same",
+    ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --tasks hellaswag,truthfulqa_mc1,gsm8k --items 50 "
+    "--recovery 0.95": "tests/verify/tasks/test_tasks.py, on tiny models",
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4": "test_starter.py, on a copy",
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --depth release": "test_optimize.py, on a tiny model",
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --device cpu": "test_device.py, with the runtime alone",

@@ -40,7 +40,7 @@ from qwen_onnx.records import Verdict
 from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
 
 if TYPE_CHECKING:
-    from qwen_onnx.verify.records import Depth
+    from qwen_onnx.verify.records import Depth, VerifyOptions
     from qwen_onnx.verify.report import Report
 
 LOG_FILE = "build.log"
@@ -69,6 +69,13 @@ class Job:
     force: bool = False
     depth: Depth = "quick"
 
+    @property
+    def options(self) -> VerifyOptions:
+        """Of its verification."""
+        from qwen_onnx.verify.records import VerifyOptions
+
+        return VerifyOptions.of(self.depth)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -96,7 +103,7 @@ def optimize(job: Job) -> Outcome:
         if load_report(found).options.depth != job.depth:
             progress(f"measured less deeply so far: verifying again (depth: {job.depth})")
             checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
-            report = verify_published(outcome.artifact, checkpoint, job.cache, job.depth)
+            report = verify_published(outcome.artifact, checkpoint, job.cache, job.options)
             return Outcome(open_artifact(found), hit=True, report=report)
     return outcome
 
@@ -136,7 +143,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     progress("loading the artifact and generating")
     smoke(folder, tools)
     built = time.monotonic() - begin
-    report = _measured(tools, folder, checkpoint, staging, job.depth, folder) if job.verify else None
+    report = _measured(tools, folder, checkpoint, staging, job.options, folder) if job.verify else None
     if report:
         report.save(folder)
     verdict = report.verdict if report else Verdict.UNVERIFIED
@@ -183,7 +190,7 @@ def build_model(
 
 
 def _measured(
-    tools: Toolchain, folder: Path, checkpoint: Checkpoint, staging: Path, depth: Depth, kept: Path
+    tools: Toolchain, folder: Path, checkpoint: Checkpoint, staging: Path, options: VerifyOptions, kept: Path
 ) -> Report:
     """The report of a whole verification, with an fp32 export of the checkpoint below ``staging`` if it needs one.
 
@@ -191,19 +198,18 @@ def _measured(
     """
     from qwen_onnx.verify import Keep
     from qwen_onnx.verify.golden import weights_digest
-    from qwen_onnx.verify.records import VerifyOptions
 
     reference = None
     if tools.plan.needs_reference:
         progress("exporting the fp32 reference")
         reference = tools.export_reference(checkpoint.path, staging)
     keep = Keep(kept, tools.plan.model, weights_digest(checkpoint.files))
-    report = tools.verify(folder, checkpoint.path, reference, VerifyOptions.of(depth), keep)
+    report = tools.verify(folder, checkpoint.path, reference, options, keep)
     # where the row came from is not the verification's business, but it belongs to the claim
     return report.model_copy(update={"claim": tools.plan.claim(report.verdict)})
 
 
-def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, depth: Depth = "quick") -> Report:
+def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, options: VerifyOptions) -> Report:
     """Verify an artifact again and publish it with the new report, golden file and verdict."""
     with build_lock(artifact.path, wait=True), staging_folder(artifact.path) as staging:
         tools = Toolchain.of(artifact.manifest.plan, cache)
@@ -212,7 +218,7 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, de
         for name in ("report.json", "report.html", "golden.npz", "manifest.json"):
             # a hard link: writing through it would alter the published file
             (folder / name).unlink(missing_ok=True)
-        report = _measured(tools, artifact.path, checkpoint, staging, depth, folder)
+        report = _measured(tools, artifact.path, checkpoint, staging, options, folder)
         report.save(folder)
         replace_verdict(artifact, folder, report.verdict)
     return report

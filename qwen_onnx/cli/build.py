@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,9 @@ from qwen_onnx.cli.options import (
 )
 from qwen_onnx.errors import ArtifactError, ConfigError, VerdictError
 from qwen_onnx.processes.progress import progress
+
+if TYPE_CHECKING:
+    from qwen_onnx.verify.records import VerifyOptions
 
 out = Console()
 
@@ -120,13 +123,23 @@ def verify(
     record: Path | None = typer.Option(
         None, help="with --device: where the record goes; default ARTIFACT.DEVICE.json beside the artifact"
     ),
+    tasks: Annotated[
+        str | None, typer.Option(help="benchmarks that both sides answer, e.g. gsm8k,hellaswag; names of lm-eval")
+    ] = None,
+    recovery: Annotated[
+        float | None, typer.Option(help="least share of PyTorch's accuracy that the artifact keeps; default: 0.95")
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="of each benchmark, from its beginning; default: all")] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="items from the hub, also where a package has some")] = False,
 ) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     if device is None:
         if golden or record:
             raise ConfigError(["--golden and --record: only with --device"])
-        _verify_here(artifact, source, depth)
+        _verify_here(artifact, source, _with_tasks(depth, tasks, recovery, items, hub))
         return
+    if tasks:
+        raise ConfigError(["--tasks: not with --device, which has no PyTorch to compare with"])
     if source:
         raise ConfigError(["--source: not with --device, which reads no checkpoint"])
     from qwen_onnx.verify.device import print_device_report, verify_on
@@ -140,7 +153,7 @@ def verify(
         raise VerdictError(f"the verdict on {device} is {report.verdict}", where=_shown(folder), hint=str(where))
 
 
-def _verify_here(artifact: str, source: Path | None, depth: Depth) -> None:
+def _verify_here(artifact: str, source: Path | None, options: VerifyOptions) -> None:
     from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.build.optimize import verify_published
     from qwen_onnx.sources.fetch import fetch as fetch_source
@@ -155,8 +168,24 @@ def _verify_here(artifact: str, source: Path | None, depth: Depth) -> None:
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
         )
-    report = verify_published(opened, checkpoint, cache_here(), depth)
+    report = verify_published(opened, checkpoint, cache_here(), options)
     _show_report(opened.path, report.verdict)
+
+
+def _with_tasks(depth: Depth, tasks: str | None, recovery: float | None, items: int | None, hub: bool) -> VerifyOptions:
+    """Options of a verification that runs benchmarks, where some are named."""
+    from qwen_onnx.verify.records import RECOVERY, VerifyOptions
+    from qwen_onnx.verify.tasks.items import options_of
+
+    options = VerifyOptions.of(depth)
+    if tasks is None:
+        given = {"--recovery": recovery is not None, "--items": items is not None, "--hub": hub}
+        alone = [f"{name}: only with --tasks" for name, is_given in given.items() if is_given]
+        if alone:
+            raise ConfigError(alone)
+        return options
+    asked = options_of(tasks, RECOVERY if recovery is None else recovery, items, hub=hub)
+    return options.model_copy(update={"tasks": asked})
 
 
 def compare(

@@ -46,7 +46,7 @@ def card_text(record: PackageRecord, manifest: Manifest, report: Report | None) 
     """The card, from what is known of the artifact and nothing else."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from qwen_onnx.verify.report import compared, shown
+    from qwen_onnx.verify.report import TASK_COLUMNS, compared, shown, task_cells
 
     def bounds(item: Estimate) -> str:
         return f"{shown(item.value)} [{shown(item.lower)}, {shown(item.upper)}]"
@@ -67,6 +67,8 @@ def card_text(record: PackageRecord, manifest: Manifest, report: Report | None) 
         plan=manifest.plan,
         report=report,
         compared=compared,
+        task_cells=task_cells,
+        columns=TASK_COLUMNS,
         matrices=_matrices(manifest.readback),
         origin=f"{manifest.source.origin} at revision `{manifest.source.revision}`",
         size=manifest.size_bytes,

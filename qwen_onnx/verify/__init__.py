@@ -13,12 +13,13 @@ from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.records import Verdict
 from qwen_onnx.verify import speed  # noqa: F401 - registers its checks
-from qwen_onnx.verify.checks import CHECKS, LEVELS, SIMULATED, beyond, run_check
+from qwen_onnx.verify.checks import ASKED, CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
 from qwen_onnx.verify.keeping import Keep
 from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
 from qwen_onnx.verify.scratch import scratch_folder
+from qwen_onnx.verify.tasks import check as _registered  # noqa: F401
 
 __all__ = ["CheckResult", "Keep", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]
 
@@ -58,8 +59,9 @@ def verify_artifact(
         VerificationError: a folder is missing, a check has no such name, or the level cannot make it. Checks that
             fail do not raise.
     """
-    left_out = beyond(level)
-    impossible = sorted(set(options.checks) & set(left_out))
+    asked = {name for name, asks in ASKED.items() if asks(options)}
+    left_out = {name: reason for name, reason in beyond(level).items() if name not in ASKED or name in asked}
+    impossible = sorted((set(options.checks) | asked) & set(left_out))
     if impossible:
         raise VerificationError(f"{', '.join(impossible)} cannot be checked: {level.text}")
     unknown = sorted(set(options.checks) - set(CHECKS))
@@ -71,7 +73,8 @@ def verify_artifact(
     started = time.perf_counter()
     with scratch_folder(cache, checkpoint) as scratch:
         context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, scratch, keep)
-        results = tuple(run_check(name, context) for name in CHECKS if name not in left_out)
+        made = [name for name in CHECKS if name not in left_out and (name not in ASKED or name in asked)]
+        results = tuple(run_check(name, context) for name in made)
         context.release()
     if keep and context.golden:
         context.golden.save(keep.folder)
@@ -85,6 +88,7 @@ def verify_artifact(
         not_checked={name: reason for name, reason in left_out.items() if LEVELS[name] != SIMULATED},
         drift=context.drift,
         latency=context.latency,
+        tasks=context.tasks,
         limits=limits,
         options=options,
         environment={**environment(), "seconds": round(time.perf_counter() - started, 1)},

@@ -77,6 +77,11 @@ class CheckpointTokenizer:
         self._template = CheckpointTemplate(self._own)
 
     @property
+    def tokenizer(self) -> Any:
+        """As transformers has it."""
+        return self._own
+
+    @property
     def chats(self) -> bool:
         """Whether there is a chat template; base models have none."""
         return bool(self._own.chat_template)

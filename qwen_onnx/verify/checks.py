@@ -19,7 +19,7 @@ from qwen_onnx.verify.parity import (
     decode_positions,
     mismatches,
 )
-from qwen_onnx.verify.records import CheckResult, worst
+from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.results import (
     DECODE_LIMIT,
     agreement,
@@ -36,6 +36,8 @@ Check = Callable[[Context], CheckResult]
 CHECKS: dict[str, Check] = {}
 # the levels that promise a check; nothing is computed of an artifact that is known by its structure alone
 LEVELS: dict[str, frozenset[Verification]] = {}
+# checks that are made only where the options ask for them
+ASKED: dict[str, Callable[[VerifyOptions], bool]] = {}
 ANY = frozenset(Verification)
 COMPUTED = ANY - {Verification.STRUCTURE}
 TIMED = frozenset({Verification.RUN})
@@ -51,13 +53,17 @@ SIMULATOR_TOP1 = 0.9
 WHOLE = {"kv_decode", "batched", "greedy", "latency", "memory"}
 
 
-def check(name: str, levels: frozenset[Verification] = COMPUTED) -> Callable[[Check], Check]:
-    """Register a check under ``name``, promised by ``levels``."""
+def check(
+    name: str, levels: frozenset[Verification] = COMPUTED, asked: Callable[[VerifyOptions], bool] | None = None
+) -> Callable[[Check], Check]:
+    """Register a check under ``name``, promised by ``levels``, or made where ``asked`` says that it is asked for."""
 
     def register(function: Check) -> Check:
         if name in CHECKS:
             raise ValueError(f"two checks are called {name}")
         CHECKS[name], LEVELS[name] = function, levels
+        if asked:
+            ASKED[name] = asked
         return function
 
     return register

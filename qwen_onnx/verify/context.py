@@ -19,7 +19,7 @@ from qwen_onnx.verify.baseline import CheckpointTokenizer
 from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
 from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
-from qwen_onnx.verify.records import Drift, Latency, VerifyOptions
+from qwen_onnx.verify.records import Drift, Latency, TaskResult, VerifyOptions
 from qwen_onnx.verify.scoring import Logits, OnnxScorer, Positions, compare
 from qwen_onnx.verify.slices import SlicedScorer
 
@@ -54,7 +54,7 @@ class Runner(Protocol):
 
 
 class Context:
-    """One verification. ``drift``, ``latency`` and ``golden`` are filled in by the checks that measure them."""
+    """One verification. ``drift``, ``latency``, ``tasks`` and ``golden`` are filled in by the checks that find them."""
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class Context:
         self._runner, self.simulator = runner, simulator
         self.drift: Drift | None = None
         self.latency: Latency | None = None
+        self.tasks: tuple[TaskResult, ...] = ()
 
     @cached_property
     def truth(self) -> CheckpointTokenizer:

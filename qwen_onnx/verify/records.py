@@ -28,6 +28,19 @@ Depth = Literal["quick", "release"]
 # (tokens of a window, windows of each domain): 6 thousand tokens, and up to 32 thousand as far as the texts go
 DEPTHS: dict[Depth, tuple[int, int]] = {"quick": (384, 2), "release": (512, 8)}
 
+RECOVERY = 0.95  # what the field takes for kept
+
+
+class TaskOptions(Frozen):
+    """Benchmarks that both sides answer; what the artifact keeps of PyTorch's accuracy is its recovery."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    recovery: float = Field(
+        default=RECOVERY, gt=0, le=1, description="least share of PyTorch's accuracy, by its lower bound"
+    )
+    items: int | None = Field(default=None, ge=1, description="of each benchmark, from its beginning; None: all")
+    hub: bool = Field(default=False, description="items from the hub, also where a package has some")
+
 
 class VerifyOptions(Frozen):
     """How much is measured; the defaults take about two minutes for 135 M parameters on two cores.
@@ -58,6 +71,7 @@ class VerifyOptions(Frozen):
     pytorch: Literal["fitting", "whole", "layerwise"] = Field(
         default="fitting", description="how PyTorch is timed: whole where memory holds it, else layer by layer"
     )
+    tasks: TaskOptions | None = None
 
     @classmethod
     def of(cls, depth: Depth) -> VerifyOptions:
@@ -114,6 +128,31 @@ class Drift(Frozen):
     domains: tuple[DomainDrift, ...]
     quantiles: tuple[tuple[float, float], ...]
     sources: dict[str, str]
+
+
+class TaskResult(Frozen):
+    """One benchmark, answered by both sides.
+
+    Args:
+        metric: lm-eval's name, and its filter of answers where it has several.
+        source: where the items come from, with its version.
+        artifact, baseline: shares of items answered rightly; recovery: the first divided by the second, None where
+            PyTorch answers too few rightly to divide by.
+        lost, won: items that PyTorch alone, and that the artifact alone, answers rightly.
+        p: of McNemar's exact test, two-sided: how often chance would make the flips so one-sided.
+    """
+
+    name: str
+    metric: str
+    source: str
+    items: int
+    artifact: float
+    baseline: float
+    recovery: Estimate | None
+    lost: int
+    won: int
+    p: float
+    verdict: MeasuredVerdict
 
 
 class Spread(Frozen):

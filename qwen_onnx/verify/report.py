@@ -17,7 +17,7 @@ from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.records import MeasuredVerdict, Verdict
 from qwen_onnx.verify import plots
-from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, VerifyOptions
+from qwen_onnx.verify.records import CheckResult, Drift, Frozen, Latency, TaskResult, VerifyOptions
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -42,6 +42,7 @@ class Report(Frozen):
     not_checked: dict[str, str] = Field(default_factory=dict)
     drift: Drift | None = None
     latency: Latency | None = None
+    tasks: tuple[TaskResult, ...] = ()
     limits: Limits
     options: VerifyOptions
     environment: dict[str, str | float] = Field(default_factory=dict)
@@ -75,12 +76,16 @@ class Report(Frozen):
             line["decode_speedup"] = self.latency.decode_speedup.value
             line["prefill_speedup"] = self.latency.prefill_speedup.value
             line["decode_tok_s"] = self.latency.artifact.decode_tok_s.median
+        if self.tasks:
+            line["recovery"] = {task.name: task.recovery.value if task.recovery else None for task in self.tasks}
         return json.dumps(line)
 
     def html(self) -> str:
         """The page: one file, no script, nothing loaded from elsewhere."""
         page = _templates().get_template("report.html.j2")
-        return page.render(report=self, plots=plots, compared=compared, **self._charts())
+        return page.render(
+            report=self, plots=plots, compared=compared, task_cells=task_cells, columns=TASK_COLUMNS, **self._charts()
+        )
 
     def svgs(self) -> dict[str, str]:
         """The page's plots as files of their own, by name; those that something was measured for."""
@@ -153,6 +158,37 @@ def _with_bounds(item: CheckResult, name: str) -> str:
     return f"{text} [{shown(item.measured[f'{name}_lower'])}, {shown(item.measured[f'{name}_upper'])}]"
 
 
+def task_cells(task: TaskResult) -> tuple[str, ...]:
+    """Of a table for people: accuracies and flips of one benchmark."""
+    kept = task.recovery
+    recovery = f"{kept.value:.3f} [{kept.lower:.3f}, {kept.upper:.3f}]" if kept else "PyTorch answers too few rightly"
+    accuracies = (f"{100 * task.artifact:.1f} %", f"{100 * task.baseline:.1f} %")
+    return (
+        task.name,
+        task.metric,
+        str(task.items),
+        *accuracies,
+        recovery,
+        f"-{task.lost} +{task.won}",
+        f"{task.p:.3g}",
+    )
+
+
+TASK_COLUMNS = ("task", "metric", "items", "artifact", "PyTorch", "recovery [bounds]", "flips", "McNemar p")
+
+
+def _tasks_table(report: Report) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="tasks: what the artifact keeps of PyTorch's accuracy")
+    for column in ("verdict", *TASK_COLUMNS):
+        table.add_column(escape(column))
+    for task in report.tasks:
+        table.add_row(f"[{STYLES[task.verdict]}]{task.verdict}[/]", *map(escape, task_cells(task)))
+    return table
+
+
 def check_table(checks: Sequence[CheckResult], verdict: Verdict, claim: str) -> Table:
     """The checks for people."""
     from rich.markup import escape
@@ -182,4 +218,6 @@ def print_report(report: Report, console: Console) -> None:
     for name, reason in report.not_checked.items():
         table.add_row(name, "–", escape(reason))
     console.print(table)
+    if report.tasks:
+        console.print(_tasks_table(report))
     console.print(report.json_line(), markup=False, highlight=False, soft_wrap=True)
