@@ -14,18 +14,20 @@ ONLY   ?=
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 # what has a slash is no recipe's id: qwen-onnx knows by which name its artifact is kept, and is asked only then
 KEPT    = $(shell $(BIN)/qwen-onnx where '$(MODEL)' --target '$(TARGET)' $(if $(PRECISION),--precision '$(PRECISION)'))
 PLACE   = $(if $(findstring /,$(MODEL)),$(or $(KEPT),$(error MODEL=$(MODEL): see above)),artifacts/$(MODEL)/$(TARGET)-$(or $(PRECISION),int4))
 # a model that is a folder says itself where its weights are
 FOLDER  = $(if $(wildcard $(MODEL)/config.json),$(MODEL))
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.dev
 
 # where it is set, every process would compile torch and transformers again, for seconds each
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup optimize verify package foundry-check release serve chat plans environments wheel try-wheel \
+.PHONY: help setup setup-dev optimize verify package foundry-check release serve chat plans environments wheel try-wheel \
   test test-slow test-release lint clean
 
 help:  ## this list
@@ -37,7 +39,13 @@ setup: $(READY)  ## create the environment in .venv
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable '.[export,package,publish]'
+	@touch $@
+
+setup-dev: $(DEV)  ## what the tests and the linter need besides; .venv doubles
+
+$(DEV): $(READY)
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
@@ -68,7 +76,7 @@ plans: $(READY)  ## check all recipes, write plans.lock, golden plans and schema
 environments: $(READY)  ## make the Python environments of NPU targets and Foundry Local ahead of their first use
 	@$(BIN)/qwen-onnx environments
 
-wheel: $(READY)  ## dist/: the wheel, with recipes and pipelines inside
+wheel: $(DEV)  ## dist/: the wheel, with recipes and pipelines inside
 	@rm -rf dist && $(BIN)/python -m build --outdir dist
 
 try-wheel: wheel  ## install it into an empty environment, away from the checkout, and build the starter there
@@ -77,19 +85,19 @@ try-wheel: wheel  ## install it into an empty environment, away from the checkou
 	    --constraint constraints.txt "$$(echo $(CURDIR)/dist/*.whl)[export]" \
 	&& cd "$$folder" && env -u QWEN_ONNX_CACHE venv/bin/qwen-onnx optimize $(MODEL) --target $(TARGET) && ls artifacts/$(MODEL)
 
-test: $(READY)  ## the quick tests
+test: $(DEV)  ## the quick tests
 	@$(BIN)/python -m pytest -q -m 'not slow and not release' -n 2 --dist loadfile
 
-test-slow: $(READY)  ## the tests that build or start something larger; CI runs them too
+test-slow: $(DEV)  ## the tests that build or start something larger; CI runs them too
 	@$(BIN)/python -m pytest -q -m 'slow and not release' -n 2 --dist loadfile --durations=20
 
 # one process, since some of these measure
-test-release: optimize environments  ## before a release, every night: the whole matrix, the wheel alone, every slow test
+test-release: $(DEV) optimize environments  ## before a release, every night: the whole matrix, the wheel alone, every slow test
 	@$(MAKE) --no-print-directory release
 	@$(BIN)/python -m pytest -q -m 'slow or release' --durations=40
 	@$(MAKE) --no-print-directory try-wheel
 
-lint: $(READY)  ## linter, formatter and type checker
+lint: $(DEV)  ## linter, formatter and type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
