@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+# more logits than this are made piece by piece; those of 512 tokens and 65,536 words stay in one piece
+LOGITS_PIECE = 1 << 25
+
 
 @dataclass(frozen=True)
 class Dimensions:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export import weights
-from qwen_onnx.export.passes.gptq import sensitivity
+from qwen_onnx.export import gradients, weights
 from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.weights import CheckpointWeights, write_safetensors
@@ -90,7 +89,7 @@ def whole(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_logits_in_pieces_choose_the_same_matrices(
     tiny_checkpoint: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "LOGITS_PIECE", 288 * 7)
+    monkeypatch.setattr(gradients, "LOGITS_PIECE", 288 * 7)
     quantize(tiny_checkpoint, tmp_path / "pieces", SMALL)
     assert overrides_of(whole) == overrides_of(tmp_path / "pieces")
 
@@ -218,7 +217,7 @@ def test_labels_are_those_of_multinomial(tiny_checkpoint: Path, tmp_path: Path) 
     from qwen_onnx.export.weights import Scratch
 
     skeleton = Skeleton(tiny_checkpoint, Scratch(tmp_path / "scratch"))
-    run = sensitivity._Run(skeleton, [], WorkFolder(tmp_path / "work", "x"))
+    run = gradients.Gradients(skeleton, [], WorkFolder(tmp_path / "work", "x"), "")
     torch.manual_seed(3)
     normed, head = torch.randn(1, 50, 64), torch.randn(300, 64)
     torch.manual_seed(4)

@@ -7,12 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from qwen_onnx.catalog.architectures import DENSE
-from qwen_onnx.catalog.costs import Dimensions, Stored, packed
+from qwen_onnx.catalog.costs import LOGITS_PIECE, Dimensions, Stored, packed
 from qwen_onnx.catalog.registry import PROCESS_BYTES, PassOptions
 
 BATCH = 4  # calibration windows that a layer sees together
-# more logits than this are made piece by piece; those of 512 tokens and 65,536 words stay in one piece
-LOGITS_PIECE = 1 << 25
 # what a tokenizer takes for the calibration text, which is let go before the first layer; one of bytes has four times
 # the tokens, and no file of that size
 CALIBRATION_BYTES, BYTE_CALIBRATION_BYTES, BYTE_TOKENIZER = 290_000_000, 520_000_000, 100_000

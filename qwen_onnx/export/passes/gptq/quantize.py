@@ -9,12 +9,6 @@ was killed goes on behind the last of them.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +19,11 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids
+from qwen_onnx.export.olive_format import assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.gptq.options import BATCH, CalibratedGptqOptions
-from qwen_onnx.export.passes.gptq.sensitivity import choose_int8, named_as
+from qwen_onnx.export.passes.gptq.sensitivity import LEADER, choose_int8, named_as
 from qwen_onnx.export.passes.gptq.solver import Quantized, gptq, round_to_nearest
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD, NORM, Skeleton, call
@@ -44,10 +38,8 @@ from qwen_onnx.export.weights import (
 )
 from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
 from qwen_onnx.records import digest_of
-from qwen_onnx.sources.checkpoint import INDEX_FILE, read_json
+from qwen_onnx.sources.checkpoint import read_json
 
-# matrices with the same input share a Hessian
-LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 FLOAT_BITS = 16  # a head of so many bits is not quantised
 
 
@@ -78,9 +70,9 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqOptions, kept
     """
     from transformers import PreTrainedTokenizerFast
 
-    with _folder(kept, output) as folder:
+    with work_folder(kept, output) as folder:
         skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
-        _require_blocks(skeleton, config.group_size)
+        require_blocks(skeleton, config.group_size)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
         ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
@@ -92,30 +84,6 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqOptions, kept
         quantize_layers(skeleton, ids, precise, config, work)
         quantize_head(skeleton, config, work)
         _assemble(skeleton, work, checkpoint, output, config)
-
-
-@contextmanager
-def _folder(kept: Path | None, output: Path) -> Iterator[Path]:
-    if kept is not None:
-        yield kept
-        # it is not there when a build was killed behind its last step and this one found everything finished
-        if (kept / "scratch").exists():
-            shutil.rmtree(kept / "scratch")
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.work-", dir=output.parent) as folder:
-        yield Path(folder)
-
-
-def _require_blocks(skeleton: Skeleton, block: int) -> None:
-    for index in range(skeleton.count):
-        for name, module in skeleton.linears(index).items():
-            if block > 0 and module.in_features % block:
-                where = f"model.layers.{index}.{name}"
-                raise ExportError(
-                    f"{where} has {module.in_features} inputs, which is not a multiple of the block size {block}",
-                    hint="set group_size of the quantize step for this model",
-                )
 
 
 @torch.no_grad()
@@ -252,46 +220,25 @@ def _parts(matrix: Quantized, config: CalibratedGptqOptions) -> dict[str, torch.
 def _assemble(
     skeleton: Skeleton, work: WorkFolder, checkpoint: Path, output: Path, config: CalibratedGptqOptions
 ) -> None:
-    """Link the finished files into ``output``, with an index and the config that Olive's format asks for."""
-    from safetensors import safe_open
-
-    output.mkdir(parents=True, exist_ok=True)
     steps = ["outer", *(_step(index) for index in range(skeleton.count))]
+    quantized = config.head_bits < FLOAT_BITS
     overrides: dict[str, dict[str, int]] = {}
-    index: dict[str, str] = {}
-    for number, step in enumerate(steps, 1):
-        path = work.required(step, f"{step}.safetensors")
-        name = f"model-{number:05d}-of-{len(steps):05d}.safetensors"
-        _link(path, output / name)
-        with safe_open(path, framework="pt") as file:
-            index |= dict.fromkeys(file.keys(), name)
-        head = {"lm_head": config.head_bits} if config.head_bits < FLOAT_BITS else {}
-        bits = head if step == "outer" else (work.finished(step) or {})["bits"]
+    for step in steps:
+        bits = (
+            ({"lm_head": config.head_bits} if quantized else {})
+            if step == "outer"
+            else (work.finished(step) or {})["bits"]
+        )
         overrides |= {matrix: {"bits": count} for matrix, count in bits.items() if count != config.bits}
-    total = sum(path.stat().st_size for path in output.glob("model-*.safetensors"))
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-    (output / INDEX_FILE).write_text(text, encoding="utf-8")
-    settings = read_json(checkpoint / "config.json")
-    settings["quantization_config"] = {
-        "quant_method": "olive",
-        "bits": config.bits,
-        "symmetric": config.symmetric,
-        "group_size": config.group_size,
-        "lm_head": config.head_bits < FLOAT_BITS,
-        "embeds": False,
-        "overrides": overrides,
-    }
-    (output / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    for path in checkpoint.iterdir():
-        weights = path.suffix in {".safetensors", ".bin"} or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "config.json":
-            shutil.copyfile(path, output / path.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the folders are on two disks."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    assemble(
+        [work.required(step, f"{step}.safetensors") for step in steps],
+        checkpoint,
+        output,
+        {
+            "bits": config.bits,
+            "symmetric": config.symmetric,
+            "group_size": config.group_size,
+            "lm_head": quantized,
+            "overrides": overrides,
+        },
+    )
