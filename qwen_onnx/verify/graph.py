@@ -5,7 +5,6 @@ Nothing of a rewritten graph is saved: weights stay those of the artifact's file
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from qwen_onnx.errors import VerificationError
 
 HEADS = ("MatMulNBits", "MatMul")
 QUANTIZED = ("MatMulNBits", "QMoE")
-# bytes of folded values that are kept, the last ones: a layer is read anew for every text
-KEPT_BYTES = 1 << 28
+# bytes of folded values that are kept, the last ones, since a layer is read anew for every text; and how many are kept
+# at any size: codes, scales and zero points of the matrix that is read, some rows at a time
+KEPT_BYTES, KEPT = 1 << 28, 3
 # these read a few rows of their first input, which is a whole table
 READ_ROWS = ("Gather", "GatherBlockQuantized")
 
@@ -35,6 +35,7 @@ class Graph:
 
     Attributes:
         types: element type (onnx.TensorProto.DataType) of what nodes hand each other, as far as the file says.
+        folded: what the file makes of its constants.
 
     Raises:
         VerificationError: the file is no graph.
@@ -52,6 +53,7 @@ class Graph:
         values = (*self.model.graph.value_info, *self.model.graph.output)
         self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.folded = Folded(self.model, file, VerificationError)
         self._made: dict[str, Array] = {}
 
     @property
@@ -65,15 +67,11 @@ class Graph:
         logits = next(item for item in self.model.graph.output if item.name == "logits")
         return bool(logits.type.tensor_type.elem_type == FLOAT16)
 
-    @cached_property
-    def folded(self) -> Folded:
-        """What follows from the constants of the graph, as it is in the file."""
-        return Folded(self.model, self.file, VerificationError)
-
     def tensor(self, name: str) -> Array:
         """A constant as its reader sees it; of INT4 the bytes, two codes in each.
 
-        An initialiser is mapped. What the graph makes of several is computed; the last ``KEPT_BYTES`` of it stay.
+        An initialiser is mapped. What the graph makes of several is computed; the last ``KEPT_BYTES`` of it stay, and
+        the last ``KEPT`` of any size.
 
         Raises:
             VerificationError: there is none of that name, or its data are not where the graph says.
@@ -83,7 +81,7 @@ class Graph:
         if name not in self.folded:
             return self._initializer(name)
         self._made[name] = self.folded.value(name, self._initializer)
-        while len(self._made) > 1 and sum(item.nbytes for item in self._made.values()) > KEPT_BYTES:
+        while len(self._made) > KEPT and sum(item.nbytes for item in self._made.values()) > KEPT_BYTES:
             del self._made[next(iter(self._made))]
         return self._made[name]
 

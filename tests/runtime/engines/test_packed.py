@@ -1,0 +1,43 @@
+"""Both engines serve weights in planes, and say what they say of the same weights in whole bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_onnx.runtime import Engine
+from qwen_onnx.runtime.engines.batch import BatchEngine
+from tests.fixtures.packed import small_and_packed
+from tests.runtime.engines.batch.test_engine import Heard, endless
+
+PROMPT, COUNT = list(range(40, 60)), 12
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same weights, as 8-bit codes and packed."""
+    return small_and_packed(tiny_build, tmp_path_factory.mktemp("packed"))
+
+
+def test_genai_gives_the_same_logits_to_the_bit(folders: tuple[Path, Path]) -> None:
+    plain, packed = (Engine(folder, threads=1) for folder in folders)
+    found = [engine.forced_logits(PROMPT, range(60, 90)) for engine in (plain, packed)]
+    assert len(found[0]) >= 30
+    assert np.array_equal(*found)
+
+
+def test_the_batch_engine_gives_the_same_log_probabilities(folders: tuple[Path, Path]) -> None:
+    answers: dict[Path, list[object]] = {}
+    for folder in folders:
+        engine = BatchEngine(folder, streams=2, queue_size=4, capacity=512, threads=1)
+        # one after the other: who shares a step is up to the clock
+        for length in (20, 7):
+            heard = Heard(engine, endless(tuple(PROMPT[:length]), COUNT, logprobs=3))
+            tokens = heard.tokens()
+            answers.setdefault(folder, []).append((tokens, [(event.logprob, event.top) for event in heard.all]))
+            assert len(tokens) == COUNT
+        engine.close()
+    plain, packed = answers.values()
+    assert plain == packed
