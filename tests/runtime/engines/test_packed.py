@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +43,31 @@ def test_the_batch_engine_gives_the_same_log_probabilities(folders: tuple[Path, 
         engine.close()
     plain, packed = answers.values()
     assert plain == packed
+
+
+LOADED = """
+import sys
+from pathlib import Path
+from qwen_onnx.runtime import Engine
+from qwen_onnx.runtime.engines.batch.model import BatchModel
+folder = Path(sys.argv[1])
+loaded = Engine(folder, threads=1) if sys.argv[2] == "genai" else BatchModel(folder, rows=1, capacity=64, threads=1)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells anonymous memory")
+def test_what_was_folded_takes_no_memory_once_the_model_is_loaded(artifact_dir: Path, tmp_path: Path) -> None:
+    """On the starter: two and a half times as much before it was given back."""
+    folders = small_and_packed(artifact_dir, tmp_path)
+    for engine in ("genai", "batch"):
+        plain, packed = (
+            int(
+                subprocess.run(
+                    [sys.executable, "-c", LOADED, str(folder), engine], capture_output=True, check=True
+                ).stdout
+            )
+            for folder in folders
+        )
+        assert packed < 1.2 * plain, engine
