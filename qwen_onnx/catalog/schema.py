@@ -106,8 +106,15 @@ class Readback(Record):
     body_bits: Literal[4, 8, 16, 32]
     head_bits: Literal[4, 8, 16, 32]
     block_size: int | None = Field(default=None, gt=0)
+    finer_blocks: tuple[int, ...] = Field(default=(), description="block sizes that a matrix may have instead")
     symmetric: bool | None = None
     accuracy_level: int | None = Field(default=None, ge=0, le=4)
+    stored_bits: tuple[Literal[4, 5, 6, 8], ...] = Field(
+        default=(), description="bits that an 8-bit code may be stored in; fewer than 8 are planes, one matrix has them"
+    )
+    scale_bits: Literal[16, 32] | None = Field(
+        default=None, description="bits that every scale is stored in; null: any"
+    )
     soc_model: str | None = Field(default=None, description="Qualcomm's number of the chip that a context is for")
     htp_arch: str | None = Field(default=None, description="version of that chip's HTP")
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
@@ -125,6 +132,9 @@ class Readback(Record):
         for name in ("block_size", "symmetric", "accuracy_level", "soc_model", "htp_arch"):
             if (getattr(self, name) is not None) != (name in has):
                 raise ValueError(f"{name}: {'missing' if name in has else 'has no meaning'} for {self.form} weights")
+        for name in ("finer_blocks", "stored_bits", "scale_bits"):
+            if getattr(self, name) and self.form != "MatMulNBits":
+                raise ValueError(f"{name}: has no meaning for {self.form} weights")
         if (self.form == "float") != (self.body_bits >= 16):
             raise ValueError(f"body_bits: {self.body_bits} bits are not {self.form} weights")
         return self

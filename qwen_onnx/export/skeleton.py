@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.weights import CheckpointWeights, Scratch, return_free_memory
+from qwen_onnx.export.weights import CheckpointWeights, Scratch
+from qwen_onnx.processes.memory import return_free_memory
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,13 +84,6 @@ def mapped_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[s
     """Tensors of a safetensors file as views of it, by name; all of them unless ``names`` are given."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
-
-
-def return_free_memory() -> None:
-    """Give freed memory back to the kernel: glibc keeps it, and layers of other sizes leave ever more of it behind."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def row_pieces(rows: int, columns: int) -> Iterator[slice]:

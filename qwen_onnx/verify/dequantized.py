@@ -7,7 +7,8 @@ that a graph which lost or changed one of them computes something else than PyTo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD
 from qwen_onnx.verify.graph import Graph, attributes
-from qwen_onnx.verify.matrices import ExpertMatrices, Matrix, Packed, Part, Picked, StreamedLinear
+from qwen_onnx.verify.matrices import ExpertMatrices, Made, Matrix, Packed, Part, Picked, StreamedLinear
 
 # a matrix in genai's graph → its modules in transformers, in the order of their rows; those that a layer has count
 MODULES = {
@@ -75,11 +76,24 @@ class Dequantized:
     def _tensor(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.graph.tensor(name))
 
-    def _packed(self, node: Any) -> Packed:
+    def _packed(self, node: Any) -> Matrix:
         found = attributes(node)
-        zeros = self._tensor(node.input[3]) if len(node.input) > 3 and node.input[3] else None
+        return self._made(node.input[1:4], (found["N"], found["K"]), partial(self._read, node.input[1:4], found))
+
+    def _made(self, names: Sequence[str], shape: tuple[int, int], read: Callable[[], Packed]) -> Matrix:
+        """A matrix that is read now, since it is only mapped, or later, where the graph computes a part of it."""
+        if not any(name in self.graph.folded for name in names):
+            return read()
+        # type and shape of every part are known without reading one; what is not there should not wait until then
+        rows = self.graph.folded.kind(names[0]).shape[0]
+        if rows != shape[0]:
+            raise self._fault(f"{names[0]} has {rows} rows, not {shape[0]}")
+        return Made(shape, read)
+
+    def _read(self, names: Sequence[str], found: Mapping[str, Any]) -> Packed:
+        codes, scales = self._tensor(names[0]), self._tensor(names[1])
+        zeros = self._tensor(names[2]) if len(names) > 2 and names[2] else None
         rows = found["N"]
-        codes, scales = self._tensor(node.input[1]), self._tensor(node.input[2])
         return Packed(codes.reshape(rows, -1), scales.reshape(rows, -1), zeros, found["bits"], found["K"])
 
     def _signed(self, node: Any) -> Packed:
@@ -89,15 +103,13 @@ class Dequantized:
         codes, scales = self._tensor(node.input[0]), self._tensor(node.input[1])
         return Packed(codes, scales, None, 4, 2 * codes.shape[1], signed=True)
 
-    def _table(self, node: Any) -> Packed:
-        found = attributes(node)
-        bits = found.get("bits", 4)
+    def _table(self, node: Any) -> Matrix:
         # a table that is the head's goes through a Reshape
         reshaped = {item.output[0]: item.input[0] for item in self.graph.nodes if item.op_type == "Reshape"}
-        scales = self._tensor(node.input[2])
-        data = self._tensor(reshaped.get(node.input[0], node.input[0]))
-        zeros = self._tensor(node.input[3]) if len(node.input) > 3 and node.input[3] else None
-        return Packed(data, scales.reshape(len(data), -1), zeros, bits, self._config.hidden_size)
+        names = [reshaped.get(node.input[0], node.input[0]), *node.input[2:4]]
+        rows, width = self.graph.folded.kind(names[0]).shape[0], self._config.hidden_size
+        found = {"N": rows, "K": width, "bits": attributes(node).get("bits", 4)}
+        return self._made(names, (rows, width), partial(self._read, names, found))
 
     def _take(self, node: str, matrix: Matrix, grouped: dict[int, dict[str, Matrix]]) -> None:
         """Put the matrix of a node in the place of its modules."""

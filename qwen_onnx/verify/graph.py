@@ -5,19 +5,20 @@ Nothing of a rewritten graph is saved: weights stay those of the artifact's file
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen_onnx.artifact.folded import Folded
+from qwen_onnx.artifact.stored import FLOAT, FLOAT16, Array, stored_array
 from qwen_onnx.errors import VerificationError
 
 HEADS = ("MatMulNBits", "MatMul")
 QUANTIZED = ("MatMulNBits", "QMoE")
-FLOAT, FLOAT16, INT4 = 1, 10, 22  # onnx.TensorProto.DataType
-TYPES: dict[int, Any] = {FLOAT: np.float32, 2: np.uint8, FLOAT16: np.float16, INT4: np.uint8}
+# bytes of folded values that are kept, the last ones, since a layer is read anew for every text; and how many are kept
+# at any size: codes, scales and zero points of the matrix that is read, some rows at a time
+KEPT_BYTES, KEPT = 1 << 28, 3
 # these read a few rows of their first input, which is a whole table
 READ_ROWS = ("Gather", "GatherBlockQuantized")
 
@@ -30,10 +31,11 @@ def attributes(node: Any) -> dict[str, Any]:
 
 
 class Graph:
-    """A graph file and its initialisers, which are mapped when they are asked for.
+    """A graph file and its constants, which are mapped or computed when they are asked for.
 
     Attributes:
         types: element type (onnx.TensorProto.DataType) of what nodes hand each other, as far as the file says.
+        folded: what the file makes of its constants.
 
     Raises:
         VerificationError: the file is no graph.
@@ -51,6 +53,8 @@ class Graph:
         values = (*self.model.graph.value_info, *self.model.graph.output)
         self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.folded = Folded(self.model, file, VerificationError)
+        self._made: dict[str, Array] = {}
 
     @property
     def nodes(self) -> Any:
@@ -63,30 +67,29 @@ class Graph:
         logits = next(item for item in self.model.graph.output if item.name == "logits")
         return bool(logits.type.tensor_type.elem_type == FLOAT16)
 
-    def tensor(self, name: str) -> npt.NDArray[Any]:
-        """An initialiser as it is stored; of INT4 the bytes, two codes in each.
+    def tensor(self, name: str) -> Array:
+        """A constant as its reader sees it; of INT4 the bytes, two codes in each.
+
+        An initialiser is mapped. What the graph makes of several is computed; the last ``KEPT_BYTES`` of it stay, and
+        the last ``KEPT`` of any size.
 
         Raises:
             VerificationError: there is none of that name, or its data are not where the graph says.
         """
-        from onnx import numpy_helper
+        if name in self._made:
+            return self._made[name]
+        if name not in self.folded:
+            return self._initializer(name)
+        self._made[name] = self.folded.value(name, self._initializer)
+        while len(self._made) > KEPT and sum(item.nbytes for item in self._made.values()) > KEPT_BYTES:
+            del self._made[next(iter(self._made))]
+        return self._made[name]
 
+    def _initializer(self, name: str) -> Array:
         found = self._tensors.get(name)
-        if found is None or found.data_type not in TYPES:
+        if found is None:
             raise VerificationError(f"{name} is not a constant that can be read", where=str(self.file))
-        dtype, shape = np.dtype(TYPES[found.data_type]), tuple(found.dims)
-        if found.data_type == INT4:
-            shape = (*shape[:-1], shape[-1] // 2)
-        if found.data_location != found.EXTERNAL:
-            plain = np.frombuffer(found.raw_data, dtype) if found.raw_data else numpy_helper.to_array(found)
-            return plain.reshape(shape).copy()
-        told = {item.key: item.value for item in found.external_data}
-        path, offset = self.file.parent / Path(told["location"]).name, int(told.get("offset", 0))
-        length = math.prod(shape) * dtype.itemsize
-        if path.name != told["location"] or not path.is_file() or path.stat().st_size < offset + length:
-            raise VerificationError(f"{name} is not in {told['location']}", where=str(self.file))
-        # copy on write: torch wants memory that it may write to
-        return np.memmap(path, dtype, mode="c", offset=offset, shape=shape)
+        return stored_array(found, self.file, VerificationError)
 
     def every_position(self) -> None:
         """Join again what ``prune_lm_head`` cut: logits of all positions, not of the last one.

@@ -5,7 +5,7 @@ A layer of 72B parameters is 3.5 GB in float32, and a mixture's is more. Here ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -84,6 +84,22 @@ class Packed:
             codes -= unpacked(self.zeros[index], self.bits)[:, : scales.shape[1], None]
         codes *= scales[:, :, None]
         return codes.flatten(1)[:, : self.shape[1]]
+
+
+class Made:
+    """A matrix that is put together whenever it is read: what it is made of takes less memory, or is a file.
+
+    Args:
+        shape: (outputs, inputs).
+        make: puts it together.
+    """
+
+    def __init__(self, shape: tuple[int, int], make: Callable[[], Matrix]) -> None:
+        self.shape, self.make = shape, make
+
+    def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
+        """See ``Matrix``."""
+        return self.make().rows(index)
 
 
 def unpacked(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -17,9 +17,12 @@ import psutil
 
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.verify.graph import Graph
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, TensorProto
+
+    from qwen_onnx.artifact.folded import Folded
 
 # looked up by rows: a token reads one of them
 TABLES = {"Gather", "GatherBlockQuantized"}
@@ -55,36 +58,33 @@ def bytes_per_token(folder: Path) -> int:
     Raises:
         VerificationError: the folder's graph cannot be read.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
     path = folder / GenaiConfig.read(folder, VerificationError).model.decoder.filename
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except (OSError, DecodeError) as error:
-        raise VerificationError(f"the graph cannot be read: {error}", where=str(path)) from error
-    return weights_read(graph)
+    graph = Graph(path)
+    return weights_read(graph.model.graph, graph.folded)
 
 
-def weights_read(graph: GraphProto) -> int:
-    """Bytes of initialisers that one token reads."""
-    sizes = {tensor.name: _bytes(tensor) for tensor in graph.initializer}
+def weights_read(graph: GraphProto, folded: Folded) -> int:
+    """Bytes of constants that one token reads; of those that are folded when the model loads, the result's."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
     shares: dict[str, float] = {}
+    sizes: dict[str, int] = {}
     for node in graph.node:
+        if any(name in folded for name in node.output):
+            continue
         for place, name in enumerate(node.input):
-            if name in sizes:
+            if name in stored or name in folded:
+                sizes[name] = _bytes(stored[name]) if name in stored else folded.kind(name).bytes
                 # a head that shares its weights with the table reads all of them
-                shares[name] = max(shares.get(name, 0.0), _share(node, place, graph))
+                shares[name] = max(shares.get(name, 0.0), _share(node, place, folded))
     return round(sum(sizes[name] * share for name, share in shares.items()))
 
 
-def _share(node: NodeProto, place: int, graph: GraphProto) -> float:
+def _share(node: NodeProto, place: int, folded: Folded) -> float:
     if node.op_type in TABLES and place != 1:
         return 0.0
     if node.op_type in EXPERTS:
         chosen = next((item.i for item in node.attribute if item.name == "k"), 1)
-        name = node.input[place]
-        dims = next(tensor.dims for tensor in graph.initializer if tensor.name == name)
+        dims = folded.kind(node.input[place]).shape
         return float(min(1.0, chosen / dims[0])) if len(dims) > 1 else 1.0
     return 1.0
 

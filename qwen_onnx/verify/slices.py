@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from qwen_onnx.artifact.stored import FLOAT
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import digest_of
-from qwen_onnx.verify.graph import FLOAT, Graph
+from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.scoring import Logits, Session, open_session
 
 LAYER = re.compile(r"/layers\.(\d+)/")
@@ -61,7 +62,9 @@ class Cut:
             own = self.count - 1 if "/lm_head/" in node.name else 0 if found is None else int(found[1]) // layers
             if found is not None and int(found[1]) == max(numbers):
                 own = self.count - 1
-            place = max([own, *(self._places.get(name, 0) for name in node.input)])
+            # what is made of constants is made anew wherever it is read
+            read = [self._places.get(name, 0) for name in node.input if not self._is_fixed(name)]
+            place = max([own, *read])
             self._places |= dict.fromkeys(filter(None, node.output), place)
 
     def _is_fixed(self, name: str) -> bool:

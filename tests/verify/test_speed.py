@@ -13,7 +13,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from qwen_onnx.artifact.folded import Folded
 from qwen_onnx.catalog.schema import Limits
+from qwen_onnx.errors import VerificationError
 from qwen_onnx.verify import VerifyOptions, latency, verify_artifact
 from qwen_onnx.verify.latency_worker import load
 from qwen_onnx.verify.layerwise import LayerTimer
@@ -27,6 +29,11 @@ FAST = {"prompt_tokens": 16, "new_tokens": 9, "segment": 4, "rounds": 1, "prefil
 
 def initializer(name: str, *dims: int) -> TensorProto:
     return numpy_helper.from_array(np.zeros(dims, np.uint8), name)
+
+
+def read(nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto]) -> int:
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], weights))
+    return weights_read(model.graph, Folded(model, Path("model.onnx"), VerificationError))
 
 
 def test_a_token_reads_the_weights_but_not_the_table() -> None:
@@ -43,8 +50,7 @@ def test_a_token_reads_the_weights_but_not_the_table() -> None:
         initializer("experts", 8, 16, 10),
         initializer("head", 50, 10),
     ]
-    graph = helper.make_graph(nodes, "g", [], [], weights)
-    assert weights_read(graph) == 7 + 600 + 8 * 16 * 10 * 2 // 8 + 500
+    assert read(nodes, weights) == 7 + 600 + 8 * 16 * 10 * 2 // 8 + 500
 
 
 def test_a_table_that_is_the_head_too_is_read() -> None:
@@ -52,7 +58,7 @@ def test_a_table_that_is_the_head_too_is_read() -> None:
         helper.make_node("Gather", ["shared", "ids"], ["x"]),
         helper.make_node("MatMul", ["x", "shared"], ["logits"]),
     ]
-    assert weights_read(helper.make_graph(nodes, "g", [], [], [initializer("shared", 100, 10)])) == 1000
+    assert read(nodes, [initializer("shared", 100, 10)]) == 1000
 
 
 def test_the_bytes_of_an_artifact_are_those_of_its_weights(tiny_artifact: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_onnx.artifact.folded import Folded
+from qwen_onnx.artifact.stored import UINT8
+from qwen_onnx.errors import ExportError
 from qwen_onnx.export.readback.common import provider_of, refuse
 
 if TYPE_CHECKING:
@@ -18,6 +22,8 @@ FC1_ZERO_POINTS = 11  # input of QMoE
 # onnx.TensorProto.DataType: FLOAT, FLOAT16; UINT8, INT8, UINT4, INT4
 BITS = {1: 32, 10: 16, 2: 8, 3: 8, 21: 4, 22: 4}
 FLOATS = (1, 10)
+# bits of the codes that may be stored in planes
+PLANES_OF = 8
 
 
 def read_graph(model: Path) -> dict[str, Any]:
@@ -25,19 +31,21 @@ def read_graph(model: Path) -> dict[str, Any]:
 
     Returns:
         ``nodes``: one entry per quantised matrix with form, bits, block_size, accuracy_level (None in QDQ form),
-        symmetric (no zero points); ``experts``: the same per QMoE; ``counts``: operator counts; ``floats``: bits of the
+        symmetric (no zero points), stored_bits of a code (fewer than bits: in planes), scale_bits of a stored scale
+        (None in QDQ form); ``experts``: the same per QMoE; ``counts``: operator counts; ``floats``: bits of the
         constant weight of each float MatMul; ``float_experts``: names of MoE nodes; ``io_bits``: bits of every float
         input and output; ``provider``: genai's name of the execution provider; ``prune_lm_head``: whether the logits
         have one position, whatever the length of the input.
     """
     import onnx
 
-    graph = onnx.load(str(model), load_external_data=False).graph
+    loaded = onnx.load(str(model), load_external_data=False)
+    graph, folded = loaded.graph, Folded(loaded, model, ExportError)
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     nodes = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
-            nodes[node.name] = _nbits_facts(node)
+            nodes[node.name] = _nbits_facts(node, folded)
         elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
             nodes[node.name] = _qdq_facts(node, constants[node.input[0]])
     floats = {
@@ -62,14 +70,19 @@ def read_graph(model: Path) -> dict[str, Any]:
     }
 
 
-def _nbits_facts(node: Any) -> dict[str, Any]:
+def _nbits_facts(node: Any, folded: Folded) -> dict[str, Any]:
     attributes = {a.name: a.i for a in node.attribute}
+    codes, scales = folded.kind(node.input[1]), folded.sources(node.input[2])
+    # of planes, beside which a few masks and shifts do not count
+    stored = sum(math.prod(part.dims) for part in folded.sources(node.input[1]) if part.data_type == UINT8)
     return {
         "form": "MatMulNBits",
         "bits": attributes["bits"],
         "block_size": attributes["block_size"],
         "accuracy_level": attributes.get("accuracy_level", 0),
         "symmetric": len(node.input) <= 3 or not node.input[3],
+        "stored_bits": attributes["bits"] * stored // max(codes.count, 1),
+        "scale_bits": max((_float_bits(part.data_type) or 0 for part in scales), default=0),
     }
 
 
@@ -80,6 +93,8 @@ def _qdq_facts(node: Any, kind: int) -> dict[str, Any]:
         "block_size": next((a.i for a in node.attribute if a.name == "block_size"), None),
         "accuracy_level": None,
         "symmetric": len(node.input) <= 2 or not node.input[2],
+        "stored_bits": BITS.get(kind),
+        "scale_bits": None,
     }
 
 
@@ -133,6 +148,9 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     faults += [f"{name} is a float MatMul of {bits} bits" for name, bits in list(floats.items())[:3]]
     for name, node in facts["nodes"].items():
         faults += _differences(name, node, asked)
+    planes = [node["stored_bits"] for node in facts["nodes"].values() if node["stored_bits"] != node["bits"]]
+    if min(asked.stored_bits, default=PLANES_OF) < PLANES_OF and not planes:
+        faults.append(f"no matrix is stored in planes, asked {sorted(asked.stored_bits)} bits")
     refuse("the graph", faults)
     return {
         "matrices": _kinds(facts["nodes"]),
@@ -168,10 +186,18 @@ def _bits_of(name: str, asked: Readback) -> int:
 
 def _differences(name: str, node: dict[str, Any], asked: Readback) -> list[str]:
     allowed_bits = {asked.head_bits} if HEAD_NODE in name else {asked.body_bits, 8}
-    same = ("form", "block_size", "accuracy_level", "symmetric")
+    same = ("form", "accuracy_level", "symmetric")
     faults = [
         f"{name}: {key} is {node[key]}, asked {getattr(asked, key)}" for key in same if node[key] != getattr(asked, key)
     ]
     if node["bits"] not in allowed_bits:
         faults.append(f"{name}: {node['bits']} bits, asked {sorted(allowed_bits)}")
+    blocks = [asked.block_size, *asked.finer_blocks]
+    if node["block_size"] not in blocks:
+        faults.append(f"{name}: block_size is {node['block_size']}, asked {' or '.join(map(str, blocks))}")
+    stored = {node["bits"]} if node["bits"] != PLANES_OF else {*map(int, asked.stored_bits or (PLANES_OF,))}
+    if node["stored_bits"] not in stored:
+        faults.append(f"{name}: its codes are stored in {node['stored_bits']} bits, asked {sorted(stored)}")
+    if asked.scale_bits is not None and node["scale_bits"] != asked.scale_bits:
+        faults.append(f"{name}: its scales are stored in {node['scale_bits']} bits, asked {asked.scale_bits}")
     return faults

@@ -17,6 +17,7 @@ import onnxruntime_genai as og
 
 from qwen_onnx.artifact.genai_config import GenaiConfig, ids_of
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
+from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling, search_options
 
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
@@ -96,6 +97,8 @@ class Engine:
                 config.add_model_data(GenaiConfig.read(folder).graph_file, graph)
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = og.Model(config)
+            # what ONNX Runtime folded while it loaded is freed, and as large as the weights
+            return_free_memory()
         # genai raises bare RuntimeError, and OrtException derived from it, for whatever it cannot load
         except RuntimeError as error:
             needed = self.shape.provider

@@ -19,8 +19,9 @@ import torch
 from qwen_onnx.export.passes.genai_builder.mapped_model import StoredExperts
 from qwen_onnx.export.passes.genai_builder.options import MATRIX_PIECE
 from qwen_onnx.export.progress import Steps
-from qwen_onnx.export.weights import create_safetensors, mapped_safetensors, return_free_memory
+from qwen_onnx.export.weights import create_safetensors, mapped_safetensors
 from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.processes.memory import return_free_memory
 
 QUANTIZED = ("MatMul", "Gather")
 LAYER = re.compile(r"/model/layers\.(\d+)/")

@@ -32,11 +32,11 @@ from qwen_onnx.export.weights import (
     create_safetensors,
     mapped,
     reopened,
-    return_free_memory,
     row_pieces,
     write_safetensors,
 )
 from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
+from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.checkpoint import read_json
 

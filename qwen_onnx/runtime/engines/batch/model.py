@@ -20,6 +20,7 @@ import psutil
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
+from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.genai import Shape
 
@@ -263,12 +264,15 @@ def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
         if graph is not None:
             # where the graph's weights are
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
     # neither onnxruntime's exceptions nor protobuf's have a common class but Exception
     except Exception as error:
         raise ArtifactError(
             f"onnxruntime cannot load the model: {error}", where=str(path), hint="build it again"
         ) from error
+    # what it folded meanwhile
+    return_free_memory()
+    return session
 
 
 def _capacity(context: int, asked: int | None, rows: int, layout: KvLayout, item: int) -> int:

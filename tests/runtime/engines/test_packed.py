@@ -1,0 +1,73 @@
+"""Both engines serve weights in planes, and say what they say of the same weights in whole bytes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_onnx.runtime import Engine
+from qwen_onnx.runtime.engines.batch import BatchEngine
+from tests.fixtures.packed import small_and_packed
+from tests.runtime.engines.batch.test_engine import Heard, endless
+
+PROMPT, COUNT = list(range(40, 60)), 12
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same weights, as 8-bit codes and packed."""
+    return small_and_packed(tiny_build, tmp_path_factory.mktemp("packed"))
+
+
+def test_genai_gives_the_same_logits_to_the_bit(folders: tuple[Path, Path]) -> None:
+    plain, packed = (Engine(folder, threads=1) for folder in folders)
+    found = [engine.forced_logits(PROMPT, range(60, 90)) for engine in (plain, packed)]
+    assert len(found[0]) >= 30
+    assert np.array_equal(*found)
+
+
+def test_the_batch_engine_gives_the_same_log_probabilities(folders: tuple[Path, Path]) -> None:
+    answers: dict[Path, list[object]] = {}
+    for folder in folders:
+        engine = BatchEngine(folder, streams=2, queue_size=4, capacity=512, threads=1)
+        # one after the other: who shares a step is up to the clock
+        for length in (20, 7):
+            heard = Heard(engine, endless(tuple(PROMPT[:length]), COUNT, logprobs=3))
+            tokens = heard.tokens()
+            answers.setdefault(folder, []).append((tokens, [(event.logprob, event.top) for event in heard.all]))
+            assert len(tokens) == COUNT
+        engine.close()
+    plain, packed = answers.values()
+    assert plain == packed
+
+
+LOADED = """
+import sys
+from pathlib import Path
+from qwen_onnx.runtime import Engine
+from qwen_onnx.runtime.engines.batch.model import BatchModel
+folder = Path(sys.argv[1])
+loaded = Engine(folder, threads=1) if sys.argv[2] == "genai" else BatchModel(folder, rows=1, capacity=64, threads=1)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells anonymous memory")
+def test_what_was_folded_takes_no_memory_once_the_model_is_loaded(artifact_dir: Path, tmp_path: Path) -> None:
+    """On the starter: two and a half times as much before it was given back."""
+    folders = small_and_packed(artifact_dir, tmp_path)
+    for engine in ("genai", "batch"):
+        plain, packed = (
+            int(
+                subprocess.run(
+                    [sys.executable, "-c", LOADED, str(folder), engine], capture_output=True, check=True
+                ).stdout
+            )
+            for folder in folders
+        )
+        assert packed < 1.2 * plain, engine
