@@ -1,0 +1,93 @@
+"""The head, and the embedding that shares it: GPTQ on the hidden states behind the last layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qwen_onnx.export.gradients import Gradients
+from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damped, nearest, solve, stored_bytes
+from qwen_onnx.export.passes.gptq.solver import Quantized
+from qwen_onnx.export.skeleton import EMBEDDING, NORM, Skeleton
+from qwen_onnx.export.weights import create_safetensors, reopened
+
+HEAD_STEP = "head"
+CONTAINER = 8  # bits of the kernel and of the embedding's operator
+# weights that are solved at once: enough that rows, not the steps from column to column, take the time
+PIECE = 1 << 24
+# positions whose logits are compared
+SAMPLES = 256
+
+
+@torch.no_grad()
+def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) -> None:
+    """Leave ``head.safetensors``: head, embedding and the last norm; with the head's ``bytes`` and ``damage``.
+
+    Args:
+        ids: [windows, tokens].
+    """
+    skeleton, work, name = run.skeleton, run.work, f"{HEAD_STEP}.safetensors"
+    if work.finished(HEAD_STEP) is not None:
+        return
+    run.forward(ids)
+    weights = skeleton.weights
+    head = weights.tensor(skeleton.head_name)
+    normed = _normed(run, ids)
+    states = normed.reshape(-1, normed.shape[-1])
+    hessian = damped(states.T @ states, config.damp)
+    grid = Grid(config.head_bits, BLOCK)
+    copied = [EMBEDDING, *weights.names(f"{NORM}.")]
+    layout = {key: (torch.float32, tuple(weights.tensor(key).shape)) for key in copied}
+    for part, row in _solved(head[:1].float(), hessian, grid).items():
+        layout[f"lm_head.{part}"] = (row.dtype, (head.shape[0], row.shape[1]))
+    file = create_safetensors(work.temporary(name), layout)
+    for key in copied:
+        file[key].copy_(weights.tensor(key))
+    step = max(PIECE // head.shape[1], 1)
+    sampled = states[:: max(len(states) // SAMPLES, 1)]
+    logits = torch.empty(2, len(sampled), head.shape[0])
+    for begin in range(0, head.shape[0], step):
+        rows = slice(begin, min(begin + step, head.shape[0]))
+        exact = head[rows].float()
+        found = _quantized(exact, hessian, grid)
+        for part, value in _parts(found).items():
+            file[f"lm_head.{part}"][rows] = value
+        logits[0, :, rows], logits[1, :, rows] = sampled @ exact.T, sampled @ found.dequantize().T
+    work.commit(HEAD_STEP, [name], {"bytes": stored_bytes(head, grid), "damage": _divergence(*logits)})
+
+
+def _normed(run: Gradients, ids: torch.Tensor) -> torch.Tensor:
+    """What the head sees [windows, tokens, hidden]."""
+    skeleton: Skeleton = run.skeleton
+    count, shape = skeleton.count, (*ids.shape, skeleton.config.hidden_size)
+    last = reopened(run.work.required(f"forward-{count:04d}", f"input-{count:04d}"), shape)
+    result = skeleton.scratch.zeros("normed", shape)
+    with skeleton.norm() as norm:
+        for window, state in enumerate(last):
+            result[window] = norm(state)
+    return result
+
+
+def _quantized(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> Quantized:
+    if grid.bits == CONTAINER:
+        return nearest(rows, hessian.diagonal(), grid)
+    return solve(rows, hessian, [grid])[0]
+
+
+def _parts(found: Quantized) -> dict[str, torch.Tensor]:
+    return Quantized(found.codes, found.scales, found.zeros, CONTAINER).packed()
+
+
+def _solved(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> dict[str, Any]:
+    return _parts(_quantized(rows, hessian, grid))
+
+
+def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """Mean KL divergence of logits [positions, vocabulary], a position at a time."""
+    total = 0.0
+    for one, other in zip(teacher, student, strict=True):
+        truth = one.log_softmax(-1)
+        total += float((truth.exp() * (truth - other.log_softmax(-1))).sum())
+    return total / len(teacher)

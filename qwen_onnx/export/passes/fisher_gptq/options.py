@@ -1,0 +1,87 @@
+"""Options of ``FisherGptq``."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qwen_onnx.catalog.architectures import DENSE
+from qwen_onnx.catalog.costs import LOGITS_PIECE, Dimensions, Stored
+from qwen_onnx.catalog.registry import PROCESS_BYTES, PassOptions
+
+# every matrix is divided into blocks of so many weights of a row, or into half of that
+BLOCK = 64
+# float32 copies at once: of a Hessian (damped, factor, inverse, its factor), of the layer's largest matrix on each of
+# the grids that are solved together (weights, codes, temporaries), of a piece of logits
+HESSIANS, MATRICES, LOGITS = 4, 10, 5
+# what a tokenizer takes for the calibration text, which is let go before the first layer
+CALIBRATION_BYTES = 520_000_000
+# what genai's builder keeps of a layer besides its matrices: nodes of the graph, norms
+LAYER_BYTES = 16_000
+
+
+class FisherGptqOptions(PassOptions):
+    """Options of ``FisherGptq``. One of ``bits_per_weight``, ``max_bytes`` and ``max_kld`` says how small."""
+
+    implementation: ClassVar = "quantize.FisherGptq"
+    architectures: ClassVar = DENSE
+
+    kernel: Literal["mixed", "int8"] = Field(
+        default="mixed", description="mixed: matrices of 4 or 8 bits; int8: codes of 4 to 8 bits in matrices of 8"
+    )
+    head_bits: Literal[5, 6, 8] = Field(default=6, description="bits of lm_head and of the embedding that shares it")
+    bits_per_weight: float | None = Field(
+        default=None, gt=4, le=9, description="bytes of body and head, as they are stored, by the number of weights"
+    )
+    max_bytes: int | None = Field(default=None, gt=0, description="most bytes of the model's files")
+    max_kld: float | None = Field(default=None, gt=0, description="most KLD that is predicted")
+    windows: int = Field(default=128, ge=4, description="calibration windows")
+    window: int = Field(default=256, ge=32, description="tokens in a calibration window")
+    damp: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal, as a fraction of its mean")
+    refinements: int = Field(default=1, ge=0, le=8, description="turns of moving codes and scales after GPTQ")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        given = [self.bits_per_weight, self.max_bytes, self.max_kld]
+        if sum(bound is not None for bound in given) != 1:
+            raise ValueError("exactly one of bits_per_weight, max_bytes and max_kld says how small the model gets")
+        return self
+
+    def written(self, model: Dimensions, before: Stored) -> Stored:
+        """Codes with float32 scales; the embedding stays, in float32."""
+        blocks = (model.body + model.tables) // BLOCK
+        if self.kernel == "int8":
+            return Stored(self._coded(model.body, 8), self._coded(model.tables, 8), 4 * model.tables, scales=blocks)
+        head = self._coded(model.tables, 8)
+        bits = self.bits_per_weight or 6
+        # scales of two bytes count in bits_per_weight, and are stored in four
+        body = int((model.body + model.tables) * bits / 8 - model.tables * self.head_bits / 8) + 2 * blocks
+        return Stored(max(body, self._coded(model.body, 4)), head, 4 * model.tables, scales=blocks)
+
+    @staticmethod
+    def _coded(weights: int, bits: int) -> int:
+        return int(weights * bits / 8 + weights / BLOCK * (4 + bits / 8))
+
+    def scratch(self, model: Dimensions, before: Stored) -> int:
+        """Inputs of every layer for every window, weights and Hessians of a layer, and every matrix on every grid."""
+        states = 4 * self.windows * self.window * model.hidden * (model.layers + 2)
+        layer = 4 * (model.layer + 3 * model.hidden**2 + model.widest**2 + model.tables)
+        return states + layer + self._candidates(model)
+
+    def _candidates(self, model: Dimensions) -> int:
+        return sum(self._coded(model.body, bits) for bits in ((8,) * 4 if self.kernel == "int8" else (4, 4, 8)))
+
+    def kept(self, model: Dimensions, before: Stored) -> int:
+        """Every finished layer: the output links to it."""
+        return self.written(model, before).total
+
+    def memory(self, model: Dimensions, before: Stored) -> int:
+        """The largest of calibration text, a Hessian with its matrix on all grids, and logits."""
+        stages = [
+            CALIBRATION_BYTES,
+            4 * (HESSIANS * model.widest**2 + MATRICES * 3 * model.largest),
+            4 * LOGITS * min(self.window * model.vocabulary, LOGITS_PIECE),
+        ]
+        return PROCESS_BYTES + max(stages)

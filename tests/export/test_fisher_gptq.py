@@ -1,0 +1,222 @@
+"""``FisherGptq``: what it solves, what it chooses, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from qwen_onnx.errors import ExportError
+from qwen_onnx.export.passes.fisher_gptq.allocation import Choice, Unreachable, allocate
+from qwen_onnx.export.passes.fisher_gptq.options import FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.quantize import quantize
+from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, nearest, refine, solve, stored_bytes
+from qwen_onnx.export.passes.gptq.solver import Quantized, gptq
+from qwen_onnx.export.weights import CheckpointWeights
+
+GRIDS = (Grid(4, 64), Grid(4, 32), Grid(6, 64))
+SMALL = {"windows": 4, "window": 48, "seed": 1}
+
+
+def options(**changes: object) -> FisherGptqOptions:
+    return FisherGptqOptions.model_validate({"bits_per_weight": 6.5, **SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [48, 128] and the damped Hessian of inputs that depend on each other."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(48, 128, generator=generator)
+    inputs = torch.randn(512, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    return weight, damped(inputs.T @ inputs, 0.01)
+
+
+def loss(found: Quantized, weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    error = found.dequantize() - weight
+    return float((error @ hessian * error).sum())
+
+
+def test_grids_that_are_solved_together_are_those_solved_alone(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for grid, found in zip(GRIDS, solve(*problem, GRIDS), strict=True):
+        [alone] = solve(*problem, [grid])
+        assert torch.equal(found.codes, alone.codes)
+        assert torch.equal(found.scales, alone.scales)
+        assert found.codes.max() <= grid.top
+        assert found.scales.shape == (48, 128 // grid.block)
+
+
+def test_scales_are_numbers_of_half_precision(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, hessian = problem
+    found = [refine(one, weight, hessian, 2) for one in solve(weight, hessian, GRIDS)]
+    for one in (
+        *found,
+        nearest(weight, hessian.diagonal(), Grid(8, 64)),
+        nearest(weight * 1e-9, hessian.diagonal(), GRIDS[0]),
+    ):
+        assert torch.equal(one.scales, one.scales.half().float())
+        assert bool((one.scales > 0).all())
+
+
+def test_it_is_as_good_as_gptq_and_better_than_rounding(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, hessian = problem
+    [found] = solve(weight, hessian, GRIDS[:1])
+    assert loss(found, weight, hessian) == pytest.approx(
+        loss(gptq(weight, hessian, 4, 64, 1e-9), weight, hessian), rel=0.1
+    )
+    assert loss(found, weight, hessian) < 0.6 * loss(nearest(weight, hessian.diagonal(), GRIDS[0]), weight, hessian)
+
+
+def test_refinement_lowers_the_error(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, hessian = problem
+    [found] = solve(weight, hessian, GRIDS[:1])
+    errors = [loss(refine(found, weight, hessian, rounds), weight, hessian) for rounds in range(3)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.99 * errors[0]
+
+
+def test_damage_weighs_outputs_by_their_share() -> None:
+    weight = torch.ones(2, 32)
+    found = Quantized(torch.zeros(2, 32), torch.ones(2, 1), torch.zeros(2, 1), 4)
+    hessian = torch.eye(32)
+    assert damage(found, weight, hessian, torch.tensor([1.0, 0.0]), 4) == pytest.approx(0.5 * 32 / 4)
+    assert damage(found, weight, hessian, torch.tensor([0.25, 0.25]), 4) == pytest.approx(0.5 * 16 / 4)
+
+
+CHOICES = {
+    "a": [Choice(100, 1.0, "4"), Choice(150, 0.9, "5"), Choice(200, 0.0, "8")],
+    "b": [Choice(10, 3.0, "4"), Choice(20, 1.0, "8")],
+}
+
+
+@pytest.mark.parametrize(
+    ("bound", "options_", "bytes_", "damage_"),
+    [
+        ({"most_bytes": 110}, {"a": "4", "b": "4"}, 110, 4.0),
+        ({"most_bytes": 120}, {"a": "4", "b": "8"}, 120, 2.0),
+        # five bits lie above the line from four to eight
+        ({"most_bytes": 219}, {"a": "4", "b": "8"}, 120, 2.0),
+        ({"most_bytes": 220}, {"a": "8", "b": "8"}, 220, 1.0),
+        ({"most_damage": 4.0}, {"a": "4", "b": "4"}, 110, 4.0),
+        ({"most_damage": 1.9}, {"a": "8", "b": "8"}, 220, 1.0),
+    ],
+)
+def test_the_allocation(bound: dict[str, float], options_: dict[str, str], bytes_: int, damage_: float) -> None:
+    found = allocate(CHOICES, **bound)  # type: ignore[arg-type]
+    assert (found.options, found.bytes, found.damage) == (options_, bytes_, pytest.approx(damage_))
+
+
+def test_a_bound_that_cannot_be_reached_names_the_nearest() -> None:
+    with pytest.raises(Unreachable) as refused:
+        allocate(CHOICES, most_bytes=109)
+    assert refused.value.least == 110
+    with pytest.raises(Unreachable) as refused:
+        allocate(CHOICES, most_damage=0.5)
+    assert refused.value.least == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bits_per_weight": None}, {"max_bytes": 10}, {"bits_per_weight": 3.9}, {"head_bits": 4}, {"kernel": "int4"}],
+)
+def test_options_that_contradict_each_other_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        options(**changes)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    weights = CheckpointWeights(folder)
+    return {name: weights.tensor(name) for name in weights.names()}
+
+
+@pytest.mark.parametrize("kernel", ["mixed", "int8"])
+def test_a_checkpoint_keeps_to_the_size(kernel: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    sizes = []
+    for number, bits in enumerate((5.6, 7.5)):
+        quantize(tiny_checkpoint, tmp_path / str(number), options(kernel=kernel, bits_per_weight=bits))
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())["quantization_config"]
+        found = tensors(tmp_path / str(number))
+        total = 0
+        for name in (name for name in found if name.endswith(".qweight")):
+            matrix = name.removesuffix(".qweight")
+            own = {"bits": 4, "group_size": 64} | config["overrides"].get(matrix, {})
+            codes = (
+                found[name] if own["bits"] == 8 else torch.stack([found[name] & 15, found[name] >> 4], -1).flatten(1)
+            )
+            needed = max(int(codes.max()), int(found[f"{matrix}.qzeros"].max()) if own["bits"] == 8 else 0).bit_length()
+            if kernel == "int8" or matrix == "lm_head":
+                assert own["bits"] == 8
+            grid = Grid(next(bits for bits in (4, 5, 6, 8) if bits >= needed), own["group_size"])
+            total += stored_bytes(codes, grid)
+        sizes.append(total * 8 / sum(t.numel() for n, t in tensors(tiny_checkpoint).items() if t.dim() == 2))
+    assert sizes[0] <= 5.6
+    assert sizes[0] < sizes[1] <= 7.5
+
+
+def test_a_killed_build_goes_on_to_the_same_bytes(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_onnx.export import gradients
+
+    quantize(tiny_checkpoint, tmp_path / "whole", options())
+    backward, calls = gradients.Gradients.backward, []
+
+    def stopping(self: gradients.Gradients, index: int, *rest: object) -> object:
+        calls.append(index)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return backward(self, index, *rest)  # type: ignore[arg-type]
+
+    kept = tmp_path / "kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients.Gradients, "backward", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_checkpoint, tmp_path / "again", options(), kept)
+    assert not (tmp_path / "again").exists()
+    monkeypatch.setattr(
+        gradients.Gradients, "backward", lambda self, index, *rest: calls.append(index) or backward(self, index, *rest)
+    )
+    calls.clear()
+    quantize(tiny_checkpoint, tmp_path / "again", options(), kept)
+    assert calls == [0]
+    one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "again")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # another size is chosen among what is there
+    calls.clear()
+    quantize(tiny_checkpoint, tmp_path / "larger", options(bits_per_weight=8.0), kept)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("bound", "told"),
+    [
+        ({"max_bytes": 1000}, r"least: \d\.\d MB of files"),
+        ({"max_kld": 1e-9}, r"least: a predicted KLD of \d"),
+    ],
+)
+def test_a_size_that_no_allocation_reaches(
+    bound: dict[str, float], told: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=told):
+        quantize(tiny_checkpoint, tmp_path / "out", options(bits_per_weight=None, **bound))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_no_block_divides_are_named(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_onnx.export.passes.fisher_gptq.quantize.BLOCK", 48)
+    with pytest.raises(ExportError, match=r"q_proj has 64 inputs, which is not a multiple of the block size 48"):
+        quantize(tiny_checkpoint, tmp_path / "out", options())
+
+
+def test_embedding_and_norms_stay_as_they_are(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "out", options())
+    found, given = tensors(tmp_path / "out"), tensors(tiny_checkpoint)
+    for name in given:
+        if given[name].dim() == 1 or name == "model.embed_tokens.weight":
+            assert torch.equal(found[name], given[name].float())
+    assert "lm_head.qweight" in found
