@@ -6,6 +6,7 @@ each (model, target, precision), so that an edit shows which sizes it moved.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -211,6 +212,27 @@ def _compose(
     )
 
 
+def bounded(plan: Plan, *, max_bytes: int | None = None, max_kld: float | None = None) -> Plan:
+    """The plan with another size: its quantiser keeps to ``max_bytes`` of model files or to a predicted ``max_kld``.
+
+    Raises:
+        ConfigError: both are given, or no step of the plan can be told a size.
+    """
+    bounds = {"bits_per_weight": None, "max_bytes": max_bytes, "max_kld": max_kld}
+    if max_bytes is not None and max_kld is not None:
+        raise ConfigError(["--max-size and --max-kld: each follows from the other; give one of the two"])
+    olive = copy.deepcopy(plan.olive)
+    sized = [step for step in olive["passes"].values() if bounds.keys() <= type(options_of(step)).model_fields.keys()]
+    if not sized:
+        raise ConfigError(
+            [f"{plan.name}: no step of this build takes a size or a KLD"],
+            hint=f"qwen-onnx plan {plan.model} --target cpu",
+        )
+    for step in sized:
+        step.update(bounds)
+    return plan.model_copy(update={"olive": olive})
+
+
 def _layers(build: Build) -> dict[str, Any]:
     """What an override addresses."""
     return {
@@ -224,8 +246,13 @@ def _apply_size(layers: dict[str, Any], row: Row, build: Build, place: str, faul
     for entry in build.larger:
         unknown = sorted(set(entry.limits) - set(layers["limits"]))
         faults += [f"{place}.larger.limits.{name}: unknown key" for name in unknown]
+        places = {address: find(layers, address, value) for address, value in entry.set.items()}
+        faults += [f"{place}.larger.set.{address}: matches nothing" for address, found in places.items() if not found]
         if row.parameters and row.parameters >= entry.parameters:
             layers["limits"] |= entry.limits
+            for address, found in places.items():
+                if found:
+                    found[0][found[1]] = entry.set[address]
 
 
 def _apply_override(

@@ -43,10 +43,20 @@ class Limits(Record):
 
 
 class Larger(Record):
-    """Other limits for models from a number of weights on: large models lose less to quantisation."""
+    """What changes for models from a number of weights on: large models lose less to quantisation.
+
+    ``set`` addresses what an ``Override`` does.
+    """
 
     parameters: int = Field(gt=0)
-    limits: dict[str, JsonValue] = Field(min_length=1)
+    limits: dict[str, JsonValue] = Field(default_factory=dict)
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Larger:
+        if not self.limits and not self.set:
+            raise ValueError("neither `limits` nor `set`")
+        return self
 
 
 class Verification(StrEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ from qwen_onnx.errors import ArtifactError, ConfigError, VerdictError
 from qwen_onnx.processes.progress import progress
 
 if TYPE_CHECKING:
+    from qwen_onnx.catalog.plan import Plan
     from qwen_onnx.verify.records import VerifyOptions
 
 out = Console()
@@ -73,6 +75,12 @@ def optimize(
     force: bool = typer.Option(False, help="rebuild even if the same artifact exists"),
     recipe: RecipeOption = None,
     depth: Depth = "quick",
+    max_size: Annotated[
+        str | None, typer.Option(help="most bytes of the model's files, e.g. 105MB: the best that keeps to them")
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option(help="most KLD that the quantiser may predict: the smallest that keeps to it")
+    ] = None,
 ) -> None:
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.build.optimize import Job
@@ -80,9 +88,10 @@ def optimize(
     from qwen_onnx.catalog.load import work_root
 
     asked = wanted(model, target, precision, source, recipe)
-    where = output or work_root() / "artifacts" / asked.plan.name
+    plan = _bounded(asked.plan, max_size, max_kld)
+    where = output or work_root() / "artifacts" / plan.name
     cache, target_folder = cache_here(), where.resolve()
-    job = Job(asked.plan, target_folder, cache, asked.source, verify=verify, wait=wait, force=force, depth=depth)
+    job = Job(plan, target_folder, cache, asked.source, verify=verify, wait=wait, force=force, depth=depth)
     outcome = run(job)
     manifest = outcome.artifact.manifest
     if outcome.hit:
@@ -90,6 +99,18 @@ def optimize(
     else:
         progress(f"published {_shown(outcome.artifact.path)} ({manifest.size_bytes / 1e6:.1f} MB)")
     _show_report(outcome.artifact.path, manifest.verdict)
+
+
+def _bounded(plan: Plan, max_size: str | None, max_kld: float | None) -> Plan:
+    if max_size is None and max_kld is None:
+        return plan
+    from qwen_onnx.catalog.plan import bounded
+    from qwen_onnx.catalog.select import BYTE_UNITS, parse_amount
+
+    if max_kld is not None and not 0 < max_kld < math.inf:
+        raise ConfigError([f"--max-kld {max_kld:g}: not a number above 0"])
+    size = None if max_size is None else parse_amount(max_size, BYTE_UNITS, "--max-size")
+    return bounded(plan, max_bytes=size, max_kld=max_kld)
 
 
 def _shown(path: Path) -> str:
