@@ -69,7 +69,7 @@ def card_text(record: PackageRecord, manifest: Manifest, report: Report | None) 
         compared=compared,
         task_cells=task_cells,
         columns=TASK_COLUMNS,
-        matrices=_matrices(manifest.readback),
+        matrices=weights_text(manifest.readback),
         origin=f"{manifest.source.origin} at revision `{manifest.source.revision}`",
         size=manifest.size_bytes,
         front_matter=yaml.safe_dump(front_matter(manifest.plan, manifest.about), sort_keys=False, allow_unicode=True),
@@ -96,10 +96,12 @@ def licence_fields(licence: str | None) -> dict[str, str]:
     return {"license": licence.lower()}
 
 
-def _matrices(readback: dict[str, Any]) -> str:
+def weights_text(readback: dict[str, Any]) -> str:
     """How the weights are stored, as it was found in the graph."""
     found: Counter[str] = Counter()
     for item in readback.get("matrices", []):
         block = f", blocks of {item['block_size']}" if item.get("block_size") else ""
-        found[f"int{item['bits']}{block}"] += item["count"]
+        fewer = item.get("stored_bits") not in (None, item["bits"])
+        stored = f", stored in {item['stored_bits']} bits" if fewer else ""
+        found[f"int{item['bits']}{block}{stored}"] += item["count"]
     return ", ".join(f"{count} matrices {kind}" for kind, count in found.items()) or "see manifest.json"

@@ -21,7 +21,7 @@ from in_toto_attestation.v1.statement import Statement
 from qwen_onnx.artifact.manifest import Manifest, open_artifact, read_manifest
 from qwen_onnx.errors import PackageError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.package.card import licence_fields
+from qwen_onnx.package.card import licence_fields, weights_text
 from qwen_onnx.package.licences import notice_text, write_licences
 from qwen_onnx.package.sbom import SBOM, bill, purl_of
 from tests.conftest import edit_yaml, run_cli
@@ -206,6 +206,14 @@ def test_a_licence_goes_from_the_checkpoint_into_artifact_and_package(
     (checkpoint / "NOTICE.md").write_text("a notice")
     assert [file.name for file in licence_files(checkpoint)] == ["LICENSE", "NOTICE.md"]
     assert licence_files(tiny_checkpoint) == []
+
+
+def test_the_card_says_in_how_many_bits_a_code_is_stored() -> None:
+    whole = {"bits": 4, "block_size": 64, "stored_bits": 4, "count": 99}
+    older = {"bits": 8, "block_size": None, "count": 3}
+    told = weights_text({"matrices": [whole, older, {**whole, "bits": 8, "stored_bits": 6, "count": 52}]})
+    assert told == "99 matrices int4, blocks of 64, 3 matrices int8, 52 matrices int8, blocks of 64, stored in 6 bits"
+    assert weights_text({}) == "see manifest.json"
 
 
 def test_licences_by_the_hubs_names() -> None:
