@@ -168,7 +168,9 @@ def decode_parity(context: Context) -> CheckResult:
     With fp32 activations it shows that graph and cache are right, as served that the kernels stay near each other.
     """
     prompts = _decoded_prompts(context)
-    found = decode_positions(lambda ids: context.engine.forced_logits(ids[:1], ids[1:]), context.scorer.logits, prompts)
+    found = decode_positions(
+        lambda ids: context.engine.forced_logits(ids[:1], ids[1:]), lambda: context.scorer, prompts
+    )
     verdicts, measured = agreement(found)
     limit = dict(DECODE_LIMIT)
     exact = context.exact_decode(prompts)
@@ -188,15 +190,18 @@ def _decoded_prompts(context: Context) -> dict[str, tuple[int, ...]]:
 @check("batched", TIMED)
 def batch_parity(context: Context) -> CheckResult:
     """Texts that share the steps of a batch, each joining later than the one before, get the logits of a lone run."""
-    return batch_result(context.artifact, _decoded_prompts(context), context.scorer, context.options.threads)
+    prompts = _decoded_prompts(context)
+    context.unload()
+    return batch_result(context.artifact, prompts, lambda: context.scorer, context.options.threads)
 
 
 @check("greedy")
 def greedy_generation(context: Context) -> CheckResult:
     """Greedy answers have the length asked for, stay in the vocabulary, and their logits are finite."""
     count, wrong, tokens = context.options.greedy_tokens, [], 0
-    for prompt in context.greedy_prompts():
-        answer = list(context.engine.generate(prompt, max_new_tokens=count, stop_on_eos=False))
+    prompts = context.greedy_prompts()
+    answers = [list(context.engine.generate(prompt, max_new_tokens=count, stop_on_eos=False)) for prompt in prompts]
+    for prompt, answer in zip(prompts, answers, strict=True):
         logits = context.scorer.logits([*prompt, *answer])
         tokens += len(answer)
         if len(answer) != count or not all(0 <= token < logits.shape[-1] for token in answer):

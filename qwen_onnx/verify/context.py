@@ -18,6 +18,7 @@ from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
 from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
 from qwen_onnx.verify.graph import Graph
+from qwen_onnx.verify.loaded import Loaded
 from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
 from qwen_onnx.verify.records import Drift, Latency, TaskResult, VerifyOptions
 from qwen_onnx.verify.scoring import Logits, OnnxScorer, Positions, compare
@@ -74,6 +75,7 @@ class Context:
         self.artifact, self.checkpoint, self.reference = artifact, checkpoint, reference
         self.limits, self.level, self.options = limits, level, options
         self._runner, self.simulator = runner, simulator
+        self._loaded = Loaded(alone=runner is None)
         self.drift: Drift | None = None
         self.latency: Latency | None = None
         self.tasks: tuple[TaskResult, ...] = ()
@@ -94,10 +96,10 @@ class Context:
         size = self.options.window
         return {name: corpus.windows(name, docs, self.truth.encode, size) for name, docs in self.documents.items()}
 
-    @cached_property
+    @property
     def scorer(self) -> Scorer:
-        """The artifact on a plain ``InferenceSession``, or by its runner."""
-        return self._scorer(self.artifact)
+        """The artifact on a plain ``InferenceSession``, or by its runner; drops ``engine``."""
+        return self._loaded.get("scorer", lambda: self._scorer(self.artifact))
 
     def _scorer(self, folder: Path) -> Scorer:
         if self._runner:
@@ -133,7 +135,9 @@ class Context:
     def study(self) -> DriftStudy:
         """The first sample of teacher-forced positions, with those of the reference export if there is one."""
         reference = (lambda folder=self.reference: self._scorer(folder)) if self.reference else None
-        study = DriftStudy(self.teacher, self.scorer, reference, self.pools, self.options, golden=self.keep is not None)
+        study = DriftStudy(
+            self.teacher, lambda: self.scorer, reference, self.pools, self.options, golden=self.keep is not None
+        )
         study.start()
         return study
 
@@ -168,10 +172,11 @@ class Context:
         del exact
         return Positions.join(parts), student.errors()
 
-    @cached_property
+    @property
     def engine(self) -> Engine | Runner:
-        """The engine that serves, on the CPU where the target's own provider is not here; or the runner."""
-        return self._engine(self.artifact, on_cpu=self.level is Verification.NUMERICS_ON_CPU)
+        """The engine that serves, on the CPU where the target's own is not here; or the runner. Drops ``scorer``."""
+        on_cpu = self.level is Verification.NUMERICS_ON_CPU
+        return self._loaded.get("engine", lambda: self._engine(self.artifact, on_cpu=on_cpu))
 
     def _engine(self, folder: Path, *, on_cpu: bool = False) -> Engine | Runner:
         from qwen_onnx.runtime.engines.genai import Engine
@@ -187,6 +192,7 @@ class Context:
             return None
         first = dict(list(prompts.items())[:1])
         # one after the other: each holds its own copy of the weights
+        self.unload()
         engine = self._engine(self.reference) if self.reference else self._exact_engine()
         decoded = {tuple(ids): engine.forced_logits(ids[:1], ids[1:]) for ids in first.values()}
         del engine
@@ -195,7 +201,7 @@ class Context:
             if self.reference
             else OnnxScorer(self.artifact, self.options.threads, in_float32=True)
         )
-        found = decode_positions(lambda ids: decoded[tuple(ids)], scorer.logits, first)
+        found = decode_positions(lambda ids: decoded[tuple(ids)], lambda: scorer, first)
         return float(found.kld.mean())
 
     def _exact_engine(self) -> Engine:
@@ -227,7 +233,12 @@ class Context:
         )
         return [truth.encode(text) for text in texts]
 
+    def unload(self) -> None:
+        """Drop ``scorer`` and ``engine``, before the artifact is loaded in another way."""
+        self._loaded.drop()
+
     def release(self) -> None:
         """Drop models and sessions, so that the latency check has the machine to itself."""
-        for name in ("study", "scorer", "engine", "teacher"):
+        self.unload()
+        for name in ("study", "teacher"):
             self.__dict__.pop(name, None)

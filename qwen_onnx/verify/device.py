@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 from qwen_onnx.verify.golden import GOLDEN, TOP, Golden, compare_coarse, weights_digest
 from qwen_onnx.verify.keeping import CONTINUATION
 from qwen_onnx.verify.latency import measure_alone
+from qwen_onnx.verify.loaded import Loaded
 from qwen_onnx.verify.parity import decode_positions, mismatches
 from qwen_onnx.verify.records import CheckResult, EngineLatency, Frozen, VerifyOptions, worst
 from qwen_onnx.verify.report import check_table, environment
@@ -176,7 +177,7 @@ class _Run:
         self, folder: Path, place: Device, golden: Golden, options: VerifyOptions, limits: Limits, *, on_cpu: bool
     ) -> None:
         self.folder, self.place, self.golden, self.options, self.limits = folder, place, golden, options, limits
-        self.on_cpu = on_cpu
+        self.on_cpu, self.loaded = on_cpu, Loaded()
         self.speed: EngineLatency | None = None
         self.texts = [pair for pair in golden if pair[0].domain != CONTINUATION]
         # the beginning of one text of each kind
@@ -184,15 +185,16 @@ class _Run:
             stretch.domain: part.ids[: options.decode_tokens].tolist() for stretch, part in self.texts[::-1]
         }
 
-    @cached_property
+    @property
     def scorer(self) -> OnnxScorer:
-        """The artifact on the device, all positions at once."""
-        return OnnxScorer(self.folder, self.options.threads, provider=self.place.provider)
+        """The artifact on the device, all positions at once; drops ``engine``."""
+        threads, provider = self.options.threads, self.place.provider
+        return self.loaded.get("scorer", lambda: OnnxScorer(self.folder, threads, provider=provider))
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
-        """The engine that serves it."""
-        return Engine(self.folder, threads=self.options.threads, on_cpu=self.on_cpu)
+        """The engine that serves it; drops ``scorer``."""
+        return self.loaded.get("engine", lambda: Engine(self.folder, threads=self.options.threads, on_cpu=self.on_cpu))
 
 
 Check = Callable[[_Run], CheckResult]
@@ -261,7 +263,7 @@ def _nearness(golden: Golden) -> str:
 
 def kv_decode(run: _Run) -> CheckResult:
     """Token by token through the KV cache gives the logits of one run over all tokens."""
-    found = decode_positions(lambda ids: run.engine.forced_logits(ids[:1], ids[1:]), run.scorer.logits, run.prompts)
+    found = decode_positions(lambda ids: run.engine.forced_logits(ids[:1], ids[1:]), lambda: run.scorer, run.prompts)
     verdicts, measured = agreement(found)
     return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=dict(DECODE_LIMIT))
 
@@ -270,7 +272,8 @@ def batched(run: _Run) -> CheckResult:
     """Texts that share the steps of a batch get the logits of a lone run."""
     if run.place.name != "cpu":
         return CheckResult(name="batched", verdict=Verdict.PASS, detail="served one request at a time")
-    return batch_result(run.folder, run.prompts, run.scorer, run.options.threads)
+    run.loaded.drop()
+    return batch_result(run.folder, run.prompts, lambda: run.scorer, run.options.threads)
 
 
 def greedy(run: _Run) -> CheckResult:
@@ -292,8 +295,7 @@ def speed(run: _Run) -> CheckResult:
     if run.on_cpu:
         detail = "not measured: the artifact was built for another device"
         return CheckResult(name="speed", verdict=Verdict.PASS, detail=detail)
-    for name in ("scorer", "engine"):
-        run.__dict__.pop(name, None)
+    run.loaded.drop()
     options = run.options
     ids = [token for _, part in run.texts for token in part.ids.tolist()][: options.prompt_tokens]
     run.speed, bandwidth = measure_alone(run.folder, ids, options)

@@ -69,7 +69,7 @@ class DriftStudy:
 
     Args:
         baseline: PyTorch fp32.
-        artifact: the quantised model.
+        artifact: gives the quantised model, which is held only while texts are measured.
         reference: opens an fp32 export, which is compared on the first window of each domain.
         pools: all windows of each domain in the order of use.
         golden: whether answers are collected for a golden file.
@@ -78,7 +78,7 @@ class DriftStudy:
     def __init__(
         self,
         baseline: Scorer,
-        artifact: Scorer,
+        artifact: Callable[[], Scorer],
         reference: Callable[[], Scorer] | None,
         pools: Mapping[str, Sequence[Window]],
         options: VerifyOptions,
@@ -104,14 +104,15 @@ class DriftStudy:
 
     def _measure(self, start: int, stop: int, reference: Scorer | None) -> None:
         texts = [window.ids for pool in self.pools.values() for window in take(pool, start, stop)]
-        for scorer in (self._baseline, self._artifact):
+        artifact = self._artifact()
+        for scorer in (self._baseline, artifact):
             if isinstance(scorer, Prepared):
                 scorer.prepare(texts)
         for name, pool in self.pools.items():
             chosen = take(pool, start, stop)
             progress(f"drift: {len(chosen)} windows of {name}")
             for index, window in enumerate(chosen):
-                baseline, candidate = self._baseline.logits(window.ids), self._artifact.logits(window.ids)
+                baseline, candidate = self._baseline.logits(window.ids), artifact.logits(window.ids)
                 self.parts[name].append(compare(baseline, candidate, window.ids))
                 if self.golden:
                     self.golden.add(window, baseline, candidate, self.parts[name][-1])

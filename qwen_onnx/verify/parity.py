@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.verify.corpus import Message
+from qwen_onnx.verify.drift import Scorer
 from qwen_onnx.verify.scoring import Logits, Positions, compare
 
 Case = TypeVar("Case")
@@ -87,13 +88,17 @@ def mismatches(
 
 def decode_positions(
     forced: Callable[[Sequence[int]], Logits],
-    at_once: Callable[[Sequence[int]], Logits],
+    scorer: Callable[[], Scorer],
     prompts: Mapping[str, Sequence[int]],
 ) -> Positions:
-    """Logits through the KV cache, token by token, against those of one run over all tokens."""
-    return Positions.join(
-        [compare(at_once(ids), forced(ids), ids) for ids in prompts.values()],
-    )
+    """Logits through the KV cache, token by token, against those of one run over all tokens.
+
+    All of the first come before ``scorer`` gives what computes the second: one of them at a time is in memory.
+    """
+    decoded = [forced(ids) for ids in prompts.values()]
+    at_once = scorer().logits
+    pairs = zip(prompts.values(), decoded, strict=True)
+    return Positions.join([compare(at_once(ids), rows, ids) for ids, rows in pairs])
 
 
 # steps by which each text joins a batch later than the one before it

@@ -87,8 +87,10 @@ def agreement(found: Positions) -> tuple[list[Verdict], dict[str, float | str]]:
     return verdicts, {"kld_mean": kld, "top1": top1, "positions": len(found.kld)}
 
 
-def batch_result(folder: Path, prompts: Mapping[str, Sequence[int]], scorer: Scorer, threads: int) -> CheckResult:
-    """Texts that share the steps of a batch against runs of their own."""
+def batch_result(
+    folder: Path, prompts: Mapping[str, Sequence[int]], scorer: Callable[[], Scorer], threads: int
+) -> CheckResult:
+    """Texts that share the steps of a batch against runs of their own; ``scorer`` loads what runs them alone."""
     limit = dict(DECODE_LIMIT)
     try:
         rows = batched_logits(folder, list(prompts.values()), threads)
@@ -97,7 +99,7 @@ def batch_result(folder: Path, prompts: Mapping[str, Sequence[int]], scorer: Sco
             name="batched", verdict=Verdict.PASS, limit=limit, detail=f"served one request at a time: {error.what}"
         )
     together = {tuple(ids): logits for ids, logits in zip(prompts.values(), rows, strict=True)}
-    found = decode_positions(lambda ids: together[tuple(ids)], scorer.logits, prompts)
+    found = decode_positions(lambda ids: together[tuple(ids)], scorer, prompts)
     verdicts, measured = agreement(found)
     measured["streams"] = len(prompts)
     return CheckResult(name="batched", verdict=worst(verdicts), measured=measured, limit=limit)

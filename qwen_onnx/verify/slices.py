@@ -168,6 +168,8 @@ class SlicedScorer:
                     np.save(self._file(ids, name), value)
                 for name in set(part.inputs) - needed:
                     self._file(ids, name).unlink()
+            # before the next is loaded
+            del session
         self._ready |= set(new)
 
     def logits(self, ids: Sequence[int]) -> Logits:
