@@ -85,11 +85,12 @@ try-wheel: wheel  ## install it into an empty environment, away from the checkou
 	    --constraint constraints.txt "$$(echo $(CURDIR)/dist/*.whl)[export]" \
 	&& cd "$$folder" && env -u QWEN_ONNX_CACHE venv/bin/qwen-onnx optimize $(MODEL) --target $(TARGET) && ls artifacts/$(MODEL)
 
+# two processes of one thread each: two of two threads wait for one another in loops
 test: $(DEV)  ## the quick tests
-	@$(BIN)/python -m pytest -q -m 'not slow and not release' -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow and not release' -n 2 --dist loadfile
 
 test-slow: $(DEV)  ## the tests that build or start something larger; CI runs them too
-	@$(BIN)/python -m pytest -q -m 'slow and not release' -n 2 --dist loadfile --durations=20
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not release' -n 2 --dist loadfile --durations=20
 
 # one process, since some of these measure
 test-release: $(DEV) optimize environments  ## before a release, every night: the whole matrix, the wheel alone, every slow test

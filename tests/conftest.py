@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.sources.fetch import cache_root, fetch
 from tests.fixtures.models import (
     exact_artifact,
+    long_artifact,
     make_tiny_checkpoint,
     pruned_artifact,
     tiny_artifact,
@@ -20,7 +20,15 @@ from tests.fixtures.models import (
     tiny_checkpoint,
 )
 from tests.fixtures.skips import pytest_make_collect_report, pytest_runtest_makereport
-from tests.fixtures.tools import REPOSITORY, as_in_a_terminal, edit_int4, edit_yaml, rewrite_json, run_cli
+from tests.fixtures.tools import (
+    REPOSITORY,
+    as_in_a_terminal,
+    edit_int4,
+    edit_yaml,
+    fresh_cli,
+    rewrite_json,
+    run_cli,
+)
 
 # fixtures and hooks are found, and tools are imported, from here
 __all__ = [
@@ -29,6 +37,8 @@ __all__ = [
     "edit_int4",
     "edit_yaml",
     "exact_artifact",
+    "fresh_cli",
+    "long_artifact",
     "make_tiny_checkpoint",
     "pruned_artifact",
     "pytest_make_collect_report",
@@ -39,10 +49,6 @@ __all__ = [
     "tiny_build",
     "tiny_checkpoint",
 ]
-
-
-# Ray gives a machine 30 s to start, which two cores that build beside it need too
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import jsonschema
 import pytest
 import yaml
 
@@ -257,6 +256,8 @@ def test_an_unknown_model_names_five_at_most(repository: Path) -> None:
 
 
 def test_json_schemas_accept_what_is_committed_and_reject_typos(repository: Path) -> None:
+    import jsonschema  # it compiles a grammar of its formats for seconds, which each worker would wait for
+
     for folder, name in (("recipes", "recipe"), ("pipelines", "pipeline"), ("pipelines/variants", "variants")):
         schema = json.loads((repository / f"recipes/{name}.schema.json").read_text())
         for path in sorted((repository / folder).glob("*.yaml")):

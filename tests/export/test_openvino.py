@@ -14,7 +14,7 @@ from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.readback.common import read_back
 from qwen_onnx.sources.fetch import cache_root
-from tests.conftest import REPOSITORY, edit_yaml, run_cli
+from tests.conftest import REPOSITORY, edit_yaml, fresh_cli, run_cli
 
 ASKED = Readback(form="OpenVINO", provider="OpenVINO", body_bits=4, head_bits=8, block_size=64, symmetric=True)
 TABLE = ("self.model.embed_tokens.weight", "i8", "300, 128")
@@ -106,7 +106,7 @@ def test_a_tiny_model_is_built_for_npus_and_proven_by_openvino(
     # the environment takes 1.6 GB: it is made once, where the checkout under test keeps it
     environment = {**os.environ, "QWEN_ONNX_CACHE": str(cache_root(REPOSITORY))}
     arguments = ("--precision", precision, "--source", tiny_checkpoint, "--output", target)
-    done = run_cli("optimize", "starter", "--target", "npu-openvino", *arguments, cwd=checkout, env=environment)
+    done = fresh_cli("optimize", "starter", "--target", "npu-openvino", *arguments, cwd=checkout, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads((target / "report.json").read_text())
     assert report["claim"] == "proven: numerics on OpenVINO's CPU plugin; not run on the device"

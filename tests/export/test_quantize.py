@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qwen_onnx.errors import ExportError
@@ -127,6 +128,15 @@ def test_a_matrix_that_does_not_divide_into_blocks_is_refused(tiny_checkpoint: P
     with pytest.raises(ExportError, match="not a multiple of the block size 128"):
         quantize(tiny_checkpoint, tmp_path / "out", SMALL.model_copy(update={"group_size": 128}))
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_become_the_ids_that_the_tokenizer_gives(tiny_checkpoint: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
+    for text in (calibration.multilingual(), "<|im_start|>user\nA\u0301 b<|im_end|>\n"):
+        assert calibration._ids(tokenizer, text) == tokenizer(text).input_ids
+    # those of the tokenizer's own post-processor too
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <|im_end|>", special_tokens=[("<|im_end|>", 1)])
+    assert calibration._ids(tokenizer, "a") == tokenizer("a").input_ids == [*tokenizer.encode("a")[:-1], 1]
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
@@ -124,6 +123,8 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 
 
 def test_the_schema_takes_and_refuses_the_same() -> None:
+    import jsonschema  # it compiles a grammar of its formats for seconds, which each worker would wait for
+
     schema = json.loads((REPOSITORY / SCHEMA_FILE).read_text())
     data = yaml.safe_load((REPOSITORY / "pipelines/release.yaml").read_text())
     jsonschema.validate(data, schema)

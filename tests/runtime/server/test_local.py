@@ -16,28 +16,13 @@ from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.runtime.server.keys import KeyRing, digest_of
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.service.policy import OPEN, STRICT
-from tests.fixtures.models import build_apart, make_tiny_checkpoint
+from tests.fixtures.models import LONG_CONTEXT, long_checkpoint
 from tests.fixtures.servers import CHAT, Guarded, guarded
-from tests.fixtures.templates import QWEN3, with_template
-from tests.fixtures.tools import rewrite_json, run_cli
+from tests.fixtures.tools import fresh_cli, run_cli
 from tests.runtime.server.test_serve import process
 
 CLAMPED = "x-max-tokens-clamped"
-CONTEXT = 16384
 KEY = "qo-someone-0123456789"
-
-
-def long_checkpoint(folder: Path, context: int) -> Path:
-    """The tiny model as a Qwen3 of a longer context."""
-    plain = make_tiny_checkpoint(folder / "plain")
-    rewrite_json(plain / "config.json", max_position_embeddings=context)
-    return with_template(plain, folder / "long", QWEN3)
-
-
-@pytest.fixture(scope="module")
-def long_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("long")
-    return build_apart(long_checkpoint(folder, CONTEXT), folder / "int4", "precision='int4', block_size=32")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +67,7 @@ def test_with_keys_the_strict_numbers_hold(long_artifact: Path) -> None:
 
 
 # a prompt that leaves a few tokens of the context, as each route has it
-FILLED = "x" * (CONTEXT - 200)
+FILLED = "x" * (LONG_CONTEXT - 200)
 ROUTES: list[tuple[str, str, dict[str, Any]]] = [
     ("chat/completions", "max_tokens", {"messages": [{"role": "user", "content": FILLED}]}),
     ("chat/completions", "max_completion_tokens", {"messages": [{"role": "user", "content": FILLED}]}),
@@ -99,7 +84,7 @@ def test_what_the_context_cannot_hold_is_lowered_and_told(
     asked = {"model": "tiny", "stream": stream, "stop": "\n", **body}
     if route == "responses":
         del asked["stop"]
-    answer = local.http.post(f"/v1/{route}", json={**asked, field: 8000})
+    answer = local.http.post(f"/v1/{route}", json={**asked, field: 800})
     assert answer.status_code == 200, answer.text
     assert 0 < int(answer.headers[CLAMPED]) <= 200
     within = local.http.post(f"/v1/{route}", json={**asked, field: 2})
@@ -175,7 +160,7 @@ def test_a_request_is_parsed_and_rendered_once(local: Guarded, monkeypatch: pyte
 
 
 def test_serve_says_which_limits_hold() -> None:
-    told = " ".join(run_cli("serve", "--help", env={**os.environ, "COLUMNS": "400"}).stdout.split())
+    told = " ".join(fresh_cli("serve", "--help", env={**os.environ, "COLUMNS": "400"}).stdout.split())
     assert "8192 characters, 1024 tokens and 100 requests an hour" in told
 
 
