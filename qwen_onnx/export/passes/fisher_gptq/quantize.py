@@ -182,7 +182,7 @@ def _allocation(
         least = fault.least + (other if bound is None else head["damage"])
         told = f"{least / 1e6:.1f} MB of files" if bound is None else f"a predicted KLD of {least:.4g}"
         raise ExportError(
-            f"no choice among {', '.join(grid.name for grid in GRIDS[config.kernel])} keeps to the bound; least: {told}",
+            f"no choice of {', '.join(grid.name for grid in GRIDS[config.kernel])} keeps to the bound; least: {told}",
             where=str(skeleton.weights.folder),
             hint="give a larger --max-size or --max-kld",
         ) from fault
