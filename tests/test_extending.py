@@ -72,7 +72,7 @@ def test_the_walk_through_works(repository: Path, extended: Path) -> None:
         done = subprocess.run(program, cwd=extended, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         said[command.split()[1]] = done.stdout
-    assert json.loads(said["plan"])["passes"]["quantize"]["type"] == "CalibratedGptq"
+    assert json.loads(said["plan"])["passes"]["quantize"]["type"] == "FisherGptq"
     lock = (extended / "recipes/plans.lock").read_text()
     assert re.search(r"^twin-tiny cpu int4 [0-9a-f]{64}$", lock, flags=re.MULTILINE)
     assert re.search(r"^twin-tiny cpu-fp32 fp32 [0-9a-f]{64}$", lock, flags=re.MULTILINE)

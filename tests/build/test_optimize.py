@@ -99,15 +99,15 @@ def test_a_deeper_verification_measures_a_built_artifact_again(
 
 @pytest.mark.slow
 def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    def wider(pipeline: dict) -> None:  # type: ignore[type-arg]
-        pipeline["steps"][0]["config"]["group_size"] = 128
-        pipeline["readback"]["block_size"] = 128
+    def smaller(pipeline: dict) -> None:  # type: ignore[type-arg]
+        del pipeline["steps"][0]["config"]["bits_per_weight"]
+        pipeline["steps"][0]["config"]["max_bytes"] = 1000
 
-    edit_int4(checkout / "pipelines/cpu.yaml", wider)
+    edit_int4(checkout / "pipelines/cpu.yaml", smaller)
     target = tmp_path / "out/int4"
     done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
     assert done.returncode == 5
-    assert "not a multiple of the block size 128" in done.stderr
+    assert "keeps to the bound; least: " in done.stderr
     log = Path(done.stderr.split("where: ")[1].splitlines()[0])
     assert "Traceback" in log.read_text()
     assert leftovers(target.parent) == []
@@ -125,12 +125,16 @@ def test_a_graph_that_is_not_what_was_asked_for_is_refused(
     assert leftovers(target.parent) == []
 
 
-# what a row of an architecture that CalibratedGptq cannot quantise says for the target cpu
+# what a row of an architecture that FisherGptq cannot quantise says for the target cpu
 UNCALIBRATED = {
     "steps.quantize": None,
+    "steps.pack": None,
     "steps.build.block_size": 32,
     "steps.build.algo_config": "k_quant_last",
     "readback.block_size": 32,
+    "readback.finer_blocks": [],
+    "readback.stored_bits": [],
+    "readback.scale_bits": None,
 }
 EXPERTS = {"bits": 4, "block_size": 32, "symmetric": True}
 

@@ -103,7 +103,7 @@ def test_list_says_how_each_target_is_proven() -> None:
 
 def test_plan_prints_the_complete_olive_config() -> None:
     config = json.loads(run_cli("plan", "starter", "--target", "cpu").stdout)
-    assert [step["type"] for step in config["passes"].values()] == ["CalibratedGptq", "GenAIModelBuilder"]
+    assert [step["type"] for step in config["passes"].values()] == ["FisherGptq", "GenAIModelBuilder", "PackWeights"]
 
 
 @pytest.mark.parametrize(

@@ -169,10 +169,11 @@ def test_planes_are_for_the_cpu_and_their_cost_is_a_bound() -> None:
 def test_the_pass_runs_behind_the_builder(tiny_checkpoint: Path, checkout: Path) -> None:
     """CalibratedGptq uses all 8 bits: nothing is stored in planes, and a plan that wants them is told."""
 
-    def add(build: dict) -> None:  # type: ignore[type-arg]
-        build["steps"].append({"name": "pack", "type": "PackWeights"})
+    def calibrated(build: dict) -> None:  # type: ignore[type-arg]
+        build["steps"][0] = {"name": "quantize", "type": "CalibratedGptq", "config": {"group_size": 64}}
+        build["readback"].update(stored_bits=[], scale_bits=None, finer_blocks=[])
 
-    edit_int4(checkout / "pipelines/cpu.yaml", add)
+    edit_int4(checkout / "pipelines/cpu.yaml", calibrated)
     command = ["optimize", "starter", "--source", tiny_checkpoint, "--no-verify", "--output"]
     done = run_cli(*command, checkout / "built", cwd=checkout)
     assert done.returncode == 0, done.stderr
