@@ -145,6 +145,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     built = time.monotonic() - begin
     report = _measured(tools, folder, checkpoint, staging, job.options, folder) if job.verify else None
     if report:
+        report = _beside_prediction(report, readback.get("predicted"))
         report.save(folder)
     verdict = report.verdict if report else Verdict.UNVERIFIED
     manifest = staged_manifest(
@@ -165,6 +166,20 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     return Outcome(publish(folder, target, manifest), hit=False, report=report)
 
 
+def _beside_prediction(report: Report, predicted: dict[str, float] | None) -> Report:
+    """The report whose check of the drift also says what the quantiser had expected."""
+    if predicted is None:
+        return report
+    told = f"the quantiser predicted a mean KLD of {predicted['kld']:.3f}"
+    checks = tuple(
+        item.model_copy(update={"detail": f"{item.detail}; {told}" if item.detail else told})
+        if item.name == "drift"
+        else item
+        for item in report.checks
+    )
+    return report.model_copy(update={"checks": checks})
+
+
 def build_model(
     tools: Toolchain, checkpoint: Checkpoint, staging: Path, log: Path, kept: Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
@@ -174,19 +189,22 @@ def build_model(
         kept: folder whose finished steps the build goes on with, see ``kept_folder``.
 
     Returns:
-        Folder with the model below ``staging``, and what was found in its graph.
+        Folder with the model below ``staging``, and what was found in its graph and ``predicted`` by its quantiser.
 
     Raises:
         ExportError: Olive failed, or the graph is not what the plan asked for.
     """
     from qwen_onnx.export.olive import collect
     from qwen_onnx.export.readback.common import read_back
+    from qwen_onnx.export.workfolder import PREDICTION
+    from qwen_onnx.sources.checkpoint import read_json
 
     folder, work, plan = staging / "artifact", staging / "work", tools.plan
     collect(tools.run_olive(plan.olive, checkpoint.path, work, log, kept), folder)
+    predicted = read_json(work / PREDICTION) if (work / PREDICTION).exists() else None
     # Olive's own copy of the model
     shutil.rmtree(work)
-    return folder, read_back(folder, plan.readback)
+    return folder, read_back(folder, plan.readback) | ({"predicted": predicted} if predicted else {})
 
 
 def _measured(

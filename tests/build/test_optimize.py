@@ -252,16 +252,16 @@ def test_a_killed_build_goes_on_with_its_finished_layers(
     command += ["--source", str(tiny_checkpoint), "--output", str(target)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr
-    assert any("quantised layer 1 of 2, about" in line for line in child.stderr)
+    assert any("backward through layer 1 of 2, about" in line for line in child.stderr)
     child.send_signal(signal.SIGKILL)
     child.wait()
     [kept] = (tmp_path / "cache/work").iterdir()
-    assert (kept / "layer-0000.safetensors").exists()
+    assert (kept / "grids-0001.safetensors").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert "quantised layer 2 of 2" in again.stderr
-    assert "quantised layer 1 of 2" not in again.stderr
-    assert "sensitivity" not in again.stderr
+    assert "backward through layer 2 of 2" in again.stderr
+    assert "backward through layer 1 of 2" not in again.stderr
+    assert "forward through" not in again.stderr
     open_artifact(target)
     assert list((tmp_path / "cache/work").iterdir()) == []
 

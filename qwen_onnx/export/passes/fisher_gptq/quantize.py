@@ -9,6 +9,7 @@ Codes of fewer bits than their matrix has room for are small numbers; ``PackWeig
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,7 +37,7 @@ from qwen_onnx.export.passes.gptq.solver import Quantized
 from qwen_onnx.export.progress import progress
 from qwen_onnx.export.skeleton import COMPUTED, EMBEDDING, Skeleton
 from qwen_onnx.export.weights import Scratch, mapped_safetensors, write_safetensors
-from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
+from qwen_onnx.export.workfolder import KEPT_FOLDER, PREDICTION, WorkFolder
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.checkpoint import read_json
@@ -58,17 +59,21 @@ class FisherGptq(Pass):  # type: ignore[misc]
     def _run_for_config(self, model: HfModelHandler, config: BasePassConfig, output_model_path: str) -> HfModelHandler:
         settings, output = chosen(FisherGptqOptions, config), Path(output_model_path)
         kept = Path(KEPT_FOLDER)
-        quantize(Path(model.model_name_or_path), output, settings, kept.resolve() if kept.exists() else None)
+        found = quantize(Path(model.model_name_or_path), output, settings, kept.resolve() if kept.exists() else None)
+        Path(PREDICTION).write_text(json.dumps(found), encoding="utf-8")
         return HfModelHandler(output_model_path)
 
 
-def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Path | None = None) -> None:
+def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Path | None = None) -> dict[str, float]:
     """Write a quantised copy of ``checkpoint`` in Olive's format to ``output``.
 
     Args:
         checkpoint: Hugging Face folder; its safetensors may be sharded.
         output: gets one safetensors file per layer and an index.
         kept: folder for finished layers, which the same call finds again; None keeps nothing.
+
+    Returns:
+        ``bytes`` of the model's files and the ``kld`` that are expected.
 
     Raises:
         ExportError: a matrix does not divide into blocks, no allocation keeps to the bound, a weight is missing, or a
@@ -92,10 +97,11 @@ def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Pa
         )
         quantize_head(run, ids, config)
         layers = run.run(ids, config.seed, lambda index: _watch(skeleton, index, config, ids.numel(), work))
-        allocation = _allocation(skeleton, layers, config, work)
+        allocation, predicted = _allocation(skeleton, layers, config, work)
         for index in range(skeleton.count):
             _write_layer(skeleton, index, allocation, config, work)
         _assemble(skeleton, allocation, checkpoint, output, config, work)
+    return predicted
 
 
 def _watch(
@@ -164,8 +170,8 @@ def contained(found: Quantized, config: FisherGptqOptions) -> Quantized:
 
 def _allocation(
     skeleton: Skeleton, layers: list[dict[str, Any]], config: FisherGptqOptions, work: WorkFolder
-) -> Allocation:
-    """The grid of every unit, by ``<layer>.<matrix>``."""
+) -> tuple[Allocation, dict[str, float]]:
+    """The grid of every unit, by ``<layer>.<matrix>``, and what ``quantize`` returns."""
     head = work.finished(HEAD_STEP) or {}
     choices = {
         f"{index}.{unit}": [Choice(**cost) for cost in costs]
@@ -188,7 +194,7 @@ def _allocation(
         ) from fault
     total, kld = found.bytes + other, found.damage + head["damage"]
     progress(f"{total / 1e6:.1f} MB with a predicted KLD of {kld:.4f}, of which the head has {head['damage']:.4f}")
-    return found
+    return found, {"bytes": total, "kld": kld}
 
 
 def _most_bytes(skeleton: Skeleton, config: FisherGptqOptions) -> int:
