@@ -18,6 +18,7 @@ from tests.fixtures.models import (
     tiny_artifact,
     tiny_build,
     tiny_checkpoint,
+    tiny_unpacked,
 )
 from tests.fixtures.skips import pytest_make_collect_report, pytest_runtest_makereport
 from tests.fixtures.tools import (
@@ -48,6 +49,7 @@ __all__ = [
     "tiny_artifact",
     "tiny_build",
     "tiny_checkpoint",
+    "tiny_unpacked",
 ]
 
 

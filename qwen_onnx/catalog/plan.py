@@ -129,7 +129,9 @@ def make_variant_plan(catalog: Catalog, model: str, target: str, variant: Varian
         readback = Readback.model_validate(build.readback.model_dump() | variant.readback)
     except ValidationError as error:
         raise ConfigError(describe(f"{file}: variants.{variant.name}.readback", error)) from error
-    build = build.model_copy(update={"steps": variant.steps, "readback": readback})
+    # what the pipeline changes of its own steps has no place in these
+    larger = tuple(entry.model_copy(update={"set": {}}) for entry in build.larger)
+    build = build.model_copy(update={"steps": variant.steps, "readback": readback, "larger": larger})
     changed = pipeline.model_copy(update={"precisions": {precision: build}})
     place = f"{file}: variants.{variant.name}"
     return _compose(catalog, family, row, changed, precision, pipeline_file=place)

@@ -150,7 +150,7 @@ def test_all_faults_are_reported_together_with_file_and_key(checkout: Path) -> N
 
 def test_unknown_pass_option_and_pass_are_faults(checkout: Path) -> None:
     def break_steps(data: dict) -> None:
-        data["steps"][-1]["config"]["int4_block_size"] = 32
+        data["steps"][1]["config"]["int4_block_size"] = 32
         data["steps"].append({"name": "magic", "type": "Magic"})
 
     edit_int4(checkout / "pipelines/cpu.yaml", break_steps)
@@ -195,7 +195,7 @@ def override_starter(checkout: Path, changes: dict, **family: str) -> None:
 def test_an_override_may_leave_a_step_out(checkout: Path) -> None:
     override_starter(checkout, {"steps.quantize": None, "steps.build.block_size": 64})
     passes = make_plan(load_catalog(checkout), "starter", "cpu").olive["passes"]
-    assert list(passes) == ["build"]
+    assert list(passes) == ["build", "pack"]
     assert passes["build"]["block_size"] == 64
 
 
@@ -204,8 +204,8 @@ def test_an_override_may_leave_a_step_out(checkout: Path) -> None:
     [
         ({"steps.quantise": None}, "steps.quantise: matches nothing"),
         ({"limits": None}, "limits: matches nothing"),
-        ({"steps.quantize": None, "steps.build": None}, "no step is left"),
-        ({"steps.quantize": None, "steps.quantize.bits": 8}, "steps.quantize.bits: matches nothing"),
+        ({"steps.quantize": None, "steps.build": None, "steps.pack": None}, "no step is left"),
+        ({"steps.quantize": None, "steps.quantize.refinements": 2}, "steps.quantize.refinements: matches nothing"),
     ],
 )
 def test_a_step_that_is_not_there_cannot_be_left_out(checkout: Path, changes: dict, message: str) -> None:
@@ -219,7 +219,7 @@ def test_a_quantiser_that_cannot_see_the_experts_is_a_fault(checkout: Path) -> N
     with pytest.raises(ConfigError, match=r"cannot quantise a Qwen3MoeForCausalLM; set: \{steps.quantize: null\}"):
         make_plan(load_catalog(checkout), "starter", "cpu")
     override_starter(checkout, {"steps.quantize": None}, architecture="Qwen3MoeForCausalLM")
-    assert list(make_plan(load_catalog(checkout), "starter", "cpu").olive["passes"]) == ["build"]
+    assert list(make_plan(load_catalog(checkout), "starter", "cpu").olive["passes"]) == ["build", "pack"]
 
 
 @pytest.mark.parametrize(

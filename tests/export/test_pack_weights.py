@@ -27,8 +27,8 @@ ASKED = Readback(body_bits=4, head_bits=8, block_size=64, symmetric=False, accur
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
-def test_the_packed_graph_computes_the_same_to_the_bit(tiny_build: Path, tmp_path: Path, bits: int) -> None:
-    small, packed = small_and_packed(tiny_build, tmp_path, bits)
+def test_the_packed_graph_computes_the_same_to_the_bit(tiny_unpacked: Path, tmp_path: Path, bits: int) -> None:
+    small, packed = small_and_packed(tiny_unpacked, tmp_path, bits)
     assert np.array_equal(OnnxScorer(small, 1).logits(IDS), OnnxScorer(packed, 1).logits(IDS))
     before, after = Graph(small / GRAPH), Graph(packed / GRAPH)
     for tensor in before.model.graph.initializer:
@@ -41,8 +41,8 @@ def test_the_packed_graph_computes_the_same_to_the_bit(tiny_build: Path, tmp_pat
     assert (packed / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
 
 
-def test_planes_take_the_bits_that_they_promise(tiny_build: Path, tmp_path: Path) -> None:
-    small, packed = small_and_packed(tiny_build, tmp_path)
+def test_planes_take_the_bits_that_they_promise(tiny_unpacked: Path, tmp_path: Path) -> None:
+    small, packed = small_and_packed(tiny_unpacked, tmp_path)
     saved = 0
     graph = Graph(small / GRAPH)
     matrices = {node.input[1]: node for node in graph.nodes if node.op_type == "MatMulNBits"}
@@ -55,8 +55,8 @@ def test_planes_take_the_bits_that_they_promise(tiny_build: Path, tmp_path: Path
     assert abs(found[0] - found[1] - saved) < 64 * 6 * len(matrices) < saved
 
 
-def test_packing_twice_writes_the_same_bytes(tiny_build: Path, tmp_path: Path) -> None:
-    small, packed = small_and_packed(tiny_build, tmp_path)
+def test_packing_twice_writes_the_same_bytes(tiny_unpacked: Path, tmp_path: Path) -> None:
+    small, packed = small_and_packed(tiny_unpacked, tmp_path)
     pack(small / GRAPH, tmp_path / "again")
     for name in (GRAPH, f"{GRAPH}.data"):
         assert (tmp_path / "again" / name).read_bytes() == (packed / name).read_bytes()
@@ -65,15 +65,15 @@ def test_packing_twice_writes_the_same_bytes(tiny_build: Path, tmp_path: Path) -
     assert (tmp_path / "twice" / f"{GRAPH}.data").read_bytes() == (packed / f"{GRAPH}.data").read_bytes()
 
 
-def test_what_does_not_fit_stays_as_it_is(tiny_build: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_stays_as_it_is(tiny_unpacked: Path, tmp_path: Path) -> None:
     """Codes of 7 bits, and scales that half precision would round."""
-    pack(with_small_codes(tiny_build, tmp_path / "seven", 7) / GRAPH, tmp_path / "packed")
+    pack(with_small_codes(tiny_unpacked, tmp_path / "seven", 7) / GRAPH, tmp_path / "packed")
     assert {node["stored_bits"] for node in read_graph(tmp_path / "packed" / GRAPH)["nodes"].values()} == {4, 8}
-    pack(tiny_build / GRAPH, tmp_path / "unrounded")
-    before, after = (read_graph(folder / GRAPH)["nodes"] for folder in (tiny_build, tmp_path / "unrounded"))
+    pack(tiny_unpacked / GRAPH, tmp_path / "unrounded")
+    before, after = (read_graph(folder / GRAPH)["nodes"] for folder in (tiny_unpacked, tmp_path / "unrounded"))
     assert {node["scale_bits"] for node in after.values()} >= {32}
     assert [node["stored_bits"] for node in after.values()] == [node["bits"] for node in before.values()]
-    assert np.array_equal(OnnxScorer(tiny_build, 1).logits(IDS), OnnxScorer(tmp_path / "unrounded", 1).logits(IDS))
+    assert np.array_equal(OnnxScorer(tiny_unpacked, 1).logits(IDS), OnnxScorer(tmp_path / "unrounded", 1).logits(IDS))
 
 
 def test_a_plane_is_read_back_by_its_definition() -> None:
@@ -110,11 +110,11 @@ def test_rows_that_do_not_divide_into_bytes_stay(tmp_path: Path, inputs: int, pa
     assert np.array_equal(graph.tensor("scales"), np.full(3, 0.5, np.float32))
 
 
-def test_a_graph_that_cannot_be_packed_is_named(tiny_build: Path, tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_packed_is_named(tiny_unpacked: Path, tmp_path: Path) -> None:
     old = with_rows(tmp_path / GRAPH, np.zeros((2, 1, 8), np.uint8), opset=17)
     with pytest.raises(ExportError, match="opset 17, bit planes need 18"):
         pack(old, tmp_path / "out")
-    shutil.copytree(tiny_build, tmp_path / "short")
+    shutil.copytree(tiny_unpacked, tmp_path / "short")
     data = tmp_path / "short" / f"{GRAPH}.data"
     data.write_bytes(data.read_bytes()[:5000])
     with pytest.raises(ExportError, match=r"is not in model\.onnx\.data"):
@@ -129,8 +129,8 @@ def test_a_graph_that_cannot_be_packed_is_named(tiny_build: Path, tmp_path: Path
         pack(nested, tmp_path / "out")
 
 
-def test_the_plan_says_what_must_be_stored(tiny_build: Path, tmp_path: Path) -> None:
-    small, packed = small_and_packed(tiny_build, tmp_path)
+def test_the_plan_says_what_must_be_stored(tiny_unpacked: Path, tmp_path: Path) -> None:
+    small, packed = small_and_packed(tiny_unpacked, tmp_path)
     block = next(iter(read_graph(packed / GRAPH)["nodes"].values()))["block_size"]
     asked = ASKED.model_copy(update={"block_size": block})
     wanted = asked.model_copy(update={"stored_bits": (5, 6), "scale_bits": 16})

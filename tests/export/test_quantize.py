@@ -148,8 +148,8 @@ def test_calibration_is_the_same_for_the_same_seed(tiny_checkpoint: Path) -> Non
     assert first != calibration.calibration_ids(tokenizer, 5, 64, seed=4)
 
 
-def test_the_shared_head_of_the_artifact_has_two_dimensions(tiny_build: Path) -> None:
-    graph = onnx.load(str(tiny_build / "model.onnx"), load_external_data=False).graph
+def test_the_shared_head_of_the_artifact_has_two_dimensions(tiny_unpacked: Path) -> None:
+    graph = onnx.load(str(tiny_unpacked / "model.onnx"), load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     gather = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
     assert [len(tensors[name].dims) for name in gather.input[2:]] == [2, 2]

@@ -122,7 +122,7 @@ def verdicts(folder: Path) -> dict[str, str]:
 
 
 def test_a_wrong_rope_base_fails(artifact: Path, tmp_path: Path) -> None:
-    broken = resealed(with_constants(artifact, tmp_path / "broken", other_base(10_000.0, 1_000.0)))
+    broken = resealed(with_constants(artifact, tmp_path / "broken", other_base(10_000.0, 100.0)))
     assert verdicts(broken)["drift"] == "FAIL"
 
 

@@ -26,9 +26,9 @@ TEXTS = [np.random.default_rng(seed).integers(2, 250, length).tolist() for seed,
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(tiny_unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same weights, as 8-bit codes and packed."""
-    return small_and_packed(tiny_build, tmp_path_factory.mktemp("packed"))
+    return small_and_packed(tiny_unpacked, tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture

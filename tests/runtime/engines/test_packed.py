@@ -18,9 +18,9 @@ PROMPT, COUNT = list(range(40, 60)), 12
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(tiny_unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same weights, as 8-bit codes and packed."""
-    return small_and_packed(tiny_build, tmp_path_factory.mktemp("packed"))
+    return small_and_packed(tiny_unpacked, tmp_path_factory.mktemp("packed"))
 
 
 def test_genai_gives_the_same_logits_to_the_bit(folders: tuple[Path, Path]) -> None:
