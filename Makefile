@@ -44,8 +44,11 @@ $(READY): pyproject.toml constraints.txt
 
 setup-dev: $(DEV)  ## what the tests and the linter need besides; .venv doubles
 
+# requirements, not the project again, whose commands may be running meanwhile
 $(DEV): $(READY)
-	$(INSTALL) --editable '.[dev]'
+	@$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	  print(*(need for name in ("tasks", "otel", "ray", "dev") for need in extras[name] if "qwen-onnx[" not in need), sep="\n")' >$(VENV)/dev.txt
+	$(INSTALL) --requirement $(VENV)/dev.txt
 	@touch $@
 
 optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
