@@ -131,6 +131,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: weights.tensor(name) for name in weights.names()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["mixed", "int8"])
 def test_a_checkpoint_keeps_to_the_size(kernel: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     sizes = []
@@ -155,6 +156,7 @@ def test_a_checkpoint_keeps_to_the_size(kernel: str, tiny_checkpoint: Path, tmp_
     assert sizes[0] < sizes[1] <= 7.5
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_to_the_same_bytes(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

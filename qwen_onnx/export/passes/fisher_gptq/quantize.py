@@ -84,6 +84,7 @@ def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Pa
     with work_folder(kept, output) as folder:
         skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
         require_blocks(skeleton, BLOCK)
+        _require_room(skeleton, config)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
         ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
@@ -178,23 +179,41 @@ def _allocation(
         for index, layer in enumerate(layers)
         for unit, costs in layer.items()
     }
-    other, bound = head["bytes"] + _other_bytes(skeleton), config.max_kld
+    other = head["bytes"] + _other_bytes(skeleton)
     try:
-        if bound is not None:
-            found = allocate(choices, most_damage=bound - head["damage"])
+        if config.max_kld is not None:
+            found = allocate(choices, most_damage=config.max_kld - head["damage"])
         else:
             found = allocate(choices, most_bytes=_most_bytes(skeleton, config) - other)
     except Unreachable as fault:
-        least = fault.least + (other if bound is None else head["damage"])
-        told = f"{least / 1e6:.1f} MB of files" if bound is None else f"a predicted KLD of {least:.4g}"
-        raise ExportError(
-            f"no choice of {', '.join(grid.name for grid in GRIDS[config.kernel])} keeps to the bound; least: {told}",
-            where=str(skeleton.weights.folder),
-            hint="give a larger --max-size or --max-kld",
-        ) from fault
+        kld = f"a predicted KLD of {fault.least + head['damage']:.4g}"
+        size = f"{(fault.least + other) / 1e6:.1f} MB of files"
+        raise _out_of_reach(skeleton, config, size if config.max_kld is None else kld) from fault
     total, kld = found.bytes + other, found.damage + head["damage"]
     progress(f"{total / 1e6:.1f} MB with a predicted KLD of {kld:.4f}, of which the head has {head['damage']:.4f}")
     return found, {"bytes": total, "kld": kld}
+
+
+def _out_of_reach(skeleton: Skeleton, config: FisherGptqOptions, least: str) -> ExportError:
+    return ExportError(
+        f"no choice of {', '.join(grid.name for grid in GRIDS[config.kernel])} keeps to the bound; least: {least}",
+        where=str(skeleton.weights.folder),
+        hint="give a larger --max-size or --max-kld",
+    )
+
+
+def _require_room(skeleton: Skeleton, config: FisherGptqOptions) -> None:
+    """The smallest grids keep to the size that is asked for; known before anything is computed."""
+    if config.max_kld is not None:
+        return
+    least = stored_bytes(skeleton.weights.tensor(skeleton.head_name), Grid(config.head_bits, BLOCK))
+    least += _other_bytes(skeleton) + sum(
+        min(stored_bytes(module.weight, grid) for grid in GRIDS[config.kernel])
+        for index in range(skeleton.count)
+        for module in skeleton.linears(index).values()
+    )
+    if least > _most_bytes(skeleton, config):
+        raise _out_of_reach(skeleton, config, f"{least / 1e6:.1f} MB of files")
 
 
 def _most_bytes(skeleton: Skeleton, config: FisherGptqOptions) -> int:
