@@ -200,7 +200,7 @@ def test_options_that_do_not_go_together(artifact: Path, arguments: list[str], w
     assert words in " ".join(done.stderr.split())
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_starter_is_proven_here_with_its_runtime_alone(artifact_dir: Path, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     command = [sys.executable, "-c", ALONE, "verify", str(artifact_dir), "--device", "cpu", "--record", str(record)]
