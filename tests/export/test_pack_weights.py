@@ -171,6 +171,7 @@ def test_the_pass_runs_behind_the_builder(tiny_checkpoint: Path, checkout: Path)
 
     def calibrated(build: dict) -> None:  # type: ignore[type-arg]
         build["steps"][0] = {"name": "quantize", "type": "CalibratedGptq", "config": {"group_size": 64}}
+        build["larger"] = []
         build["readback"].update(stored_bits=[], scale_bits=None, finer_blocks=[])
 
     edit_int4(checkout / "pipelines/cpu.yaml", calibrated)

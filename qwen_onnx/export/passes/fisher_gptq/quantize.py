@@ -191,7 +191,7 @@ def _allocation(
         raise _out_of_reach(skeleton, config, size if config.max_kld is None else kld) from fault
     total, kld = found.bytes + other, found.damage + head["damage"]
     progress(f"{total / 1e6:.1f} MB with a predicted KLD of {kld:.4f}, of which the head has {head['damage']:.4f}")
-    return found, {"bytes": total, "kld": kld}
+    return found, {"bytes": total, "kld": float(f"{kld:.4g}")}
 
 
 def _out_of_reach(skeleton: Skeleton, config: FisherGptqOptions, least: str) -> ExportError:
