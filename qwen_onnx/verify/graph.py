@@ -13,8 +13,8 @@ import numpy as np
 from qwen_onnx.artifact.folded import Folded
 from qwen_onnx.artifact.stored import FLOAT, FLOAT16, Array, stored_array
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.runtime.engines.batch.head import pruned_head
 
-HEADS = ("MatMulNBits", "MatMul")
 QUANTIZED = ("MatMulNBits", "QMoE")
 # bytes of folded values that are kept, the last ones, since a layer is read anew for every text; and how many are kept
 # at any size: codes, scales and zero points of the matrix that is read, some rows at a time
@@ -97,15 +97,12 @@ class Graph:
         Weights and kernels stay those of the artifact; only the Gather and Unsqueeze before the head are passed by.
         """
         graph = self.model.graph
-        makers = {name: node for node in graph.node for name in node.output}
-        for node in graph.node:
-            # [batch, tokens, hidden] - Gather(last) - Unsqueeze - head
-            cut = makers.get(node.input[0]) if node.op_type in HEADS and node.input else None
-            last = makers.get(cut.input[0]) if cut is not None and cut.op_type == "Unsqueeze" else None
-            if last is not None and last.op_type == "Gather" and "logits" in node.output:
-                node.input[0] = last.input[0]
-                dim = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape.dim[1]
-                dim.dim_param = "sequence_length"
+        found = pruned_head(graph)
+        if found is not None:
+            last, head = found
+            head.input[0] = last.input[0]
+            logits = next(output for output in graph.output if output.name == "logits")
+            logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
 
     def in_float32(self) -> None:
         """Have every operator compute in float32: accuracy level 1, and no float16 but in stored weights.
