@@ -39,7 +39,7 @@ def build_in_clone(repository: Path, clone: Path, checkpoint: Path, threads: int
     return artifact, Path(json.loads(done.stdout.splitlines()[-1])["path"])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_clones_build_the_same_bytes(repository: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     one = build_in_clone(repository, tmp_path / "a/qwen", tiny_checkpoint, threads=1)
     other = build_in_clone(repository, tmp_path / "another/much/longer/path/to/qwen-onnx", tiny_checkpoint, threads=2)

@@ -255,6 +255,7 @@ def test_an_unknown_model_names_five_at_most(repository: Path) -> None:
         assert 1 <= len(named) <= 5, raised.value
 
 
+@pytest.mark.slow
 def test_json_schemas_accept_what_is_committed_and_reject_typos(repository: Path) -> None:
     import jsonschema  # it compiles a grammar of its formats for seconds, which each worker would wait for
 

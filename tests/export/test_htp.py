@@ -122,6 +122,7 @@ def test_the_float_graphs_compute_what_pytorch_does(checkpoint: Path, tmp_path: 
     assert np.abs(backend.step(IDS[-1]) - exact[-1]).max() < 2e-4
 
 
+@pytest.mark.slow
 def test_the_qdq_graph_computes_what_pytorch_does_with_its_weights(int8: Path) -> None:
     """What is left is the rounding of activations to 16 bits."""
     stored = onnx.load(str(int8 / graph_file(PREFILL, QDQ)))
@@ -176,6 +177,7 @@ def test_the_qdq_graph_is_read_back(int8: Path) -> None:
         read_back(int8, ASKED.model_copy(update={"provider": "cpu"}))
 
 
+@pytest.mark.slow
 def test_int4_is_packed_as_onnx_says(checkpoint: Path, tmp_path: Path) -> None:
     source = quantized(checkpoint, tmp_path, 4)
     export(source, tmp_path / "out", EXPORT)

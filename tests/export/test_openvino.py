@@ -88,7 +88,7 @@ def test_the_model_around_the_ir_is_looked_at(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "precision", ["int4", *(pytest.param(name, marks=pytest.mark.release) for name in ("int8", "fp16"))]
+    "precision", ["fp16", *(pytest.param(name, marks=pytest.mark.release) for name in ("int8", "int4"))]
 )
 def test_a_tiny_model_is_built_for_npus_and_proven_by_openvino(
     checkout: Path, tiny_checkpoint: Path, tmp_path: Path, precision: str

@@ -112,6 +112,7 @@ def test_int8_keeps_to_its_share_and_to_whole_attention_inputs(tiny_checkpoint: 
     assert not choose_int8(skeleton, ids, none, WorkFolder(tmp_path / "work", "none"))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_that_it_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     quantize(tiny_checkpoint, tmp_path / "out", SMALL)
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]

@@ -196,6 +196,7 @@ def test_an_altered_layer_is_made_again(tiny_checkpoint: Path, whole: Path, tmp_
     assert same(tensors_of(tmp_path / "out"), tensors_of(whole))
 
 
+@pytest.mark.slow
 def test_a_missing_shard_or_weight_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = make_sharded(tiny_checkpoint, tmp_path / "checkpoint")
     lost = sorted(folder.glob("model-*.safetensors"))[1]
@@ -212,7 +213,9 @@ def test_a_missing_shard_or_weight_is_named(tiny_checkpoint: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_are_those_of_multinomial(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_loss_is_cross_entropy_against_labels_of_multinomial(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qwen_onnx.export.skeleton import Skeleton
     from qwen_onnx.export.weights import Scratch
 
@@ -220,10 +223,16 @@ def test_labels_are_those_of_multinomial(tiny_checkpoint: Path, tmp_path: Path) 
     run = gradients.Gradients(skeleton, [], WorkFolder(tmp_path / "work", "x"), "")
     torch.manual_seed(3)
     normed, head = torch.randn(1, 50, 64), torch.randn(300, 64)
+    leaf = normed.clone().requires_grad_(True)
+    logits = (leaf @ head.T)[0]
     torch.manual_seed(4)
-    expected = torch.multinomial((normed @ head.T)[0].softmax(-1), 1)[:, 0]
-    torch.manual_seed(4)
-    assert torch.equal(run._sampled(normed, head), expected)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), leaf)[0]
+    # in pieces of seven positions as in one
+    for most in (7 * 300, 50 * 300):
+        monkeypatch.setattr(gradients, "LOGITS_PIECE", most)
+        torch.manual_seed(4)
+        torch.testing.assert_close(run._loss_gradient(normed, head), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_safetensors_written_by_map_are_read_by_the_library(tmp_path: Path) -> None:

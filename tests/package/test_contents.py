@@ -13,6 +13,7 @@ from qwen_onnx.package.contents import Contents
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [LOOP, "{{ 'a' * 1500000000 }}"])
 def test_a_template_that_never_ends_is_told(tmp_path: Path, source: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))

@@ -151,6 +151,7 @@ def test_a_step_that_fails_is_the_last(
     assert not leftovers(place)
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_ended_with_all_that_it_began(interpreter: Interpreter, place: Path) -> None:
     steps = run_job("hang", interpreter, seconds=5)
     assert not steps[-1][1]
@@ -250,7 +251,7 @@ def test_a_broken_package_fails_at_its_step(spoil: Any, step: str, tiny_package:
     assert (last.step, last.ok) == (step, False), last
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_package_for_another_device_is_well_made_and_fails_where_there_is_none(
     tiny_checkpoint: Path, tmp_path: Path, place: Path
 ) -> None:

@@ -199,6 +199,7 @@ def spoiled(folder: Path, spoil: Spoil) -> Path:
     return moved if isinstance(moved, Path) and moved.is_dir() else folder
 
 
+@pytest.mark.slow
 def test_a_whole_package_breaks_no_rule(tiny_package: Path, broken: Path) -> None:
     assert broken_rules(tiny_package) == {}
     both(ADDED, IDS, template(WITH_TOOLS, "{Content}"), TOOLS)(broken)

@@ -56,7 +56,7 @@ def test_one_flipped_bit_in_any_file_is_found(broken: Path) -> None:
     verify_package(broken)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_every_byte_of_the_small_files_counts(broken: Path) -> None:
     """Those that hold statements: no byte of them is read in two ways."""
     for name in ("SHA256SUMS", "package.json"):
@@ -205,6 +205,7 @@ def test_what_is_no_package_is_told(tmp_path: Path, tiny_build: Path) -> None:
         assert word in done.stderr
 
 
+@pytest.mark.slow
 def test_a_package_is_run_as_an_artifact_is(broken: Path) -> None:
     done = run_cli("generate", broken, "Hello", "--max-tokens", "2")
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import pytest
 from tests.publish.conftest import files_of, run
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_document(
     repository: Path,
     passing_package: Path,

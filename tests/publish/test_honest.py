@@ -11,7 +11,7 @@ from tests.conftest import run_cli
 from tests.publish.conftest import files_of, publish, pull
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_measured_pass_is_published_and_comes_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """fp32 is exact, so that even random weights pass."""
     target = tmp_path / "fp32"

@@ -43,6 +43,7 @@ def killed_at(place: str, call: int, *arguments: object) -> None:
     assert done.returncode == -signal.SIGKILL, (done.returncode, done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "call"),
     [
@@ -63,6 +64,7 @@ def test_a_folder(passing_package: Path, newer_package: Path, tmp_path: Path, pl
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "call"),
     [
@@ -100,6 +102,7 @@ def killed_while(busy: Any, *arguments: object) -> None:
         child.communicate()
 
 
+@pytest.mark.slow
 def test_a_registry(registry: Any, passing_package: Path, tmp_path: Path) -> None:
     """Killed while the largest file is under way: no tag; what was whole is not sent again."""
     address = f"oci://127.0.0.1:{registry.port}/models/tiny:v1"

@@ -36,6 +36,7 @@ def login(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_ONNX_REGISTRY_PASSWORD", PASSWORD)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("login")
 @pytest.mark.parametrize("kind", [None, "basic", "bearer"])
 def test_push_and_pull(registry: Any, passing_package: Path, tmp_path: Path, kind: str | None) -> None:
@@ -277,6 +278,7 @@ def real_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         server.wait(10)
 
 
+@pytest.mark.slow
 def test_a_real_registry(real_registry: int, passing_package: Path, newer_package: Path, tmp_path: Path) -> None:
     sent = publish(passing_package, address(real_registry))
     assert publish(passing_package, address(real_registry))["sent"] == 0

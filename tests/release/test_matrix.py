@@ -133,6 +133,7 @@ def test_the_schema_takes_and_refuses_the_same() -> None:
             jsonschema.validate(spoilt, schema)
 
 
+@pytest.mark.slow
 def test_plans_checks_the_matrix_and_its_schema(checkout: Path) -> None:
     edit_yaml(checkout / "pipelines/release.yaml", lambda data: data["matrix"][0]["models"].append("qwen9"))
     done = run_cli("plans", "--check", cwd=checkout)

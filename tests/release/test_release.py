@@ -100,7 +100,7 @@ def test_a_package_that_was_altered_is_not_taken_again(run: Run, place: Path) ->
     check_sums(place / "release")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_other_gates_are_another_job_and_fresh_takes_nothing(run: Run, place: Path) -> None:
     assert run(INT4).returncode == 0
     built = (place / "starter/cpu-int4/manifest.json").read_bytes()
@@ -148,6 +148,7 @@ def test_jobs_that_fail_stop_nobody_and_replace_nothing(run: Run, place: Path) -
     assert (rejected / "logs/starter--cpu-int8.log").exists()
 
 
+@pytest.mark.slow
 def test_unverified_must_be_allowed_by_name(run: Run, place: Path) -> None:
     """Without ``unverified: allow`` the tiny checkpoint is measured, and random weights fail or cannot be measured."""
     done = run(INT4 | {"gates": {}, "memory": "1MB"})
@@ -181,6 +182,7 @@ def test_bad_options_are_told_and_nothing_runs(
     assert not (place / "release").exists()
 
 
+@pytest.mark.slow
 def test_a_bound_above_the_machines_memory_bounds_nothing(run: Run) -> None:
     done = run(INT4 | {"memory": "100000GB"})
     assert done.returncode == 3

@@ -70,16 +70,19 @@ def mixing(artifact: Path, tmp_path: Path) -> Callable[[int], Path]:
     return make
 
 
+@pytest.mark.slow
 def test_independent_rows_pass(artifact: Path, checkpoint: Path) -> None:
     found = judged(artifact, checkpoint)
     assert found.verdict is Verdict.PASS
     assert found.measured["streams"] == 8
 
 
+@pytest.mark.slow
 def test_rows_that_mix_when_they_are_long_fail(mixing: Callable[[int], Path], checkpoint: Path) -> None:
     assert judged(mixing(20), checkpoint).verdict is Verdict.FAIL
 
 
+@pytest.mark.slow
 def test_rows_that_mix_from_the_start_are_never_batched(mixing: Callable[[int], Path], checkpoint: Path) -> None:
     folder = mixing(0)
     with pytest.raises(UnsupportedGraphError, match="not independent"):

@@ -27,6 +27,7 @@ def chunks(text: str) -> Iterator[bytes]:
         yield hashlib.blake2b(chunk.encode(), digest_size=8).digest()
 
 
+@pytest.mark.slow
 def test_every_domain_has_texts_with_and_without_a_template() -> None:
     rendered = corpus.domains(lambda turns: f"<{len(turns)}>" + corpus.transcript(turns))
     plain = corpus.domains(None)
@@ -38,6 +39,7 @@ def test_every_domain_has_texts_with_and_without_a_template() -> None:
     assert rendered["dialogue"][0].text.startswith("<6>User: My sourdough")
 
 
+@pytest.mark.slow
 def test_no_text_was_calibrated_on() -> None:
     seen = [calibration.code(), *calibration.topics().values(), calibration.multilingual()]
     seen += [turn["content"] for turns in calibration.conversations() for turn in turns]

@@ -173,6 +173,7 @@ def test_none_at_all_says_what_to_do(tmp_path: Path) -> None:
         Golden.read(tmp_path / GOLDEN)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
 def test_a_changed_byte_is_refused_or_changes_nothing_that_matters(

@@ -58,6 +58,7 @@ def judged(artifact: Path, checkpoint: Path, simulated: Path | None) -> Report:
     )
 
 
+@pytest.mark.slow
 def test_what_computes_the_same_passes(artifact: Path, checkpoint: Path) -> None:
     report = judged(artifact, checkpoint, artifact)
     found = next(item for item in report.checks if item.name == "simulator")
@@ -66,6 +67,7 @@ def test_what_computes_the_same_passes(artifact: Path, checkpoint: Path) -> None
     assert "on the vendor's simulator" in report.claim
 
 
+@pytest.mark.slow
 def test_other_tables_fail(artifact: Path, checkpoint: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(artifact, tmp_path / "broken"))
     cosines = np.load(broken / "cosines.npy")
@@ -79,6 +81,7 @@ def test_no_simulator_proves_nothing(artifact: Path, checkpoint: Path) -> None:
     assert verdict(judged(artifact, checkpoint, None)) is Verdict.INCONCLUSIVE
 
 
+@pytest.mark.slow
 def test_other_levels_neither_make_it_nor_miss_it(artifact: Path, checkpoint: Path) -> None:
     report = verify_artifact(
         artifact, checkpoint, None, LIMITS, level=Verification.STRUCTURE, options=VerifyOptions(checks=("tokenizer",))

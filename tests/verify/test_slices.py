@@ -64,6 +64,7 @@ def test_no_slice_holds_the_weights_of_another(tiny_build: Path) -> None:
         assert all("layernorm" in name for name in others), others
 
 
+@pytest.mark.slow
 def test_parity_and_drift_are_made_in_slices_and_the_rest_says_why_not(tiny_build: Path, tiny_checkpoint: Path) -> None:
     options = VerifyOptions(window=64, windows_per_domain=1, resamples=100, layers_at_once=1)
     report = verify_artifact(

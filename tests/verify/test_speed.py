@@ -157,6 +157,7 @@ def test_the_report_says_what_was_computed_and_how_near_the_limit_it_is(
     assert {item.name: item for item in strict.checks}["memory"].verdict == "FAIL"
 
 
+@pytest.mark.slow
 def test_the_page_shows_drift_without_speed(tiny_artifact: Path, tiny_checkpoint: Path) -> None:
     options = VerifyOptions(checks=("drift",), window=32, windows_per_domain=1, resamples=100, block=16)
     report = verify_artifact(tiny_artifact, tiny_checkpoint, None, Limits(**LIMITS), options=options)

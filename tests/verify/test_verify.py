@@ -76,6 +76,7 @@ def _edit(folder: Path, part: str, change: Callable[[np.ndarray], np.ndarray]) -
     onnx.save(model, str(path), save_as_external_data=True, location="model.onnx.data")
 
 
+@pytest.mark.slow
 def test_a_base_model_without_a_chat_template_is_verified_all_the_same(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_base_model_without_a_chat_template_is_verified_all_the_same(
     assert result(verdicts(tiny_build, checkpoint, "chat_template"), "chat_template") is Verdict.FAIL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("breaks", "check"),
     [
@@ -114,6 +116,7 @@ def test_an_artifact_that_does_not_load_fails(broken: Path, tiny_checkpoint: Pat
     assert result(report, "drift") is result(report, "greedy") is Verdict.FAIL
 
 
+@pytest.mark.slow
 def test_an_fp32_export_is_held_against_pytorch(tiny_build: Path, exact_artifact: Path, tiny_checkpoint: Path) -> None:
     """What artifacts of other engines are judged by; the INT4 artifact in its place must be found out."""
     options = VerifyOptions(checks=("graph_parity",), **FAST)
@@ -129,6 +132,7 @@ def test_unknown_checks_and_missing_folders_are_errors(tiny_build: Path, tiny_ch
         verdicts(tmp_path / "nothing", tiny_checkpoint)
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_that_loads_nothing(tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = verdicts(tiny_build, tiny_checkpoint, "drift")
     record, page = report.save(tmp_path)
@@ -142,6 +146,7 @@ def test_the_report_is_one_file_that_loads_nothing(tiny_build: Path, tiny_checkp
     assert line["kld_mean"] == report.drift.kld_mean.value
 
 
+@pytest.mark.slow
 def test_a_level_leaves_out_what_it_does_not_promise(tiny_build: Path, tiny_checkpoint: Path) -> None:
     options = VerifyOptions(checks=("drift",), **FAST)
     level = Verification.NUMERICS_ON_CPU
@@ -154,6 +159,7 @@ def test_a_level_leaves_out_what_it_does_not_promise(tiny_build: Path, tiny_chec
     assert json.loads(report.json_line())["claim"] == report.claim
 
 
+@pytest.mark.slow
 def test_structure_alone_is_never_computed(tiny_build: Path, tiny_checkpoint: Path) -> None:
     level = Verification.STRUCTURE
     report = verify_artifact(tiny_build, tiny_checkpoint, None, LIMITS, level=level, options=VerifyOptions(**FAST))

@@ -184,6 +184,7 @@ def test_exit_ends(screen: Screen) -> None:
     assert screen.child.wait(timeout=20) == 0
 
 
+@pytest.mark.slow
 def test_pipes_hold_answers_only_and_faults_end_them(tiny_build: Path) -> None:
     done = run_cli("chat", tiny_build, "--max-tokens", "4", input='/set temperature 0\n"""a\nb"""\nhello\n\nnot read')
     assert done.returncode == 0, done.stderr

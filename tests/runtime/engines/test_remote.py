@@ -110,6 +110,7 @@ def test_a_process_that_dies_twice_at_once_is_started_again(impatient: RemoteEng
     assert not impatient.stats().failed
 
 
+@pytest.mark.slow
 def test_a_process_that_always_dies_is_given_up_and_that_is_said(
     impatient: RemoteEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_process_that_always_dies_is_given_up_and_that_is_said(
     assert "died 3 times" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_hung_process_is_noticed_and_replaced(impatient: RemoteEngine) -> None:
     running = Heard(impatient, endless((5, 6), 1000))
     running.next()

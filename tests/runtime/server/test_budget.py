@@ -82,6 +82,7 @@ def rendering() -> set[int]:
     return {child.pid for child in psutil.Process().children() if "rendering" in " ".join(child.cmdline())}
 
 
+@pytest.mark.slow
 def test_a_server_ends_while_its_template_hangs(tiny_artifact: Path, tmp_path: Path) -> None:
     artifact = with_template(tiny_artifact, tmp_path / "looping", LOOP)
     answers: list[int] = []
@@ -101,6 +102,7 @@ def test_a_server_ends_while_its_template_hangs(tiny_artifact: Path, tmp_path: P
     assert not rendering() - others
 
 
+@pytest.mark.slow
 def test_a_render_counts_into_the_time_of_the_answer(tiny_artifact: Path, tmp_path: Path) -> None:
     source = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}{{ messages[0].content }}"
     artifact = with_template(tiny_artifact, tmp_path / "looping", source)

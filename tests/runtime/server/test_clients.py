@@ -114,6 +114,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_litellm_completes_streams_and_refuses(client: OpenAI) -> None:
     expected = reference(client)
     # its list of prices would come from the network, as would its telemetry go there

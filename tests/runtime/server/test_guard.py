@@ -129,6 +129,7 @@ def chunked(content: bytes, size: int) -> list[bytes]:
     return [f"{head}\r\n".encode(), *(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces), b"0\r\n\r\n"]
 
 
+@pytest.mark.slow
 def test_a_body_is_counted_while_it_comes(plain: Guarded) -> None:
     received = exchange(plain.port, chunked(b" " * 30_000, 1000))
     assert statuses(received) == [413]
@@ -138,6 +139,7 @@ def test_a_body_is_counted_while_it_comes(plain: Guarded) -> None:
     assert statuses(exchange(plain.port, [*chunked(small, 7)[:-1], b"0\r\n\r\n"], patience=20)) == [200]
 
 
+@pytest.mark.slow
 def test_slow_clients_are_let_go(plain: Guarded) -> None:
     content = json.dumps(body()).encode()
     head = request(content)[: -len(content)]

@@ -76,6 +76,7 @@ ROUTES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("route", "field", "body"), ROUTES)
 def test_what_the_context_cannot_hold_is_lowered_and_told(

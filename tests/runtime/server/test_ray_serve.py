@@ -48,7 +48,7 @@ def replica_processes(server: LiveServer) -> list[psutil.Process]:
     return [p for p in server.processes() if p.is_running() and " ".join(p.cmdline()).startswith("ray::ServeReplica")]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_both_replicas_answer_alike_and_stream(cluster: LiveServer) -> None:
     answers = names(cluster, 2)
     assert len(answers) == 2
@@ -79,7 +79,7 @@ def test_a_replica_that_is_killed_comes_back(cluster: LiveServer) -> None:
     assert lost <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_api_is_on_the_loopback_address_alone(cluster: LiveServer) -> None:
     """Ray's own ports are on every address, which docs/deploy.md says; they ask for a token."""
     listening = {
@@ -91,7 +91,7 @@ def test_the_api_is_on_the_loopback_address_alone(cluster: LiveServer) -> None:
     assert listening == {"127.0.0.1"}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ray_sends_no_statistics_and_asks_for_a_token(cluster: LiveServer) -> None:
     [raylet] = [process for process in cluster.processes() if process.name() == "raylet"]
     environment = raylet.environ()
@@ -99,7 +99,7 @@ def test_ray_sends_no_statistics_and_asks_for_a_token(cluster: LiveServer) -> No
     assert environment["RAY_AUTH_MODE"] == "token"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_sigterm_ends_it_and_its_replicas(cluster: LiveServer) -> None:
     """The last test of the module: the cluster is gone afterwards."""
     family = cluster.processes()

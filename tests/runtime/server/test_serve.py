@@ -63,6 +63,7 @@ def running(tiny_build: Path, tmp_path: Path) -> Iterator[Process]:
         yield started
 
 
+@pytest.mark.slow
 def test_what_it_prints_works_when_copied(running: Process) -> None:
     """The curl command by the shell, the Python snippet by Python."""
     _, curl, snippet = running.out.read_text().rstrip().split("\n\n")
@@ -84,6 +85,7 @@ def test_a_port_that_is_taken_is_told(running: Process, tiny_build: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_running_stream_ends_before_the_server_does(running: Process, number: int) -> None:
     with running.http.stream("POST", CHAT, json=running.body(max_tokens=400, stream=True)) as answer:
@@ -97,6 +99,7 @@ def test_a_running_stream_ends_before_the_server_does(running: Process, number: 
         running.http.get("/health/live")
 
 
+@pytest.mark.slow
 def test_what_takes_longer_than_the_grace_time_is_cut(tiny_build: Path, tmp_path: Path) -> None:
     with process(tiny_build, tmp_path, "--grace-seconds", "1", "--max-tokens", "8000") as running:
         begun = threading.Event()
@@ -147,6 +150,7 @@ def bad_bodies(running: Process) -> list[Callable[[], httpx.Response]]:
     ]
 
 
+@pytest.mark.slow
 def test_no_word_of_prompt_or_answer_stands_in_the_log(tiny_build: Path, tmp_path: Path) -> None:
     strict = ("--max-input-characters", "8192", "--max-tokens", "1024")
     with process(tiny_build, tmp_path, "--rate-limit", "14", *strict) as running:
@@ -178,6 +182,7 @@ def test_no_word_of_prompt_or_answer_stands_in_the_log(tiny_build: Path, tmp_pat
     assert {line["reason"] for line in told if line["status"] == 429} == {"rate_limit"}
 
 
+@pytest.mark.slow
 def test_the_server_says_when_its_worker_dies(tiny_build: Path) -> None:
     with LiveServer("qwen_onnx.cli.app", ["serve", str(tiny_build), "--threads", "1"]) as server:
         [worker] = [child for child in server.processes()[1:] if "spawn_main" in " ".join(child.cmdline())]
