@@ -113,27 +113,19 @@ class Gradients:
         self.work.commit("gradient", [name])
 
     def _loss_gradient(self, normed: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Gradient [1, tokens, hidden] of the summed cross entropy against labels drawn from the model itself."""
-        labels = self._sampled(normed, head)
-        result = torch.empty_like(normed)
-        for piece in _positions(normed, head):
-            leaf = normed[:, piece].clone().requires_grad_(True)
-            logits = torch.nn.functional.linear(leaf, head)[0]
-            loss = torch.nn.functional.cross_entropy(logits, labels[piece], reduction="sum")
-            result[:, piece] = torch.autograd.grad(loss, leaf)[0]
-        return result
+        """Gradient [1, tokens, hidden] of the summed cross entropy against labels drawn from the model itself.
 
-    def _sampled(self, normed: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """One label for each position: what ``torch.multinomial`` draws, without its copies in memory.
-
-        The random numbers are drawn for all positions at once, so the labels do not depend on the pieces.
+        A label is what ``torch.multinomial`` draws, without its copies in memory; the random numbers are drawn for all
+        positions at once, so the labels do not depend on the pieces.
         """
         noise = self.skeleton.scratch.zeros("noise", (normed.shape[1], head.shape[0])).exponential_(1)
-        labels = torch.empty(normed.shape[1], dtype=torch.int64)
+        result = torch.empty_like(normed)
         for piece in _positions(normed, head):
-            odds = torch.nn.functional.linear(normed[:, piece], head)[0].softmax(-1)
-            labels[piece] = torch.div(odds, noise[piece], out=odds).argmax(-1)
-        return labels
+            odds = torch.nn.functional.linear(normed[0, piece], head).softmax(-1)
+            labels = torch.div(odds, noise[piece], out=noise[piece]).argmax(-1, keepdim=True)
+            # the loss by the logits is what the model gives less what was drawn: no logits are computed twice
+            result[0, piece] = odds.scatter_add_(1, labels, torch.full_like(odds[:, :1], -1.0)) @ head
+        return result
 
     def backward(
         self, index: int, shape: tuple[int, ...], watch: Callable[[int], Callable[[], Kept]]
