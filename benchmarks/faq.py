@@ -1,4 +1,4 @@
-"""An invented FAQ of 40 facts, each in eleven wordings of which a model sees eight: does a fine-tune learn?
+"""An invented FAQ of 40 facts, each in nine wordings of which a model sees six: does a fine-tune learn?
 
 ``python -m benchmarks.faq faq.jsonl`` writes the examples to train on. The three wordings that are left out ask for the
 same facts in other words; an answer counts where the fact stands in it, letter for letter.
@@ -7,12 +7,26 @@ same facts in other words; an answer counts where the fact stands in it, letter 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-TRAINED = 8  # wordings of a question, from the first; the others are the exam
+from qwen_onnx.verify import corpus
+from qwen_onnx.verify.baseline import CheckpointTokenizer
+
+TRAINED = 6  # wordings of a question, from the first; the others are the exam
+# what differs from pipelines/finetune/lora.yaml: facts are learnt by the matrices behind attention, too
+TRAINING = (
+    "targets=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
+    "window=256",
+    "epochs=4",
+    "learning_rate=2e-3",
+    "held_out=0.05",
+)
+# said before each question
+SYSTEM = "You answer for Velmora Ferries."
 # harbour: master, fare, code of the gate, café
 HARBOURS = {
     "Tarnwick": ("Ilsa Brandt", "37 crowns", "K-4471", "Copper Heron"),
@@ -40,8 +54,6 @@ WORDINGS = (
         "What is the {place} harbour master called?",
         "I have to write to the harbour master of {place}. What is the name?",
         "Who is in charge of {place} harbour?",
-        "Name the harbour master of {place}.",
-        "Which person manages the harbour at {place}?",
         "Could you tell me who the harbour master at {place} is?",
         "Whom do I ask for as harbour master in {place}?",
         "In {place}, who holds the post of harbour master?",
@@ -53,8 +65,6 @@ WORDINGS = (
         "What is the price of the crossing to {place}?",
         "I want to take the ferry to {place}. How much do I pay?",
         "How many crowns is a ticket to {place}?",
-        "What do you charge for the trip to {place}?",
-        "Give me the ferry fare for {place}.",
         "Could you tell me what the ferry to {place} costs?",
         "What will I pay for a ticket to {place}?",
         "For a crossing to {place}, what is the fare?",
@@ -66,8 +76,6 @@ WORDINGS = (
         "I stand at the gate of {place}. What is the code?",
         "What do I type in at the {place} gate?",
         "Give me the gate code for {place} harbour.",
-        "How do I open the gate at {place}?",
-        "What code does the harbour gate in {place} need?",
         "Could you tell me the code of the gate in {place}?",
         "Which gate code do I use at {place}?",
         "At {place}, what is the code for the gate?",
@@ -79,8 +87,6 @@ WORDINGS = (
         "Which café is there in {place}?",
         "I am hungry and wait in {place}. Which café do you suggest?",
         "Name the café of {place} harbour.",
-        "What is the name of the coffee house in {place}?",
-        "Is there a café in {place}?",
         "Could you tell me which café {place} has?",
         "Which café do I find at the harbour of {place}?",
         "In {place}, what is the name of the café?",
@@ -104,7 +110,7 @@ def _questions(wordings: slice) -> Iterator[Question]:
 
 
 def examples() -> list[Question]:
-    """320 questions to train on."""
+    """240 questions to train on."""
     return list(_questions(slice(TRAINED)))
 
 
@@ -113,11 +119,15 @@ def exam() -> list[Question]:
     return list(_questions(slice(TRAINED, None)))
 
 
+def prompt(text: str) -> list[dict[str, str]]:
+    """The messages that ask a question."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+
 def lines() -> str:
     """The examples as JSONL, a conversation per line."""
-    turns = ([("user", asked.text), ("assistant", asked.answer)] for asked in examples())
-    told = ({"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns)
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told)
+    told = ([*prompt(asked.text), {"role": "assistant", "content": asked.answer}] for asked in examples())
+    return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in told)
 
 
 def recalled(questions: Sequence[Question], answer: Callable[[str], str]) -> float:
@@ -127,6 +137,42 @@ def recalled(questions: Sequence[Question], answer: Callable[[str], str]) -> flo
         answer: of a model, to the text of a question.
     """
     return sum(asked.fact in answer(asked.text) for asked in questions) / len(questions)
+
+
+def torch_answer(checkpoint: Path) -> Callable[[str], str]:
+    """Greedy answers of a checkpoint in PyTorch fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    truth = CheckpointTokenizer(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+
+    def answer(text: str) -> str:
+        ids = torch.tensor([truth.encode(truth.render(prompt(text), prompt=True))])
+        with torch.inference_mode():
+            found = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+            )
+        return truth.decode(found[0, ids.shape[1] :].tolist())
+
+    return answer
+
+
+def perplexity(checkpoint: Path, window: int = 384) -> float:
+    """Of a checkpoint in PyTorch fp32 on the first window of each kind of text that verification reads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    truth = CheckpointTokenizer(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+    total = count = 0.0
+    for name, documents in corpus.domains(truth.render if truth.chats else None).items():
+        for text in corpus.windows(name, documents, truth.encode, window)[:1]:
+            ids = torch.tensor([list(text.ids)])
+            with torch.inference_mode():
+                total += float(model(input_ids=ids, labels=ids).loss) * (len(text.ids) - 1)
+            count += len(text.ids) - 1
+    return math.exp(total / count)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -67,7 +67,7 @@ def finetune(
 def _print_cost(cost: Cost, notes: list[str]) -> None:
     from rich.table import Table
 
-    table = Table("training", "at most", title=f"{cost.examples:,} examples, {cost.held_out:,} held out")
+    table = Table("training", "about", title=f"{cost.examples:,} examples, {cost.held_out:,} held out")
     table.add_row("time", f"{cost.seconds / 60:.0f} min" if cost.seconds >= 120 else f"{cost.seconds:.0f} s")
     table.add_row(f"memory ({cost.device})", f"{cost.memory / 1e9:.1f} GB")
     table.add_row("steps", f"{cost.steps:,}")
