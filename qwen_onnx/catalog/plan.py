@@ -111,10 +111,13 @@ class Plan(Record):
 
     @property
     def asked(self) -> str:
-        """What the command line takes for this model: its id, a hub's repository at a commit, or its folder."""
+        """What the command line takes for this model: its id, a hub's repository at a commit, or its folder.
+
+        Of a model with an adapter it is the base, which `--adapter` follows.
+        """
         if self.adapter:
             base = self.model_copy(update={"model": self.model.removesuffix(f"-{self.adapter.name}"), "adapter": None})
-            return f"{base.asked} --adapter {self.adapter.name}"
+            return base.asked
         source = self.sources[0]
         if self.catalogued or not isinstance(source, HubSource | FolderSource):
             return self.model

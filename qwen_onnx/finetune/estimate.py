@@ -19,6 +19,7 @@ from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.finetune.encode import IGNORED, Encoded
 from qwen_onnx.sources.checkpoint import read_json
 
+LESS = "close programs, or --set gradient_checkpointing=true, --set window=…, --set batch=1"
 # Python with torch, transformers, peft and trl
 PROCESS_BYTES = 750_000_000
 # floats of a token that a layer keeps for the way back: of its hidden state, and of its inner one
@@ -102,7 +103,7 @@ def require_fit(cost: Cost, model: str) -> None:
             f"training {model} needs about {cost.memory / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free "
             f"({cost.device})",
             where=f"qwen-onnx finetune {model} --dry-run",
-            hint="close programs, or --set gradient_checkpointing=true, --set window=…, --set batch=1",
+            hint=LESS,
         )
 
 

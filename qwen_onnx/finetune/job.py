@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from qwen_onnx.errors import EnvironmentFault, TrainingError, VerificationError
 from qwen_onnx.files import file_checksums
 from qwen_onnx.finetune.data import Data, read_data
 from qwen_onnx.finetune.encode import Encoded, encode, split
-from qwen_onnx.finetune.estimate import Cost, cost, require_fit
+from qwen_onnx.finetune.estimate import LESS, Cost, cost, require_fit
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict, digest_of
 from qwen_onnx.sources.adapter import CONFIG, MANIFEST, WEIGHTS, AdapterBase, AdapterData, AdapterManifest
@@ -119,12 +121,17 @@ def _told(render: Callable[..., str]) -> Callable[..., str]:
 
 
 def require_packages() -> None:
-    """EnvironmentFault when the extra is not installed."""
-    from importlib.util import find_spec
-
+    """EnvironmentFault when the extra is not installed, or more than one process or GPU would train."""
     missing = [name for name in ("torch", "peft", "trl", "accelerate", "datasets") if find_spec(name) is None]
     if missing:
         raise EnvironmentFault(f"not installed: {', '.join(missing)}", hint="pip install 'qwen-onnx[finetune]'")
+    import torch
+
+    if os.environ.get("WORLD_SIZE", "1") != "1" or torch.cuda.device_count() > 1:
+        raise EnvironmentFault(
+            "several processes or GPUs: one process on one GPU trains",
+            hint="CUDA_VISIBLE_DEVICES=0 qwen-onnx finetune …",
+        )
 
 
 def require_place(target: Path) -> None:
@@ -155,6 +162,8 @@ def finetune(job: FinetuneJob, ready: Prepared) -> Any:
 
 
 def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> Any:
+    from torch import OutOfMemoryError
+
     from qwen_onnx.finetune.report import TrainingReport, machine, versions
     from qwen_onnx.finetune.train import NotFiniteError, last_good, train
 
@@ -173,6 +182,8 @@ def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> An
         )
     except NotFiniteError as error:
         raise _stopped(error, job, last_good(work), folder) from error
+    except OutOfMemoryError as error:
+        raise EnvironmentFault(f"the memory of the {ready.cost.device} is full", hint=LESS) from error
     kept = min(loss for _, loss in done.held_out[1:] or done.held_out)
     before = done.held_out[0][1]
     _plain(folder, job.plan)

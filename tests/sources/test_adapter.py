@@ -124,7 +124,7 @@ def test_a_plan_names_base_adapter_and_data(tiny_checkpoint: Path, adapter: Path
     plan = adapted(plain, open_adapter(adapter).adapted())
     assert plan.adapter is not None
     assert (plan.adapter.weights, plan.adapter.data, plan.adapter.rank) == (weights, "d" * 64, RANK)
-    assert (plan.name, plan.asked) == ("starter-faq/cpu-int4", "starter --adapter faq")
+    assert (plan.name, plan.asked) == ("starter-faq/cpu-int4", "starter")
     assert "not in the catalogue" in plan.claim("PASS")
     assert plan.digest != plain.digest
     assert "adapter" not in plain.model_dump()
