@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.artifact.store import build_lock, kept_folder, put_in_place, staging_folder
@@ -24,6 +24,10 @@ from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict, digest_of
 from qwen_onnx.sources.adapter import CONFIG, MANIFEST, WEIGHTS, AdapterBase, AdapterData, AdapterManifest
 from qwen_onnx.sources.fetch import Checkpoint, fetch, weights_digest
+
+if TYPE_CHECKING:
+    from qwen_onnx.finetune.report import TrainingReport
+    from qwen_onnx.finetune.train import Trained
 
 CODE = ("qwen_onnx.finetune.train", "qwen_onnx.finetune.encode", "qwen_onnx.finetune.data")
 REJECTED, STOPPED = ".rejected", ".stopped"
@@ -140,7 +144,7 @@ def require_place(target: Path) -> None:
         raise TrainingError("there is something else", where=str(target), hint="--output FOLDER for another place")
 
 
-def finetune(job: FinetuneJob, ready: Prepared) -> Any:
+def finetune(job: FinetuneJob, ready: Prepared) -> tuple[TrainingReport, Path]:
     """Train and publish the adapter; one whose held-out loss did not fall goes beside it, as ``.rejected``.
 
     Returns:
@@ -161,55 +165,23 @@ def finetune(job: FinetuneJob, ready: Prepared) -> Any:
         return _trained(job, ready, work, staging)
 
 
-def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> Any:
+def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> tuple[TrainingReport, Path]:
     from torch import OutOfMemoryError
 
-    from qwen_onnx.finetune.report import TrainingReport, machine, versions
+    from qwen_onnx.finetune.report import TrainingReport, machine
     from qwen_onnx.finetune.train import NotFiniteError, last_good, train
 
     folder = staging / "adapter"
     folder.mkdir()
+    parts = (ready.learnt, ready.held_out)
     try:
-        done = train(
-            ready.checkpoint.path,
-            ready.tokenizer,
-            ready.learnt,
-            ready.held_out,
-            job.training,
-            work,
-            folder,
-            progress,
-        )
+        done = train(ready.checkpoint.path, ready.tokenizer, *parts, job.training, work, folder, progress)
     except NotFiniteError as error:
         raise _stopped(error, job, last_good(work), folder) from error
     except OutOfMemoryError as error:
         raise EnvironmentFault(f"the memory of the {ready.cost.device} is full", hint=LESS) from error
-    kept = min(loss for _, loss in done.held_out[1:] or done.held_out)
-    before = done.held_out[0][1]
     _plain(folder, job.plan)
-    manifest = AdapterManifest(
-        name=job.name,
-        verdict=Verdict.PASS if kept < before else Verdict.FAIL,
-        base=AdapterBase(
-            model=job.plan.model,
-            origin=ready.checkpoint.origin,
-            revision=ready.checkpoint.revision,
-            weights=ready.base,
-        ),
-        data=AdapterData(
-            sha256=ready.data.sha256,
-            examples=len(ready.learnt) + len(ready.held_out),
-            held_out=len(ready.held_out),
-        ),
-        training=job.training,
-        loss_before=before,
-        loss_after=kept,
-        steps=done.steps,
-        tokens=max(done.tokens, 1),
-        seconds=done.seconds,
-        packages=versions(),
-        files={},
-    )
+    manifest = _manifest(job, ready, done)
     stopped = ["training stopped early: the held-out loss no longer fell"] if done.stopped else []
     report = TrainingReport(
         manifest=manifest,
@@ -227,6 +199,30 @@ def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> An
     target = job.target if passed else job.target.with_name(job.target.name + REJECTED)
     put_in_place(folder, target)
     return report, target
+
+
+def _manifest(job: FinetuneJob, ready: Prepared, done: Trained) -> AdapterManifest:
+    """Of the adapter, before its files are listed."""
+    from qwen_onnx.finetune.report import versions
+
+    before, kept = done.held_out[0][1], min(loss for _, loss in done.held_out[1:] or done.held_out)
+    checkpoint, held = ready.checkpoint, len(ready.held_out)
+    return AdapterManifest(
+        name=job.name,
+        verdict=Verdict.PASS if kept < before else Verdict.FAIL,
+        base=AdapterBase(
+            model=job.plan.model, origin=checkpoint.origin, revision=checkpoint.revision, weights=ready.base
+        ),
+        data=AdapterData(sha256=ready.data.sha256, examples=len(ready.learnt) + held, held_out=held),
+        training=job.training,
+        loss_before=before,
+        loss_after=kept,
+        steps=done.steps,
+        tokens=max(done.tokens, 1),
+        seconds=done.seconds,
+        packages=versions(),
+        files={},
+    )
 
 
 def _plain(folder: Path, plan: Plan) -> None:
