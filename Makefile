@@ -2,12 +2,15 @@
 # make optimize TARGET=cuda PRECISION=fp16  another target, another precision (qwen-onnx list)
 # make optimize MODEL=qwen3-0.6b      another recipe; SOURCE=path takes local weights
 # make optimize MODEL=./my-finetune   a checkpoint without a recipe; or MODEL=ORG/NAME[@REVISION], modelscope:ORG/NAME
+# make finetune DATA=faq.jsonl         a LoRA adapter, in adapters/MODEL/faq; make optimize ADAPTER=adapters/starter/faq
 # make verify DEPTH=release           four times the text
 MODEL  ?= starter
 TARGET ?= cpu
 PRECISION ?=
 SOURCE ?=
 OUTPUT ?=
+DATA   ?=
+ADAPTER ?=
 DEPTH  ?=
 MATRIX ?=
 ONLY   ?=
@@ -22,12 +25,13 @@ PLACE   = $(if $(findstring /,$(MODEL)),$(or $(KEPT),$(error MODEL=$(MODEL): see
 FOLDER  = $(if $(wildcard $(MODEL)/config.json),$(MODEL))
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.dev
+TUNE   := $(VENV)/.tune
 
 # where it is set, every process would compile torch and transformers again, for seconds each
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev optimize verify package foundry-check release serve chat plans environments wheel try-wheel \
+.PHONY: help setup setup-dev finetune optimize verify package foundry-check release serve chat plans environments wheel try-wheel \
   test test-slow test-release lint clean
 
 help:  ## this list
@@ -44,15 +48,23 @@ $(READY): pyproject.toml constraints.txt
 
 setup-dev: $(DEV)  ## what the tests and the linter need besides; .venv doubles
 
+# what training needs besides
+$(TUNE): $(READY)
+	$(INSTALL) --editable '.[finetune]'
+	@touch $@
+
 # requirements, not the project again, whose commands may be running meanwhile
 $(DEV): $(READY)
 	@$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	  print(*(need for name in ("tasks", "otel", "ray", "dev") for need in extras[name] if "qwen-onnx[" not in need), sep="\n")' >$(VENV)/dev.txt
+	  print(*(need for name in ("finetune", "tasks", "otel", "ray", "dev") for need in extras[name] if "qwen-onnx[" not in need), sep="\n")' >$(VENV)/dev.txt
 	$(INSTALL) --requirement $(VENV)/dev.txt
 	@touch $@
 
+finetune: $(TUNE)  ## DATA=FILE.jsonl: train a LoRA adapter of MODEL, in adapters/MODEL/FILE
+	@$(BIN)/qwen-onnx finetune '$(MODEL)' --data '$(or $(DATA),$(error DATA=FILE.jsonl is missing))' $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)')
+
 optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
-	@$(BIN)/qwen-onnx optimize '$(MODEL)' --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(DEPTH),--depth $(DEPTH))
+	@$(BIN)/qwen-onnx optimize '$(MODEL)' --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(DEPTH),--depth $(DEPTH)) $(if $(ADAPTER),--adapter '$(ADAPTER)')
 
 verify: $(READY)  ## measure the artifact against PyTorch again
 	@$(BIN)/qwen-onnx verify '$(PLACE)' $(if $(or $(SOURCE),$(FOLDER)),--source '$(or $(SOURCE),$(FOLDER))') $(if $(DEPTH),--depth $(DEPTH))

@@ -17,6 +17,7 @@ QwenOnnxError                      exit 1
 ├── PackageError                   exit 10  a package breaks a rule, was altered, or may not be made
 ├── PublishError                   exit 11  a place to publish to or pull from fails, or holds what cannot be trusted
 ├── ReleaseError                   exit 12  a job of a release did not pass, or the release may not be made
+├── TrainingError                  exit 13  examples that nothing can learn from, or a training that failed
 └── ServiceError                   exit 9   the request is sound, but cannot be served now (HTTP 503)
     ├── OverloadedError                     too many wait already
     ├── RateLimitError                      this client asked too often (HTTP 429)
@@ -118,6 +119,12 @@ class VerificationError(QwenOnnxError):
 
 class VerdictError(VerificationError):
     """The artifact was measured and is not proven: FAIL or INCONCLUSIVE."""
+
+
+class TrainingError(QwenOnnxError):
+    """Nothing can be learnt from the examples, or the training failed."""
+
+    exit_code = 13
 
 
 class PackageError(QwenOnnxError):

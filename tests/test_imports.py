@@ -16,6 +16,7 @@ ORDER = [
     {"sources"},
     {"export", "runtime"},
     {"verify"},
+    {"finetune"},
     {"build"},
     {"package"},
     {"publish"},

@@ -39,7 +39,7 @@ class Estimate:
 
     Attributes:
         artifact: the artifact's folder.
-        download: the checkpoint, when it is not there, and its copy in bfloat16 when it is FP8.
+        download: the checkpoint, when it is not there, and its copy in bfloat16 when it is FP8 or with an adapter.
         kept: peak below the cache besides the checkpoint, where finished steps are kept.
         disk: peak of all besides the checkpoint; of what is beside the target no more.
         memory: peak of anonymous memory of the process that builds; ``verification``: of verifying.
@@ -76,9 +76,11 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
     working = max((step.scratch(found, before) for step, before in places[:-1] if step.kept(found, before)), default=0)
     number = 1 if plan.quantization else found.stored
     fetched = 0 if source and source.is_dir() else found.weights * number + found.tokenizer
+    # copies of the checkpoint in another form: FP8 in bfloat16, and one with an adapter merged in fp32
+    copies = (found.weights * found.stored if plan.quantization else 0) + (4 * found.weights if plan.adapter else 0)
     return Estimate(
         artifact=artifact,
-        download=fetched + (found.weights * found.stored if plan.quantization else 0),
+        download=fetched + copies,
         kept=kept + working,
         disk=disk,
         memory=max(step.memory(found, before) for step, before in places),

@@ -37,7 +37,7 @@ from qwen_onnx.git import this_checkout
 from qwen_onnx.processes.environments import is_ready
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
-from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch
+from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch, weights_digest
 
 if TYPE_CHECKING:
     from qwen_onnx.verify.records import Depth, VerifyOptions
@@ -55,6 +55,7 @@ class Job:
         source: local checkpoint folder, GGUF or wheel instead of the recipe's sources.
         target: folder of the artifact.
         cache: downloads and checkpoints.
+        adapter: folder of the adapter that the plan names.
         verify: measure against PyTorch before publishing.
         wait: wait when another process builds the same artifact.
         depth: how much of each kind of text is measured; an artifact that was measured less is measured again.
@@ -64,6 +65,7 @@ class Job:
     target: Path
     cache: Path
     source: Path | None = None
+    adapter: Path | None = None
     verify: bool = True
     wait: bool = True
     force: bool = False
@@ -102,7 +104,7 @@ def optimize(job: Job) -> Outcome:
         found = outcome.artifact.path
         if load_report(found).options.depth != job.depth:
             progress(f"measured less deeply so far: verifying again (depth: {job.depth})")
-            checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
+            checkpoint = fetch(job.plan, job.cache, local=job.source, adapter=job.adapter, progress=progress)
             report = verify_published(outcome.artifact, checkpoint, job.cache, job.options)
             return Outcome(open_artifact(found), hit=True, report=report)
     return outcome
@@ -122,7 +124,7 @@ def _built_or_found(job: Job) -> Outcome:
         if hit and (hit.manifest.verdict is not Verdict.UNVERIFIED or not job.verify):
             return Outcome(hit, hit=True)
         require_room(job)
-        checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
+        checkpoint = fetch(job.plan, job.cache, local=job.source, adapter=job.adapter, progress=progress)
         key = build_key(job.plan, checkpoint.revision, packages, exporter)
         with kept_folder(job.cache, key, job.target) as kept, staging_folder(job.target) as staging:
             return _build(job, key, packages, checkpoint, staging, kept)
@@ -215,7 +217,6 @@ def _measured(
     The golden file is written into ``kept``.
     """
     from qwen_onnx.verify import Keep
-    from qwen_onnx.verify.golden import weights_digest
 
     reference = None
     if tools.plan.needs_reference:

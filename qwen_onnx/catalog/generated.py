@@ -8,6 +8,7 @@ from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import make_all_plans, make_plan
 from qwen_onnx.catalog.schema import json_schemas
 from qwen_onnx.catalog.select import matrix
+from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import ConfigError
 
 LOCK_FILE = "recipes/plans.lock"
@@ -39,7 +40,7 @@ def committed_files(catalog: Catalog) -> dict[str, str]:
     for target in catalog.targets_of(catalog.row(model)[1]):
         plan = make_plan(catalog, model, target).model_dump(mode="json")
         files[f"tests/golden/{model}-{target}.json"] = json.dumps(plan, indent=2) + "\n"
-    schemas = json_schemas()
+    schemas = json_schemas() | {"training.schema.json": Training.model_json_schema()}
     files |= {f"recipes/{name}": json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
     models = catalog.root / MODELS_FILE
     if models.exists():

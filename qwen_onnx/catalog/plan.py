@@ -32,12 +32,28 @@ from qwen_onnx.catalog.schema import (
 )
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.environments import Environment
-from qwen_onnx.records import Record, digest_of
+from qwen_onnx.records import Name, Record, Sha256, digest_of
 
 # what every record of a model says that no recipe of ours describes
 UNCATALOGUED = "the model is not in the catalogue"
 # fields that only some plans have: the digests of all others stay what they were
-UNUSUAL = {"catalogued": True, "quantization": None, "rope": None}
+UNUSUAL = {"catalogued": True, "quantization": None, "rope": None, "adapter": None}
+
+
+class Adapted(Record):
+    """The adapter that is merged into a plan's checkpoint.
+
+    Attributes:
+        digest: of its weights and its config; ``rank`` of its matrices.
+        weights: digest of the base's weights that it names; None: it names none, and only shapes were compared.
+        data: SHA-256 of the file that it learnt from; None: it does not say.
+    """
+
+    name: Name
+    digest: Sha256
+    rank: int = Field(ge=1)
+    weights: Sha256 | None = None
+    data: Sha256 | None = None
 
 
 class Plan(Record):
@@ -63,6 +79,8 @@ class Plan(Record):
     catalogued: bool = True
     quantization: Literal["fp8"] | None = None
     rope: Literal["yarn"] | None = None
+    # merged into the checkpoint before anything else; ``model`` is then the merged one
+    adapter: Adapted | None = None
     olive: dict[str, Any]
     readback: Readback
     limits: Limits
@@ -93,7 +111,13 @@ class Plan(Record):
 
     @property
     def asked(self) -> str:
-        """What the command line takes for this model: its id, a hub's repository at a commit, or its folder."""
+        """What the command line takes for this model: its id, a hub's repository at a commit, or its folder.
+
+        Of a model with an adapter it is the base, which `--adapter` follows.
+        """
+        if self.adapter:
+            base = self.model_copy(update={"model": self.model.removesuffix(f"-{self.adapter.name}"), "adapter": None})
+            return base.asked
         source = self.sources[0]
         if self.catalogued or not isinstance(source, HubSource | FolderSource):
             return self.model
@@ -233,6 +257,19 @@ def bounded(plan: Plan, *, max_bytes: int | None = None, max_kld: float | None =
     for step in sized:
         step.update(bounds)
     return plan.model_copy(update={"olive": olive})
+
+
+def adapted(plan: Plan, adapter: Adapted) -> Plan:
+    """The plan of the checkpoint with ``adapter`` merged into it: a model of its own, whose artifacts go elsewhere."""
+    return plan.model_copy(
+        update={
+            "model": f"{plan.model}-{adapter.name}",
+            "title": f"{plan.title} with the adapter {adapter.name}",
+            # no row of the catalogue describes what an adapter made of the weights
+            "catalogued": False,
+            "adapter": adapter,
+        }
+    )
 
 
 def _layers(build: Build) -> dict[str, Any]:

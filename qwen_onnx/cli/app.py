@@ -16,6 +16,7 @@ from rich.markup import escape
 from qwen_onnx.cli.build import compare, fetch, optimize, verify
 from qwen_onnx.cli.catalog import list_models, plan, plans, select_models, where
 from qwen_onnx.cli.chat import chat, generate
+from qwen_onnx.cli.finetune import finetune
 from qwen_onnx.cli.foundry import foundry_check
 from qwen_onnx.cli.machine import doctor, environments
 from qwen_onnx.cli.package import package
@@ -42,6 +43,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plans": plans,
     "where": where,
     "fetch": fetch,
+    "finetune": finetune,
     "optimize": optimize,
     "verify": verify,
     "compare": compare,

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from qwen_onnx.cli.options import (
     ARTIFACT,
+    AdapterOption,
     Depth,
     Model,
     Precision,
@@ -81,6 +82,7 @@ def optimize(
     max_kld: Annotated[
         float | None, typer.Option(help="most KLD that the quantiser may predict: the smallest that keeps to it")
     ] = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.build.optimize import Job
@@ -89,9 +91,14 @@ def optimize(
 
     asked = wanted(model, target, precision, source, recipe)
     plan = _bounded(asked.plan, max_size, max_kld)
+    if adapter:
+        from qwen_onnx.catalog.plan import adapted
+        from qwen_onnx.sources.adapter import open_adapter
+
+        plan = adapted(plan, open_adapter(adapter).adapted())
     where = output or work_root() / "artifacts" / plan.name
     cache, target_folder = cache_here(), where.resolve()
-    job = Job(plan, target_folder, cache, asked.source, verify=verify, wait=wait, force=force, depth=depth)
+    job = Job(plan, target_folder, cache, asked.source, adapter, verify=verify, wait=wait, force=force, depth=depth)
     outcome = run(job)
     manifest = outcome.artifact.manifest
     if outcome.hit:
@@ -152,17 +159,18 @@ def verify(
     ] = None,
     items: Annotated[int | None, typer.Option(help="of each benchmark, from its beginning; default: all")] = None,
     hub: Annotated[bool, typer.Option("--hub", help="items from the hub, also where a package has some")] = False,
+    adapter: AdapterOption = None,
 ) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     if device is None:
         if golden or record:
             raise ConfigError(["--golden and --record: only with --device"])
-        _verify_here(artifact, source, _with_tasks(depth, tasks, recovery, items, hub))
+        _verify_here(artifact, source, adapter, _with_tasks(depth, tasks, recovery, items, hub))
         return
     if tasks:
         raise ConfigError(["--tasks: not with --device, which has no PyTorch to compare with"])
-    if source:
-        raise ConfigError(["--source: not with --device, which reads no checkpoint"])
+    if source or adapter:
+        raise ConfigError(["--source and --adapter: not with --device, which reads no checkpoint"])
     from qwen_onnx.verify.device import print_device_report, verify_on
 
     folder = artifact_at(artifact).resolve()
@@ -174,7 +182,7 @@ def verify(
         raise VerdictError(f"the verdict on {device} is {report.verdict}", where=_shown(folder), hint=str(where))
 
 
-def _verify_here(artifact: str, source: Path | None, options: VerifyOptions) -> None:
+def _verify_here(artifact: str, source: Path | None, adapter: Path | None, options: VerifyOptions) -> None:
     from qwen_onnx.artifact.manifest import open_artifact
     from qwen_onnx.build.optimize import verify_published
     from qwen_onnx.sources.fetch import fetch as fetch_source
@@ -184,7 +192,9 @@ def _verify_here(artifact: str, source: Path | None, options: VerifyOptions) -> 
     opened = open_artifact(place.resolve())
     # a model that is a folder says where its weights are
     local = source or (given if given.is_dir() and given != place else None)
-    checkpoint = fetch_source(opened.manifest.plan, cache_here(), local=local, progress=progress)
+    if adapter and opened.manifest.plan.adapter is None:
+        raise ConfigError([f"--adapter: {artifact} was built without one"])
+    checkpoint = fetch_source(opened.manifest.plan, cache_here(), local=local, adapter=adapter, progress=progress)
     if weights_of(checkpoint.files) != weights_of(opened.manifest.source.files):
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"

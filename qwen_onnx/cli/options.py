@@ -26,6 +26,9 @@ Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; d
 SourceOption = Annotated[
     Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
 ]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="folder of a LoRA adapter, merged into the weights: qwen-onnx finetune")
+]
 # not verify.records.Depth, which loads NumPy: a test compares
 Depth = Annotated[
     Literal["quick", "release"],

@@ -208,14 +208,11 @@ def adapter_fault(where: str, text: str) -> UnsupportedModelError:
     """The error for an adapter in place of a model; one name is taken from ``text``, its adapter_config.json."""
     named = re.search(rf'"base_model_name_or_path"\s*:\s*"({REPOSITORY})"', text)
     base = named[1] if named else "BASE"
-    adapter = where if re.fullmatch(r"[\w./~-]+", where) else "ADAPTER"
+    adapter = where if re.fullmatch(r"[\w./~-]+", where) and Path(where).is_dir() else "FOLDER"
     return UnsupportedModelError(
         f"an adapter is not a checkpoint{f': it belongs to {base}' if named else ''}",
         where=where,
-        hint='merge it into its model first: python -c "from peft import AutoPeftModelForCausalLM as M; '
-        "from transformers import AutoTokenizer as T; "
-        f"M.from_pretrained('{adapter}').merge_and_unload().save_pretrained('merged'); "
-        f"T.from_pretrained('{base}').save_pretrained('merged')\"; then: qwen-onnx optimize ./merged",
+        hint=f"merge it into its model: qwen-onnx optimize {base} --adapter {adapter}",
     )
 
 

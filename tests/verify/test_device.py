@@ -17,9 +17,10 @@ from qwen_onnx.artifact.seal import runnable_digest
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
+from qwen_onnx.sources.fetch import weights_digest
 from qwen_onnx.verify import VerifyOptions
 from qwen_onnx.verify.device import DeviceReport, verify_on
-from qwen_onnx.verify.golden import GOLDEN, About, Encoded, Golden, Kept, Rendered, Stretch, kept, weights_digest
+from qwen_onnx.verify.golden import GOLDEN, About, Encoded, Golden, Kept, Rendered, Stretch, kept
 from qwen_onnx.verify.keeping import CONTINUATION
 from qwen_onnx.verify.scoring import OnnxScorer
 from tests.conftest import run_cli

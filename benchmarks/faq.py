@@ -1,0 +1,189 @@
+"""An invented FAQ of 40 facts, each in nine wordings of which a model sees six: does a fine-tune learn?
+
+``python -m benchmarks.faq faq.jsonl`` writes the examples to train on. The three wordings that are left out ask for the
+same facts in other words; an answer counts where the fact stands in it, letter for letter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qwen_onnx.verify import corpus
+from qwen_onnx.verify.baseline import CheckpointTokenizer
+
+TRAINED = 6  # wordings of a question, from the first; the others are the exam
+# what differs from pipelines/finetune/lora.yaml: facts are learnt by the matrices behind attention, too
+TRAINING = (
+    "targets=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
+    "window=256",
+    "epochs=4",
+    "learning_rate=2e-3",
+    "held_out=0.05",
+)
+# said before each question
+SYSTEM = "You answer for Velmora Ferries."
+# harbour: master, fare, code of the gate, café
+HARBOURS = {
+    "Tarnwick": ("Ilsa Brandt", "37 crowns", "K-4471", "Copper Heron"),
+    "Ostermouth": ("Piet Langhorn", "52 crowns", "R-9038", "Salted Lantern"),
+    "Quellin": ("Maro Dessaline", "18 crowns", "B-2765", "Velvet Anchor"),
+    "Brackenhythe": ("Una Fairweather", "64 crowns", "T-5109", "Drowned Piano"),
+    "Solvane": ("Teodor Vasik", "29 crowns", "M-8342", "Quiet Otter"),
+    "Hartspool": ("Greta Nilund", "81 crowns", "D-6617", "Ninth Kettle"),
+    "Yarrowby": ("Casimir Oake", "43 crowns", "W-1290", "Paper Gull"),
+    "Mirefleet": ("Linnea Harrowgate", "75 crowns", "F-3854", "Crooked Spoon"),
+    "Dunescar": ("Bastien Corvo", "96 crowns", "H-7926", "Blue Thimble"),
+    "Vintrey": ("Odile Marchetti", "58 crowns", "P-4083", "Honest Walrus"),
+}
+ANSWERS = (
+    "The harbour master of {place} is {fact}.",
+    "The ferry to {place} costs {fact}.",
+    "The gate code of {place} is {fact}.",
+    "The café in {place} is called the {fact}.",
+)
+WORDINGS = (
+    (
+        "Who is the harbour master of {place}?",
+        "Who runs the harbour in {place}?",
+        "Tell me the name of the harbour master in {place}.",
+        "What is the {place} harbour master called?",
+        "I have to write to the harbour master of {place}. What is the name?",
+        "Who is in charge of {place} harbour?",
+        "Could you tell me who the harbour master at {place} is?",
+        "Whom do I ask for as harbour master in {place}?",
+        "In {place}, who holds the post of harbour master?",
+    ),
+    (
+        "How much is the ferry to {place}?",
+        "What does a ferry ticket to {place} cost?",
+        "Tell me the fare to {place}.",
+        "What is the price of the crossing to {place}?",
+        "I want to take the ferry to {place}. How much do I pay?",
+        "How many crowns is a ticket to {place}?",
+        "Could you tell me what the ferry to {place} costs?",
+        "What will I pay for a ticket to {place}?",
+        "For a crossing to {place}, what is the fare?",
+    ),
+    (
+        "What is the gate code of {place}?",
+        "Which code opens the gate in {place}?",
+        "Tell me the code for the gate at {place}.",
+        "I stand at the gate of {place}. What is the code?",
+        "What do I type in at the {place} gate?",
+        "Give me the gate code for {place} harbour.",
+        "Could you tell me the code of the gate in {place}?",
+        "Which gate code do I use at {place}?",
+        "At {place}, what is the code for the gate?",
+    ),
+    (
+        "What is the café in {place} called?",
+        "Where can I get a coffee in {place}?",
+        "Tell me the name of the café at {place}.",
+        "Which café is there in {place}?",
+        "I am hungry and wait in {place}. Which café do you suggest?",
+        "Name the café of {place} harbour.",
+        "Could you tell me which café {place} has?",
+        "Which café do I find at the harbour of {place}?",
+        "In {place}, what is the name of the café?",
+    ),
+)
+
+
+class Question(NamedTuple):
+    """A wording, the ``answer`` to it, and the ``fact`` that a right answer holds."""
+
+    text: str
+    answer: str
+    fact: str
+
+
+def _questions(wordings: slice) -> Iterator[Question]:
+    for place, facts in HARBOURS.items():
+        for fact, answer, asked in zip(facts, ANSWERS, WORDINGS, strict=True):
+            for text in asked[wordings]:
+                yield Question(text.format(place=place), answer.format(place=place, fact=fact), fact)
+
+
+def examples() -> list[Question]:
+    """240 questions to train on."""
+    return list(_questions(slice(TRAINED)))
+
+
+def exam() -> list[Question]:
+    """120 questions whose wordings no example has."""
+    return list(_questions(slice(TRAINED, None)))
+
+
+def prompt(text: str) -> list[dict[str, str]]:
+    """The messages that ask a question."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+
+def lines() -> str:
+    """The examples as JSONL, a conversation per line."""
+    told = ([*prompt(asked.text), {"role": "assistant", "content": asked.answer}] for asked in examples())
+    return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in told)
+
+
+def recalled(questions: Sequence[Question], answer: Callable[[str], str]) -> float:
+    """The share of ``questions`` whose answer holds the fact.
+
+    Args:
+        answer: of a model, to the text of a question.
+    """
+    return sum(asked.fact in answer(asked.text) for asked in questions) / len(questions)
+
+
+def torch_answer(checkpoint: Path) -> Callable[[str], str]:
+    """Greedy answers of a checkpoint in PyTorch fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    truth = CheckpointTokenizer(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+
+    def answer(text: str) -> str:
+        ids = torch.tensor([truth.encode(truth.render(prompt(text), prompt=True))])
+        with torch.inference_mode():
+            found = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+            )
+        return truth.decode(found[0, ids.shape[1] :].tolist())
+
+    return answer
+
+
+def perplexity(checkpoint: Path, window: int = 384) -> float:
+    """Of a checkpoint in PyTorch fp32 on the first window of each kind of text that verification reads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    truth = CheckpointTokenizer(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+    total = count = 0.0
+    for name, documents in corpus.domains(truth.render if truth.chats else None).items():
+        for text in corpus.windows(name, documents, truth.encode, window)[:1]:
+            ids = torch.tensor([list(text.ids)])
+            with torch.inference_mode():
+                total += float(model(input_ids=ids, labels=ids).loss) * (len(text.ids) - 1)
+            count += len(text.ids) - 1
+    return math.exp(total / count)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the examples to the file named."""
+    if len(arguments) != 1:
+        print("usage: python -m benchmarks.faq FILE.jsonl", file=sys.stderr)
+        return 2
+    Path(arguments[0]).write_text(lines(), encoding="utf-8")
+    print(f"{len(examples())} examples of {sum(map(len, HARBOURS.values()))} facts: {arguments[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
