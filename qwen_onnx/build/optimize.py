@@ -56,6 +56,7 @@ class Job:
         target: folder of the artifact.
         cache: downloads and checkpoints.
         adapter: folder of the adapter that the plan names.
+        calibration: text of the user's whose digest the plan has.
         verify: measure against PyTorch before publishing.
         wait: wait when another process builds the same artifact.
         depth: how much of each kind of text is measured; an artifact that was measured less is measured again.
@@ -66,6 +67,7 @@ class Job:
     cache: Path
     source: Path | None = None
     adapter: Path | None = None
+    calibration: str | None = None
     verify: bool = True
     wait: bool = True
     force: bool = False
@@ -136,7 +138,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     checkout = this_checkout()
     log, tools = staging / LOG_FILE, Toolchain.of(job.plan, job.cache)
     try:
-        folder, readback = build_model(tools, checkpoint, staging, log, kept)
+        folder, readback = build_model(tools, checkpoint, staging, log, kept, job.calibration)
     except ExportError as error:
         raise _with_kept_log(error, log, job) from error
     shutil.move(log, folder / LOG_FILE)
@@ -183,12 +185,18 @@ def _beside_prediction(report: Report, predicted: dict[str, float] | None) -> Re
 
 
 def build_model(
-    tools: Toolchain, checkpoint: Checkpoint, staging: Path, log: Path, kept: Path | None = None
+    tools: Toolchain,
+    checkpoint: Checkpoint,
+    staging: Path,
+    log: Path,
+    kept: Path | None = None,
+    calibration: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Run the plan of ``tools`` through Olive and read the graph back.
 
     Args:
         kept: folder whose finished steps the build goes on with, see ``kept_folder``.
+        calibration: text that the plan's quantiser reads besides ours.
 
     Returns:
         Folder with the model below ``staging``, and what was found in its graph and ``predicted`` by its quantiser.
@@ -198,10 +206,13 @@ def build_model(
     """
     from qwen_onnx.export.olive import collect
     from qwen_onnx.export.readback.common import read_back
-    from qwen_onnx.export.workfolder import PREDICTION
+    from qwen_onnx.export.workfolder import OWN_TEXT, PREDICTION
     from qwen_onnx.sources.checkpoint import read_json
 
     folder, work, plan = staging / "artifact", staging / "work", tools.plan
+    if calibration is not None:
+        work.mkdir()
+        (work / OWN_TEXT).write_bytes(calibration.encode("utf-8"))
     collect(tools.run_olive(plan.olive, checkpoint.path, work, log, kept), folder)
     predicted = read_json(work / PREDICTION) if (work / PREDICTION).exists() else None
     # Olive's own copy of the model

@@ -247,15 +247,28 @@ def bounded(plan: Plan, *, max_bytes: int | None = None, max_kld: float | None =
     bounds = {"bits_per_weight": None, "max_bytes": max_bytes, "max_kld": max_kld}
     if max_bytes is not None and max_kld is not None:
         raise ConfigError(["--max-size and --max-kld: each follows from the other; give one of the two"])
+    return _told(plan, bounds, "a size or a KLD")
+
+
+def calibrated(plan: Plan, digest: str) -> Plan:
+    """The plan whose quantiser also reads the text with this SHA-256, which goes with the job.
+
+    Raises:
+        ConfigError: no step of the plan reads a text.
+    """
+    return _told(plan, {"calibration": digest}, "a calibration text")
+
+
+def _told(plan: Plan, options: dict[str, Any], what: str) -> Plan:
+    """The plan with ``options`` in every step that has all of them."""
     olive = copy.deepcopy(plan.olive)
-    sized = [step for step in olive["passes"].values() if bounds.keys() <= type(options_of(step)).model_fields.keys()]
-    if not sized:
+    found = [step for step in olive["passes"].values() if options.keys() <= type(options_of(step)).model_fields.keys()]
+    if not found:
         raise ConfigError(
-            [f"{plan.name}: no step of this build takes a size or a KLD"],
-            hint=f"qwen-onnx plan {plan.model} --target cpu",
+            [f"{plan.name}: no step of this build takes {what}"], hint=f"qwen-onnx plan {plan.model} --target cpu"
         )
-    for step in sized:
-        step.update(bounds)
+    for step in found:
+        step.update(options)
     return plan.model_copy(update={"olive": olive})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import tempfile
@@ -83,6 +84,9 @@ def optimize(
         float | None, typer.Option(help="most KLD that the quantiser may predict: the smallest that keeps to it")
     ] = None,
     adapter: AdapterOption = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text like what the model will read: half of what calibrates")
+    ] = None,
 ) -> None:
     """Build, verify and publish an artifact. Exits non-zero unless the verdict is PASS."""
     from qwen_onnx.build.optimize import Job
@@ -96,9 +100,12 @@ def optimize(
         from qwen_onnx.sources.adapter import open_adapter
 
         plan = adapted(plan, open_adapter(adapter).adapted())
+    plan, text = _calibrated(plan, calibration)
     where = output or work_root() / "artifacts" / plan.name
     cache, target_folder = cache_here(), where.resolve()
-    job = Job(plan, target_folder, cache, asked.source, adapter, verify=verify, wait=wait, force=force, depth=depth)
+    job = Job(
+        plan, target_folder, cache, asked.source, adapter, text, verify=verify, wait=wait, force=force, depth=depth
+    )
     outcome = run(job)
     manifest = outcome.artifact.manifest
     if outcome.hit:
@@ -118,6 +125,16 @@ def _bounded(plan: Plan, max_size: str | None, max_kld: float | None) -> Plan:
         raise ConfigError([f"--max-kld {max_kld:g}: not a number above 0"])
     size = None if max_size is None else parse_amount(max_size, BYTE_UNITS, "--max-size")
     return bounded(plan, max_bytes=size, max_kld=max_kld)
+
+
+def _calibrated(plan: Plan, file: Path | None) -> tuple[Plan, str | None]:
+    if file is None:
+        return plan, None
+    from qwen_onnx.catalog.plan import calibrated
+    from qwen_onnx.export.calibration import read_own_text
+
+    text = read_own_text(file)
+    return calibrated(plan, hashlib.sha256(text.encode("utf-8")).hexdigest()), text
 
 
 def _shown(path: Path) -> str:

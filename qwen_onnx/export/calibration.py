@@ -13,12 +13,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.bounded import read_bytes
+from qwen_onnx.errors import EnvironmentFault, ExportError
+from qwen_onnx.export.workfolder import OWN_TEXT
+from qwen_onnx.files import sha256_of
 from qwen_onnx.sources.chat import CheckpointTemplate
 
 CALIBRATION_PACKAGES = ("email", "unittest", "xml", "concurrent", "asyncio", "json")
 LONGEST_ANSWER = 1500  # characters
 LONG_LINE = 50  # characters; what is shorter repeats by chance
+# of a text that the user gives: a tokenizer takes about a hundred times as much memory
+MOST_OWN_BYTES = 4_000_000
+OWN_HINT = "give --calibration a text in UTF-8 of at most 4 MB, like what the model will read"
 
 
 def code() -> str:
@@ -67,7 +73,45 @@ def multilingual() -> str:
     return resources.files("qwen_onnx.export").joinpath("calibration.txt").read_text(encoding="utf-8")
 
 
-def calibration_ids(tokenizer: Any, windows: int, length: int, seed: int = 0) -> list[list[int]]:
+def read_own_text(file: Path) -> str:
+    """A text of the user's to calibrate on.
+
+    Raises:
+        ExportError: it is empty, not UTF-8, not a plain file or larger than ``MOST_OWN_BYTES``.
+    """
+    body = read_bytes(file, most_bytes=MOST_OWN_BYTES, error=ExportError, hint=OWN_HINT)
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as fault:
+        what = f"{file.name} is not UTF-8 at byte {fault.start:,}"
+        raise ExportError(what, where=str(file), hint=OWN_HINT) from fault
+    if not text.strip():
+        raise ExportError(f"{file.name} is empty", where=str(file), hint=OWN_HINT)
+    return text
+
+
+def own_text(digest: str | None) -> str | None:
+    """The text that the build laid beside the pass; None where the options ask for none.
+
+    Args:
+        digest: SHA-256 of its UTF-8 bytes, from the options of the pass.
+
+    Raises:
+        ExportError: it is not there, or is another text.
+    """
+    if digest is None:
+        return None
+    file = Path(OWN_TEXT)
+    if not file.exists() or sha256_of(file) != digest:
+        raise ExportError(
+            f"the calibration text with SHA-256 {digest[:12]}… is not there", hint="give that text with --calibration"
+        )
+    return file.read_bytes().decode("utf-8")
+
+
+def calibration_ids(
+    tokenizer: Any, windows: int, length: int, seed: int = 0, own: str | None = None
+) -> list[list[int]]:
     """Token ids to calibrate on: in turn prose, code, conversations and sixteen languages.
 
     Args:
@@ -75,9 +119,11 @@ def calibration_ids(tokenizer: Any, windows: int, length: int, seed: int = 0) ->
         windows: how many.
         length: tokens of each; fewer when the texts are shorter.
         seed: of the places where the windows begin.
+        own: text of the user's, which every second window then comes from.
 
     Raises:
         SourceError: the chat template does not render, or was stopped.
+        ExportError: ``own`` is shorter than a window.
     """
     prose = _ids(tokenizer, "\n\n".join(topics().values()))
     if tokenizer.chat_template:
@@ -86,7 +132,15 @@ def calibration_ids(tokenizer: Any, windows: int, length: int, seed: int = 0) ->
         chats = _ids(tokenizer, "\n".join(rendered))
     else:
         chats = prose
-    streams = (prose, _ids(tokenizer, code()), chats, _ids(tokenizer, multilingual()))
+    streams = [prose, _ids(tokenizer, code()), chats, _ids(tokenizer, multilingual())]
+    if own is not None:
+        mine = _ids(tokenizer, own)
+        if len(mine) < length:
+            raise ExportError(
+                f"the calibration text has {len(mine)} tokens and a window takes {length}",
+                hint=OWN_HINT,
+            )
+        streams = [stream for ours in streams for stream in (mine, ours)]
     draw = random.Random(seed)
     chosen = islice(cycle(streams), windows)
     begins = ((stream, draw.randrange(max(len(stream) - length, 1))) for stream in chosen)

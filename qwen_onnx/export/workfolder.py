@@ -19,6 +19,8 @@ from qwen_onnx.files import RECORD_SUFFIX, sha256_of
 IDENTITY = "identity.json"
 # where a pass finds the folder of its finished steps, below the folder that Olive runs in
 KEPT_FOLDER = "kept"
+# where it finds the text that the user gave to calibrate on, likewise
+OWN_TEXT = "calibration.txt"
 # where a pass says, beside it, what it expects of the artifact: ``kld`` in nats per token, ``bytes`` of its files
 PREDICTION = "prediction.json"
 

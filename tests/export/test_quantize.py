@@ -20,6 +20,7 @@ from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest, search_g
 from qwen_onnx.export.skeleton import Skeleton
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
 from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.files import sha256_of
 
 SMALL = CalibratedGptqOptions(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)
 
@@ -74,7 +75,9 @@ def test_the_searched_grid_is_never_worse_than_min_max() -> None:
     rows = torch.randn(64, 32) ** 3
     scales, zeros = search_grid(rows, 4)
     span = rows.amax(1, keepdim=True).clamp(min=0) - rows.amin(1, keepdim=True).clamp(max=0)
-    plain = span / 15
+    # scales are numbers of float16
+    plain = (span / 15).half().float()
+    assert torch.equal(scales, scales.half().float())
     plain_zeros = torch.round(-rows.amin(1, keepdim=True).clamp(max=0) / plain)
 
     def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -138,6 +141,48 @@ def test_texts_become_the_ids_that_the_tokenizer_gives(tiny_checkpoint: Path) ->
     # those of the tokenizer's own post-processor too
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <|im_end|>", special_tokens=[("<|im_end|>", 1)])
     assert calibration._ids(tokenizer, "a") == tokenizer("a").input_ids == [*tokenizer.encode("a")[:-1], 1]
+
+
+def test_every_second_window_is_of_the_users_text(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
+    monkeypatch.setattr(calibration, "code", calibration.multilingual)
+    own = "The invoice is due on Friday. " * 40
+    windows = calibration.calibration_ids(tokenizer, 8, 32, seed=3, own=own)
+    mine = tokenizer(own).input_ids
+    assert all(window in [mine[begin : begin + 32] for begin in range(len(mine))] for window in windows[::2])
+    assert [len(window) for window in windows] == [32] * 8
+    assert windows[1::2] != windows[::2]
+    with pytest.raises(ExportError, match="has 8 tokens and a window takes 32"):
+        calibration.calibration_ids(tokenizer, 8, 32, own=tokenizer.decode(mine[:8]))
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"", "own.txt is empty"),
+        (b" \n\t\n", "own.txt is empty"),
+        (b"abc\xff", "not UTF-8 at byte 3"),
+        (b"a" * 4_000_001, "more than 4,000,000 bytes"),
+        (None, "own.txt is missing"),
+    ],
+)
+def test_a_text_that_cannot_be_calibrated_on_is_refused(tmp_path: Path, body: bytes | None, told: str) -> None:
+    file = tmp_path / "own.txt"
+    if body is not None:
+        file.write_bytes(body)
+    with pytest.raises(ExportError, match=told):
+        calibration.read_own_text(file)
+
+
+def test_a_pass_reads_the_text_that_its_options_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert calibration.own_text(None) is None
+    with pytest.raises(ExportError, match="is not there"):
+        calibration.own_text("0" * 64)
+    (tmp_path / "calibration.txt").write_text("some text", encoding="utf-8")
+    assert calibration.own_text(sha256_of(tmp_path / "calibration.txt")) == "some text"
+    with pytest.raises(ExportError, match="is not there"):
+        calibration.own_text("0" * 64)
 
 
 @pytest.mark.slow

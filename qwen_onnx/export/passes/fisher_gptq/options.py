@@ -41,6 +41,9 @@ class FisherGptqOptions(PassOptions):
     damp: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal, as a fraction of its mean")
     refinements: int = Field(default=1, ge=0, le=8, description="turns of moving codes and scales after GPTQ")
     seed: int = 0
+    calibration: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="SHA-256 of a text of yours: optimize --calibration"
+    )
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:

@@ -23,7 +23,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.calibration import calibration_ids
+from qwen_onnx.export.calibration import calibration_ids, own_text
 from qwen_onnx.export.gradients import Gradients, Kept
 from qwen_onnx.export.olive_format import assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
@@ -87,7 +87,8 @@ def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Pa
         _require_room(skeleton, config)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
-        ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed))
+        own = own_text(config.calibration)
+        ids = torch.tensor(calibration_ids(tokenizer, config.windows, config.window, config.seed, own))
         return_free_memory()
         settings = read_json(checkpoint / "config.json")
         # another bound chooses among the same grids

@@ -11,13 +11,11 @@ from typing import NamedTuple, Self
 
 import torch
 
-from qwen_onnx.export.passes.gptq.solver import Quantized, search_grid
+from qwen_onnx.export.passes.gptq.solver import Quantized, in_half, search_grid
 
 SCALE_BYTES = 2  # of float16
 # columns whose errors reach the rest of the matrix in one product; every block divides them
 COLUMNS = 64
-# the smallest number of float16: scales are stored in that type
-SMALLEST_SCALE = 2.0**-24
 # a scale that least squares moves further than this has met a singular system
 LEAST_CHANGE, MOST_CHANGE = 0.7, 1.4
 # numbers of the scales' normal equations that are solved together
@@ -102,12 +100,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, grids: Sequence[Grid]) ->
 
 def _grid(weights: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale, zero = search_grid(weights.contiguous(), grid.bits, importance)
-    return in_half(scale[:, 0]), zero[:, 0]
-
-
-def in_half(scale: torch.Tensor) -> torch.Tensor:
-    """Scales in float32 that float16 holds exactly."""
-    return scale.half().float().clamp_(min=SMALLEST_SCALE)
+    return scale[:, 0], zero[:, 0]
 
 
 def nearest(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> Quantized:

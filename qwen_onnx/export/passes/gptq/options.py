@@ -40,6 +40,9 @@ class CalibratedGptqOptions(PassOptions):
     sensitivity_windows: int = Field(default=8, ge=1, description="windows that choose the 8-bit matrices")
     damp: float = Field(default=0.01, gt=0, lt=1, description="GPTQ damping, fraction of the mean diagonal")
     seed: int = 0
+    calibration: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="SHA-256 of a text of yours: optimize --calibration"
+    )
 
     def written(self, model: Dimensions, before: Stored) -> Stored:
         """Codes with float32 scales; the embedding stays, in float32."""

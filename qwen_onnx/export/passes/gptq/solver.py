@@ -14,7 +14,8 @@ import torch
 
 SHRINK_STEPS = 20
 SHRINK = 0.02
-SMALLEST_SCALE = 1e-9
+# the smallest number of float16
+SMALLEST_SCALE = 2.0**-24
 # columns whose errors reach the rest of the matrix in one product
 COLUMNS = 128
 # LAPACK's sums depend on the number of threads: fixed, so that every machine and setting gives the same bits
@@ -60,7 +61,7 @@ def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 def search_grid(
     weights: torch.Tensor, bits: int, importance: torch.Tensor | None = None, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each row.
+    """Scale and zero point of each row; float16 holds the scale exactly, so that it may be stored in that.
 
     Args:
         weights: [rows, block].
@@ -80,7 +81,7 @@ def search_grid(
     least = torch.full_like(high, torch.inf)
     for step in range(SHRINK_STEPS):
         kept = 1 - SHRINK * step
-        scales = ((high - low) * kept / top).clamp(min=SMALLEST_SCALE)
+        scales = in_half((high - low) * kept / top)
         zeros = torch.full_like(low, 2 ** (bits - 1)) if symmetric else torch.round(-low * kept / scales).clamp(0, top)
         # in place: most of the time of quantising goes into this line's passes over memory
         error = _codes(weights, scales, zeros, top).sub_(zeros).mul_(scales).sub_(weights).square_()
@@ -89,6 +90,11 @@ def search_grid(
         least = torch.where(better, total, least)
         scale, zero = torch.where(better, scales, scale), torch.where(better, zeros, zero)
     return scale, zero
+
+
+def in_half(scale: torch.Tensor) -> torch.Tensor:
+    """Scales in float32 that float16 holds exactly."""
+    return scale.half().float().clamp_(min=SMALLEST_SCALE)
 
 
 def _on_grid(
