@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from qwen_onnx.runtime.processing.images import (
     smart_resize,
 )
 from tests.conftest import rewrite_json
-from tests.fixtures.pictures import SETTINGS, as_file, chart, noise, write_processor
+from tests.fixtures.pictures import SETTINGS, as_file, chart, declared, noise, write_processor
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +101,6 @@ def test_sixteen_bits_of_grey_are_the_upper_eight() -> None:
     ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     found = np.asarray(decode_image(as_file(Image.fromarray(ramp)), where="it"))
     assert np.array_equal(found[..., 0], ramp >> 8)
-
-
-def declared(width: int, height: int) -> bytes:
-    """A PNG of some hundred bytes that declares any size."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
