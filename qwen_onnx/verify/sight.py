@@ -147,7 +147,10 @@ def _prompts(context: Context) -> dict[str, tuple[list[int], tuple[Picture, ...]
     try:
         for name, kinds in chosen.items():
             content = [*({"type": "image"} for _ in kinds), {"type": "text", "text": "What does this show?"}]
-            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": WORDS}]
+            messages: list[dict[str, Any]] = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": WORDS},
+            ]
             ids = template.encode(messages, context.tokenizer, context_length)
             attached = [Attached(_file(images[kind]), kind) for kind in kinds]
             found[name] = eyes.look(ids, attached, context_length)
