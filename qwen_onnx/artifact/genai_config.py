@@ -172,6 +172,53 @@ class Decoder(Part):
     sliding_window: SlidingWindow | None = None
 
 
+class EmbeddingInputs(Part):
+    """Names of the embedding's inputs."""
+
+    input_ids: Tensor
+    image_features: Tensor
+
+
+class EmbeddingOutputs(Part):
+    """Names of its outputs."""
+
+    inputs_embeds: Tensor
+
+
+class Embedding(Part):
+    """The graph that puts the features of pictures between the embeddings of tokens."""
+
+    filename: OnnxFile
+    inputs: EmbeddingInputs
+    outputs: EmbeddingOutputs
+
+
+class VisionInputs(Part):
+    """Names of the encoder's inputs."""
+
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+
+
+class VisionOutputs(Part):
+    """Names of its outputs."""
+
+    image_features: Tensor
+
+
+class Vision(Part):
+    """The encoder of one picture, and the file that says how pictures are prepared."""
+
+    filename: OnnxFile
+    config_filename: Literal["processor_config.json"]
+    spatial_merge_size: Annotated[int, Field(ge=1, le=16)]
+    patch_size: Annotated[int, Field(ge=1, le=256)]
+    tokens_per_second: Positive
+    window_size: Annotated[int, Field(ge=0, le=1 << 16)]
+    inputs: VisionInputs
+    outputs: VisionOutputs
+
+
 class Model(Part):
     """Sizes and special tokens; ``bot`` and the others are the markers of tool calls and of reasoning."""
 
@@ -185,7 +232,19 @@ class Model(Part):
     eot_token_id: TokenId | None = None
     bor_token_id: TokenId | None = None
     eor_token_id: TokenId | None = None
+    image_token_id: TokenId | None = None
+    video_token_id: TokenId | None = None
+    vision_start_token_id: TokenId | None = None
     decoder: Decoder
+    embedding: Embedding | None = None
+    vision: Vision | None = None
+
+    @model_validator(mode="after")
+    def _sees_whole_or_not_at_all(self) -> Self:
+        parts = (self.embedding, self.vision, self.image_token_id)
+        if any(part is not None for part in parts) and None in parts:
+            raise ValueError("embedding, vision and image_token_id go together")
+        return self
 
 
 class Search(Part):
@@ -230,8 +289,16 @@ class GenaiConfig(Record):
 
     @property
     def graph_file(self) -> str:
-        """Name of the ONNX file in the folder."""
+        """Name of the decoder's ONNX file in the folder."""
         return self.model.decoder.filename
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of every file that it has loaded."""
+        vision, embedding = self.model.vision, self.model.embedding
+        if vision is None or embedding is None:
+            return (self.graph_file,)
+        return (self.graph_file, embedding.filename, vision.filename, vision.config_filename)
 
 
 def ids_of(value: TokenIds | None) -> list[int]:

@@ -169,10 +169,9 @@ def check_configuration(folder: Path, files: Collection[str]) -> GenaiConfig:
         ArtifactError: it does not.
     """
     config = GenaiConfig.read(folder)
-    if config.graph_file not in files:
-        raise ArtifactError(
-            f"{GENAI_CONFIG} names {config.graph_file}, which is not a file of it", where=str(folder), hint=HINT
-        )
+    for name in config.files:
+        if name not in files:
+            raise ArtifactError(f"{GENAI_CONFIG} names {name}, which is not a file of it", where=str(folder), hint=HINT)
     return config
 
 

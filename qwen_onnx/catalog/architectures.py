@@ -12,16 +12,19 @@ Kind = Literal["dense", "mixture", "hybrid"]
 
 
 class Known(NamedTuple):
-    """The weights' kind, and ``model_type`` as the architecture's ``config.json`` has it."""
+    """The text weights' kind, ``model_type`` as ``config.json`` has it, and whether its vision tower is built."""
 
     kind: Kind
     model_type: str
+    sees: bool = False
 
 
 ARCHITECTURES: dict[str, Known] = {
     "QWenLMHeadModel": Known("dense", "qwen"),
     "Qwen2ForCausalLM": Known("dense", "qwen2"),
     "Qwen2MoeForCausalLM": Known("mixture", "qwen2_moe"),
+    "Qwen2VLForConditionalGeneration": Known("dense", "qwen2_vl", sees=True),
+    "Qwen2_5_VLForConditionalGeneration": Known("dense", "qwen2_5_vl", sees=True),
     "Qwen3ForCausalLM": Known("dense", "qwen3"),
     "Qwen3MoeForCausalLM": Known("mixture", "qwen3_moe"),
     "Qwen3NextForCausalLM": Known("hybrid", "qwen3_next"),
@@ -36,4 +39,5 @@ def of_kind(kind: Kind) -> frozenset[str]:
 
 
 DENSE, MIXTURES, HYBRIDS = of_kind("dense"), of_kind("mixture"), of_kind("hybrid")
+SEEING = frozenset(name for name, known in ARCHITECTURES.items() if known.sees)
 QWEN1 = "QWenLMHeadModel"

@@ -187,6 +187,9 @@ class Pipeline(Record):
     default: Precision = "int4"
     precisions: dict[Precision, Build] = Field(default_factory=dict)
     unavailable: dict[Precision, Reason] = Field(default_factory=dict, description="precisions without a build")
+    vision: tuple[Step, ...] = Field(
+        default=(), description="steps that follow for an architecture with a vision tower; none: it is not built"
+    )
 
     @model_validator(mode="after")
     def _every_precision_is_built_or_says_why_not(self) -> Pipeline:

@@ -19,6 +19,7 @@ from qwen_onnx.verify.keeping import Keep
 from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
 from qwen_onnx.verify.scratch import scratch_folder
+from qwen_onnx.verify.sight import VISUAL, sees
 from qwen_onnx.verify.tasks import check as _registered  # noqa: F401
 
 __all__ = ["CheckResult", "Keep", "Report", "Verdict", "VerifyOptions", "print_report", "verify_artifact"]
@@ -60,7 +61,13 @@ def verify_artifact(
             fail do not raise.
     """
     asked = {name for name, asks in ASKED.items() if asks(options)}
-    left_out = {name: reason for name, reason in beyond(level).items() if name not in ASKED or name in asked}
+    # what no text model could have is not missed in one
+    blind = frozenset() if sees(artifact) else VISUAL - set(options.checks)
+    left_out = {
+        name: reason
+        for name, reason in beyond(level).items()
+        if (name not in ASKED or name in asked) and name not in blind
+    }
     impossible = sorted((set(options.checks) | asked) & set(left_out))
     if impossible:
         raise VerificationError(f"{', '.join(impossible)} cannot be checked: {level.text}")
@@ -73,7 +80,7 @@ def verify_artifact(
     started = time.perf_counter()
     with scratch_folder(cache, checkpoint) as scratch:
         context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, scratch, keep)
-        made = [name for name in CHECKS if name not in left_out and (name not in ASKED or name in asked)]
+        made = [name for name in CHECKS if name not in {*left_out, *blind} and (name not in ASKED or name in asked)]
         results = tuple(run_check(name, context) for name in made)
         context.release()
     if keep and context.golden:

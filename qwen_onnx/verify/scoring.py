@@ -15,6 +15,8 @@ import numpy.typing as npt
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.bounded import read_json
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.runtime.engines.batch.model import EMBEDDED
+from qwen_onnx.runtime.engines.batch.sight import Table
 from qwen_onnx.runtime.engines.genai import UNPACK_QDQ
 from qwen_onnx.verify.graph import Graph
 
@@ -111,6 +113,7 @@ class Session:
 
     def __init__(self, session: Any, folder: Path, sizes: dict[str, int]) -> None:
         self._session, self.folder, self._sizes = session, folder, sizes
+        self._table: Table | None = None
 
     def run(
         self, outputs: Sequence[str], ids: Sequence[int], given: Mapping[str, npt.NDArray[Any]]
@@ -141,8 +144,12 @@ class Session:
             if spec.name in given:
                 feeds[spec.name] = given[spec.name]
                 continue
-            if spec.name.startswith(STATES):
-                value: npt.NDArray[Any] = np.zeros([self._size(size, spec.name) for size in spec.shape])
+            if spec.name == EMBEDDED:
+                # of a model that sees: another graph makes them
+                self._table = self._table or Table(self.folder, 1)
+                value: npt.NDArray[Any] = self._table.embed(ids)
+            elif spec.name.startswith(STATES):
+                value = np.zeros([self._size(size, spec.name) for size in spec.shape])
             elif spec.name in known:
                 # multimodal RoPE has three axes of positions, equal for text
                 value = np.broadcast_to(known[spec.name], (*spec.shape[:-2], *ids.shape))

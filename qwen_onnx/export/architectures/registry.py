@@ -15,9 +15,10 @@ from typing import Any
 
 from qwen_onnx.catalog.architectures import DENSE
 from qwen_onnx.errors import ExportError, UnsupportedModelError
-from qwen_onnx.export.architectures import moe, qwen3_next
+from qwen_onnx.export.architectures import moe, qwen3_next, vision
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.sources.checkpoint import read_json
+from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, VISION_ARCHITECTURE
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,17 @@ class Architecture:
 # The multi-token-prediction head excludes prune_lm_head, and our runtime does not draft.
 NO_DRAFT = ("exclude_mtp=true",)
 
+# the vision pass writes the embedding, which genai runs apart
+SEEING = Architecture(QWEN2_5_VL, "Qwen25VLTextModel", vision.VisionDecoder, ("exclude_embeds=true",))
+
 # What genai 0.18 makes of each; figures are in tests/export/test_architectures.py.
 ARCHITECTURES: dict[str, Architecture] = {
     # right. A Qwen 1.0 arrives as one: sources.py converts it, since PyTorch and the quantiser have to read it, too
     "Qwen2ForCausalLM": Architecture("Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": Architecture("Qwen3ForCausalLM"),
+    # a decoder without tower or embedding; of Qwen2-VL "not currently supported"
+    QWEN2_VL: SEEING,
+    QWEN2_5_VL: SEEING,
     # "not currently supported". The operators that the export needs are there
     "Qwen2MoeForCausalLM": Architecture("Qwen2ForCausalLM", "QwenModel", moe.Qwen2MoEModel),
     "Qwen3MoeForCausalLM": Architecture("Qwen3ForCausalLM", "Qwen3Model", moe.Qwen3MoEModel),
@@ -68,7 +75,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
         ExportError: the checkpoint was quantised by a step that cannot see all of its weights.
     """
     config = read_json(checkpoint / "config.json")
-    name = (config.get("architectures") or ["none"])[0]
+    name = config.get(VISION_ARCHITECTURE) or (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"no exporter for {name}; known: {', '.join(sorted(ARCHITECTURES))}",

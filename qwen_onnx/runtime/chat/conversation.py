@@ -8,32 +8,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Base64Bytes, ValidationError
 
+from qwen_onnx.bounded import read_bytes
 from qwen_onnx.errors import ConfigError, PromptTooLongError, RequestError, TemplateError
 from qwen_onnx.files import write_private
 from qwen_onnx.records import Record
 from qwen_onnx.runtime.processing.reasoning import Kind, ThinkingSplitter, is_open
 from qwen_onnx.runtime.processing.template import Message
-from qwen_onnx.runtime.service.generation import PARAMETERS, ChatPrompt, Delta, GenerationConfig
+from qwen_onnx.runtime.service.generation import PARAMETERS, Attached, ChatPrompt, Delta, GenerationConfig
 from qwen_onnx.runtime.service.qwen import QwenService
 
 # what /set knows; the rest of a configuration are texts and tables, not numbers
 SETTINGS = tuple(name for name in PARAMETERS if name != "logprobs")
 # an answer that is cut after some words helps nobody: so much of the context is kept free for it
 ROOM = 0.25
+IMAGE = "/image"
 
 
 class SavedMessage(Record):
-    """One message. ``stopped``: the user stopped this answer, the text is what had come."""
+    """One message.
+
+    Attributes:
+        stopped: the user stopped this answer, the text is what had come.
+        pictures: that stand before a question's text, as base64 of their files.
+    """
 
     role: Literal["user", "assistant"]
     content: str
     reasoning_content: str | None = None
     stopped: bool = False
+    pictures: tuple[Base64Bytes, ...] = ()
 
     def plain(self) -> Message:
         """For the chat template, which decides itself what to do with earlier reasoning."""
+        if self.pictures:
+            parts: list[dict[str, str]] = [{"type": "image"} for _ in self.pictures]
+            return {"role": self.role, "content": [*parts, {"type": "text", "text": self.content}]}
         return self.model_dump(include={"role", "content", "reasoning_content"}, exclude_none=True)
 
 
@@ -84,6 +95,7 @@ class Conversation:
         self.service, self.config, self.model, self.system = service, config, model, system
         self.thinking: bool | None = None
         self.messages: list[SavedMessage] = []
+        self.attached: list[bytes] = []
 
     @property
     def context_length(self) -> int:
@@ -93,11 +105,30 @@ class Conversation:
     def prompt(self) -> ChatPrompt:
         """All that is said so far."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return ChatPrompt([*system, *(message.plain() for message in self.messages)], thinking=self.thinking)
+        pictures = [Attached(content, IMAGE) for message in self.messages for content in message.pictures]
+        plain = [message.plain() for message in self.messages]
+        return ChatPrompt([*system, *plain], thinking=self.thinking, pictures=pictures)
+
+    def attach(self, path: Path) -> None:
+        """Show the model a picture with the next question.
+
+        Raises:
+            RequestError: the model reads no pictures, or the file is not a sound one.
+        """
+        if not self.service.sees:
+            raise RequestError(f"the model {self.model} reads no pictures", where=IMAGE)
+        from qwen_onnx.runtime.processing.images import ImageLimits, decode_image
+
+        content = read_bytes(path.resolve(), most_bytes=ImageLimits().most_bytes, error=RequestError)
+        decode_image(content, where=str(path))
+        self.attached.append(content)
 
     def ask(self, text: str) -> None:
-        """Add a question."""
-        self.messages.append(SavedMessage(role="user", content=text))
+        """Add a question, with the pictures that were attached."""
+        # validation would decode them from base64
+        asked = SavedMessage(role="user", content=text).model_copy(update={"pictures": tuple(self.attached)})
+        self.messages.append(asked)
+        self.attached.clear()
 
     def forget_answer(self) -> None:
         """Take the last answer back, so that its question can be answered anew.
@@ -133,7 +164,11 @@ class Conversation:
 
     def _tokens(self) -> int:
         try:
-            return len(self.service.encode_chat(self.prompt()))
+            prompt = self.prompt()
+            # what pictures take is known once they are looked at
+            return len(
+                self.service.prepare(prompt, self.config) if prompt.pictures else self.service.encode_chat(prompt)
+            )
         except PromptTooLongError:
             # longer than is worth counting: at least a token more than fits
             if len(self.messages) == 1:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_onnx.errors import ConfigError, QwenOnnxError
-from qwen_onnx.runtime.chat.conversation import SETTINGS, Conversation, Outcome
+from qwen_onnx.runtime.chat.conversation import IMAGE, SETTINGS, Conversation, Outcome
 from qwen_onnx.runtime.chat.line_input import piped, terminal_reader
 from qwen_onnx.runtime.processing.reasoning import Kind
 
@@ -41,6 +41,7 @@ class Terminal:
             "/help": ("", "this list", self._help),
             "/system": ("TEXT", "set the system message; - removes it; without TEXT show it", self._system),
             "/think": ("on|off", "have the model think before it answers", self._think),
+            IMAGE: ("FILE", "show a picture with the next question", self._image),
             "/set": ("NAME VALUE", "change a setting, e.g. temperature 0.7; alone: show all", self._set),
             "/regenerate": ("", "answer the last question anew", self._regenerate),
             "/reset": ("", "forget the conversation, keep system message and settings", self._reset),
@@ -152,6 +153,11 @@ class Terminal:
         self.conversation.set_thinking(text == "on")
         self._note(f"thinking is {text}")
 
+    def _image(self, text: str) -> None:
+        path = _path(IMAGE, text)
+        self.conversation.attach(path)
+        self._note(f"attached {path.name}: it goes with the next question")
+
     def _set(self, text: str) -> None:
         words = text.split()
         if len(words) not in (0, 2):
@@ -167,6 +173,7 @@ class Terminal:
 
     def _reset(self, _: str) -> None:
         self.conversation.messages.clear()
+        self.conversation.attached.clear()
         self._note("the conversation begins anew")
 
     def _save(self, text: str) -> None:

@@ -63,6 +63,8 @@ class SerialEngine:
         """See ``requests.TokenEngine``."""
         request.check(self.shape)
         _check_features(request)
+        if request.pictures:
+            raise RequestError("this model's engine takes no pictures", where="messages", hint="send text alone")
         turn = Turn(request, listener)
         with self._changed:
             if self._closing:

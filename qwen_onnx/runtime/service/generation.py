@@ -65,6 +65,14 @@ DEFAULT = GenerationConfig()
 
 
 @dataclass(frozen=True)
+class Attached:
+    """A picture as a client sent it: the bytes of a file, and where the request has it, for messages."""
+
+    content: bytes
+    where: str
+
+
+@dataclass(frozen=True)
 class ChatPrompt:
     """A conversation and what its template is told beside it.
 
@@ -73,12 +81,14 @@ class ChatPrompt:
         tools: declarations in OpenAI's form, ``{"type": "function", "function": {...}}``.
         thinking: None leaves it to the template; else the template's ``enable_thinking``.
         schema: JSON schema that the answer is held to; the template is not told, but its characters are input too.
+        pictures: in the order of the parts ``{"type": "image"}`` of the messages.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     thinking: bool | None = None
     schema: Mapping[str, Any] | None = None
+    pictures: Sequence[Attached] = ()
 
 
 # text to continue, token ids to continue, or a conversation to answer

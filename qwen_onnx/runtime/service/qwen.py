@@ -14,17 +14,19 @@ from qwen_onnx.errors import PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
+from qwen_onnx.runtime.engines.pictures import Picture
 from qwen_onnx.runtime.engines.remote import RemoteEngine
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_template
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
 from qwen_onnx.runtime.service.answers import Answer, Assembler
+from qwen_onnx.runtime.service.eyes import Eyes
 from qwen_onnx.runtime.service.generation import (
     ChatPrompt,
     GenerationConfig,
     Prompt,
 )
-from qwen_onnx.runtime.service.text import Prepared, TextService, is_ids
+from qwen_onnx.runtime.service.text import Prepared, TextService, as_chat, is_ids
 
 
 class QwenService(TextService):
@@ -64,6 +66,8 @@ class QwenService(TextService):
             self.tokenizer = TextTokenizer(folder)
             # a base model has no template and continues plain text all the same: the fault is told when a chat comes
             self.template = ChatTemplate(folder) if has_template(folder) else None
+            self._eyes = Eyes.of(folder)
+            self.sees = self._eyes is not None
             self.fingerprint = _fingerprint(folder)
             if seal:
                 seal.require_untouched()
@@ -84,19 +88,29 @@ class QwenService(TextService):
 
     def _encoded(self, prompt: Prompt, least: int) -> Prepared:
         context = self.engine.shape.context_length
+        pictures: tuple[Picture, ...] = ()
         if isinstance(prompt, str):
             check_size(len(prompt), context)
             ids = self.tokenizer.encode(prompt)
         elif is_ids(prompt):
             ids = list(cast("Sequence[int]", prompt))
         else:
-            ids = self.encode_chat(cast("Sequence[Message] | ChatPrompt", prompt))
+            chat = as_chat(cast("Sequence[Message] | ChatPrompt", prompt))
+            ids, pictures = self._looked(self.encode_chat(chat), chat, context)
         if self.room(ids) < least:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the context holds {context}", where="prompt", hint="shorten it"
             )
         self.engine.shape.check(ids, least, least=least)
-        return Prepared(ids)
+        return Prepared(ids, pictures=pictures)
+
+    def _looked(self, ids: list[int], chat: ChatPrompt, context: int) -> tuple[list[int], tuple[Picture, ...]]:
+        """See ``Eyes.look``."""
+        if self._eyes is not None:
+            return self._eyes.look(ids, chat.pictures, context)
+        if chat.pictures:
+            raise RequestError("this model reads no pictures", where=chat.pictures[0].where, hint="send text alone")
+        return ids, ()
 
     def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """Begin an answer; ``listener`` gets the engine's events, which the assembler makes pieces of.
@@ -116,6 +130,7 @@ class QwenService(TextService):
             grammar=config.grammar,
             echo=config.echo,
             cache_scope=cache_scope.get(),
+            pictures=ids.pictures,
         )
         return self.engine.submit(request, listener), Assembler(self.tokenizer, config, ids)
 

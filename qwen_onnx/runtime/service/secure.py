@@ -47,7 +47,7 @@ class GuardedService(TextService):
     def __init__(self, inner: TextService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
         self._inner = inner
         self.tokenizer, self.template, self.engine = inner.tokenizer, inner.template, inner.engine
-        self.fingerprint = inner.fingerprint
+        self.sees, self.fingerprint = inner.sees, inner.fingerprint
         self.policy, self._observers = policy, tuple(observers)
         if self.template:
             self.template.seconds = policy.request_seconds
@@ -70,7 +70,8 @@ class GuardedService(TextService):
         self._check_length(prompt)
         begin = time.monotonic()
         prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
-        return Prepared(self._inner.prepare(prompt, config), time.monotonic() - begin)
+        prepared = self._inner.prepare(prompt, config)
+        return Prepared(prepared, time.monotonic() - begin, prepared.pictures)
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwen_onnx.errors import OverloadedError, RequestError, ServiceError
@@ -15,6 +16,7 @@ from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
+from qwen_onnx.runtime.engines.pictures import Picture
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.engines.serial import SerialEngine
 from tests.runtime.engines.batch.test_engine import Heard, alone, endless
@@ -87,3 +89,9 @@ def test_the_cpu_artifact_is_batched(tiny_artifact: Path) -> None:
     engine = load_engine(tiny_artifact, EngineOptions(streams=2, capacity=256, threads=1))
     assert engine.stats().kind == "batch"
     engine.close()
+
+
+def test_pictures_are_refused_not_overlooked(engine: SerialEngine) -> None:
+    picture = Picture(np.zeros((4, 8), np.float32), (1, 2, 2), 2, "a1")
+    with pytest.raises(RequestError, match="takes no pictures"):
+        engine.submit(TokenRequest((1, 2), 4, pictures=(picture,)), lambda event: None)

@@ -19,6 +19,7 @@ from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
 from qwen_onnx.runtime.engines.batch.rows import Rows
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
+from qwen_onnx.runtime.engines.batch.sight import Looked
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import (
     CLOSED,
@@ -29,6 +30,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenRequest,
     Top,
 )
+from qwen_onnx.runtime.engines.pictures import Positions
 from qwen_onnx.runtime.engines.sampling import BATCH_FEATURES
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Stream:
     request: TokenRequest
     listener: Listener
     sampler: Sampler
+    looked: Looked
     row: int = -1
     filled: int = 0
     cached: int = 0
@@ -110,9 +113,10 @@ class BatchEngine:
         request.check(self.shape)
         if request.echo and "echo" not in self.features:
             raise RequestError("echo is not supported for this model: its graph tells the last position", where="echo")
+        looked = Looked(request, self._model.sight)
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
-        stream = Stream(request, listener, Sampler(request, matcher, forbidden))
+        stream = Stream(request, listener, Sampler(request, matcher, forbidden), looked)
         with self._changed:
             if self._closing or self._failed:
                 raise ServiceError(CLOSED)
@@ -197,7 +201,7 @@ class BatchEngine:
                     self._waiting.popleft()
                 stream.listener(TokenEvent(finish="cancelled"))
                 continue
-            row = self._rows.admit(stream.request.prompt_ids, stream.request.cache_scope, reuse=not stream.fresh)
+            row = self._rows.admit(stream.looked.keys, stream.request.cache_scope, reuse=not stream.fresh)
             if row is None:
                 return
             stream.row = row
@@ -212,23 +216,25 @@ class BatchEngine:
         stream.filled = filled
 
     def _prefill(self, stream: Stream) -> None:
-        prompt, history = stream.request.prompt_ids, self._rows.histories[stream.row]
-        source, common = (stream.row, 0) if stream.fresh else self._rows.longest(prompt, stream.row)
+        prompt, keys, history = stream.request.prompt_ids, stream.looked.keys, self._rows.histories[stream.row]
+        source, common = (stream.row, 0) if stream.fresh else self._rows.longest(keys, stream.row)
         if common:
             self._model.copy(source, stream.row, common)
-            history[:] = prompt[:common]
+            history[:] = keys[:common]
             self._found(stream, common)
-        piece = prompt[stream.filled : stream.filled + PREFILL_CHUNK]
+        begin, end = stream.filled, min(stream.filled + PREFILL_CHUNK, len(prompt))
+        piece, looked = np.array(prompt[begin:end], np.int64), stream.looked
+        positions, features = looked.positions(begin, end), looked.features(begin, end)
         told: tuple[tuple[float, Top], ...] = ()
         if stream.request.scored:
-            every = self._model.every_position(stream.row, np.array(piece, np.int64), stream.filled)
+            every = self._model.every_position(stream.row, piece, begin, positions=positions, features=features)
             # nothing of the prompt follows its last token
-            following = prompt[stream.filled + 1 : stream.filled + len(piece) + 1]
+            following = prompt[begin + 1 : end + 1]
             told = tuple(stream.sampler.likely(*pair) for pair in zip(every, following, strict=False))
             logits = every[-1]
         else:
-            logits = self._model.extend(stream.row, np.array([piece], np.int64), [stream.filled])[0]
-        history += piece
+            logits = self._model.extend(stream.row, piece[None], [begin], positions=positions, features=features)[0]
+        history += keys[begin:end]
         stream.filled += len(piece)
         self._clock += 1
         stream.served = self._clock
@@ -248,12 +254,21 @@ class BatchEngine:
             tokens[stream.row - first] = cast("int", stream.token)
         for row in range(first, last + 1):
             del histories[row][past[row - first] :]
-        logits = self._model.extend(first, tokens, past)
+        logits = self._model.extend(first, tokens, past, positions=self._positions(streams, first, past))
         for stream in streams:
             histories[stream.row].append(int(tokens[stream.row - first, 0]))
             self._rows.touch(stream.row)
         for stream, row in [(stream, stream.row) for stream in streams]:
             self._draw(stream, logits[row - first])
+
+    def _positions(self, streams: list[Stream], first: int, past: list[int]) -> Positions | None:
+        """Of one token in each row, int64 [3, rows, 1]; None when no prompt had a picture."""
+        if not any(stream.looked.moved for stream in streams):
+            return None
+        found = np.array(past, np.int64)
+        for stream in streams:
+            found[stream.row - first] += stream.looked.moved
+        return np.broadcast_to(found[:, None], (3, len(past), 1))
 
     def _draw(self, stream: Stream, logits: Floats) -> None:
         try:

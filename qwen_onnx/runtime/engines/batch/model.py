@@ -22,8 +22,12 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
+from qwen_onnx.runtime.engines.batch.sight import Sight
 from qwen_onnx.runtime.engines.genai import Shape
+from qwen_onnx.runtime.engines.pictures import Positions
 
+# of a graph that has them made of token ids and pictures
+EMBEDDED = "inputs_embeds"
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # of the free memory, for the KV cache; pages are taken only when a conversation reaches them
@@ -103,11 +107,14 @@ class BatchModel:
         self._session = _session(folder, threads)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         past = {name for name, _ in layout.names}
-        foreign = sorted(set(self._inputs) - past - {"input_ids", "attention_mask", "position_ids", POSITIONS})
+        foreign = sorted(
+            set(self._inputs) - past - {"input_ids", "attention_mask", "position_ids", POSITIONS, EMBEDDED}
+        )
         if foreign or not past <= set(self._inputs) or "attention_mask" not in self._inputs:
             raise UnsupportedGraphError(
                 f"the graph keeps other state than keys and values: {foreign}", where=str(folder)
             )
+        self.sight = Sight(folder, threads) if EMBEDDED in self._inputs else None
         logits = _logits_of(self._session, layout, shape, folder)
         self._type = TYPES[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
@@ -131,34 +138,61 @@ class BatchModel:
         """Whether ``every_position`` can be asked for."""
         return not self._pruned
 
-    def extend(self, first: int, tokens: np.ndarray[Any, Any], past: Sequence[int]) -> Floats:
+    def extend(
+        self,
+        first: int,
+        tokens: np.ndarray[Any, Any],
+        past: Sequence[int],
+        *,
+        positions: Positions | None = None,
+        features: Floats | None = None,
+    ) -> Floats:
         """Put tokens behind what neighbouring rows hold.
 
         Args:
             first: the first row.
             tokens: int64 [n, t]; row ``first + i`` gets ``tokens[i]``.
             past: tokens that each row holds, n numbers.
+            positions: int64 [3, n, t], of a model that sees; None: those of text, one after the other.
+            features: of the pictures' tokens among ``tokens``, [such tokens, hidden].
 
         Returns:
             Logits after the last token of each row, float32 [n, vocab_size]; valid until the next call.
         """
-        logits: Floats = self._run(first, tokens, past, every=False)[:, -1].astype(np.float32, copy=False)
+        found = self._run(first, tokens, past, positions, features, every=False)
+        logits: Floats = found[:, -1].astype(np.float32, copy=False)
         return logits
 
-    def every_position(self, row: int, tokens: np.ndarray[Any, Any], past: int) -> Floats:
+    def every_position(
+        self,
+        row: int,
+        tokens: np.ndarray[Any, Any],
+        past: int,
+        *,
+        positions: Positions | None = None,
+        features: Floats | None = None,
+    ) -> Floats:
         """Put at most ``chunk`` tokens behind what one row holds.
 
         Args:
-            tokens: int64 [t]; past: tokens that the row holds.
+            tokens: int64 [t]; past: tokens that the row holds. Others: see ``extend``.
 
         Returns:
             Logits after each of the tokens, float32 [t, vocab_size]; valid until the next call.
         """
-        logits: Floats = self._run(row, tokens[None], [past], every=True)[0].astype(np.float32, copy=False)
+        found = self._run(row, tokens[None], [past], positions, features, every=True)
+        logits: Floats = found[0].astype(np.float32, copy=False)
         return logits
 
     def _run(
-        self, first: int, tokens: np.ndarray[Any, Any], past: Sequence[int], *, every: bool
+        self,
+        first: int,
+        tokens: np.ndarray[Any, Any],
+        past: Sequence[int],
+        positions: Positions | None,
+        features: Floats | None,
+        *,
+        every: bool,
     ) -> np.ndarray[Any, Any]:
         """Logits [n, positions, vocab_size] after the last token, or those after each of them."""
         count, new = tokens.shape
@@ -166,11 +200,17 @@ class BatchModel:
         for row, length in enumerate(past):
             mask[row, : length + new] = 1
         binding = self._binding(first, count)
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
+        if self.sight is None:
+            binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
+        else:
+            binding.bind_cpu_input(EMBEDDED, self.sight.embed(np.ascontiguousarray(tokens), features))
         binding.bind_cpu_input("attention_mask", mask)
         if "position_ids" in self._inputs:
-            positions = np.asarray(past, np.int64)[:, None] + np.arange(new, dtype=np.int64)
-            binding.bind_cpu_input("position_ids", positions)
+            plain = np.asarray(past, np.int64)[:, None] + np.arange(new, dtype=np.int64)
+            if self.sight is not None:
+                # for text the three axes are equal
+                plain = np.broadcast_to(plain, (3, *plain.shape)) if positions is None else positions
+            binding.bind_cpu_input("position_ids", np.ascontiguousarray(plain))
         chosen = POSITIONS in self._inputs
         if chosen:
             wanted = np.arange(new, dtype=np.int64) if every else np.array([-1], np.int64)

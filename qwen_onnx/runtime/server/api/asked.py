@@ -11,7 +11,7 @@ from qwen_onnx.runtime.processing.grammars import Calls, Grammar, check_grammar,
 from qwen_onnx.runtime.processing.reasoning import OPEN, is_open
 from qwen_onnx.runtime.processing.tool_calls import OPEN as CALL
 from qwen_onnx.runtime.server.api.events import Reading
-from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt
+from qwen_onnx.runtime.service.generation import DEFAULT, Attached, ChatPrompt
 from qwen_onnx.runtime.service.text import Prepared, TextService
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -55,7 +55,7 @@ class Asked:
         parallel: whether there may be several calls.
         schema: JSON schema of the content.
         schema_field: where the request has it, for messages.
-        thinking: see ``ChatPrompt``.
+        thinking, pictures: see ``ChatPrompt``.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -66,6 +66,7 @@ class Asked:
     schema: Mapping[str, Any] | None = None
     schema_field: str = "response_format"
     thinking: bool | None = None
+    pictures: Sequence[Attached] = ()
 
 
 def understood(service: TextService, asked: Asked) -> tuple[Prepared, str | None, Reading]:
@@ -86,7 +87,7 @@ def understood(service: TextService, asked: Asked) -> tuple[Prepared, str | None
             "this model's thinking cannot be switched: its chat template does not know enable_thinking",
             where="chat_template_kwargs",
         )
-    chat = ChatPrompt(asked.messages, [tool.plain() for tool in tools], asked.thinking, asked.schema)
+    chat = ChatPrompt(asked.messages, [tool.plain() for tool in tools], asked.thinking, asked.schema, asked.pictures)
     # before the template is run, because it refuses a text that is too long before it works on it
     ids = service.prepare(chat, DEFAULT)
     inside = is_open(service.tokenizer.tail(ids))

@@ -9,32 +9,50 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen_onnx.errors import RequestError
+from qwen_onnx.runtime.processing.data_uri import picture_bytes
 from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 from qwen_onnx.runtime.server.api.asked import Asked, Tool
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, SamplingFields, Schema, Strict
 from qwen_onnx.runtime.service.budget import BUDGET
+from qwen_onnx.runtime.service.eyes import MOST_PICTURES
+from qwen_onnx.runtime.service.generation import Attached
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class TextPart(Strict):
-    """A text part of a message; images and audio are refused by its type."""
+    """A text part of a message; audio is refused by its type."""
 
     type: Literal["text"]
     text: str
 
 
+class ImageUrl(Strict):
+    """A picture: ``url`` is a data URI in base64, since nothing is fetched."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = Field(default=None, description=NO_CHANGE)
+
+
+class ImagePart(Strict):
+    """A picture in what the user says."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 Content = str | Annotated[list[TextPart], FIRST_FAULT]
 Name = Annotated[str | None, Field(description="Handed to the chat template, which may not use it.")]
+UserContent = str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], FIRST_FAULT]
 # lm-eval says it of whole messages
 Type = Annotated[Literal["text"] | None, Field(description=NO_CHANGE)]
 
 
-def joined(content: Content | None) -> str:
+def joined(content: Content | UserContent | None) -> str:
     """Parts are joined to one text."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(part.text for part in content)
+    return "".join(part.text for part in content if isinstance(part, TextPart))
 
 
 class SystemMessage(Strict):
@@ -54,13 +72,34 @@ class UserMessage(Strict):
     """What the user says."""
 
     role: Literal["user"]
-    content: Content
+    content: UserContent
     name: Name = None
     type: Type = None
 
     def plain(self) -> dict[str, Any]:
-        """For the chat template."""
-        return {"role": "user", "content": joined(self.content)}
+        """For the chat template, which is told where pictures stand and not what they show."""
+        if isinstance(self.content, str) or not any(isinstance(part, ImagePart) for part in self.content):
+            return {"role": "user", "content": joined(self.content)}
+        parts = [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            for part in self.content
+        ]
+        return {"role": "user", "content": parts}
+
+    def pictures(self, where: str) -> list[Attached]:
+        """What was sent with it.
+
+        Raises:
+            RequestError: a remote URL, or not base64.
+        """
+        if isinstance(self.content, str):
+            return []
+        places = {f"{where}.content.{index}.image_url": part for index, part in enumerate(self.content)}
+        return [
+            Attached(picture_bytes(part.image_url.url, where=place), place)
+            for place, part in places.items()
+            if isinstance(part, ImagePart)
+        ]
 
 
 class FunctionCall(Strict):
@@ -168,6 +207,23 @@ def plain_messages(messages: Sequence[Any], place: str = "messages") -> list[dic
     return plain
 
 
+def pictures_of(messages: Sequence[Any]) -> list[Attached]:
+    """Of all messages, in their order.
+
+    Raises:
+        RequestError: more than ``MOST_PICTURES``, or one that is no data URI of a picture.
+    """
+    asked = [
+        (index, message)
+        for index, message in enumerate(messages)
+        if isinstance(message, UserMessage) and not isinstance(message.content, str)
+    ]
+    count = sum(isinstance(part, ImagePart) for _, message in asked for part in message.content)
+    if count > MOST_PICTURES:
+        raise RequestError(f"{count} pictures, the most are {MOST_PICTURES}", where="messages", hint="send fewer")
+    return [picture for index, message in asked for picture in message.pictures(f"messages.{index}")]
+
+
 class Function(Strict):
     """A function; ``parameters`` is a JSON schema, absent: it has none."""
 
@@ -244,6 +300,7 @@ class Conversing(Strict):
         choice: Literal["none", "auto", "required"] | FunctionRef | None,
         schema: Mapping[str, Any] | None,
         schema_field: str,
+        pictures: Sequence[Attached] = (),
     ) -> Asked:
         named = choice.name if isinstance(choice, FunctionRef) else None
         return Asked(
@@ -255,6 +312,7 @@ class Conversing(Strict):
             schema=schema,
             schema_field=schema_field,
             thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
+            pictures=pictures,
         )
 
 
@@ -304,4 +362,5 @@ class ChatRequest(SamplingFields, Conversing):
             schema = form.json_schema.schema_ if form.json_schema.schema_ is not None else ANY_OBJECT
         functions = [tool.function for tool in self.tools or ()]
         named = choice.function if isinstance(choice, NamedChoice) else choice
-        return self._asked(plain_messages(self.messages), functions, named, schema, "response_format")
+        messages, pictures = plain_messages(self.messages), pictures_of(self.messages)
+        return self._asked(messages, functions, named, schema, "response_format", pictures)

@@ -129,6 +129,8 @@ def _add_chat(router: APIRouter, service: TextService, model_name: str) -> None:
         if unknown:
             return unknown
         options, asked = body.options(), body.asked()
+        if asked.pictures and not service.sees:
+            raise RequestError(f"the model {model_name!r} reads no pictures", where=asked.pictures[0].where)
         ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked)
         jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
         running = await Generations.begin(service, jobs)

@@ -1,0 +1,103 @@
+"""A graph drawn node by node, its weights copied from a checkpoint into a file beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_onnx.errors import ExportError
+from qwen_onnx.export.passes.pack_weights.data_file import DataFile
+from qwen_onnx.export.weights import CheckpointWeights
+
+OPSET, IR_VERSION = 21, 10
+MICROSOFT = "com.microsoft"
+# by torch's type: onnx.TensorProto.DataType, and the type of NumPy that has as many bytes
+KINDS: dict[torch.dtype, tuple[int, Any]] = {
+    torch.float32: (1, np.float32),
+    torch.float16: (10, np.float16),
+    torch.bfloat16: (16, np.int16),
+}
+FLOAT, INT64 = 1, 7
+
+
+class Drawing:
+    """Nodes and weights of one graph.
+
+    Args:
+        weights: of the checkpoint; data: the file that gets the bytes of those that are used.
+    """
+
+    def __init__(self, weights: CheckpointWeights, data: DataFile) -> None:
+        self._weights, self._data = weights, data
+        self.nodes: list[Any] = []
+        self._tensors: dict[str, Any] = {}
+        self._constants: dict[tuple[int, ...] | int, str] = {}
+
+    def node(self, operator: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Add a node; its output's name, or a list of them when there are several."""
+        from onnx import helper
+
+        name = f"/{operator}_{len(self.nodes)}"
+        made = [f"{name}/output_{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(operator, list(inputs), made, name=name, domain=domain, **attributes))
+        return made[0] if outputs == 1 else made
+
+    def integer(self, value: int | Sequence[int]) -> str:
+        """A constant of type int64; a sequence has one dimension."""
+        from onnx import numpy_helper
+
+        key = value if isinstance(value, int) else tuple(value)
+        if key not in self._constants:
+            name = self._constants[key] = f"constant_{len(self._constants)}"
+            self._tensors[name] = numpy_helper.from_array(np.asarray(value, np.int64), name)
+        return self._constants[key]
+
+    def floats(self, name: str, values: np.ndarray[Any, Any]) -> str:
+        """A small constant of type float32."""
+        from onnx import numpy_helper
+
+        self._tensors[name] = numpy_helper.from_array(values.astype(np.float32), name)
+        return name
+
+    def table(self, name: str, shape: Sequence[int]) -> tuple[str, int]:
+        """A weight in its own type, and that type; ExportError unless it holds as many numbers as ``shape``."""
+        tensor = self._weights.tensor(name)
+        if tensor.dtype not in KINDS:
+            raise ExportError(f"the type {tensor.dtype} has no place in a graph", where=name)
+        if tensor.numel() != int(np.prod(shape)):
+            raise ExportError(f"{list(tensor.shape)} is not the shape {list(shape)} that config.json says", where=name)
+        kind, numpy_type = KINDS[tensor.dtype]
+        flat = tensor.contiguous()
+        raw = flat.view(torch.int16) if tensor.dtype is torch.bfloat16 else flat
+        self._tensors[name] = self._data.tensor(name, kind, shape, [raw.numpy().astype(numpy_type, copy=False)])
+        return name, kind
+
+    def weight(self, name: str, *shape: int) -> str:
+        """A weight in float32: ONNX Runtime widens it once, when it loads."""
+        found, kind = self.table(name, shape)
+        return found if kind == FLOAT else str(self.node("Cast", found, to=FLOAT))
+
+    def linear(self, name: str, value: str, inputs: int, outputs: int, *, bias: bool = True) -> str:
+        """A linear module of PyTorch on [rows, inputs]."""
+        given = [value, self.weight(f"{name}.weight", outputs, inputs)]
+        given += [self.weight(f"{name}.bias", outputs)] if bias else []
+        return str(self.node("Gemm", *given, transB=1))
+
+    def save(self, path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Write the graph; ``inputs`` and ``outputs`` are (name, type, shape)."""
+        import onnx
+        from onnx import helper
+
+        graph = helper.make_graph(
+            self.nodes,
+            path.stem,
+            [helper.make_tensor_value_info(*told) for told in inputs],
+            [helper.make_tensor_value_info(*told) for told in outputs],
+            list(self._tensors.values()),
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), str(path))

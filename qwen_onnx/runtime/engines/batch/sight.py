@@ -1,0 +1,126 @@
+"""The parts of an artifact that see: encoder and embedding, and a prompt with pictures on its way through them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
+from qwen_onnx.errors import ArtifactError
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.pictures import Picture, Positions, keys_of, places_of, positions_of
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Table:
+    """``embedding.onnx`` of an artifact.
+
+    Args:
+        folder: of the artifact.
+        threads: within an operator; None leaves it to onnxruntime.
+
+    Raises:
+        ArtifactError: it is missing, does not load, or has other inputs than ``genai_config.json`` says.
+    """
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        found = GenaiConfig.read(folder).model.embedding
+        if found is None:
+            raise _lacking(folder)
+        self._embedding = found
+        self._table = _session(folder / found.filename, threads, found.inputs.model_dump())
+        width = self._table.get_outputs()[0].shape[-1]
+        self._none: Floats = np.zeros((0, width if isinstance(width, int) else 0), np.float32)
+
+    def embed(self, tokens: np.ndarray[Any, Any], features: Floats | None = None) -> Floats:
+        """Embeddings of ids [rows, tokens], float32 [rows, tokens, hidden]; ``features`` are those of its pictures."""
+        names = self._embedding.inputs
+        given = {names.input_ids: tokens, names.image_features: self._none if features is None else features}
+        (embedded,) = self._table.run([self._embedding.outputs.inputs_embeds], given)
+        return np.asarray(embedded, np.float32)
+
+
+class Sight(Table):
+    """``vision.onnx`` beside it. Raises ArtifactError like ``Table``."""
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        super().__init__(folder, threads)
+        model = GenaiConfig.read(folder).model
+        if model.vision is None or model.image_token_id is None:
+            raise _lacking(folder)
+        self.token, self._vision = model.image_token_id, model.vision
+        self._encoder = _session(folder / model.vision.filename, threads, model.vision.inputs.model_dump())
+
+    def encode(self, picture: Picture) -> Floats:
+        """Features of a picture, float32 [tokens, hidden]."""
+        names = self._vision.inputs
+        given = {names.pixel_values: picture.pixels, names.image_grid_thw: np.array([picture.grid], np.int64)}
+        (features,) = self._encoder.run([self._vision.outputs.image_features], given)
+        return np.asarray(features, np.float32)
+
+
+class Looked:
+    """A prompt and its pictures, which are encoded when their tokens are due and not found in the prefix cache.
+
+    Args:
+        request: whose prompt it is.
+        sight: None for a model that reads text alone.
+
+    Raises:
+        RequestError: see ``places_of``.
+    """
+
+    def __init__(self, request: TokenRequest, sight: Sight | None) -> None:
+        self._pictures, self._sight = request.pictures, sight
+        self._begins = places_of(request.prompt_ids, request.pictures, None if sight is None else sight.token)
+        self._features: dict[int, Floats] = {}
+        self.keys = keys_of(request.prompt_ids, request.pictures, self._begins)
+        self.moved = 0
+        self._positions: Positions | None = None
+        if request.pictures:
+            self._positions, self.moved = positions_of(len(request.prompt_ids), request.pictures, self._begins)
+
+    def positions(self, begin: int, end: int) -> Positions | None:
+        """Of a piece of the prompt, int64 [3, 1, tokens]; None: those of text."""
+        return None if self._positions is None else self._positions[:, None, begin:end]
+
+    def features(self, begin: int, end: int) -> Floats | None:
+        """Those of the pictures' tokens in a piece of the prompt, [tokens, hidden]; None when it has no such token."""
+        parts = []
+        for index, (picture, place) in enumerate(zip(self._pictures, self._begins, strict=True)):
+            first, last = max(begin, place), min(end, place + picture.tokens)
+            if first < last and self._sight is not None:
+                if index not in self._features:
+                    self._features[index] = self._sight.encode(picture)
+                parts.append(self._features[index][first - place : last - place])
+            if end >= place + picture.tokens:
+                # read to its end
+                self._features.pop(index, None)
+        return np.concatenate(parts) if parts else None
+
+
+def _lacking(folder: Path) -> ArtifactError:
+    return ArtifactError(
+        f"the decoder takes embeddings, and {GENAI_CONFIG} names nothing that makes them",
+        where=str(folder),
+        hint="get the artifact again, or build it",
+    )
+
+
+def _session(path: Path, threads: int | None, inputs: dict[str, str]) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # neither onnxruntime's exceptions nor protobuf's have a common class but Exception
+    except Exception as error:
+        raise ArtifactError(f"onnxruntime cannot load it: {error}", where=str(path), hint="build it again") from error
+    if sorted(entry.name for entry in session.get_inputs()) != sorted(inputs.values()):
+        raise ArtifactError(f"{GENAI_CONFIG} names other inputs than the graph has", where=str(path))
+    return session

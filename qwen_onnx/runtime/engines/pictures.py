@@ -1,0 +1,94 @@
+"""Pictures in a request, ready for the encoder, and where their tokens stand on the three axes of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qwen_onnx.errors import RequestError
+
+Positions = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture as the encoder takes it.
+
+    Attributes:
+        pixels: float32 [patches, channels · temporal_patch_size · patch_size²].
+        grid: patches in time, down and across.
+        merge: patches of a side that become one token.
+        digest: SHA-256 of pixels and grid: equal pictures have equal ones.
+    """
+
+    pixels: np.ndarray[Any, np.dtype[np.float32]]
+    grid: tuple[int, int, int]
+    merge: int
+    digest: str
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of a prompt it takes."""
+        return self.grid[0] * self.grid[1] * self.grid[2] // self.merge**2
+
+
+def places_of(prompt: Sequence[int], pictures: Sequence[Picture], token: int | None) -> list[int]:
+    """Where each picture's tokens begin in a prompt that holds one ``token`` for every token of a picture.
+
+    Raises:
+        RequestError: the model does not see, or the prompt has room for other pictures than these.
+    """
+    if token is None:
+        if pictures:
+            raise RequestError("this model reads no pictures", where="messages", hint="serve a model that sees")
+        return []
+    begins: list[int] = []
+    at = 0
+    for picture in pictures:
+        begin = next((index for index in range(at, len(prompt)) if prompt[index] == token), None)
+        at = len(prompt) if begin is None else begin + picture.tokens
+        if begin is None or at > len(prompt) or any(each != token for each in prompt[begin:at]):
+            raise RequestError(
+                f"the prompt has no room for picture {len(begins) + 1} of {len(pictures)}", where="messages"
+            )
+        begins.append(begin)
+    if token in prompt[at:]:
+        raise RequestError(f"the prompt has room for more than {len(pictures)} pictures", where="messages")
+    return begins
+
+
+def positions_of(length: int, pictures: Sequence[Picture], begins: Sequence[int]) -> tuple[Positions, int]:
+    """Positions in time, down and across of every token of a prompt, as transformers counts them.
+
+    Args:
+        length: tokens of the prompt; begins: see ``places_of``.
+
+    Returns:
+        int64 [3, length]; and how much a token behind the prompt is moved against its place.
+    """
+    found = np.zeros((3, length), np.int64)
+    at, next_position = 0, 0
+    for picture, begin in zip(pictures, begins, strict=True):
+        found[:, at:begin] = np.arange(next_position, next_position + begin - at)
+        next_position += begin - at
+        down, across = picture.grid[1] // picture.merge, picture.grid[2] // picture.merge
+        at = begin + picture.tokens
+        found[0, begin:at] = next_position
+        found[1, begin:at] = next_position + np.repeat(np.arange(down), across)
+        found[2, begin:at] = next_position + np.tile(np.arange(across), down)
+        # text goes on behind the longer side
+        next_position += max(down, across)
+    found[:, at:] = np.arange(next_position, next_position + length - at)
+    return found, next_position + length - at - length
+
+
+def keys_of(prompt: Sequence[int], pictures: Sequence[Picture], begins: Sequence[int]) -> list[int]:
+    """The prompt with a number of its own for each picture: beginnings are equal when their pictures are, too."""
+    keys = list(prompt)
+    for picture, begin in zip(pictures, begins, strict=True):
+        # below every token id
+        keys[begin : begin + picture.tokens] = [-1 - int(picture.digest[:30], 16)] * picture.tokens
+    return keys

@@ -1,0 +1,28 @@
+"""Pictures in the text of a request: data URIs (RFC 2397). Nothing is fetched from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from qwen_onnx.errors import RequestError
+
+HEAD = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+
+
+def picture_bytes(url: str, *, where: str) -> bytes:
+    """What a data URI of a picture holds; its media type is not believed, the bytes are looked at later.
+
+    Raises:
+        RequestError: another kind of URL, or not base64. Names ``where``.
+    """
+    head = HEAD.match(url)
+    if head is None:
+        if url[:8].lower().startswith(("http:", "https:", "ftp:", "file:")):
+            raise RequestError("remote URLs are not fetched", where=where, hint="send data:image/png;base64,...")
+        raise RequestError("this is not a data URI of a picture in base64", where=where)
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"the picture is not base64: {error}", where=where) from error

@@ -1,0 +1,193 @@
+"""What ``config.json`` and ``preprocessor_config.json`` say of a vision tower, bounded before it is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_onnx.errors import UnsupportedModelError
+from qwen_onnx.sources.checkpoint import read_json
+
+PREPROCESSOR, VISION_CONFIG = "preprocessor_config.json", "vision_config.json"
+# key of the text model's config.json: the architecture of the whole
+VISION_ARCHITECTURE = "vision_architecture"
+QWEN2_VL, QWEN2_5_VL = "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+MOST = {
+    "depth": 256,
+    "hidden_size": 1 << 16,
+    "embed_dim": 1 << 16,
+    "mlp_ratio": 16,
+    "intermediate_size": 1 << 18,
+    "num_heads": 256,
+    "patch_size": 64,
+    "temporal_patch_size": 8,
+    "spatial_merge_size": 8,
+    "window_size": 1 << 12,
+    "out_hidden_size": 1 << 16,
+    "in_channels": 16,
+    "in_chans": 16,
+}
+NORMAL = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+FEWEST_PIXELS, MOST_PIXELS = 56 * 56, 28 * 28 * 1280
+LARGEST_PICTURE = 1 << 28
+THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The form of a vision tower.
+
+    Attributes:
+        window: side of a window of attention in merged patches; 0: every layer attends to the whole picture.
+        full: layers that attend to the whole picture although there are windows.
+        gated: an MLP of three matrices and RMSNorm, as in Qwen2.5-VL; else two matrices and LayerNorm.
+        image_token, video_token, vision_start: ids that stand for pictures in a prompt.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    inner: int
+    output: int
+    patch: int
+    temporal_patch: int
+    merge: int
+    window: int
+    full: tuple[int, ...]
+    gated: bool
+    sections: tuple[int, ...]
+    image_token: int
+    video_token: int
+    vision_start: int
+
+
+def tower_of(config: dict[str, Any], where: str) -> Tower:
+    """The tower that ``config``, of the whole checkpoint, describes.
+
+    Raises:
+        UnsupportedModelError: all that is missing or cannot be right.
+    """
+    faults: list[str] = []
+    vision, text = config.get("vision_config"), config.get("text_config") or config
+    vision = vision if isinstance(vision, dict) else {}
+    gated = config.get("architectures") == [QWEN2_5_VL]
+
+    def number(name: str, usual: int | None = None) -> int:
+        value = vision.get(name, usual)
+        if not (type(value) is int and 1 <= value <= MOST[name]):
+            faults.append(f"vision_config.{name} is {str(value)[:40]}, not a number from 1 to {MOST[name]:,}")
+            return 1
+        return value
+
+    def token(name: str) -> int:
+        value = config.get(name)
+        if not (type(value) is int and 0 <= value < text.get("vocab_size", 0)):
+            faults.append(f"{name} is {str(value)[:40]}, not a token of the vocabulary")
+            return 0
+        return value
+
+    width = number("hidden_size" if gated else "embed_dim")
+    heads, patch, merge = number("num_heads", 16), number("patch_size", 14), number("spatial_merge_size", 2)
+    if not faults and (width % heads or width // heads % 4):
+        faults.append(f"vision_config: {width} dimensions do not divide into {heads} heads for two axes")
+    if number("in_channels" if "in_channels" in vision else "in_chans", 3) != 3:
+        faults.append("vision_config: the pictures have not three channels")
+    window = number("window_size", 112) // merge // patch if gated else 0
+    full = vision.get("fullatt_block_indexes", [7, 15, 23, 31]) if gated else []
+    depth = number("depth", 32)
+    if not (isinstance(full, list) and all(type(item) is int and 0 <= item < depth for item in full)):
+        faults.append("vision_config.fullatt_block_indexes is not a list of layers")
+        full = []
+    activation = vision.get("hidden_act", "silu" if gated else "quick_gelu")
+    if activation != ("silu" if gated else "quick_gelu"):
+        faults.append(f"vision_config.hidden_act is {str(activation)[:40]}")
+    own_rope = vision.get("rope_parameters") or {}
+    if not isinstance(own_rope, dict) or own_rope.get("rope_theta", THETA) != THETA:
+        faults.append(f"vision_config.rope_parameters is not that of the published towers, theta {THETA:g}")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    sections = rope.get("mrope_section") if isinstance(rope, dict) else None
+    if not (isinstance(sections, list) and len(sections) == 3 and all(type(s) is int and s > 0 for s in sections)):
+        faults.append("the text model's RoPE has no mrope_section of three numbers")
+        sections = [1, 1, 1]
+    found = Tower(
+        depth=depth,
+        width=width,
+        heads=heads,
+        inner=number("intermediate_size") if gated else width * number("mlp_ratio", 4),
+        output=number("out_hidden_size" if gated else "hidden_size"),
+        patch=patch,
+        temporal_patch=number("temporal_patch_size", 2),
+        merge=merge,
+        window=window,
+        full=tuple(full),
+        gated=gated,
+        sections=tuple(sections),
+        image_token=token("image_token_id"),
+        video_token=token("video_token_id"),
+        vision_start=token("vision_start_token_id"),
+    )
+    if gated and window < 1:
+        faults.append("vision_config.window_size is smaller than a merged patch")
+    if not faults and found.output != text.get("hidden_size"):
+        faults.append(f"the tower gives {found.output} dimensions, the text model has {text.get('hidden_size')}")
+    if faults:
+        raise UnsupportedModelError(
+            f"the vision tower cannot be right: {'; '.join(faults)}",
+            where=where,
+            hint="use the model's own config.json",
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures are prepared, as ``preprocessor_config.json`` says."""
+
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def preparation_of(folder: Path, tower: Tower) -> Preparation:
+    """Of a checkpoint.
+
+    Raises:
+        UnsupportedModelError: it says what no tower can use, or contradicts the tower.
+        SourceError: it is missing or damaged.
+    """
+    told, faults = read_json(folder / PREPROCESSOR), []
+    given = told.get("size")
+    size: dict[str, Any] = given if isinstance(given, dict) else {}
+    least = told.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or FEWEST_PIXELS
+    most = told.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or MOST_PIXELS
+    if not (type(least) is int and type(most) is int and 1 <= least <= most <= LARGEST_PICTURE):
+        faults.append(f"min_pixels and max_pixels are {str(least)[:20]} and {str(most)[:20]}")
+    wanted = {"patch_size": tower.patch, "temporal_patch_size": tower.temporal_patch, "merge_size": tower.merge}
+    faults += [
+        f"{name} is {str(told[name])[:20]}, the tower has {value}"
+        for name, value in wanted.items()
+        if told.get(name, value) != value
+    ]
+    triples = [told.get(name, list(usual)) for name, usual in zip(("image_mean", "image_std"), NORMAL, strict=True)]
+    for name, triple in zip(("image_mean", "image_std"), triples, strict=True):
+        if not (isinstance(triple, list) and len(triple) == 3 and all(_is_share(item) for item in triple)):
+            faults.append(f"{name} is not three numbers from 0 to 1")
+    if not faults and not all(triples[1]):
+        faults.append("image_std has a zero")
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if told.get(name) is False:
+            faults.append(f"{name} is false")
+    if faults:
+        raise UnsupportedModelError(
+            f"the preparation of pictures cannot be right: {'; '.join(faults)}",
+            where=str(folder / PREPROCESSOR),
+            hint="use the model's own file",
+        )
+    (red, green, blue), (red_std, green_std, blue_std) = triples
+    return Preparation(least, most, (red, green, blue), (red_std, green_std, blue_std))
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1

@@ -1,0 +1,245 @@
+"""Checks of an artifact that sees: its encoder, its preparation of pictures, and what they do to its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
+from qwen_onnx.artifact.processor_config import ImageSettings
+from qwen_onnx.catalog.schema import Verification
+from qwen_onnx.errors import VerificationError
+from qwen_onnx.records import Verdict
+from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.batch.sight import Looked, Sight
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.pictures import Picture, places_of, positions_of
+from qwen_onnx.runtime.processing.template import ChatTemplate
+from qwen_onnx.sources.checkpoint import read_json
+from qwen_onnx.sources.vision_config import PREPROCESSOR, VISION_CONFIG
+from qwen_onnx.verify import drawn
+from qwen_onnx.verify.checks import check
+from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.records import CheckResult, worst
+from qwen_onnx.verify.results import certain
+from qwen_onnx.verify.scoring import Logits, Positions, compare
+from qwen_onnx.verify.statistics import at_least, at_most
+
+# made of artifacts that see alone
+VISUAL = frozenset({"processing", "vision", "sight"})
+RUN = frozenset({Verification.RUN})
+# fp32 on both sides: the order of additions is all that differs
+ENCODER_DIFF, ENCODER_COSINE = 2e-3, 0.99999
+PATCH_DIFF = 1e-5
+PIECE = 64
+WORDS = "The picture shows several things. From left to right they differ in colour, in size and in what they mean."
+
+
+def sees(artifact: Path) -> bool:
+    """Whether an artifact has an encoder; one whose configuration cannot be read has none that other checks miss."""
+    if not (artifact / GENAI_CONFIG).exists():
+        return False
+    try:
+        return GenaiConfig.read(artifact, VerificationError).model.vision is not None
+    except VerificationError:
+        return False
+
+
+def _prepared(artifact: Path) -> dict[str, Picture]:
+    from qwen_onnx.runtime.processing.images import prepare
+
+    settings = ImageSettings.read(artifact)
+    return {kind: prepare(image, settings, where=kind) for kind, image in drawn.pictures().items()}
+
+
+@check("processing", RUN)
+def processing_parity(context: Context) -> CheckResult:
+    """Patches and grids are those of transformers' slow processor with the checkpoint's own settings."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    told = read_json(context.checkpoint / PREPROCESSOR)
+    processor = Qwen2VLImageProcessorPil(**{name: told[name] for name in told if not name.endswith("_type")})
+    worst_diff, grids = 0.0, 0
+    images = drawn.pictures()
+    for kind, picture in _prepared(context.artifact).items():
+        wanted = processor(images=[images[kind]], return_tensors="np")
+        if wanted["image_grid_thw"].tolist() != [list(picture.grid)]:
+            grids += 1
+            continue
+        worst_diff = max(worst_diff, float(np.abs(wanted["pixel_values"] - picture.pixels).max()))
+    verdict = Verdict.FAIL if grids else at_most(certain(worst_diff), PATCH_DIFF)
+    return CheckResult(
+        name="processing",
+        verdict=verdict,
+        measured={"pictures": len(images), "max_diff": worst_diff, "other_grids": grids},
+        limit={"max_diff": PATCH_DIFF, "other_grids": 0},
+    )
+
+
+@check("vision", RUN)
+def encoder_parity(context: Context) -> CheckResult:
+    """The encoder gives the features that PyTorch's tower gives in fp32."""
+    sight, tower = Sight(context.artifact, context.options.threads), torch_tower(context.checkpoint)
+    diffs, cosines = [], []
+    for picture in _prepared(context.artifact).values():
+        wanted, found = tower_features(tower, picture), sight.encode(picture)
+        diffs.append(float(np.abs(found - wanted).max() / wanted.std()))
+        norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
+        cosines.append(float(((found * wanted).sum(-1) / norms).min()))
+    verdicts = [at_most(certain(max(diffs)), ENCODER_DIFF), at_least(certain(min(cosines)), ENCODER_COSINE)]
+    return CheckResult(
+        name="vision",
+        verdict=worst(verdicts),
+        measured={"pictures": len(diffs), "max_diff": max(diffs), "cosine": min(cosines)},
+        limit={"max_diff": ENCODER_DIFF, "cosine": ENCODER_COSINE},
+        detail="differences in deviations of the features",
+    )
+
+
+@check("sight", RUN)
+def drift_with_pictures(context: Context) -> CheckResult:
+    """Teacher-forced on conversations with pictures, the artifact predicts what PyTorch predicts."""
+    limits, tower = context.limits, torch_tower(context.checkpoint)
+    token = GenaiConfig.read(context.artifact, VerificationError).model.image_token_id
+    prompts = _prompts(context)
+    wanted = [teacher_logits(context, tower, ids, pictures, token) for ids, pictures in prompts.values()]
+    context.unload()
+    model = BatchModel(
+        context.artifact,
+        rows=1,
+        capacity=max(len(ids) for ids, _ in prompts.values()) + 1,
+        threads=context.options.threads,
+    )
+    parts = []
+    for (ids, pictures), expected in zip(prompts.values(), wanted, strict=True):
+        found = compare(expected, student_logits(model, ids, pictures), ids)
+        # nobody predicts a part of a picture
+        spoken = np.array(ids[1:]) != token
+        parts.append(Positions(*(column[spoken] for column in vars(found).values())))
+    every = Positions.join(parts)
+    kinds = {f"kld_{kind}": float(part.kld.mean()) for kind, part in zip(prompts, parts, strict=True)}
+    kld, top1 = float(every.kld.mean()), float(every.agree.mean())
+    verdicts = [at_most(certain(kld), limits.kld_mean), at_least(certain(top1), limits.top1)]
+    verdicts += [at_most(certain(value), limits.kld_mean * limits.domain_factor) for value in kinds.values()]
+    return CheckResult(
+        name="sight",
+        verdict=worst(verdicts),
+        measured={"kld_mean": kld, "top1": top1, "positions": len(every.kld), **kinds},
+        limit={"kld_mean": limits.kld_mean, "top1": limits.top1},
+    )
+
+
+def _prompts(context: Context) -> dict[str, tuple[list[int], tuple[Picture, ...]]]:
+    """By kind of picture: a conversation about it, its last turn about all of them."""
+    from qwen_onnx.runtime.service.eyes import Eyes
+    from qwen_onnx.runtime.service.generation import Attached
+
+    eyes = Eyes.of(context.artifact)
+    if eyes is None:
+        raise VerificationError("the artifact reads no pictures", where=str(context.artifact))
+    template, images = ChatTemplate(context.artifact), drawn.pictures()
+    chosen = {**{kind: [kind] for kind in images}, "several": list(images)[:2]}
+    context_length = GenaiConfig.read(context.artifact, VerificationError).model.context_length
+    found = {}
+    try:
+        for name, kinds in chosen.items():
+            content = [*({"type": "image"} for _ in kinds), {"type": "text", "text": "What does this show?"}]
+            messages: list[dict[str, Any]] = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": WORDS},
+            ]
+            ids = template.encode(messages, context.tokenizer, context_length)
+            attached = [Attached(_file(images[kind]), kind) for kind in kinds]
+            found[name] = eyes.look(ids, attached, context_length)
+    finally:
+        template.close()
+    return found
+
+
+def _file(image: Any) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def student_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> Logits:
+    """Of the artifact as it is served, piece by piece, [tokens, vocabulary]."""
+    looked = Looked(TokenRequest(tuple(ids), 1, pictures=tuple(pictures)), model.sight)
+    found = []
+    for begin in range(0, len(ids), PIECE):
+        end = min(begin + PIECE, len(ids))
+        positions, features = looked.positions(begin, end), looked.features(begin, end)
+        piece = np.array(ids[begin:end], np.int64)
+        found.append(model.every_position(0, piece, begin, positions=positions, features=features).copy())
+    return np.concatenate(found)
+
+
+def torch_tower(checkpoint: Path) -> Any:
+    """The vision tower of a checkpoint in PyTorch fp32.
+
+    Raises:
+        VerificationError: its weights do not fit.
+    """
+    import torch
+    import transformers
+
+    from qwen_onnx.export.weights import CheckpointWeights
+
+    settings = read_json(checkpoint / VISION_CONFIG)
+    config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+    with torch.device("meta"):
+        kind = type(getattr(transformers, settings["architectures"][0])(config).model.visual)
+    tower = kind(config.vision_config).eval()
+    weights = CheckpointWeights(checkpoint)
+    stored = weights.tensors(weights.names("visual."))
+    try:
+        tower.load_state_dict({name.removeprefix("visual."): tensor.float() for name, tensor in stored.items()})
+    except RuntimeError as error:
+        raise VerificationError(f"the tower's weights do not fit: {error}", where=str(checkpoint)) from error
+    return tower
+
+
+def tower_features(tower: Any, picture: Picture) -> Logits:
+    """Features of one picture, float32 [tokens, hidden]."""
+    import torch
+
+    with torch.inference_mode():
+        found = tower(torch.tensor(picture.pixels), torch.tensor([picture.grid]))
+    features: Logits = found.pooler_output.numpy()
+    return features
+
+
+def teacher_logits(
+    context: Context, tower: Any, ids: Sequence[int], pictures: Sequence[Picture], token: int | None
+) -> Logits:
+    """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary], with positions on three axes."""
+    import torch
+
+    from qwen_onnx.export.skeleton import call
+    from qwen_onnx.verify.matrices import linear
+
+    teacher = context.teacher.teacher
+    positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
+    with torch.inference_mode():
+        state = teacher.embed(torch.tensor([list(ids)])).clone()
+        features = np.concatenate([tower_features(tower, picture) for picture in pictures])
+        state[0, torch.tensor(list(ids)) == token] = torch.tensor(features)
+        arguments = teacher.arguments(state)
+        sections = teacher.config.rope_parameters["mrope_section"]
+        angles = torch.tensor(positions)[:, :, None].float() * teacher.model.model.rotary_emb.inv_freq
+        parts = angles.split(sections, dim=-1)
+        mixed = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+        turned = torch.cat([mixed, mixed], dim=-1)[None]
+        for index in range(teacher.count):
+            with teacher.layer(index) as layer:
+                given = {**arguments[index], "position_embeddings": (turned.cos(), turned.sin())}
+                state = call(layer, state, given)
+        with teacher.norm() as norm:
+            state = norm(state)
+        found: Logits = linear(state[0], teacher.head()).numpy()
+    return found

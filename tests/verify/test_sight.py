@@ -1,0 +1,67 @@
+"""Checks of artifacts that see: a good one, and one with each part broken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG
+from qwen_onnx.catalog.schema import Limits
+from qwen_onnx.records import Verdict
+from qwen_onnx.verify import VerifyOptions, verify_artifact
+from qwen_onnx.verify.sight import VISUAL, sees
+from tests.fixtures.vision import seeing_artifact, seeing_checkpoint
+
+__all__ = ["seeing_artifact", "seeing_checkpoint"]
+
+LIMITS = Limits(kld_mean=1e-6, kld_p99=1e-5, top1=0.999, ppl_ratio=1.0005)
+
+
+def verdicts(artifact: Path, checkpoint: Path, *checks: str) -> dict[str, Verdict]:
+    """Of the checks that were made."""
+    options = VerifyOptions(checks=checks, threads=1)
+    report = verify_artifact(artifact, checkpoint, None, LIMITS, options=options)
+    found = {item.name: item for item in report.checks}
+    assert not any("could not be carried out" in found[name].detail for name in checks)
+    return {name: found[name].verdict for name in checks}
+
+
+def scale_encoder(folder: Path) -> None:
+    """Weights of the encoder a little larger."""
+    path = folder / "vision.onnx.data"
+    np.multiply(np.fromfile(path, np.float32), np.float32(1.1)).tofile(path)
+
+
+def other_mean(folder: Path) -> None:
+    """Pictures that are normalised by another mean."""
+    path = folder / PROCESSOR_CONFIG
+    path.write_text(path.read_text().replace("0.48145466", "0.5"))
+
+
+@pytest.mark.slow
+def test_a_good_artifact_passes(seeing_artifact: Path, seeing_checkpoint: Path) -> None:
+    assert sees(seeing_artifact)
+    found = verdicts(seeing_artifact, seeing_checkpoint, *sorted(VISUAL))
+    assert found == dict.fromkeys(VISUAL, Verdict.PASS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("harm", "failed"), [(scale_encoder, {"vision", "sight"}), (other_mean, {"processing"})])
+def test_a_broken_part_fails_its_check(
+    seeing_artifact: Path, seeing_checkpoint: Path, tmp_path: Path, harm: Callable[[Path], None], failed: set[str]
+) -> None:
+    broken = Path(shutil.copytree(seeing_artifact, tmp_path / "broken"))
+    harm(broken)
+    found = verdicts(broken, seeing_checkpoint, *sorted(VISUAL))
+    assert {name for name, verdict in found.items() if verdict is Verdict.FAIL} == failed
+
+
+def test_a_model_of_text_is_not_asked_what_it_sees(exact_artifact: Path, tiny_checkpoint: Path) -> None:
+    assert not sees(exact_artifact)
+    report = verify_artifact(exact_artifact, tiny_checkpoint, None, LIMITS, options=VerifyOptions(checks=("size",)))
+    assert not VISUAL & {item.name for item in report.checks}
+    assert not VISUAL & set(report.not_checked)
