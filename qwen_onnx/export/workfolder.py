@@ -20,7 +20,7 @@ IDENTITY = "identity.json"
 # where a pass finds the folder of its finished steps, below the folder that Olive runs in
 KEPT_FOLDER = "kept"
 # where it finds the text that the user gave to calibrate on, likewise
-OWN_TEXT = "calibration.txt"
+OWN_TEXT = "own-text"
 # where a pass says, beside it, what it expects of the artifact: ``kld`` in nats per token, ``bytes`` of its files
 PREDICTION = "prediction.json"
 

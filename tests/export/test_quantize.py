@@ -19,7 +19,7 @@ from qwen_onnx.export.passes.gptq.sensitivity import choose_int8
 from qwen_onnx.export.passes.gptq.solver import gptq, round_to_nearest, search_grid
 from qwen_onnx.export.skeleton import Skeleton
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
-from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.export.workfolder import OWN_TEXT, WorkFolder
 from qwen_onnx.files import sha256_of
 
 SMALL = CalibratedGptqOptions(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)
@@ -179,8 +179,8 @@ def test_a_pass_reads_the_text_that_its_options_name(tmp_path: Path, monkeypatch
     assert calibration.own_text(None) is None
     with pytest.raises(ExportError, match="is not there"):
         calibration.own_text("0" * 64)
-    (tmp_path / "calibration.txt").write_text("some text", encoding="utf-8")
-    assert calibration.own_text(sha256_of(tmp_path / "calibration.txt")) == "some text"
+    (tmp_path / OWN_TEXT).write_text("some text", encoding="utf-8")
+    assert calibration.own_text(sha256_of(tmp_path / OWN_TEXT)) == "some text"
     with pytest.raises(ExportError, match="is not there"):
         calibration.own_text("0" * 64)
 
