@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from qwen_onnx.catalog.architectures import SEEING
 from qwen_onnx.catalog.faults import describe, further_faults
 from qwen_onnx.catalog.schema import Family, Override, Pipeline, Precision, Row, Variants
 from qwen_onnx.errors import ConfigError
@@ -80,7 +81,10 @@ class Catalog:
     def rows(self) -> dict[str, tuple[Family, Row]]:
         """Every size by its id."""
         pairs = ((family, row) for family in self.families.values() for row in family.sizes)
-        return {row.id: (family, _bounded(_inheriting(row, family), self.pipelines)) for family, row in pairs}
+        return {
+            row.id: (family, _bounded(_built(_inheriting(row, family), family, self.pipelines), self.pipelines))
+            for family, row in pairs
+        }
 
     def row(self, model: str) -> tuple[Family, Row]:
         """The row of ``model``.
@@ -141,6 +145,17 @@ class Catalog:
 
 def _inheriting(row: Row, family: Family) -> Row:
     return row.model_copy(update={"targets": {**family.targets, **row.targets}}) if family.targets else row
+
+
+def _built(row: Row, family: Family, pipelines: Mapping[str, Pipeline]) -> Row:
+    """The row without the targets whose pipelines build no vision tower, if it has one."""
+    if family.architecture not in SEEING:
+        return row
+    blind = [name for name, pipeline in pipelines.items() if not pipeline.vision]
+    targets = {name: Override(excluded="the target's pipeline has no steps for a vision tower") for name in blind}
+    # a reason of the recipe's own says more
+    own = {name: override for name, override in row.targets.items() if name not in blind or override.excluded}
+    return row.model_copy(update={"targets": targets | own})
 
 
 def _bounded(row: Row, pipelines: Mapping[str, Pipeline]) -> Row:

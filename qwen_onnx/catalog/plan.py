@@ -205,8 +205,6 @@ def _compose(
     layers = _layers(build)
     steps: dict[str, dict[str, Any]] = layers["steps"]
     if family.architecture in SEEING:
-        if not pipeline.vision:
-            faults.append(f"{file}: {row.id} sees, and pipelines/{pipeline.target}.yaml has no steps for `vision`")
         steps |= {step.name: {"type": step.type, **step.config} for step in pipeline.vision}
     _apply_size(layers, row, build, place, faults)
     _apply_override(layers, row, pipeline, precision, file, faults)
