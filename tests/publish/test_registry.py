@@ -115,6 +115,7 @@ def test_a_pull_that_was_cut_off_goes_on(
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -302,6 +303,7 @@ def test_a_real_registry_resumes_by_range(real_registry: int, passing_package: P
     assert files_of(tmp_path / "got") == files_of(passing_package)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["fake", "real"])
 def test_oras_pulls_what_was_pushed(
     which: str, request: pytest.FixtureRequest, passing_package: Path, tmp_path: Path

@@ -143,6 +143,7 @@ def _other_template(golden: Golden) -> Golden:
     return Golden(golden.about.model_copy(update={"conversations": (wrong,)}), golden.parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "check"), [(_other_tokens, "drift"), (_other_ids, "tokenizer"), (_other_template, "chat_template")]
 )

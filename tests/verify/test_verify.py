@@ -110,6 +110,7 @@ def test_what_is_broken_fails(broken: Path, tiny_checkpoint: Path, breaks: Calla
     assert report.verdict is Verdict.FAIL
 
 
+@pytest.mark.slow
 def test_an_artifact_that_does_not_load_fails(broken: Path, tiny_checkpoint: Path) -> None:
     (broken / "model.onnx").write_bytes(b"no graph")
     report = verdicts(broken, tiny_checkpoint, "drift", "greedy")
