@@ -21,7 +21,7 @@ TRAINED = 6  # wordings of a question, from the first; the others are the exam
 TRAINING = (
     "targets=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
     "window=256",
-    "epochs=4",
+    "epochs=3",
     "learning_rate=2e-3",
     "held_out=0.05",
 )
