@@ -22,6 +22,7 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
+from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.sight import Sight
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.pictures import Positions
@@ -294,22 +295,7 @@ def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, An
 
 
 def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    path = folder / GenaiConfig.read(folder).graph_file
-    try:
-        graph = with_positions(path)
-        if graph is not None:
-            # where the graph's weights are
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        session = ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
-    # neither onnxruntime's exceptions nor protobuf's have a common class but Exception
-    except Exception as error:
-        raise ArtifactError(
-            f"onnxruntime cannot load the model: {error}", where=str(path), hint="build it again"
-        ) from error
+    session = open_session(folder / GenaiConfig.read(folder).graph_file, threads, with_positions)
     # what it folded meanwhile
     return_free_memory()
     return session

@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError
+from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.pictures import Picture, Positions, keys_of, places_of, positions_of
 
@@ -112,15 +113,7 @@ def _lacking(folder: Path) -> ArtifactError:
 
 
 def _session(path: Path, threads: int | None, inputs: dict[str, str]) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    # neither onnxruntime's exceptions nor protobuf's have a common class but Exception
-    except Exception as error:
-        raise ArtifactError(f"onnxruntime cannot load it: {error}", where=str(path), hint="build it again") from error
+    session = open_session(path, threads, called="it")
     if sorted(entry.name for entry in session.get_inputs()) != sorted(inputs.values()):
         raise ArtifactError(f"{GENAI_CONFIG} names other inputs than the graph has", where=str(path))
     return session
