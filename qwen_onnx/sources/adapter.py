@@ -20,11 +20,10 @@ from qwen_onnx.catalog.training import MOST_RANK, Training
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.records import Name, Record, Sha256, Verdict, digest_of
-from qwen_onnx.sources.plain import require_plain
+from qwen_onnx.sources.plain import PICKLES, require_plain
 from qwen_onnx.sources.streamed import Stored, tensors_of
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NAMED = re.compile(
     r"base_model\.model\.(?P<module>(?:\w+\.)*layers\.\d+\.(?:\w+\.)?"
     r"(?P<matrix>q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj))\.lora_(?P<part>[AB])\.weight"
@@ -140,7 +139,7 @@ def open_adapter(folder: Path) -> Adapter:
     tensors = _tensors(folder / WEIGHTS, rank)
     files = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)}
     manifest = _manifest(folder, files, rank) if (folder / MANIFEST).exists() else None
-    name = manifest.name if manifest else _name_of(folder)
+    name = manifest.name if manifest else adapter_name(folder.resolve().name)
     return Adapter(folder, name, rank, scale, tensors, manifest, digest_of(files))
 
 
@@ -222,11 +221,6 @@ def _manifest(folder: Path, files: dict[str, str], rank: int) -> AdapterManifest
             hint="train it again: qwen-onnx finetune MODEL --data FILE --set learning_rate=...",
         )
     return found
-
-
-def _name_of(folder: Path) -> str:
-    """A name for an adapter that has none of its own."""
-    return adapter_name(folder.resolve().name)
 
 
 def adapter_name(text: str) -> str:

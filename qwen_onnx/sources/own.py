@@ -23,10 +23,10 @@ from qwen_onnx.sources import facts as told
 from qwen_onnx.sources.card import base_of, licence_of
 from qwen_onnx.sources.checkpoint import adapter_fault, check_config, rope_type
 from qwen_onnx.sources.facts import ADAPTER, CARD, CONFIG, TEMPLATE, TOKENIZER_CONFIG, Facts
+from qwen_onnx.sources.plain import PICKLES
 from qwen_onnx.sources.quantized import HINT, quantization_of
 from qwen_onnx.sources.transfer import Progress
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # what sentence-transformers adds to a model that gives vectors
 POOLING = "modules.json"
 OURS = "genai_config.json"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from qwen_onnx.errors import SourceError
 
+# endings of weights that run code when they are loaded
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HINT = "copy what it leads to into the folder, if you trust it"
 
 
