@@ -239,7 +239,7 @@ def test_genai_itself_answers_alike(case: Case) -> None:
     assert found == torch_greedy(case.model(), ids, [picture], 6)
 
 
-def test_the_prefix_cache_tells_pictures_apart(case: Case) -> None:
+def test_the_prefix_cache_tells_pictures_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal token ids, another picture: nothing of it is reused; the same picture: it is not encoded again."""
     one, other = seen(case.fp32, (220, 200), (220, 200))
     ids = tuple(prompt_of(words(40, 0), one, words(6, 1)))
@@ -248,7 +248,12 @@ def test_the_prefix_cache_tells_pictures_apart(case: Case) -> None:
     sight = engine._model.sight  # type: ignore[union-attr]
     encoded: list[str] = []
     encode = sight.encode
-    sight.encode = lambda picture: encoded.append(picture.digest) or encode(picture)  # type: ignore
+
+    def counted(picture: Picture) -> np.ndarray[Any, Any]:
+        encoded.append(picture.digest)
+        return np.asarray(encode(picture))
+
+    monkeypatch.setattr(sight, "encode", counted)
     model = case.model()
     for prompt, picture, cached in ((ids, one, 0), (follow, one, len(ids)), (ids, other, 40)):
         heard = Heard(engine, TokenRequest(prompt, 4, stop_on_eos=False, pictures=(picture,)))
