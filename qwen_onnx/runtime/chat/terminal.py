@@ -58,21 +58,20 @@ class Terminal:
             self._note(f"{self.conversation.model} · {context} · /help lists the commands, Ctrl-D ends")
         while True:
             try:
-                said = read()
-            except EOFError:
-                return
-            if not said.strip():
-                if self.interactive:
-                    continue
-                return
-            try:
-                self._take(said)
+                try:
+                    said = read()
+                except EOFError:
+                    return
+                if said.strip():
+                    self._take(said)
+                elif not self.interactive:
+                    return
             except QwenOnnxError as error:
                 if not self.interactive:
                     raise
                 self._say(_words(error), RED)
             except KeyboardInterrupt:
-                # between two answers, e.g. while a file is read
+                # between two answers, e.g. while a file is read or before the prompt is there
                 if not self.interactive:
                     raise
             except StopIteration:

@@ -174,6 +174,7 @@ def test_mistakes_are_told_and_end_nothing(screen: Screen, tmp_path: Path) -> No
     ]:
         screen.type(command + "\r")
         screen.expect(said)
+    screen.expect(PROMPT)
     screen.type("half a line\x03")
     screen.type("\x04")
     assert screen.child.wait(timeout=20) == 0, "Ctrl-C clears the line, Ctrl-D ends"
