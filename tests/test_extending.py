@@ -124,6 +124,7 @@ except RequestError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_sampling_parameter_is_one_edit(extended: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(extended)}
     program = [sys.executable, "-c", EPSILON]

@@ -24,6 +24,7 @@ def forks(own: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "FORKS", own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["where", "starter"], ["plan", "startr"], ["no-such-verb"]],
@@ -36,6 +37,7 @@ def test_it_says_and_exits_as_a_fresh_process(arguments: list[str], checkout: Pa
     assert fork.stdout or fork.stderr
 
 
+@pytest.mark.slow
 def test_it_has_the_environment_and_the_input_of_its_call(
     tiny_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def _hold(target: Path, seconds: float, ready: object) -> None:
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_a_second_builder_waits_or_fails_clearly(plan: Plan, tmp_path: Path) -> None:
     target = tmp_path / "a"
     context = multiprocessing.get_context("spawn")

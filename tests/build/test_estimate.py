@@ -97,6 +97,7 @@ def test_the_config_of_a_stranger_is_refused(repository: Path, tmp_path: Path, t
         dimensions(plan_of(repository, "starter"), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_commands_tell_of_a_config_nested_too_deep(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a":' * 100_000)
     for command in (("plan", "starter", "--estimate"), ("optimize", "starter", "--output", tmp_path / "out")):
@@ -112,6 +113,7 @@ def test_the_config_may_be_a_link_as_in_the_hubs_cache(repository: Path, tiny_ch
     assert dimensions(plan, tmp_path).layer == dimensions(plan, tiny_checkpoint).layer
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_a_line_of_json(tiny_checkpoint: Path) -> None:
     done = run_cli("plan", "qwen3-0.6b", "--estimate")
     assert done.returncode == 0, done.stderr

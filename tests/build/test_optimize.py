@@ -172,6 +172,7 @@ def test_the_default_pipeline_builds_other_architectures(
     assert manifest.readback["experts"] == experts
 
 
+@pytest.mark.slow
 def test_a_second_build_fails_clearly_or_waits(tiny_build: Path, tiny_checkpoint: Path) -> None:
     with build_lock(tiny_build, wait=False):
         refused = optimize(tiny_checkpoint, tiny_build, "--no-verify", "--no-wait")

@@ -88,6 +88,7 @@ def test_a_file_of_the_same_path_as_one_of_the_catalogue_is_told_apart(
     assert {"mine-1b", "qwen3-0.6b"} <= catalog.rows.keys()
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_them(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*arguments: object) -> Any:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])

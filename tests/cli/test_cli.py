@@ -172,6 +172,7 @@ def test_doctor_says_what_is_there() -> None:
     assert "memory for starter" in done.stdout
 
 
+@pytest.mark.slow
 def test_generate_reads_standard_input_and_bounds_the_prompt(tiny_build: Path) -> None:
     done = run_cli("generate", tiny_build, "-", "--max-tokens", "4", input="Hello")
     assert done.returncode == 0, done.stderr
@@ -194,6 +195,7 @@ def test_chat_answers_each_line_and_ends_with_the_input(tiny_build: Path, tmp_pa
     assert second in done.stdout.split(first, 1)[1]
 
 
+@pytest.mark.slow
 def test_serve_answers_the_openai_client_and_ends_on_sigterm(tiny_build: Path) -> None:
     with LiveServer("qwen_onnx.cli.app", ["serve", str(tiny_build)]) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -52,6 +52,7 @@ def moved(copy: Path, file: str, old: str | None, new: str) -> set[str]:
     return {name for name in PLANS if before[name] != after[name]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "plans"),
     [
@@ -106,6 +107,7 @@ def test_another_importer_converts_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert fetch.checkpoint_at_hand(PLANS["cpu"], tmp_path, None) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "moves"),
     [

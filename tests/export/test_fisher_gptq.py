@@ -192,6 +192,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     assert not calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bound", "told"),
     [
@@ -215,6 +216,7 @@ def test_rows_that_no_block_divides_are_named(
         quantize(tiny_checkpoint, tmp_path / "out", options())
 
 
+@pytest.mark.slow
 def test_embedding_and_norms_stay_as_they_are(tiny_checkpoint: Path, tmp_path: Path) -> None:
     quantize(tiny_checkpoint, tmp_path / "out", options())
     found, given = tensors(tmp_path / "out"), tensors(tiny_checkpoint)

@@ -140,10 +140,12 @@ def test_the_qdq_graph_computes_what_pytorch_does_with_its_weights(int8: Path) -
     assert difference < 0.02
 
 
+@pytest.mark.slow
 def test_decoding_through_the_cache_is_prefill(int8: Path) -> None:
     assert np.abs(qdq_logits(int8, 1) - qdq_logits(int8, PREFILL)).max() < 0.005
 
 
+@pytest.mark.slow
 def test_int8_drifts_little_and_an_altered_scale_is_seen(int8: Path, checkpoint: Path, tmp_path: Path) -> None:
     exact = torch_logits(checkpoint)
     assert np.abs(qdq_logits(int8, PREFILL) - exact).max() < 0.5
@@ -156,6 +158,7 @@ def test_int8_drifts_little_and_an_altered_scale_is_seen(int8: Path, checkpoint:
     assert np.abs(qdq_logits(tmp_path, PREFILL) - exact).max() > 0.5
 
 
+@pytest.mark.slow
 def test_more_tokens_than_the_cache_holds_are_refused(int8: Path) -> None:
     backend = Backend(int8, 1)
     assert len(backend.logits([1] * CONTEXT)) == CONTEXT
@@ -163,6 +166,7 @@ def test_more_tokens_than_the_cache_holds_are_refused(int8: Path) -> None:
         backend.step(1)
 
 
+@pytest.mark.slow
 def test_the_qdq_graph_is_read_back(int8: Path) -> None:
     facts = read_qdq(int8 / graph_file(1, QDQ))
     assert {weight["bits"] for weight in facts["weights"].values()} == {8}

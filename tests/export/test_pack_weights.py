@@ -26,6 +26,7 @@ IDS = np.random.default_rng(0).integers(2, 250, 40).tolist()
 ASKED = Readback(body_bits=4, head_bits=8, block_size=64, symmetric=False, accuracy_level=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 5, 6])
 def test_the_packed_graph_computes_the_same_to_the_bit(tiny_unpacked: Path, tmp_path: Path, bits: int) -> None:
     small, packed = small_and_packed(tiny_unpacked, tmp_path, bits)
@@ -41,6 +42,7 @@ def test_the_packed_graph_computes_the_same_to_the_bit(tiny_unpacked: Path, tmp_
     assert (packed / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_planes_take_the_bits_that_they_promise(tiny_unpacked: Path, tmp_path: Path) -> None:
     small, packed = small_and_packed(tiny_unpacked, tmp_path)
     saved = 0
@@ -55,6 +57,7 @@ def test_planes_take_the_bits_that_they_promise(tiny_unpacked: Path, tmp_path: P
     assert abs(found[0] - found[1] - saved) < 64 * 6 * len(matrices) < saved
 
 
+@pytest.mark.slow
 def test_packing_twice_writes_the_same_bytes(tiny_unpacked: Path, tmp_path: Path) -> None:
     small, packed = small_and_packed(tiny_unpacked, tmp_path)
     pack(small / GRAPH, tmp_path / "again")
@@ -65,6 +68,7 @@ def test_packing_twice_writes_the_same_bytes(tiny_unpacked: Path, tmp_path: Path
     assert (tmp_path / "twice" / f"{GRAPH}.data").read_bytes() == (packed / f"{GRAPH}.data").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_stays_as_it_is(tiny_unpacked: Path, tmp_path: Path) -> None:
     """Codes of 7 bits, and scales that half precision would round."""
     pack(with_small_codes(tiny_unpacked, tmp_path / "seven", 7) / GRAPH, tmp_path / "packed")
@@ -111,6 +115,7 @@ def test_rows_that_do_not_divide_into_bytes_stay(tmp_path: Path, inputs: int, pa
     assert np.array_equal(graph.tensor("scales"), np.full(3, 0.5, np.float32))
 
 
+@pytest.mark.slow
 def test_a_graph_that_cannot_be_packed_is_named(tiny_unpacked: Path, tmp_path: Path) -> None:
     old = with_rows(tmp_path / GRAPH, np.zeros((2, 1, 8), np.uint8), opset=17)
     with pytest.raises(ExportError, match="opset 17, bit planes need 18"):
@@ -130,6 +135,7 @@ def test_a_graph_that_cannot_be_packed_is_named(tiny_unpacked: Path, tmp_path: P
         pack(nested, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_must_be_stored(tiny_unpacked: Path, tmp_path: Path) -> None:
     small, packed = small_and_packed(tiny_unpacked, tmp_path)
     block = next(iter(read_graph(packed / GRAPH)["nodes"].values()))["block_size"]

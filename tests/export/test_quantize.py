@@ -143,6 +143,7 @@ def test_texts_become_the_ids_that_the_tokenizer_gives(tiny_checkpoint: Path) ->
     assert calibration._ids(tokenizer, "a") == tokenizer("a").input_ids == [*tokenizer.encode("a")[:-1], 1]
 
 
+@pytest.mark.slow
 def test_every_second_window_is_of_the_users_text(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
     monkeypatch.setattr(calibration, "code", calibration.multilingual)
@@ -194,6 +195,7 @@ def test_calibration_is_the_same_for_the_same_seed(tiny_checkpoint: Path) -> Non
     assert first != calibration.calibration_ids(tokenizer, 5, 64, seed=4)
 
 
+@pytest.mark.slow
 def test_the_shared_head_of_the_artifact_has_two_dimensions(tiny_unpacked: Path) -> None:
     graph = onnx.load(str(tiny_unpacked / "model.onnx"), load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}

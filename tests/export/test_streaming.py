@@ -104,6 +104,7 @@ def test_converting_in_pieces_changes_no_byte(
     assert overrides_of(whole) == overrides_of(tmp_path / "pieces")
 
 
+@pytest.mark.slow
 def test_the_index_names_every_tensor(whole: Path) -> None:
     assert CheckpointWeights(whole).names() == sorted(tensors_of(whole))
 

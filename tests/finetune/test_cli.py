@@ -22,6 +22,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_faults_of_options_and_of_data_are_told(data: Path, tmp_path: Path) -> None:
     wrong = run_cli("finetune", "starter", "--data", data, "--set", "rank=0", "--set", "epoch=3")
     assert wrong.returncode == 2

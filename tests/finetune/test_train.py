@@ -61,6 +61,7 @@ def trained(examples: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.Temp
     return (job, *finetune(job, prepare(job)))
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_adapter_says_so(trained: Any) -> None:
     job, report, folder = trained
     assert report.manifest.loss_after < report.manifest.loss_before - 0.2
@@ -77,6 +78,7 @@ def test_the_loss_falls_and_the_adapter_says_so(trained: Any) -> None:
     assert not list((job.cache / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_the_report_has_the_curve(trained: Any) -> None:
     _, report, folder = trained
     page = (folder / "report.html").read_text()
@@ -169,6 +171,7 @@ def test_a_window_beyond_the_context_is_refused_before_anything_is_fetched(examp
         prepare(_job(examples, tmp_path / "nowhere", tmp_path, "window=10000"))
 
 
+@pytest.mark.slow
 def test_the_number_of_trained_weights_is_that_of_the_adapter(trained: Any, tiny_checkpoint: Path) -> None:
     job, _, folder = trained
     from safetensors.torch import load_file

@@ -19,6 +19,7 @@ def flip(path: Path) -> None:
     path.write_bytes(damaged)
 
 
+@pytest.mark.slow
 def test_one_bit_makes_another_build(tiny_package: Path, broken: Path) -> None:
     done = run_cli("diff", tiny_package, broken)
     assert done.returncode == 0, done.stderr

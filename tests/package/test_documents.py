@@ -53,6 +53,7 @@ def _faults_of_bill(text: str) -> object:
     return JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
 
 
+@pytest.mark.slow
 def test_the_bill_of_materials_is_valid_and_names_what_shaped_the_bytes(tiny_package: Path) -> None:
     text = (tiny_package / SBOM).read_text()
     assert _faults_of_bill(text) is None

@@ -97,6 +97,7 @@ def test_without_a_verdict_nothing_is_packaged(tiny_build: Path, tmp_path: Path)
     assert not (tmp_path / "packages").exists()
 
 
+@pytest.mark.slow
 def test_name_version_and_profile_are_the_users(tiny_build: Path, tmp_path: Path) -> None:
     folder = packaged(tiny_build, tmp_path, "--name", "Mine.v2", "--version", "12", "--profile", "cli1")
     assert folder.name == "Mine.v2-generic-cpu-12"
@@ -127,6 +128,7 @@ def test_a_package_of_another_profile_or_a_foreign_folder_is_not_replaced(tiny_b
     assert (folder / "model.onnx").exists()
 
 
+@pytest.mark.slow
 def test_what_breaks_a_rule_is_not_published(artifact: Path, tmp_path: Path) -> None:
     """An artifact that is whole, of a model that ends with another token than its tokenizer."""
 

@@ -69,6 +69,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_package_is_refused_before_anything_runs(tmp_path: Path, tiny_package: Path) -> None:
     assert run_cli("foundry-check", tmp_path / "none").returncode == 10
     altered = shutil.copytree(tiny_package, tmp_path / tiny_package.name)
@@ -160,6 +161,7 @@ def test_a_child_that_hangs_is_ended_with_all_that_it_began(interpreter: Interpr
     assert not leftovers(place)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_check_leaves_nothing(number: signal.Signals, interpreter: Interpreter, place: Path) -> None:

@@ -87,6 +87,7 @@ def test_its_death_is_told_with_its_last_words(child: LineChild) -> None:
             child.ask("die")
 
 
+@pytest.mark.slow
 def test_a_line_without_an_end_is_not_read_to_it(child: LineChild) -> None:
     with pytest.raises(VerificationError, match="died"):
         child.ask("long")

@@ -13,6 +13,7 @@ from tests.conftest import run_cli
 from tests.publish.conftest import LARGEST, files_of, leftovers, publish, pull, refused, rewrite
 
 
+@pytest.mark.slow
 def test_a_folder_is_a_copy_that_pulls_and_serves(passing_package: Path, tmp_path: Path) -> None:
     shelf = tmp_path / "shelf/tiny"
     sent = publish(passing_package, shelf)
@@ -87,6 +88,7 @@ def test_links_and_foreign_folders_are_refused(package: Path, tmp_path: Path) ->
     assert "not a plain file" in refused("pull", package, "--output", tmp_path / "got")
 
 
+@pytest.mark.slow
 def test_a_new_version_replaces_the_old_one_whole(passing_package: Path, newer_package: Path, tmp_path: Path) -> None:
     for package in (passing_package, newer_package, passing_package):
         sent = publish(package, tmp_path / "out")

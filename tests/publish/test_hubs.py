@@ -30,6 +30,7 @@ def test_publish_and_pull(hub: Any, passing_package: Path, tmp_path: Path) -> No
     assert not hub.private
 
 
+@pytest.mark.slow
 def test_private_and_again(hub: Any, passing_package: Path) -> None:
     publish(passing_package, hub.address, "--private")
     assert hub.private == {"org/tiny"}
@@ -39,6 +40,7 @@ def test_private_and_again(hub: Any, passing_package: Path) -> None:
     assert len(hub.repositories["org/tiny"]) == 2, "no empty commit"
 
 
+@pytest.mark.slow
 def test_a_new_version_is_one_commit_and_old_files_go(hub: Any, passing_package: Path, newer_package: Path) -> None:
     publish(newer_package, hub.address)
     sent = publish(passing_package, hub.address)
@@ -54,6 +56,7 @@ def test_files_of_somebody_else_are_neither_lost_nor_mixed_in(hub: Any, passing_
     assert hub.repositories["org/tiny"] == [theirs]
 
 
+@pytest.mark.slow
 def test_large_files_of_an_interrupted_run_are_not_sent_again(hub: Any, passing_package: Path) -> None:
     """A killed run leaves large files and no commit."""
     content = (passing_package / LARGEST).read_bytes()
@@ -72,6 +75,7 @@ def test_refusals_do_not_repeat_the_token(hub: Any, passing_package: Path, statu
     assert hub.token not in said
 
 
+@pytest.mark.slow
 def test_wrong_missing_and_broken_tokens(hub: Any, passing_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(hub.variable, "hunter2")
     said = refused("publish", passing_package, hub.address)
@@ -97,6 +101,7 @@ def test_a_hub_that_cannot_be_reached(
     assert "cannot be reached (Connection refused)" in refused("pull", hub.address, "--output", tmp_path / "got")
 
 
+@pytest.mark.slow
 def test_content_that_was_changed_there(hub: Any, passing_package: Path, tmp_path: Path) -> None:
     publish(passing_package, hub.address)
     files = hub.repositories["org/tiny"][-1]
@@ -129,6 +134,7 @@ def test_a_digest_that_is_a_path_is_refused(huggingface: Any, passing_package: P
     assert victim.read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_whole_forgery_is_refused_by_the_pin(
     hub: Any, passing_package: Path, newer_package: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +161,7 @@ def test_a_hub_over_http_elsewhere_is_refused(hub: Any, passing_package: Path, m
     assert "http to 192.0.2.1 is not encrypted" in refused("publish", passing_package, hub.address)
 
 
+@pytest.mark.slow
 def test_large_files_come_from_elsewhere_without_the_token(
     huggingface: Any, passing_package: Path, tmp_path: Path
 ) -> None:

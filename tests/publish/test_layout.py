@@ -61,6 +61,7 @@ def test_a_layout_is_what_the_specification_says(passing_package: Path, tmp_path
     assert {path.name for path in layout.iterdir()} == {"blobs", "index.json", "oci-layout"}
 
 
+@pytest.mark.slow
 def test_tags_share_blobs_and_the_same_package_has_the_same_manifest(
     passing_package: Path, newer_package: Path, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_push_and_pull(registry: Any, passing_package: Path, tmp_path: Path, kin
     assert pull(pinned, "--output", tmp_path / "pinned")["digest"] == sent["digest"]
 
 
+@pytest.mark.slow
 def test_a_login_of_docker_is_found(registry: Any, passing_package: Path, tmp_path: Path) -> None:
     registry.login = "bearer"
     auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
@@ -66,6 +67,7 @@ def test_a_login_of_docker_is_found(registry: Any, passing_package: Path, tmp_pa
     assert "docker's configuration cannot be read" in refused("publish", passing_package, address(registry.port))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["basic", "bearer"])
 def test_missing_and_wrong_logins(
     registry: Any, passing_package: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -94,6 +96,7 @@ def test_a_login_stays_with_its_host(registry: Any, passing_package: Path, tmp_p
     assert f"Bearer {TOKEN}" in {sent for _, _, sent in registry.log}
 
 
+@pytest.mark.slow
 def test_a_pull_that_was_cut_off_goes_on(
     registry: Any, passing_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

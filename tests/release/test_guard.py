@@ -79,6 +79,7 @@ def test_memory_counts_over_the_whole_tree(tmp_path: Path) -> None:
     assert run(tmp_path, tree, memory=250 * MB).broke == "memory"
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
     ended = run(tmp_path, ESCAPED.format(then="time.sleep(300)"), seconds=1.5)
     assert ended.broke == "time"

@@ -122,6 +122,7 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
     assert "no such file" in faults_of(tmp_path / "none.yaml")[0]
 
 
+@pytest.mark.slow
 def test_the_schema_takes_and_refuses_the_same() -> None:
     import jsonschema  # it compiles a grammar of its formats for seconds, which each worker would wait for
 

@@ -159,6 +159,7 @@ def test_unverified_must_be_allowed_by_name(run: Run, place: Path) -> None:
     assert "--no-verify" not in (place / "release.rejected/logs/starter--cpu-int4.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [

@@ -34,6 +34,7 @@ def test_it_renders_as_transformers_does(source: str | None) -> None:
         assert template.render(HELLO, prompt=prompt) == expected
 
 
+@pytest.mark.slow
 def test_bombs_and_refusals_are_told() -> None:
     source = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}{{ raise_exception('not so') }}"
     template = CheckpointTemplate(with_template(source), Limits(cpu_seconds=1, seconds=60))
@@ -43,6 +44,7 @@ def test_bombs_and_refusals_are_told() -> None:
         template.render(HELLO)
 
 
+@pytest.mark.slow
 def test_neither_calibration_nor_verification_renders_a_bomb_by_itself(tmp_path: Path) -> None:
     tokenizer = with_template(MEMORY)
     with pytest.raises(SourceError, match="stopped: it needs more than 512 MiB"):

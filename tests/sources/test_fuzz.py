@@ -101,6 +101,7 @@ def hub() -> Iterator[Any]:
         yield fake
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "valid"), [("huggingface", HUGGINGFACE), ("modelscope", MODELSCOPE)])
 def test_listings(kind: Any, valid: Any, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):

@@ -47,6 +47,7 @@ def parity(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Callable[[
     return judged
 
 
+@pytest.mark.slow
 def test_parity_sees_the_codes_and_not_the_planes(
     folders: tuple[Path, Path], parity: Callable[[Path], CheckResult]
 ) -> None:
@@ -55,6 +56,7 @@ def test_parity_sees_the_codes_and_not_the_planes(
     assert packed.measured == plain.measured
 
 
+@pytest.mark.slow
 def test_rows_of_a_plane_that_changed_places_are_found(
     folders: tuple[Path, Path], parity: Callable[[Path], CheckResult], tmp_path: Path
 ) -> None:
@@ -68,6 +70,7 @@ def test_rows_of_a_plane_that_changed_places_are_found(
     assert found.measured["row_error"] > 1
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_every_code_of_a_row_is_found(
     folders: tuple[Path, Path], parity: Callable[[Path], CheckResult], tmp_path: Path
 ) -> None:
@@ -81,6 +84,7 @@ def test_a_flipped_bit_of_every_code_of_a_row_is_found(
     assert found.measured["row_error"] > 1
 
 
+@pytest.mark.slow
 def test_a_plane_that_lacks_a_row_is_told(
     folders: tuple[Path, Path], parity: Callable[[Path], CheckResult], tmp_path: Path
 ) -> None:
@@ -94,6 +98,7 @@ def test_a_plane_that_lacks_a_row_is_told(
     assert "does not fit into" in found.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_float32", [False, True])
 def test_slices_equal_the_whole_and_the_unpacked(folders: tuple[Path, Path], tmp_path: Path, in_float32: bool) -> None:
     plain, packed = folders
@@ -107,6 +112,7 @@ def test_slices_equal_the_whole_and_the_unpacked(folders: tuple[Path, Path], tmp
         assert np.array_equal(sliced.logits(ids), wanted)
 
 
+@pytest.mark.slow
 def test_no_slice_holds_the_planes_of_another(folders: tuple[Path, Path]) -> None:
     for place, part in enumerate(Cut(Graph(folders[1] / GRAPH), 1)):
         graph = onnx.load_from_string(part.graph).graph
@@ -119,6 +125,7 @@ def test_no_slice_holds_the_planes_of_another(folders: tuple[Path, Path]) -> Non
         assert set(made) <= read
 
 
+@pytest.mark.slow
 def test_a_token_reads_what_the_kernels_read(folders: tuple[Path, Path]) -> None:
     plain, packed = folders
     assert bytes_per_token(packed) == bytes_per_token(plain)
@@ -126,6 +133,7 @@ def test_a_token_reads_what_the_kernels_read(folders: tuple[Path, Path]) -> None
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.slow
 def test_few_folded_values_stay_in_memory(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen_onnx.verify.graph.KEPT_BYTES", 1)
     graph = Graph(folders[1] / GRAPH)

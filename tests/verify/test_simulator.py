@@ -77,6 +77,7 @@ def test_other_tables_fail(artifact: Path, checkpoint: Path, tmp_path: Path) -> 
     assert verdict(judged(artifact, checkpoint, broken)) is Verdict.FAIL
 
 
+@pytest.mark.slow
 def test_no_simulator_proves_nothing(artifact: Path, checkpoint: Path) -> None:
     assert verdict(judged(artifact, checkpoint, None)) is Verdict.INCONCLUSIVE
 

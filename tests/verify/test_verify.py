@@ -35,6 +35,7 @@ def broken(tiny_build: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_build, tmp_path / "broken-artifact"))
 
 
+@pytest.mark.slow
 def test_a_sound_artifact_passes_and_what_was_not_run_is_inconclusive(tiny_build: Path, tiny_checkpoint: Path) -> None:
     report = verdicts(tiny_build, tiny_checkpoint, "tokenizer", "chat_template", "drift", "greedy")
     assert {result(report, name) for name in ("tokenizer", "chat_template", "drift", "greedy")} == {Verdict.PASS}

@@ -116,6 +116,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(screen: Screen, tmp_path: 
     assert screen.child.poll() is None
 
 
+@pytest.mark.slow
 def test_save_and_load_keep_the_whole_conversation(tiny_build: Path, screen: Screen, tmp_path: Path) -> None:
     for command, said in [
         ("/system be brief", "system message: be brief"),
@@ -146,6 +147,7 @@ def test_save_and_load_keep_the_whole_conversation(tiny_build: Path, screen: Scr
     assert "+hello" in history.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", ["one\x1b\rtwo\r", "one\\\rtwo\r", '"""one\rtwo"""\r'])
 def test_several_lines_are_one_question(screen: Screen, tmp_path: Path, typed: str) -> None:
     screen.type(typed)
@@ -180,6 +182,7 @@ def test_mistakes_are_told_and_end_nothing(screen: Screen, tmp_path: Path) -> No
     assert screen.child.wait(timeout=20) == 0, "Ctrl-C clears the line, Ctrl-D ends"
 
 
+@pytest.mark.slow
 def test_exit_ends(screen: Screen) -> None:
     screen.type("/exit\r")
     assert screen.child.wait(timeout=20) == 0
@@ -237,6 +240,7 @@ def conversation(service: QwenService) -> Conversation:
     return Conversation(service, GenerationConfig(max_new_tokens=4), model="tiny", system="s")
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_go_when_the_context_is_full(conversation: Conversation) -> None:
     for index in range(4):
         conversation.ask(f"{index}" + "x" * 2700)

@@ -23,6 +23,7 @@ def folders(tiny_unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return small_and_packed(tiny_unpacked, tmp_path_factory.mktemp("packed"))
 
 
+@pytest.mark.slow
 def test_genai_gives_the_same_logits_to_the_bit(folders: tuple[Path, Path]) -> None:
     plain, packed = (Engine(folder, threads=1) for folder in folders)
     found = [engine.forced_logits(PROMPT, range(60, 90)) for engine in (plain, packed)]
@@ -30,6 +31,7 @@ def test_genai_gives_the_same_logits_to_the_bit(folders: tuple[Path, Path]) -> N
     assert np.array_equal(*found)
 
 
+@pytest.mark.slow
 def test_the_batch_engine_gives_the_same_log_probabilities(folders: tuple[Path, Path]) -> None:
     answers: dict[Path, list[object]] = {}
     for folder in folders:

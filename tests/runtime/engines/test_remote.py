@@ -102,6 +102,7 @@ def signalled(engine: RemoteEngine, number: int) -> None:
     os.kill(engine.pid, number)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_twice_at_once_is_started_again(impatient: RemoteEngine) -> None:
     for restarts in (1, 2):
         signalled(impatient, signal.SIGKILL)

@@ -38,6 +38,7 @@ def alter(build: Path, *, consistently: bool = False) -> None:
         (build / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consistently", [False, True])
 def test_an_engine_that_died_does_not_come_back_with_other_files(build: Path, consistently: bool) -> None:
     options = EngineOptions(streams=2, capacity=256, threads=1, verify=True)
@@ -82,6 +83,7 @@ def test_the_expected_digest_is_required(build: Path) -> None:
         verify_runnable(build, package_digest(build))
 
 
+@pytest.mark.slow
 def test_serve_refuses_what_is_not_expected(build: Path) -> None:
     done = run_cli("serve", build, "--port", 0, "--expect", "0" * 64)
     assert done.returncode == 6

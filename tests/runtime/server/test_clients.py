@@ -69,6 +69,7 @@ def test_the_asynchronous_client_gets_the_same(client: OpenAI) -> None:
     assert [answer.choices[0].message.content for answer in whole] == [expected] * 3
 
 
+@pytest.mark.slow
 def test_langchain_invokes_streams_and_batches(client: OpenAI) -> None:
     from langchain_openai import ChatOpenAI
 

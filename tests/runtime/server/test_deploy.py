@@ -141,6 +141,7 @@ class Patient(BaseHTTPRequestHandler):
         """Quiet."""
 
 
+@pytest.mark.slow
 @needs_nginx
 @pytest.mark.parametrize("buffering", ["off", "on"])
 def test_an_event_passes_before_the_next_one_is_there(buffering: str, tmp_path: Path) -> None:

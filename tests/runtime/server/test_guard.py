@@ -204,6 +204,7 @@ def test_readiness_tells_its_checks(plain: Guarded) -> None:
     assert {check["name"] for check in told["checks"]} == {"response_time", "memory_growth", "speed", "worker", "queue"}
 
 
+@pytest.mark.slow
 def test_a_key_learns_nothing_of_what_another_has_asked(tiny_artifact: Path) -> None:
     """``cached_tokens`` would tell a prompt token by token to whoever guesses."""
     settings = ServerSettings(rate_limit=100)

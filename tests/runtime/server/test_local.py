@@ -47,6 +47,7 @@ def test_only_the_machines_own_users_go_without_limits(changes: dict[str, Any], 
     assert (told.max_tokens, told.rate_limit) == (7, 3)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_two_thousand_words_is_answered(local: Guarded) -> None:
     words = [{"role": "user", "content": "a word " * 2000}]
     answer = local.ask(messages=words)

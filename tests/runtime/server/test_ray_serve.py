@@ -114,6 +114,7 @@ def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ray_serve.deployment(Path("artifact"), "tiny", replicas=1, threads=1)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_artifact_starts_no_ray(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qwen_onnx.runtime.server.ray_serve", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -72,12 +72,14 @@ def test_what_it_prints_works_when_copied(running: Process) -> None:
     subprocess.run([sys.executable, "-c", snippet], capture_output=True, check=True)
 
 
+@pytest.mark.slow
 def test_beyond_loopback_it_wants_keys(tiny_build: Path) -> None:
     done = run_cli("serve", tiny_build, "--host", "0.0.0.0", "--port", 0)
     assert done.returncode == 2
     assert "--insecure" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_told(running: Process, tiny_build: Path) -> None:
     done = run_cli("serve", tiny_build, "--port", running.port)
     assert done.returncode == 3

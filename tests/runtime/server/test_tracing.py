@@ -64,6 +64,7 @@ with TestClient(create_app(QwenService(sys.argv[1], threads=1), "tiny")) as clie
 """
 
 
+@pytest.mark.slow
 def test_a_server_without_the_extra_works(tiny_artifact: Path) -> None:
     command = [sys.executable, "-c", WITHOUT, str(tiny_artifact)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -116,6 +116,7 @@ def streamed(*deltas: dict[str, str], error: str = "") -> tuple[int, dict[str, s
     return 200, {"Content-Type": "text/event-stream"}, "".join([*lines, "data: [DONE]\n\n"])
 
 
+@pytest.mark.slow
 def test_an_answer_of_the_real_server_streams_in(page: Page) -> None:
     setting(page, "temperature", 1)
     setting(page, "max-tokens", 60)

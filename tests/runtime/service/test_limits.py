@@ -93,6 +93,7 @@ def test_json_that_parsers_disagree_about_is_refused(body: bytes, expected: str)
         read_json(body, 64)
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(),
@@ -179,6 +180,7 @@ def _within(value: object, budget: Budget) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(json_values)
 @example({"prompt": [1, 2, 3, 4, 5, 6]})

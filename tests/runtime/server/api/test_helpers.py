@@ -45,6 +45,7 @@ def test_the_helpers_of_the_openai_client_parse(qwen3: OpenAI) -> None:
     assert isinstance(calls[0].function.parsed_arguments, Place)
 
 
+@pytest.mark.slow
 def test_langchain_calls_tools_and_makes_records(qwen3: OpenAI) -> None:
     from langchain_openai import ChatOpenAI
 
