@@ -26,6 +26,7 @@ from qwen_onnx.artifact.manifest import (
     replace_verdict,
     staged_manifest,
 )
+from qwen_onnx.artifact.origin import REJECTED, origin_of, record_origin, recorded_origin, require_same
 from qwen_onnx.artifact.store import build_lock, kept_folder, staging_folder
 from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.build.toolchain import Toolchain
@@ -59,6 +60,7 @@ class Job:
         calibration: text of the user's whose digest the plan has.
         verify: measure against PyTorch before publishing.
         wait: wait when another process builds the same artifact.
+        by_name: the target follows from the model's name alone, which another model may have, too.
         depth: how much of each kind of text is measured; an artifact that was measured less is measured again.
     """
 
@@ -71,6 +73,7 @@ class Job:
     verify: bool = True
     wait: bool = True
     force: bool = False
+    by_name: bool = False
     depth: Depth = "quick"
 
     @property
@@ -79,6 +82,11 @@ class Job:
         from qwen_onnx.verify.records import VerifyOptions
 
         return VerifyOptions.of(self.depth)
+
+    @property
+    def origin(self) -> str:
+        """What its artifact is made of, here."""
+        return origin_of(self.plan, self.source, self.adapter)
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,14 @@ def optimize(job: Job) -> Outcome:
     be looked at and the last good artifact stays.
 
     Raises:
+        ArtifactError: another model's artifact has the place that goes by the name of this one.
         QwenOnnxError: any stage failed; nothing was published.
     """
     outcome = _built_or_found(job)
+    built = outcome.artifact
+    # of the same bytes in two folders the first is the artifact's
+    if job.by_name and not (outcome.hit and recorded_origin(built.path, built.manifest)):
+        record_origin(built.path, built.manifest.key, job.origin)
     if outcome.hit and job.verify and job.depth != "quick":
         from qwen_onnx.verify.report import load_report
 
@@ -125,6 +138,8 @@ def _built_or_found(job: Job) -> Outcome:
         hit = None if job.force else cached(job.target, keys)
         if hit and (hit.manifest.verdict is not Verdict.UNVERIFIED or not job.verify):
             return Outcome(hit, hit=True)
+        if job.by_name and not job.force:
+            require_same(job.target, job.plan, job.origin, pins)
         require_room(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, adapter=job.adapter, progress=progress)
         key = build_key(job.plan, checkpoint.revision, packages, exporter)
@@ -166,7 +181,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
         built_seconds=round(built, 1),
     )
     passed = report is None or verdict is Verdict.PASS
-    target = job.target if passed else job.target.with_name(job.target.name + ".rejected")
+    target = job.target if passed else job.target.with_name(job.target.name + REJECTED)
     return Outcome(publish(folder, target, manifest), hit=False, report=report)
 
 

@@ -111,14 +111,18 @@ class Plan(Record):
         return f"{self.model}/{self.target}-{self.precision}"
 
     @property
+    def base(self) -> str:
+        """The model's id without an adapter's name."""
+        return self.model.removesuffix(f"-{self.adapter.name}") if self.adapter else self.model
+
+    @property
     def asked(self) -> str:
         """What the command line takes for this model: its id, a hub's repository at a commit, or its folder.
 
         Of a model with an adapter it is the base, which `--adapter` follows.
         """
         if self.adapter:
-            base = self.model_copy(update={"model": self.model.removesuffix(f"-{self.adapter.name}"), "adapter": None})
-            return base.asked
+            return self.model_copy(update={"model": self.base, "adapter": None}).asked
         source = self.sources[0]
         if self.catalogued or not isinstance(source, HubSource | FolderSource):
             return self.model

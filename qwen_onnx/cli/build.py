@@ -74,7 +74,7 @@ def optimize(
     output: Path | None = typer.Option(None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION"),
     verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
     wait: bool = typer.Option(True, help="wait while another build of the same artifact runs"),
-    force: bool = typer.Option(False, help="rebuild even if the same artifact exists"),
+    force: bool = typer.Option(False, help="rebuild even if the same artifact exists; replace one of other weights"),
     recipe: RecipeOption = None,
     depth: Depth = "quick",
     max_size: Annotated[
@@ -102,9 +102,18 @@ def optimize(
         plan = adapted(plan, open_adapter(adapter).adapted())
     plan, text = _calibrated(plan, calibration)
     where = output or work_root() / "artifacts" / plan.name
-    cache, target_folder = cache_here(), where.resolve()
     job = Job(
-        plan, target_folder, cache, asked.source, adapter, text, verify=verify, wait=wait, force=force, depth=depth
+        plan,
+        where.resolve(),
+        cache_here(),
+        asked.source,
+        adapter,
+        text,
+        verify=verify,
+        wait=wait,
+        force=force,
+        by_name=output is None,
+        depth=depth,
     )
     outcome = run(job)
     manifest = outcome.artifact.manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ from qwen_onnx.cli.options import (
     Target,
     cache_here,
     catalog_here,
+    of_folder,
     wanted,
 )
 from qwen_onnx.errors import ConfigError
@@ -116,12 +118,15 @@ def plan(
 
 def where(model: Model, target: Target = "cpu", precision: Precision = None, recipe: RecipeOption = None) -> None:
     """Print the folder of MODEL's artifact on a target, built or not; no hub is asked."""
+    from qwen_onnx.artifact.manifest import MANIFEST
     from qwen_onnx.catalog.load import work_root
     from qwen_onnx.catalog.reference import id_of, parse
 
-    catalog = catalog_here(recipe)
-    name = id_of(catalog, parse(model))
-    print(work_root() / "artifacts" / name / f"{target}-{catalog.precision(target, precision)}")
+    catalog, asked = catalog_here(recipe), parse(model)
+    place = work_root() / "artifacts" / id_of(catalog, asked) / f"{target}-{catalog.precision(target, precision)}"
+    if isinstance(asked, Path) and (place / MANIFEST).exists():
+        of_folder([place], asked)
+    print(place)
 
 
 def plans(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -114,8 +115,10 @@ def artifact_at(text: str) -> Path:
 
     Raises:
         ConfigError: the model has several, or none that passed its verification.
+        ArtifactError: what has the name of the model, a folder, was made of another one.
     """
     from qwen_onnx.artifact.manifest import MANIFEST
+    from qwen_onnx.artifact.origin import REJECTED
     from qwen_onnx.catalog.load import work_root
     from qwen_onnx.catalog.reference import id_of, parse
     from qwen_onnx.errors import ConfigError
@@ -124,15 +127,41 @@ def artifact_at(text: str) -> Path:
     if (given / MANIFEST).exists():
         return given
     try:
-        model = id_of(catalog_here(), parse(text))
+        asked = parse(text)
+        model = id_of(catalog_here(), asked)
     except ConfigError:
         return given
     found = sorted(path.parent for path in (work_root() / "artifacts" / model).glob(f"[!.]*/{MANIFEST}"))
-    passed = [path for path in found if path.suffix != ".rejected"]
+    if isinstance(asked, Path):
+        found = of_folder(found, asked)
+    passed = [path for path in found if path.suffix != REJECTED]
     if len(passed) == 1 or not found:
         return passed[0] if passed else given
     what = f"{text} has several artifacts" if passed else f"no artifact of {text} passed its verification"
     raise ConfigError([what], hint=f"give one: {', '.join(os.path.relpath(path) for path in passed or found)}")
+
+
+def of_folder(found: list[Path], folder: Path) -> list[Path]:
+    """Those that were made of the checkpoint in ``folder``, and not of another one that is called the same.
+
+    Raises:
+        ArtifactError: there are some, and none is.
+    """
+    from qwen_onnx.artifact.origin import is_of_folder
+    from qwen_onnx.errors import ArtifactError
+    from qwen_onnx.records import digest_of
+    from qwen_onnx.sources.fetch import folder_checksums
+
+    # a folder that is gone may still be known by its path
+    revision = cache(lambda: digest_of(folder_checksums(folder)) if folder.is_dir() else "")
+    own = [path for path in found if is_of_folder(path, folder, revision)]
+    if found and not own:
+        raise ArtifactError(
+            f"no artifact of {folder}: those of its name were made of another folder's weights",
+            where=", ".join(os.path.relpath(path) for path in found),
+            hint=f"give one of them, or: qwen-onnx optimize {folder} --output FOLDER",
+        )
+    return own
 
 
 ArtifactPath = Annotated[Path, typer.Argument(parser=artifact_at, metavar="ARTIFACT", help=ARTIFACT)]

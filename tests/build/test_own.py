@@ -13,7 +13,7 @@ from qwen_onnx.artifact.manifest import open_artifact
 from qwen_onnx.catalog.plan import UNCATALOGUED
 from qwen_onnx.catalog.schema import FolderSource
 from qwen_onnx.verify.report import load_report
-from tests.conftest import rewrite_json, run_cli
+from tests.conftest import make_tiny_checkpoint, rewrite_json, run_cli
 from tests.fixtures.architectures import make_checkpoint
 
 
@@ -55,3 +55,29 @@ def test_a_finetune_is_built_judged_and_packaged(repository: Path, tmp_path: Pat
     assert "not in the catalogue" in card
     assert "license: apache-2.0" in card
     assert UNCATALOGUED in " ".join(run_cli("verify-package", package).stdout.split())
+
+
+@pytest.mark.release
+def test_two_folders_of_one_name_never_replace_each_other(repository: Path, tmp_path: Path) -> None:
+    for name in ("recipes", "pipelines"):
+        (tmp_path / name).symlink_to(repository / name)
+    for seed, name in enumerate(("a", "b")):
+        make_tiny_checkpoint(tmp_path / name / "ft", seed=seed)
+
+    def built(model: str, *more: str, code: int = 0) -> str:
+        done = run_cli("optimize", model, "--no-verify", "--precision", "fp32", *more, cwd=tmp_path)
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    place = tmp_path / "artifacts/ft/cpu-fp32"
+    assert "published artifacts/ft/cpu-fp32" in built("./a/ft")
+    first = open_artifact(place).manifest
+    assert str(tmp_path) not in (place / "manifest.json").read_text(), "no path of this machine"
+    assert "already built" in built("./a/ft")
+    refused = built("./b/ft", code=6)
+    assert f"{tmp_path}/a/ft; now asked for: {tmp_path}/b/ft" in refused
+    assert open_artifact(place).manifest == first
+    make_tiny_checkpoint(tmp_path / "a/ft", seed=2)
+    assert "published" in built("./a/ft"), "the folder's own artifact follows it"
+    assert "published" in built("./b/ft", "--force")
+    assert "a/ft" in built("./a/ft", code=6)

@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from qwen_onnx.artifact.manifest import Manifest, read_manifest
+from qwen_onnx.artifact.origin import origin_of, record_origin, require_same
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import Adapted, adapted, make_plan
+from qwen_onnx.catalog.schema import HubSource
 from qwen_onnx.cli.app import app
 from qwen_onnx.cli.options import artifact_at
-from qwen_onnx.errors import ConfigError, QwenOnnxError
+from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError
+from qwen_onnx.records import digest_of
+from qwen_onnx.sources.fetch import folder_checksums
 from tests.conftest import make_tiny_checkpoint
 
 
@@ -70,15 +77,40 @@ def test_bad_input_is_one_clear_message(folder: Path, arguments: list[str], code
     assert words in str(error)
 
 
+def made(artifact: Path, source: Path, target: str = "cpu", origin: Path | None = None) -> Path:
+    """The manifest of an artifact of ``source``, and where that was when ``origin`` says so; nothing is built."""
+    plan = json.loads(run("plan", source, "--target", target, "--full").stdout)
+    files = folder_checksums(source)
+    manifest = Manifest.model_validate(
+        {
+            "key": digest_of(str(artifact)),
+            "plan": plan,
+            "plan_digest": digest_of(plan),
+            "source": {"origin": f"folder {source.name}", "revision": digest_of(files), "files": files},
+            "packages": {},
+            "python": "3.11",
+            "files": {},
+            "size_bytes": 0,
+            "readback": {},
+            "verdict": "PASS",
+            "claim": "made up for a test",
+            "built_seconds": 0.0,
+        }
+    )
+    artifact.mkdir(parents=True)
+    (artifact / "manifest.json").write_text(manifest.model_dump_json())
+    if origin:
+        record_origin(artifact, manifest.key, str(origin))
+    return artifact
+
+
 def test_an_artifact_by_its_model(folder: Path, repository: Path) -> None:
     for name in ("recipes", "pipelines"):
         (folder / name).symlink_to(repository / name)
     place = folder / "artifacts/my-finetune"
 
     def built(name: str) -> Path:
-        (place / name).mkdir(parents=True)
-        (place / name / "manifest.json").write_text("{}")
-        return place / name
+        return made(place / name, folder / "My-Finetune", origin=folder / "My-Finetune")
 
     assert artifact_at("./My-Finetune") == Path("My-Finetune"), "nothing is built"
     rejected = built("cpu-int4.rejected")
@@ -95,6 +127,90 @@ def test_an_artifact_by_its_model(folder: Path, repository: Path) -> None:
     shutil.rmtree(place)
     for text in ("starter", "artifacts/none", "a/b/c"):
         assert artifact_at(text) == Path(text)
+
+
+@pytest.fixture
+def two(folder: Path, repository: Path) -> Path:
+    """The working directory with ``a/ft`` and ``b/ft``, which hold other weights, and recipes."""
+    for name in ("recipes", "pipelines"):
+        (folder / name).symlink_to(repository / name)
+    (folder / "a").mkdir()
+    (folder / "My-Finetune").rename(folder / "a/ft")
+    make_tiny_checkpoint(folder / "b/ft", seed=1, kind="qwen3")
+    return folder
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["the path is known", "the bytes decide"])
+def test_another_folder_of_the_same_name_has_no_artifact(two: Path, known: bool) -> None:
+    place = made(two / "artifacts/ft/cpu-int4", two / "a/ft", origin=two / "a/ft" if known else None)
+    assert artifact_at("./a/ft") == place
+    assert run("where", "./a/ft").stdout == f"{place}\n"
+    for refused in (run("where", "./b/ft"), run("chat", "./b/ft"), run("serve", "b/../b/ft/.")):
+        assert refused.exit_code != 0
+    with pytest.raises(ArtifactError, match=r"no artifact of b/ft: .* made of another folder's weights") as caught:
+        artifact_at("./b/ft")
+    assert caught.value.where == "artifacts/ft/cpu-int4"
+    assert "qwen-onnx optimize b/ft --output FOLDER" in (caught.value.hint or "")
+    # another precision is free, and a copy of the same weights may go anywhere
+    assert run("where", "./b/ft", "--precision", "int8").stdout == f"{place.with_name('cpu-int8')}\n"
+    shutil.copytree(two / "a/ft", two / "c/ft")
+    assert artifact_at("./c/ft") == place
+
+
+def test_a_folder_that_changed_or_is_gone_keeps_its_artifact(two: Path) -> None:
+    place = made(two / "artifacts/ft/cpu-int4", two / "a/ft", origin=two / "a/ft")
+    make_tiny_checkpoint(two / "a/ft", seed=2, kind="qwen3")
+    assert artifact_at("./a/ft") == place
+    shutil.rmtree(two / "a/ft")
+    assert artifact_at("./a/ft") == place
+    with pytest.raises(ArtifactError, match="no artifact of c/ft"):
+        artifact_at("./c/ft")
+
+
+@pytest.mark.parametrize("rejected", [False, True], ids=["published", "rejected"])
+def test_optimize_never_replaces_another_folders_artifact(two: Path, rejected: bool) -> None:
+    place = two / f"artifacts/ft/cpu-int4{'.rejected' if rejected else ''}"
+    made(place, two / "a/ft", origin=two / "a/ft")
+    error = run("optimize", "./b/ft", "--no-verify").exception
+    assert isinstance(error, ArtifactError)
+    assert f"made of other weights: {two}/a/ft; now asked for: {two}/b/ft" in error.what
+    assert error.where == str(place)
+    assert "--output FOLDER keeps both; --force replaces it" in (error.hint or "")
+
+
+def test_who_may_build_at_a_place(two: Path) -> None:
+    """The same folder with other weights, the same weights in another folder, whoever finds a damaged manifest."""
+    place = made(two / "artifacts/ft/cpu-int4", two / "a/ft", origin=two / "a/ft")
+    manifest = read_manifest(place)
+    plan, weights = manifest.plan, manifest.source.revision
+    require_same(place, plan, str(two / "a/ft"), ["other"])
+    require_same(place, plan, str(two / "b/ft"), ["other", weights])
+    with pytest.raises(ArtifactError, match="made of other weights"):
+        require_same(place, plan, str(two / "b/ft"), ["other"])
+    merged = adapted(plan, Adapted(name="x", digest="0" * 64, rank=1))
+    with pytest.raises(ArtifactError, match="with the adapter"):
+        require_same(place, merged, origin_of(merged, two / "a/ft", two / "x"), [weights])
+    # what is written of another artifact says nothing
+    record_origin(place, "another key", str(two / "a/ft"))
+    with pytest.raises(ArtifactError, match="folder ft, wherever that was"):
+        require_same(place, plan, str(two / "a/ft"), ["other"])
+    (place / "manifest.json").write_text("{}")
+    require_same(place, plan, str(two / "b/ft"), ["other"])
+
+
+def test_a_repository_and_a_recipe_are_known_by_the_manifest(two: Path, repository: Path) -> None:
+    starter = make_plan(load_catalog(repository), "starter", "cpu")
+    assert origin_of(starter, None, None) == "the recipe starter"
+    assert origin_of(starter, two / "a/ft", None) == "the recipe starter"
+    hub = HubSource(kind="modelscope", repo="Org/Name", revision="master")
+    plan = starter.model_copy(update={"sources": (hub,), "catalogued": False})
+    assert origin_of(plan, None, None) == "modelscope:org/name"
+    place = made(two / "artifacts/org--name/cpu-int4", two / "a/ft")
+    manifest = read_manifest(place).model_copy(update={"plan": plan})
+    (place / "manifest.json").write_text(manifest.model_dump_json())
+    require_same(place, plan, "modelscope:org/name", [])
+    with pytest.raises(ArtifactError, match="modelscope:org/name; now asked for: huggingface:org/name"):
+        require_same(place, plan, "huggingface:org/name", [])
 
 
 @pytest.mark.slow
