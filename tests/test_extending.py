@@ -62,7 +62,7 @@ def largest(extended: Path, name: str) -> float:
     return float(model.model.layers[0].mlp.down_proj.weight.detach().abs().max())
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_walk_through_works(repository: Path, extended: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(extended)}
     [script] = blocks(repository, "sh")

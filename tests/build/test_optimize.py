@@ -267,8 +267,8 @@ def test_a_killed_build_goes_on_with_its_finished_layers(
     assert list((tmp_path / "cache/work").iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.release)])
+@pytest.mark.release
+@pytest.mark.parametrize("kills", [2, 20])
 def test_kill_9_at_any_moment_leaves_the_old_artifact_or_the_new(
     kills: int, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

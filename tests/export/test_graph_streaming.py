@@ -68,11 +68,8 @@ def assert_same(one: onnx.GraphProto, other: onnx.GraphProto) -> None:
     assert [value.name for value in one.output] == [value.name for value in other.output]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "algorithm",
-    [name if name in ("k_quant_mixed", "fp32") else pytest.param(name, marks=pytest.mark.release) for name in OPTIONS],
-)
+@pytest.mark.release
+@pytest.mark.parametrize("algorithm", OPTIONS)
 def test_weights_in_files_change_nothing(algorithm: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     one = built(tiny_checkpoint, tmp_path / "stock", OPTIONS[algorithm], "stock")
     other = built(tiny_checkpoint, tmp_path / "files", OPTIONS[algorithm], "files")
@@ -89,15 +86,14 @@ def make_sharded(architecture: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("architecture", "algorithm"),
     [
         ("Qwen3MoeForCausalLM", "k_quant_last"),
-        *(
-            pytest.param(f"{name}ForCausalLM", algorithm, marks=pytest.mark.release)
-            for name, algorithm in (("Qwen2Moe", "default"), ("Qwen2Moe", "fp32"), ("Qwen3Next", "k_quant_last"))
-        ),
+        ("Qwen2MoeForCausalLM", "default"),
+        ("Qwen2MoeForCausalLM", "fp32"),
+        ("Qwen3NextForCausalLM", "k_quant_last"),
     ],
 )
 def test_experts_one_by_one_are_those_that_transformers_stacks(
@@ -140,15 +136,14 @@ def started(checkpoint: Path, folder: Path, options: str, kept: Path) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("line", "again"),
     [
         ("packed the experts of layer 1 of 2", ["packed the experts of layer 1 of"]),
-        pytest.param(
+        (
             "quantised the matrices of part 1 of 3",
             ["packed the experts of layer", "quantised the matrices of part 1 of"],
-            marks=pytest.mark.release,
         ),
     ],
 )

@@ -30,7 +30,7 @@ from qwen_onnx.export.readback.htp import read_qdq
 from qwen_onnx.runtime.engines.runners.qnn import Backend
 from tests.fixtures.architectures import VOCABULARY, make_checkpoint
 
-ARCHITECTURES = ("Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow))
+ARCHITECTURES = ("Qwen2ForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.release))
 PREFILL, CONTEXT = 16, 64
 GPTQ = CalibratedGptqOptions(symmetric=True, group_size=-1, windows=4, window=64, sensitivity_windows=1)
 EXPORT = HtpQdqExportOptions(prefill=PREFILL, context=CONTEXT, windows=4, window=64)

@@ -86,10 +86,8 @@ def test_the_model_around_the_ir_is_looked_at(tmp_path: Path) -> None:
         read_back(write_ir(tmp_path, TABLE, BODY, named="other.xml"), ASKED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "precision", ["fp16", *(pytest.param(name, marks=pytest.mark.release) for name in ("int8", "int4"))]
-)
+@pytest.mark.release
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_a_tiny_model_is_built_for_npus_and_proven_by_openvino(
     checkout: Path, tiny_checkpoint: Path, tmp_path: Path, precision: str
 ) -> None:

@@ -172,7 +172,7 @@ def test_planes_are_for_the_cpu_and_their_cost_is_a_bound() -> None:
     assert options.written(None, Stored(1000, 50, 0, scales=100)).total == 850  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_pass_runs_behind_the_builder(tiny_checkpoint: Path, checkout: Path) -> None:
     """CalibratedGptq uses all 8 bits: nothing is stored in planes, and a plan that wants them is told."""
 

@@ -41,7 +41,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
 
 
-@pytest.fixture(scope="module", params=["Qwen2 tied", "Qwen3 untied bfloat16 sharded"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("Qwen2 tied", marks=pytest.mark.release), "Qwen3 untied bfloat16 sharded"]
+)
 def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Qwen2, and a Qwen3 with a head of its own in bfloat16 shards."""
     if request.param == "Qwen2 tied":
@@ -85,7 +87,7 @@ def whole(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_logits_in_pieces_choose_the_same_matrices(
     tiny_checkpoint: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,12 +136,12 @@ def killed_after(line: str, checkpoint: Path, output: Path, kept: Path) -> list[
     return said
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("line", "again"),
     [
-        pytest.param("forward through layer 1 of", "forward through layer 1 of", marks=pytest.mark.release),
-        pytest.param("backward through layer 1 of", "forward through layer", marks=pytest.mark.release),
+        ("forward through layer 1 of", "forward through layer 1 of"),
+        ("backward through layer 1 of", "forward through layer"),
         ("quantised layer 1 of", "quantised layer 1 of"),
     ],
 )
@@ -181,7 +183,7 @@ def test_other_weights_or_settings_never_use_finished_layers(tiny_checkpoint: Pa
     assert same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_an_altered_layer_is_made_again(tiny_checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()

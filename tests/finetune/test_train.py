@@ -181,7 +181,7 @@ def test_the_number_of_trained_weights_is_that_of_the_adapter(trained: Any, tiny
     assert estimate.trained_numbers(config, job.training) == numbers
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_killed_training_goes_on_and_comes_to_the_same_adapter(
     examples: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -174,7 +174,7 @@ def test_a_worker_without_the_disk_sends_its_packages(
     assert [path.name for path in (cache / "release-worker").iterdir()] == ["artifacts"]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_job_that_fits_no_machine_is_told_at_once(cluster: Any, place: Path, tiny_checkpoint: Path) -> None:
     patiently(lambda: cluster.add_node(**WORKER))
     cluster.wait_for_nodes()

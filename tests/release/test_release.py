@@ -223,7 +223,7 @@ def kill_with_witness(process: subprocess.Popen[str]) -> None:
     assert all(gone(child.pid) for child in family)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_release_that_was_killed_goes_on_where_it_was(run: Run, place: Path, tiny_checkpoint: Path) -> None:
     process = start(place, tiny_checkpoint, INT4, FP32)
     assert process.stderr

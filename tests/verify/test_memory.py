@@ -63,7 +63,7 @@ def test_one_copy_at_a_time(
     assert all(len(each) == 1 for each in copies.together), copies.together
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_in_slices_no_engine_loads_the_whole(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

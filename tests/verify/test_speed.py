@@ -140,7 +140,7 @@ def test_pytorch_goes_by_layers_where_it_does_not_fit(tiny_checkpoint: Path, mon
     assert latency._baseline_engine(tiny_checkpoint, tiny_checkpoint, options) == "layerwise"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_report_says_what_was_computed_and_how_near_the_limit_it_is(
     tiny_artifact: Path, tiny_checkpoint: Path
 ) -> None:

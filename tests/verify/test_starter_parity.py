@@ -37,7 +37,7 @@ def test_the_starter_passes(artifact_dir: Path, starter_checkpoint: Path) -> Non
     assert found.measured["matrices"] == 2 + 30 * 7
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_another_base_of_rope_fails(artifact_dir: Path, starter_checkpoint: Path, tmp_path: Path) -> None:
     settings = json.loads((starter_checkpoint / "config.json").read_text())
     theta = settings["rope_parameters"]["rope_theta"]

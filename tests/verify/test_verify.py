@@ -77,7 +77,7 @@ def _edit(folder: Path, part: str, change: Callable[[np.ndarray], np.ndarray]) -
     onnx.save(model, str(path), save_as_external_data=True, location="model.onnx.data")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_base_model_without_a_chat_template_is_verified_all_the_same(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +118,7 @@ def test_an_artifact_that_does_not_load_fails(broken: Path, tiny_checkpoint: Pat
     assert result(report, "drift") is result(report, "greedy") is Verdict.FAIL
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_an_fp32_export_is_held_against_pytorch(tiny_build: Path, exact_artifact: Path, tiny_checkpoint: Path) -> None:
     """What artifacts of other engines are judged by; the INT4 artifact in its place must be found out."""
     options = VerifyOptions(checks=("graph_parity",), **FAST)

@@ -58,6 +58,7 @@ def test_an_exact_artifact_answers_as_pytorch_does(pruned_artifact: Path, tiny_c
         assert told in report.html()
 
 
+@pytest.mark.release
 def test_another_model_is_found_out(pruned_artifact: Path, tmp_path: Path) -> None:
     """Random answers against random answers: recovery is anything, but there are flips."""
     from tests.fixtures.models import make_tiny_checkpoint
@@ -140,6 +141,7 @@ def test_lm_eval_chats_with_the_server(server: OpenAI) -> None:
     assert all(answers)
 
 
+@pytest.mark.release
 def test_an_artifact_without_rows_is_scored_by_the_engine_that_is_measured(
     tiny_build: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +172,7 @@ def test_a_level_that_computes_nothing_runs_no_tasks(tiny_build: Path, tiny_chec
         )
 
 
+@pytest.mark.release
 def test_items_that_the_hub_does_not_give_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lm_eval.models.dummy import DummyLM
 
