@@ -122,6 +122,7 @@ def test_generated_files_are_not_stale(repository: Path) -> None:
         assert (repository / name).read_text() == text, f"{name} is stale: make plans"
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_pipeline_makes_the_lock_stale(checkout: Path) -> None:
     before = committed_files(load_catalog(checkout))["recipes/plans.lock"]
     edit_int4(checkout / "pipelines/cpu.yaml", lambda d: d["limits"].update(kld_mean=0.17))

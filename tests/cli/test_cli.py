@@ -63,6 +63,7 @@ def test_list_for_programs_is_json_and_nothing_else() -> None:
     assert not any(model["targets"] for model in planned)
 
 
+@pytest.mark.slow
 def test_select_for_programs_is_json_and_nothing_else() -> None:
     found = json.loads(run_cli("select", "--ram", "2GB", "--most", "3", "--json").stdout)
     assert len(found["choices"]) == 3
@@ -86,6 +87,7 @@ def test_doctor_for_programs_says_what_fixes_a_fault(checkout: Path) -> None:
     assert any("theirs 0.14.1" in finding["found"] for finding in faults)
 
 
+@pytest.mark.slow
 def test_an_old_name_of_a_verb_works_and_is_not_listed(tmp_path: Path) -> None:
     done = run_cli("same", tmp_path, tmp_path)
     assert "not an artifact" in done.stderr

@@ -37,6 +37,7 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_where_an_artifact_is_kept(folder: Path) -> None:
     for model, name in (
         ("starter", "starter"),
@@ -104,6 +105,7 @@ def made(artifact: Path, source: Path, target: str = "cpu", origin: Path | None 
     return artifact
 
 
+@pytest.mark.slow
 def test_an_artifact_by_its_model(folder: Path, repository: Path) -> None:
     for name in ("recipes", "pipelines"):
         (folder / name).symlink_to(repository / name)
@@ -140,6 +142,7 @@ def two(folder: Path, repository: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False], ids=["the path is known", "the bytes decide"])
 def test_another_folder_of_the_same_name_has_no_artifact(two: Path, known: bool) -> None:
     place = made(two / "artifacts/ft/cpu-int4", two / "a/ft", origin=two / "a/ft" if known else None)

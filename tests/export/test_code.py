@@ -134,6 +134,7 @@ def test_a_job_of_a_release_runs_again_for_its_own_code(file: str, moves: bool, 
     assert (before != after) == moves
 
 
+@pytest.mark.slow
 def test_no_data_file_is_overlooked() -> None:
     """One whose name is put together when the program runs would never move a key."""
     package = REPOSITORY / "qwen_onnx"

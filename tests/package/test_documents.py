@@ -75,6 +75,7 @@ def test_the_bill_of_materials_is_valid_and_names_what_shaped_the_bytes(tiny_pac
     assert "timestamp" not in found["metadata"]
 
 
+@pytest.mark.slow
 def test_a_damaged_bill_is_not_valid(tiny_package: Path) -> None:
     found = json.loads((tiny_package / SBOM).read_text())
     found["metadata"]["component"]["type"] = "magic"

@@ -97,6 +97,7 @@ def test_what_was_removed_renamed_or_added_is_named(broken: Path, name: str) -> 
     assert word in faults_of(broken)
 
 
+@pytest.mark.slow
 def test_all_faults_are_told_together(broken: Path) -> None:
     (broken / "tokenizer.json").unlink()
     (broken / "extra").write_text("x")
@@ -190,6 +191,7 @@ def test_a_licence_must_travel(broken: Path) -> None:
     assert "LICENSE is missing" in faults_of(broken)
 
 
+@pytest.mark.slow
 def test_a_digest_from_a_trusted_place_pins_every_byte(broken: Path) -> None:
     digest = package_digest(broken)
     verify_package(broken, digest)
@@ -198,6 +200,7 @@ def test_a_digest_from_a_trusted_place_pins_every_byte(broken: Path) -> None:
     assert digest in done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_no_package_is_told(tmp_path: Path, tiny_build: Path) -> None:
     for folder, word in ((tmp_path / "none", "there is no package"), (tiny_build, "not a package")):
         done = run_cli("verify-package", folder)

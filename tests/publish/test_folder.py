@@ -28,6 +28,7 @@ def test_a_folder_is_a_copy_that_pulls_and_serves(passing_package: Path, tmp_pat
     assert done.stdout.startswith("Hello")
 
 
+@pytest.mark.slow
 def test_the_default_place_is_the_package_s_own_name(passing_package: Path, checkout: Path) -> None:
     done = run_cli("pull", passing_package, cwd=checkout)
     assert done.returncode == 0, done.stderr

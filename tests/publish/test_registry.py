@@ -85,6 +85,7 @@ def test_missing_and_wrong_logins(
     assert not registry.manifests
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("login")
 def test_a_login_stays_with_its_host(registry: Any, passing_package: Path, tmp_path: Path) -> None:
     registry.login, registry.redirects = "bearer", True
@@ -321,6 +322,7 @@ def test_oras_pulls_what_was_pushed(
     assert files_of(tmp_path / "oras") == files_of(passing_package)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed: apt-get install skopeo")
 def test_skopeo_carries_a_layout_to_a_registry(real_registry: int, passing_package: Path, tmp_path: Path) -> None:
     sent = publish(passing_package, f"oci:{tmp_path}/layout:v1")

@@ -157,6 +157,7 @@ def test_several_lines_are_one_question(screen: Screen, tmp_path: Path, typed: s
     assert saved(tmp_path / "chat.json")["messages"][0]["content"] == "one\ntwo"
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_and_end_nothing(screen: Screen, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"format": "qwen-onnx-chat/1", "model": 5}')
     for command, said in [

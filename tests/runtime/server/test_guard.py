@@ -70,6 +70,7 @@ def test_with_a_key_everything_opens(keyed: Guarded) -> None:
         assert keyed.http.get(path, headers={"authorization": f"bearer {ALICE}"}).status_code == 200, path
 
 
+@pytest.mark.slow
 def test_each_key_has_a_limit_of_its_own(tiny_artifact: Path) -> None:
     with guarded(tiny_artifact, SETTINGS.model_copy(update={"rate_limit": 2}), keys=KEYS) as keyed:
         assert [keyed.ask(ALICE).status_code for _ in range(3)] == [200, 200, 429]

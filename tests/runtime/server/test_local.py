@@ -127,6 +127,7 @@ def agents_request() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_first_request_of_a_coding_agent_is_answered(local: Guarded) -> None:
     answer = local.http.post(CHAT, json={"model": "tiny", "stop": "\n", **agents_request()})
     assert answer.status_code == 200, answer.text

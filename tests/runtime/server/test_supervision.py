@@ -52,6 +52,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.mark.slow
 def test_a_server_without_an_engine_ends_with_an_error(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Frail(tiny_artifact)
     monkeypatch.setattr(app, "load_service", lambda *_: service)

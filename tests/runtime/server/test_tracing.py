@@ -19,6 +19,7 @@ from tests.fixtures.servers import CHAT, guarded, until
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
+@pytest.mark.slow
 def test_a_span_tells_what_a_request_came_to(tiny_artifact: Path) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))

@@ -132,6 +132,7 @@ def test_an_answer_of_the_real_server_streams_in(page: Page) -> None:
     assert page.errors == []
 
 
+@pytest.mark.slow
 def test_stop_frees_the_server(page: Page, client: OpenAI) -> None:
     setting(page, "max-tokens", 8000)
     ask(page, "hello")

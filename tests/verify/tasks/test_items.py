@@ -49,6 +49,7 @@ def test_a_package_that_is_missing_is_named_with_the_command(missing: str, monke
     assert refused.value.hint == "pip install 'qwen-onnx[tasks]'"
 
 
+@pytest.mark.slow
 def test_options_of_tasks_need_tasks(tmp_path: Path) -> None:
     done = run_cli("verify", tmp_path, "--recovery", "0.9", "--items", "3", "--hub")
     assert done.returncode == 2

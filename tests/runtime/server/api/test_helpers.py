@@ -23,6 +23,7 @@ class Place(BaseModel):
     days: Literal[1, 2] | None
 
 
+@pytest.mark.slow
 def test_the_helpers_of_the_openai_client_parse(qwen3: OpenAI) -> None:
     """Both send strict schemas made of pydantic models, with everything that pydantic writes into them."""
     form = qwen3.chat.completions.parse(
