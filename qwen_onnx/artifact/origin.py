@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
+from qwen_onnx.artifact.store import rejected_place
 from qwen_onnx.bounded import read_record
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import FolderSource, HubSource
@@ -16,7 +17,6 @@ from qwen_onnx.errors import ArtifactError
 from qwen_onnx.files import write_private
 from qwen_onnx.records import Record
 
-REJECTED = ".rejected"
 MOST_BYTES = 1 << 16
 
 
@@ -73,7 +73,7 @@ def require_same(target: Path, plan: Plan, origin: str, revisions: Collection[st
     Raises:
         ArtifactError: names both origins.
     """
-    for place in (target, target.with_name(target.name + REJECTED)):
+    for place in (target, rejected_place(target)):
         if not (place / MANIFEST).exists():
             continue
         try:

@@ -19,6 +19,12 @@ from qwen_onnx.files import RECORD_SUFFIX
 from qwen_onnx.records import digest_of
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+REJECTED = ".rejected"
+
+
+def rejected_place(target: Path) -> Path:
+    """Where that which did not pass appears, beside the last good one at ``target``."""
+    return target.with_name(target.name + REJECTED)
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from qwen_onnx.artifact.manifest import (
     replace_verdict,
     staged_manifest,
 )
-from qwen_onnx.artifact.origin import REJECTED, origin_of, record_origin, recorded_origin, require_same
-from qwen_onnx.artifact.store import build_lock, kept_folder, staging_folder
+from qwen_onnx.artifact.origin import origin_of, record_origin, recorded_origin, require_same
+from qwen_onnx.artifact.store import build_lock, kept_folder, rejected_place, staging_folder
 from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.build.toolchain import Toolchain
 from qwen_onnx.catalog.plan import Plan
@@ -181,7 +181,7 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
         built_seconds=round(built, 1),
     )
     passed = report is None or verdict is Verdict.PASS
-    target = job.target if passed else job.target.with_name(job.target.name + REJECTED)
+    target = job.target if passed else rejected_place(job.target)
     return Outcome(publish(folder, target, manifest), hit=False, report=report)
 
 

@@ -118,7 +118,7 @@ def artifact_at(text: str) -> Path:
         ArtifactError: what has the name of the model, a folder, was made of another one.
     """
     from qwen_onnx.artifact.manifest import MANIFEST
-    from qwen_onnx.artifact.origin import REJECTED
+    from qwen_onnx.artifact.store import REJECTED
     from qwen_onnx.catalog.load import work_root
     from qwen_onnx.catalog.reference import id_of, parse
     from qwen_onnx.errors import ConfigError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_onnx.artifact.code import code_digest
-from qwen_onnx.artifact.store import build_lock, kept_folder, put_in_place, staging_folder
+from qwen_onnx.artifact.store import build_lock, kept_folder, put_in_place, rejected_place, staging_folder
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import EnvironmentFault, TrainingError, VerificationError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qwen_onnx.finetune.train import Trained
 
 CODE = ("qwen_onnx.finetune.train", "qwen_onnx.finetune.encode", "qwen_onnx.finetune.data")
-REJECTED, STOPPED = ".rejected", ".stopped"
+STOPPED = ".stopped"
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> tu
     whole = manifest.model_copy(update={"files": file_checksums(folder, without=MANIFEST)})
     (folder / MANIFEST).write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
     passed = manifest.verdict is Verdict.PASS
-    target = job.target if passed else job.target.with_name(job.target.name + REJECTED)
+    target = job.target if passed else rejected_place(job.target)
     put_in_place(folder, target)
     return report, target
 

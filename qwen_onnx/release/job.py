@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qwen_onnx.artifact.checksums import package_digest
 from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
+from qwen_onnx.artifact.store import rejected_place
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.errors import QwenOnnxError, ReleaseError
@@ -132,7 +133,7 @@ class _Run:
             self._step("optimize", "optimize", self.job.model, "--target", self.job.target, *options)
         except StepError:
             # what was measured and rejected stands beside the artifact's place
-            rejected = self.artifact.with_name(self.artifact.name + ".rejected")
+            rejected = rejected_place(self.artifact)
             if (rejected / MANIFEST).exists() and (rejected / MANIFEST).stat().st_mtime >= self.began:
                 self._read(rejected)
             raise

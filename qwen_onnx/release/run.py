@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qwen_onnx import __version__
 from qwen_onnx.artifact.checksums import write_sums
-from qwen_onnx.artifact.store import build_lock, put_in_place, staging_folder
+from qwen_onnx.artifact.store import build_lock, put_in_place, rejected_place, staging_folder
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.errors import ConfigError, ReleaseError
@@ -150,7 +150,7 @@ def _executed(order: ReleaseOrder, tasks: Sequence[Task], store: Store, say: Say
 
 
 def _publish(made: Release, jobs: Sequence[ReleaseJob], store: Store, output: Path) -> Path:
-    target = output if made.passed else output.with_name(output.name + ".rejected")
+    target = output if made.passed else rejected_place(output)
     with staging_folder(output) as staging:
         folder = staging / "release"
         (folder / "logs").mkdir(parents=True)
