@@ -100,8 +100,10 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(screen: Screen, tmp_path: 
     # the tiny model repeats itself unless it is kept from it
     screen.type("/set repetition_penalty 5\r")
     screen.expect(r"repetition_penalty 5\.0")
+    # what is typed before the prompt is there is echoed, and looks like the beginning of an answer
+    screen.expect(PROMPT)
     screen.type("tell me\r")
-    screen.expect(r"tell me\s+\S")
+    screen.expect(r"tell me\s+\S(?s:.{40})")
     screen.type("\x03")
     screen.expect(r"stopped · \d+ tokens")
     screen.type("/set max_new_tokens 4\r")
