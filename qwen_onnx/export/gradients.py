@@ -30,12 +30,14 @@ class Gradients:
     Args:
         arguments: what each layer is called with besides the hidden states, for a single window.
         what: what its lines of progress begin with.
+        together: windows that run through a layer at once. One, where the caller squares a window's gradients.
     """
 
     skeleton: Skeleton
     arguments: list[dict[str, Any]]
     work: WorkFolder
     what: str
+    together: int = 1
 
     def forget(self, index: int) -> None:
         """The input of layer ``index`` and the gradient for it are not needed any more."""
@@ -88,8 +90,8 @@ class Gradients:
             before = reopened(self.work.required(f"forward-{index:04d}", f"input-{index:04d}"), shape)
             states = mapped(self.work.temporary(name), shape)
             with self.skeleton.layer(index) as layer, torch.no_grad():
-                for window, state in enumerate(before):
-                    states[window] = call(layer, state[None], self.arguments[index])[0]
+                for windows in self._batches(len(before)):
+                    states[windows] = call(layer, before[windows], self.arguments[index])
             self.work.commit(f"forward-{index + 1:04d}", [name])
             steps.step(index + 1)
 
@@ -108,24 +110,9 @@ class Gradients:
             for window, state in enumerate(last):
                 leaf = state[None].clone().requires_grad_(True)
                 normed = norm(leaf)
-                loss = self._loss_gradient(normed.detach(), head)
-                gradients[window] = torch.autograd.grad(normed, leaf, loss)[0][0]
+                loss = _loss_gradient(normed.detach()[0], head)
+                gradients[window] = torch.autograd.grad(normed, leaf, loss[None])[0][0]
         self.work.commit("gradient", [name])
-
-    def _loss_gradient(self, normed: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Gradient [1, tokens, hidden] of the summed cross entropy against labels drawn from the model itself.
-
-        A label is what ``torch.multinomial`` draws, without its copies in memory; the random numbers are drawn for all
-        positions at once, so the labels do not depend on the pieces.
-        """
-        noise = self.skeleton.scratch.zeros("noise", (normed.shape[1], head.shape[0])).exponential_(1)
-        result = torch.empty_like(normed)
-        for piece in _positions(normed, head):
-            odds = torch.nn.functional.linear(normed[0, piece], head).softmax(-1)
-            labels = torch.div(odds, noise[piece], out=noise[piece]).argmax(-1, keepdim=True)
-            # the loss by the logits is what the model gives less what was drawn: no logits are computed twice
-            result[0, piece] = odds.scatter_add_(1, labels, torch.full_like(odds[:, :1], -1.0)) @ head
-        return result
 
     def backward(
         self, index: int, shape: tuple[int, ...], watch: Callable[[int], Callable[[], Kept]]
@@ -139,15 +126,18 @@ class Gradients:
         outgoing = mapped(self.work.temporary(name), shape)
         with self.skeleton.layer(index) as layer:
             result = watch(index)
-            for window, (state, gradient) in enumerate(zip(inputs, incoming, strict=True)):
-                leaf = state[None].clone().requires_grad_(True)
-                torch.autograd.backward(call(layer, leaf, self.arguments[index]), gradient[None])
-                outgoing[window] = taken(leaf)[0]
+            for windows in self._batches(len(inputs)):
+                leaf = inputs[windows].clone().requires_grad_(True)
+                torch.autograd.backward(call(layer, leaf, self.arguments[index]), incoming[windows])
+                outgoing[windows] = taken(leaf)
             facts, files = result()
         self.work.commit(f"backward-{index:04d}", [name, *files], facts)
         for done in range(index + 1, count + 1):
             self.forget(done)
         return facts
+
+    def _batches(self, windows: int) -> Iterator[slice]:
+        yield from (slice(begin, begin + self.together) for begin in range(0, windows, self.together))
 
 
 def taken(leaf: torch.Tensor) -> torch.Tensor:
@@ -157,7 +147,31 @@ def taken(leaf: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
+def _loss_gradient(normed: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Gradient of the summed cross entropy against labels drawn from the model itself.
+
+    A label is where a random number falls in the summed odds of all tokens. The numbers are drawn for all positions
+    at once, so the labels do not depend on the pieces.
+
+    Args:
+        normed: [tokens, hidden], what the head sees.
+        head: [vocabulary, hidden].
+
+    Returns:
+        [tokens, hidden].
+    """
+    drawn = torch.rand(len(normed), 1)
+    result = torch.empty_like(normed)
+    for piece in _positions(normed, head):
+        odds = torch.nn.functional.linear(normed[piece], head).softmax(-1)
+        summed = odds.cumsum(-1)
+        labels = torch.searchsorted(summed, drawn[piece] * summed[:, -1:], right=True).clamp_(max=len(head) - 1)
+        # the loss by the logits is what the model gives less what was drawn: no logits are computed twice
+        result[piece] = odds.scatter_add_(1, labels, torch.full_like(drawn[piece], -1.0)) @ head
+    return result
+
+
 def _positions(normed: torch.Tensor, head: torch.Tensor) -> Iterator[slice]:
     """Slices of positions whose logits fit into one piece."""
-    tokens, step = normed.shape[1], max(LOGITS_PIECE // head.shape[0], 1)
+    tokens, step = len(normed), max(LOGITS_PIECE // head.shape[0], 1)
     yield from (slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step))

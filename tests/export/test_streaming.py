@@ -20,7 +20,6 @@ from qwen_onnx.export import gradients, weights
 from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.weights import CheckpointWeights, write_safetensors
-from qwen_onnx.export.workfolder import WorkFolder
 from tests.fixtures.unstreamed import quantized_tensors
 
 SMALL = CalibratedGptqOptions(group_size=32, int8_share=0.3, windows=9, window=64, sensitivity_windows=3)
@@ -216,26 +215,30 @@ def test_a_missing_shard_or_weight_is_named(tiny_checkpoint: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_loss_is_cross_entropy_against_labels_of_multinomial(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qwen_onnx.export.skeleton import Skeleton
-    from qwen_onnx.export.weights import Scratch
-
-    skeleton = Skeleton(tiny_checkpoint, Scratch(tmp_path / "scratch"))
-    run = gradients.Gradients(skeleton, [], WorkFolder(tmp_path / "work", "x"), "")
+def test_the_loss_is_cross_entropy_against_labels_drawn_from_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
-    normed, head = torch.randn(1, 50, 64), torch.randn(300, 64)
+    normed, head = torch.randn(50, 64), torch.randn(300, 64)
     leaf = normed.clone().requires_grad_(True)
-    logits = (leaf @ head.T)[0]
+    logits = leaf @ head.T
+    odds = logits.detach().double().softmax(-1).cumsum(-1)
     torch.manual_seed(4)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
+    labels = (odds > torch.rand(50, 1)).int().argmax(-1)
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), leaf)[0]
     # in pieces of seven positions as in one
     for most in (7 * 300, 50 * 300):
         monkeypatch.setattr(gradients, "LOGITS_PIECE", most)
         torch.manual_seed(4)
-        torch.testing.assert_close(run._loss_gradient(normed, head), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradients._loss_gradient(normed, head), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_come_as_often_as_the_model_says() -> None:
+    # with the identity for a head, what is left of the odds tells the label
+    logits = torch.tensor([3.0, -1e4, 0.0, 2.0, -1e4])
+    torch.manual_seed(0)
+    labels = gradients._loss_gradient(logits.repeat(20_000, 1), torch.eye(5)).argmin(-1)
+    found = torch.bincount(labels, minlength=5) / 20_000
+    assert found[1] == found[4] == 0
+    torch.testing.assert_close(found, logits.softmax(-1), rtol=0, atol=0.015)
 
 
 def test_safetensors_written_by_map_are_read_by_the_library(tmp_path: Path) -> None:
