@@ -48,9 +48,17 @@ def test_grids_that_are_solved_together_are_those_solved_alone(problem: tuple[to
         assert found.scales.shape == (48, 128 // grid.block)
 
 
+def test_grids_that_are_refined_together_are_those_refined_alone(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    solved = solve(*problem, GRIDS)
+    for one, together in zip(solved, refine(solved, *problem, 2), strict=True):
+        [alone] = refine([one], *problem, 2)
+        assert torch.equal(together.codes, alone.codes)
+        assert torch.equal(together.scales, alone.scales)
+
+
 def test_scales_are_numbers_of_half_precision(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weight, hessian = problem
-    found = [refine(one, weight, hessian, 2) for one in solve(weight, hessian, GRIDS)]
+    found = refine(solve(weight, hessian, GRIDS), weight, hessian, 2)
     for one in (
         *found,
         nearest(weight, hessian.diagonal(), Grid(8, 64)),
@@ -72,7 +80,7 @@ def test_it_is_as_good_as_gptq_and_better_than_rounding(problem: tuple[torch.Ten
 def test_refinement_lowers_the_error(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weight, hessian = problem
     [found] = solve(weight, hessian, GRIDS[:1])
-    errors = [loss(refine(found, weight, hessian, rounds), weight, hessian) for rounds in range(3)]
+    errors = [loss(refine([found], weight, hessian, rounds)[0], weight, hessian) for rounds in range(3)]
     assert errors == sorted(errors, reverse=True)
     assert errors[1] < 0.99 * errors[0]
 

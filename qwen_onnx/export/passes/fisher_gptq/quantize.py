@@ -47,6 +47,8 @@ GRIDS = {
     "mixed": (Grid(4, BLOCK), Grid(4, BLOCK // 2), Grid(8, BLOCK)),
     "int8": (Grid(4, BLOCK), Grid(5, BLOCK), Grid(6, BLOCK), Grid(8, BLOCK)),
 }
+# numbers of the hidden states that run through a layer at once: of small models, a window alone keeps no core busy
+TOGETHER = 1 << 19
 
 
 class FisherGptq(Pass):  # type: ignore[misc]
@@ -95,7 +97,11 @@ def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Pa
         asked = config.model_dump(mode="json", exclude={"bits_per_weight", "max_bytes", "max_kld"})
         work = WorkFolder(folder, digest_of([asked, settings, ids.tolist(), skeleton.weights.fingerprint()]))
         run = Gradients(
-            skeleton, skeleton.arguments(skeleton.embed(ids[:1])), work, "what the loss says of the weights"
+            skeleton,
+            skeleton.arguments(skeleton.embed(ids[:1])),
+            work,
+            "what the loss says of the weights",
+            together=max(TOGETHER // (config.window * skeleton.config.hidden_size), 1),
         )
         quantize_head(run, ids, config)
         layers = run.run(ids, config.seed, lambda index: _watch(skeleton, index, config, ids.numel(), work))
@@ -144,7 +150,7 @@ def _solve(
     hessian = damped(unit.hessian, config.damp)
     fine = [grid for grid in GRIDS[config.kernel] if grid.bits < 8]
     eight = [grid for grid in GRIDS[config.kernel] if grid.bits == 8]
-    found = [refine(one, weight, hessian, config.refinements) for one in solve(weight, hessian, fine)]
+    found = refine(solve(weight, hessian, fine), weight, hessian, config.refinements)
     found += [nearest(weight, hessian.diagonal(), grid) for grid in eight]
     tensors: dict[str, torch.Tensor] = {}
     costs: list[dict[str, Any]] = []

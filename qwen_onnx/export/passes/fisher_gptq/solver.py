@@ -7,6 +7,7 @@ gradient at the matrix's outputs, so that errors go where the model's answer doe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import torch
@@ -64,6 +65,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, grids: Sequence[Grid]) ->
     rows, inputs = weight.shape
     importance = hessian.diagonal()
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    steps = inverse.diagonal().tolist()
     # inputs first: a column of the matrix, of every grid, is then a row of memory
     rest = weight.T.repeat(1, len(grids))
     codes = torch.empty_like(rest)
@@ -86,7 +88,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, grids: Sequence[Grid]) ->
             now = rest[column]
             code = torch.minimum(torch.div(now, scale).add_(zero).round_().clamp_(min=0), top)
             codes[column] = code
-            error = code.sub_(zero).mul_(scale).sub_(now).div_(-float(inverse[column, column]))
+            error = code.sub_(zero).mul_(scale).sub_(now).div_(-steps[column])
             rest[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1)
             errors[column - begin] = error
         rest[end:].addmm_(inverse[begin:end, end:].T, errors, alpha=-1)
@@ -118,39 +120,48 @@ def nearest(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> Quant
     return Quantized(codes.reshape(rows, inputs), scale, zero, grid.bits)
 
 
-def refine(found: Quantized, weight: torch.Tensor, hessian: torch.Tensor, rounds: int) -> Quantized:
+def refine(found: Sequence[Quantized], weight: torch.Tensor, hessian: torch.Tensor, rounds: int) -> list[Quantized]:
     """Move codes and scales in turn to where the weighted error is less; it falls with every round.
 
     Args:
-        weight: [out, in], what ``found`` stands for.
+        weight: [out, in], what each of ``found`` stands for.
         hessian: [in, in], positive definite.
         rounds: each moves every code to its best place with all others fixed, then solves every row for its scales.
     """
     for _ in range(rounds):
-        found = _moved(found, weight, hessian)
-        found = Quantized(found.codes, _scales(found, weight, hessian), found.zeros, found.bits)
-    return _moved(found, weight, hessian) if rounds else found
+        found = [replace(one, scales=_scales(one, weight, hessian)) for one in _moved(found, weight, hessian)]
+    return _moved(found, weight, hessian) if rounds else list(found)
 
 
-def _moved(found: Quantized, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+def _moved(found: Sequence[Quantized], weight: torch.Tensor, hessian: torch.Tensor) -> list[Quantized]:
+    """Every code at its best place; the columns of all grids move in one step, as in ``solve``."""
     rows, inputs = weight.shape
-    block, top = inputs // found.scales.shape[1], 2**found.bits - 1
-    codes, scales = found.codes.T.contiguous(), found.scales.T.contiguous()
-    slope = hessian @ (found.dequantize() - weight).T
+    # one scale for each code of the narrowest blocks
+    block = min(inputs // one.scales.shape[1] for one in found)
+    codes = torch.cat([one.codes.T for one in found], 1)
+    scales = torch.cat([_repeated(one.scales, inputs // block).T for one in found], 1)
+    top = torch.cat([torch.full((rows,), float(2**one.bits - 1)) for one in found])
+    steps = hessian.diagonal().reciprocal().neg_().tolist()
+    slope = hessian @ torch.cat([(one.dequantize() - weight).T for one in found], 1)
     for begin in range(0, inputs, COLUMNS):
         end = min(begin + COLUMNS, inputs)
         inner, near = hessian[begin:end, begin:end].contiguous(), slope[begin:end]
-        moves = torch.empty(end - begin, rows)
+        moves = torch.empty_like(near)
         for place in range(end - begin):
             scale, code = scales[(begin + place) // block], codes[begin + place]
-            best = torch.addcdiv(code, near[place], scale, value=-1.0 / float(inner[place, place]))
-            best.round_().clamp_(0, top)
-            moves[place] = (best - code).mul_(scale)
+            best = torch.addcdiv(code, near[place], scale, value=steps[begin + place])
+            best = torch.minimum(best.round_().clamp_(min=0), top)
+            torch.sub(best, code, out=moves[place]).mul_(scale)
             codes[begin + place] = best
             near.addr_(inner[place], moves[place])
         slope[:begin].addmm_(hessian[:begin, begin:end], moves)
         slope[end:].addmm_(hessian[end:, begin:end], moves)
-    return Quantized(codes.T.contiguous(), found.scales, found.zeros, found.bits)
+    parts = codes.T.split(rows)
+    return [replace(one, codes=part.contiguous()) for one, part in zip(found, parts, strict=True)]
+
+
+def _repeated(scales: torch.Tensor, blocks: int) -> torch.Tensor:
+    return scales.repeat_interleave(blocks // scales.shape[1], 1)
 
 
 def _scales(found: Quantized, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

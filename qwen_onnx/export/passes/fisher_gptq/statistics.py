@@ -5,7 +5,7 @@ Matrices that read the same input share a Hessian. Those that genai fuses (q, k 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,9 @@ import torch
 
 from qwen_onnx.export.passes.gptq.sensitivity import LEADER, ONE_PRECISION, named_as
 from qwen_onnx.export.skeleton import Skeleton
+
+# rows of a Hessian that are added to at once, from the diagonal on: what lies left of it is their mirror image
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,16 @@ class Watch:
         waiting.append(squared.sum(1))
         if len(waiting) < len(self._members[group]):
             return
-        tokens = x.reshape(-1, x.shape[-1])
-        self.hessians[group].addmm_((tokens * sum(waiting)[:, None]).T, tokens)  # type: ignore[index]
+        _add_products(self.hessians[group], x.reshape(-1, x.shape[-1]), torch.stack(waiting).sum(0))
         waiting.clear()
 
     def units(self) -> list[Unit]:
         """What was collected; the hooks are gone afterwards."""
         for hook in self._hooks:
             hook.remove()
+        for hessian in self.hessians.values():
+            for rows in _row_blocks(len(hessian)):
+                hessian[rows.stop :, rows] = hessian[rows, rows.stop :].T
         units: dict[str, list[str]] = {}
         for name in self.modules:
             units.setdefault(named_as(name, ONE_PRECISION), []).append(name)
@@ -82,3 +87,20 @@ class Watch:
         total = torch.stack([self.squares[name].sum() for name in self._members[group]]).sum()
         shares = torch.cat([self.squares[name] for name in names]) / total.clamp(min=torch.finfo(torch.float32).tiny)
         return Unit(names, self.hessians[group], shares)
+
+
+def _row_blocks(size: int) -> Iterator[slice]:
+    yield from (slice(begin, min(begin + ROWS, size)) for begin in range(0, size, ROWS))
+
+
+def _add_products(hessian: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+    """Add Σ w·x·xᵀ, save what lies left of the blocks on the diagonal.
+
+    Args:
+        hessian: [in, in].
+        tokens: [tokens, in].
+        counts: [tokens], what each token counts.
+    """
+    weighted = (tokens * counts[:, None]).T
+    for rows in _row_blocks(len(hessian)):
+        hessian[rows, rows.start :].addmm_(weighted[rows], tokens[:, rows.start :])
