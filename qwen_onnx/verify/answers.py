@@ -5,6 +5,7 @@ Their hidden states are in a file, and the head is applied when a text is compar
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ class Answers:
     def __init__(self, teacher: Teacher, folder: Path, keep_every: float = KEEP_EVERY) -> None:
         self.teacher, self.folder, self.keep_every = teacher, folder, keep_every
         self._states: dict[tuple[int, ...], torch.Tensor] = {}
+        self._folders: list[Path] = []
 
     @torch.inference_mode()
     def prepare(self, texts: Sequence[Sequence[int]]) -> None:
@@ -47,6 +49,12 @@ class Answers:
         new = sorted({tuple(text) for text in texts} - set(self._states), key=lambda text: (len(text), text))
         if new:
             self._states |= self._run(new)
+
+    def forget(self) -> None:
+        """Drop the prepared texts and their files."""
+        self._states.clear()
+        while self._folders:
+            shutil.rmtree(self._folders.pop())
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Logits:
@@ -61,6 +69,7 @@ class Answers:
         identity = digest_of([teacher.fingerprint(), texts])
         work = WorkFolder(self.folder / identity[:16], identity)
         shape = (sum(map(len, texts)), size)
+        self._folders.append(work.path)
         states = mapped(work.path / STATES, shape)
         batches = list(_batches(texts))
         done = next((index for index in range(teacher.count, 0, -1) if _is_kept(work, index)), 0)

@@ -77,7 +77,7 @@ def _continuations(context: Context) -> Iterator[tuple[int, list[int]]]:
         drafts = [[*ids, *_draft(context, ids, prompt + count - len(ids))] for prompt, ids in open_texts]
         context.teacher.prepare(drafts)
         longer = {
-            tuple(ids): _agreed(context.teacher.logits(draft).argmax(-1).tolist(), draft, len(ids))
+            tuple(ids): agreed(context.teacher.logits(draft).argmax(-1).tolist(), draft, len(ids))
             for (_, ids), draft in zip(open_texts, drafts, strict=True)
         }
         texts = [(prompt, longer.get(tuple(ids), ids)[: prompt + count]) for prompt, ids in texts]
@@ -91,7 +91,7 @@ def _draft(context: Context, ids: Sequence[int], count: int) -> list[int]:
     return list(context.engine.generate(ids, max_new_tokens=count, stop_on_eos=False))
 
 
-def _agreed(preferred: Sequence[int], draft: Sequence[int], begin: int) -> list[int]:
+def agreed(preferred: Sequence[int], draft: Sequence[int], begin: int) -> list[int]:
     """The draft up to where the teacher prefers another token, and that token.
 
     Args:

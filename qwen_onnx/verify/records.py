@@ -69,7 +69,8 @@ class VerifyOptions(Frozen):
     rounds: int = Field(default=3, ge=1)
     prefill_pairs: int = Field(default=4, ge=0, description="prefills measured beyond those of the rounds")
     pytorch: Literal["fitting", "whole", "layerwise"] = Field(
-        default="fitting", description="how PyTorch is timed: whole where memory holds it, else layer by layer"
+        default="fitting",
+        description="how PyTorch is run: whole where memory holds it, else layer by layer",
     )
     tasks: TaskOptions | None = None
 

@@ -9,23 +9,26 @@ from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.records import CheckResult, TaskResult, worst
 from qwen_onnx.verify.tasks.recovery import judged
 
+LAYERWISE = "PyTorch does not fit in memory: it answered layer by layer"
+
 
 @check("tasks", asked=lambda options: options.tasks is not None)
 def recovery_of_tasks(context: Context) -> CheckResult:
     """The artifact answers benchmarks nearly as well as PyTorch does, on the same items."""
     from qwen_onnx.verify.tasks.harness import answered
     from qwen_onnx.verify.tasks.items import tasks_of
-    from qwen_onnx.verify.tasks.models import artifact_side, torch_side
+    from qwen_onnx.verify.tasks.models import artifact_side, fits, torch_side
 
     options = context.options.tasks
     if options is None:
         raise VerificationError("no tasks are named", hint="--tasks gsm8k,hellaswag")
     context.release()
-    tasks = tasks_of(options)
+    tasks, whole = tasks_of(options), fits(context)
     # one after the other: each holds its own weights
     with torch_side(context) as model:
         progress(f"tasks: PyTorch fp32 answers {', '.join(options.names)}")
         baseline = answered(model, tasks, options.items)
+    context.release()
     with artifact_side(context) as model:
         progress(f"tasks: the artifact answers {', '.join(options.names)}")
         artifact = answered(model, tasks, options.items)
@@ -47,10 +50,10 @@ def recovery_of_tasks(context: Context) -> CheckResult:
             )
         )
     context.tasks = tuple(found)
-    return _result(found, options.recovery)
+    return _result(found, options.recovery, "" if whole else LAYERWISE)
 
 
-def _result(found: list[TaskResult], limit: float) -> CheckResult:
+def _result(found: list[TaskResult], limit: float, how: str) -> CheckResult:
     measured: dict[str, float | str] = {}
     for task in found:
         if task.recovery:
@@ -65,5 +68,7 @@ def _result(found: list[TaskResult], limit: float) -> CheckResult:
         verdict=worst(task.verdict for task in found),
         measured=measured,
         limit={task.name: limit for task in found},
-        detail=f"PyTorch answers too few items rightly: {', '.join(unclear)}" if unclear else "",
+        detail="; ".join(
+            filter(None, (how, f"PyTorch answers too few items rightly: {', '.join(unclear)}" if unclear else ""))
+        ),
     )

@@ -5,36 +5,70 @@ Both get the same token ids, the same end-of-text tokens and the same room, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from lm_eval.api.model import TemplateLM
 
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.processing.tokenizer import StreamDecoder
+from qwen_onnx.runtime.processing.tokenizer import StreamDecoder, TextTokenizer
 from qwen_onnx.runtime.service.answers import StopStrings
 from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.qwen import QwenService
 from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.latency import BESIDE_BYTES, COPIES, pytorch_bytes
+from qwen_onnx.verify.scoring import Logits
 
 # what lm-eval's models generate where a task says nothing
 MOST_NEW_TOKENS = 256
 # lm-eval sends it to a server; such an answer depends on nothing else that runs
 SEED = 1234
 
-# prompt, continuation → log probability of the continuation, and whether it is what greedy decoding gives
-Score = Callable[[list[int], list[int]], tuple[float, bool]]
-# prompt, most new tokens, stop strings → text before the first of them
-Generate = Callable[[list[int], int, tuple[str, ...]], str]
+# (prompt, continuation) each → log probability of the continuation, and whether it is what greedy decoding gives
+Score = Callable[[Sequence[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
+
+
+class Wanted(NamedTuple):
+    """An answer: at most so many tokens, up to the first of the stop strings."""
+
+    prompt: list[int]
+    most: int
+    stops: tuple[str, ...]
+
+
+Generate = Callable[[Sequence[Wanted]], list[str]]
+
+
+def fits(context: Context) -> bool:
+    """Whether PyTorch holds the checkpoint whole, alone in memory, in fp32."""
+    if context.options.pytorch != "fitting":
+        return context.options.pytorch == "whole"
+    return COPIES * pytorch_bytes(context.checkpoint) + BESIDE_BYTES < psutil.virtual_memory().available
 
 
 @contextmanager
 def torch_side(context: Context) -> Iterator[Any]:
-    """The checkpoint in PyTorch fp32, by lm-eval's own model.
+    """The checkpoint in PyTorch fp32: by lm-eval's own model where memory holds it, else layer by layer.
+
+    Raises:
+        VerificationError: transformers cannot load the folder.
+    """
+    if fits(context):
+        yield _whole(context)
+        return
+    from qwen_onnx.verify.tasks.streamed import Streamed
+
+    streamed = Streamed(context)
+    yield Asked(context, streamed.score, streamed.generate)
+
+
+def _whole(context: Context) -> Any:
+    """lm-eval's own model.
 
     Raises:
         VerificationError: transformers cannot load the folder.
@@ -63,7 +97,7 @@ def torch_side(context: Context) -> Iterator[Any]:
         ) from error
     # checkpoints bring a repetition penalty, which would bind one side alone
     model.model.generation_config = TorchGenerationConfig(eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
-    yield model
+    return model
 
 
 @contextmanager
@@ -102,35 +136,61 @@ def _by_service(service: QwenService) -> tuple[Score, Generate]:
         values = [entry.logprob or 0.0 for entry in entries]
         return sum(values), all(entry.top[0].logprob == entry.logprob for entry in entries)
 
-    def generate(prompt: list[int], most: int, stops: tuple[str, ...]) -> str:
-        return service.generate(prompt, GenerationConfig(max_new_tokens=most, stop=stops, seed=SEED)).text
+    def generate(wanted: Wanted) -> str:
+        asked = GenerationConfig(max_new_tokens=wanted.most, stop=wanted.stops, seed=SEED)
+        return service.generate(wanted.prompt, asked).text
 
-    return score, generate
+    return _each(score), lambda asked: list(map(generate, asked))
 
 
 def _by_engine(context: Context) -> tuple[Score, Generate]:
     engine, tokenizer = context.engine, context.tokenizer
 
     def score(prompt: list[int], continuation: list[int]) -> tuple[float, bool]:
-        rows = np.asarray(engine.forced_logits(prompt, continuation[:-1]), np.float64)
-        rows -= rows.max(axis=-1, keepdims=True)
-        chosen = rows[np.arange(len(continuation)), continuation]
-        values = chosen - np.log(np.exp(rows).sum(axis=-1))
-        return float(values.sum()), bool((rows.argmax(axis=-1) == continuation).all())
+        return scored(engine.forced_logits(prompt, continuation[:-1]), continuation)
 
-    def generate(prompt: list[int], most: int, stops: tuple[str, ...]) -> str:
-        decoder, stopper, text = StreamDecoder(tokenizer), StopStrings(stops), ""
-        for token in engine.generate(prompt, max_new_tokens=most):
-            text += stopper.push(decoder.push(token))
-            if stopper.hit:
-                return text
-        return text + stopper.push(decoder.flush()) + stopper.flush()
+    def generate(wanted: Wanted) -> str:
+        return said(engine.generate(wanted.prompt, max_new_tokens=wanted.most), wanted.stops, tokenizer).text
 
-    return score, generate
+    return _each(score), lambda asked: list(map(generate, asked))
+
+
+def _each(score: Callable[[list[int], list[int]], tuple[float, bool]]) -> Score:
+    return lambda pairs: [score(prompt, continuation) for prompt, continuation in pairs]
+
+
+def scored(logits: Logits, continuation: Sequence[int]) -> tuple[float, bool]:
+    """Log probability of a continuation in nats, and whether greedy decoding gives it.
+
+    Args:
+        logits: [tokens of the continuation, vocabulary], what each of them was drawn from.
+    """
+    rows = np.asarray(logits, np.float64)
+    rows -= rows.max(axis=-1, keepdims=True)
+    values = rows[np.arange(len(continuation)), continuation] - np.log(np.exp(rows).sum(axis=-1))
+    return float(values.sum()), bool((rows.argmax(axis=-1) == continuation).all())
+
+
+class Said(NamedTuple):
+    """The text of tokens, and whether a stop string ended it."""
+
+    text: str
+    stopped: bool
+
+
+def said(tokens: Iterable[int], stops: Sequence[str], tokenizer: TextTokenizer) -> Said:
+    """The text before the first stop string; no more tokens are taken than it needs."""
+    decoder, stopper, text = StreamDecoder(tokenizer), StopStrings(tuple(stops)), ""
+    for token in tokens:
+        text += stopper.push(decoder.push(token))
+        if stopper.hit:
+            return Said(text, True)
+    text += stopper.push(decoder.flush())
+    return Said(text + stopper.flush(), stopper.hit)
 
 
 class Asked(TemplateLM):  # type: ignore[misc]
-    """The artifact behind lm-eval's interface.
+    """A model of ours behind lm-eval's interface.
 
     Args:
         score, generate: how it answers.
@@ -159,21 +219,21 @@ class Asked(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        answers = []
+        pairs = []
         for _pair, prompt, continuation in requests:
             room = self._shape.context_length - len(continuation)
             if room < 1:
                 raise VerificationError(
                     f"a continuation of {len(continuation)} tokens fills the context of {self._shape.context_length}"
                 )
-            answers.append(self._score(prompt[-room:], continuation))
-        return answers
+            pairs.append((prompt[-room:], continuation))
+        return self._score(pairs)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """See lm-eval's ``LM``."""
-        return [self._continued(*request.args) for request in requests]
+        return self._generate([self._wanted(*request.args) for request in requests])
 
-    def _continued(self, text: str, asked: dict[str, Any]) -> str:
+    def _wanted(self, text: str, asked: dict[str, Any]) -> Wanted:
         if asked.get("do_sample"):
             raise VerificationError("this benchmark draws its answers, which two models cannot be compared by")
         until = asked.get("until") or []
@@ -182,7 +242,7 @@ class Asked(TemplateLM):  # type: ignore[misc]
         room = self._shape.context_length - 1 - most
         if room < 1:
             raise VerificationError(f"an answer of {most} tokens fills the context of {self._shape.context_length}")
-        return self._generate(self.tok_encode(text)[-room:], most, tuple(dict.fromkeys(stops)))
+        return Wanted(self.tok_encode(text)[-room:], most, tuple(dict.fromkeys(stops)))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Not offered: the check ``drift`` measures perplexity."""

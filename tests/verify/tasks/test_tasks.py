@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -139,6 +140,53 @@ def test_lm_eval_chats_with_the_server(server: OpenAI) -> None:
     answers = [sample["resps"][0][0] for sample in found["samples"]["gsm8k"]]
     assert len(answers) >= 2
     assert all(answers)
+
+
+def by_pytorch(artifact: Path, checkpoint: Path, how: str, until: list[str]) -> tuple[list[Any], list[str]]:
+    """Log probabilities of continuations, and greedy answers up to ``until``, as lm-eval gets them from PyTorch."""
+    from lm_eval.api.instance import Instance
+
+    from qwen_onnx.verify.tasks.models import torch_side
+
+    chosen = options("gsm8k").model_copy(update={"pytorch": how})
+    pairs = [("The cat sat on", " the mat."), ("", "Once"), ("def f(x):", "\n    return x")]
+    asked = {"until": until, "do_sample": False, "max_gen_toks": 24}
+    with torch_side(context(artifact, checkpoint, chosen)) as model:
+        scores = model.loglikelihood(
+            [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)], disable_tqdm=True
+        )
+        texts = model.generate_until(
+            [Instance("generate_until", {}, (pair[0] or " x", asked), index) for index, pair in enumerate(pairs)],
+            disable_tqdm=True,
+        )
+    return scores, texts
+
+
+def test_pytorch_that_does_not_fit_answers_layer_by_layer_as_it_does_whole(
+    tiny_build: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_onnx.verify.tasks import streamed
+
+    _, whole = by_pytorch(tiny_build, tiny_checkpoint, "whole", [])
+    assert all(len(text) > 8 for text in whole)
+    # the second answer ends in its middle; texts of a few tokens go through the layers at once
+    monkeypatch.setattr(streamed, "SCRATCH", 8 * 64 * 10)
+    for until in ([], [whole[1][4:7]]):
+        expected, texts = by_pytorch(tiny_build, tiny_checkpoint, "whole", until)
+        found, ours = by_pytorch(tiny_build, tiny_checkpoint, "layerwise", until)
+        assert ours == texts
+        for (one, greedy), (other, likewise) in zip(expected, found, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+            assert greedy == likewise
+
+
+def test_benchmarks_of_generation_need_something_that_drafts(tiny_build: Path, tiny_checkpoint: Path) -> None:
+    from qwen_onnx.verify.tasks.models import Wanted
+    from qwen_onnx.verify.tasks.streamed import Streamed
+
+    chosen = options("gsm8k").model_copy(update={"layers_at_once": 1})
+    with pytest.raises(VerificationError, match="memory holds neither PyTorch nor the artifact"):
+        Streamed(context(tiny_build, tiny_checkpoint, chosen)).generate([Wanted([1, 2], 8, ())])
 
 
 @pytest.mark.release
