@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_onnx.artifact.checksums import write_sums
-from qwen_onnx.artifact.manifest import MANIFEST, Artifact
+from qwen_onnx.artifact.manifest import MANIFEST, Artifact, Manifest, read_manifest
 from qwen_onnx.artifact.store import build_lock, put_in_place, staging_folder
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.devices import package_name
@@ -76,7 +76,7 @@ def build_package(job: PackageJob) -> Package:
     )
     progress(f"packaging {record.id} for {job.profile}")
     with build_lock(target, wait=True), staging_folder(target) as staging:
-        _check_replaced(target, record)
+        _check_replaced(target, record, manifest)
         # by its own name: a rule compares it with the id
         folder = staging / target.name
         folder.mkdir()
@@ -93,8 +93,8 @@ def build_package(job: PackageJob) -> Package:
     return Package(path=target, record=record)
 
 
-def _check_replaced(target: Path, record: PackageRecord) -> None:
-    """Two profiles share the id, two targets may by --name, and a folder may be anyone's."""
+def _check_replaced(target: Path, record: PackageRecord, manifest: Manifest) -> None:
+    """Two profiles share the id, two targets may by --name, two models of one name do; a folder may be anyone's."""
     if not target.exists():
         return
     try:
@@ -106,4 +106,11 @@ def _check_replaced(target: Path, record: PackageRecord) -> None:
             f"the package of {there.target} for {there.profile} has the id {record.id}",
             where=str(target),
             hint="--name, or another --output",
+        )
+    before = read_manifest(target)
+    if (before.source.revision, before.plan.adapter) != (manifest.source.revision, manifest.plan.adapter):
+        raise PackageError(
+            f"the package {record.id} is there, made of other weights: {before.source.origin}",
+            where=str(target),
+            hint=f"--version, --name or another --output keeps both; to replace it, remove {target}",
         )

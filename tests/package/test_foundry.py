@@ -129,6 +129,21 @@ def test_a_package_of_another_profile_or_a_foreign_folder_is_not_replaced(tiny_b
 
 
 @pytest.mark.slow
+def test_a_package_of_other_weights_is_not_replaced(tiny_build: Path, tmp_path: Path) -> None:
+    folder = packaged(tiny_build, tmp_path / "packages")
+    before = (folder / "package.json").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(tiny_build, other)
+    edit_json(other / "manifest.json", lambda manifest: manifest["source"].update(revision="0" * 64))
+    done = run_cli("package", other, "--output", tmp_path / "packages", "--allow-unverified")
+    assert done.returncode == 10
+    assert "made of other weights" in done.stderr
+    assert "--version" in done.stderr
+    assert (folder / "package.json").read_bytes() == before
+    assert packaged(other, tmp_path / "packages", "--version", "2") != folder
+
+
+@pytest.mark.slow
 def test_what_breaks_a_rule_is_not_published(artifact: Path, tmp_path: Path) -> None:
     """An artifact that is whole, of a model that ends with another token than its tokenizer."""
 
