@@ -149,11 +149,10 @@ def of_folder(found: list[Path], folder: Path) -> list[Path]:
     """
     from qwen_onnx.artifact.origin import is_of_folder
     from qwen_onnx.errors import ArtifactError
-    from qwen_onnx.records import digest_of
-    from qwen_onnx.sources.fetch import folder_checksums
+    from qwen_onnx.sources.fetch import folder_revision
 
     # a folder that is gone may still be known by its path
-    revision = cache(lambda: digest_of(folder_checksums(folder)) if folder.is_dir() else "")
+    revision = cache(lambda: folder_revision(folder) if folder.is_dir() else "")
     own = [path for path in found if is_of_folder(path, folder, revision)]
     if found and not own:
         raise ArtifactError(

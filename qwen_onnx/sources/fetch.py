@@ -62,7 +62,7 @@ def expected_revisions(plan: Plan, cache: Path, local: Path | None) -> list[str]
         pins = [_pin(source, cache) for source in plan.sources]
         return [pin for pin in pins if pin]
     if local.is_dir():
-        return [digest_of(folder_checksums(local))]
+        return [folder_revision(local)]
     if not local.is_file():
         raise SourceError("the source does not exist", where=str(local), hint="give a checkpoint folder, .gguf or .whl")
     return [sha256_of(local)]
@@ -341,3 +341,8 @@ def folder_checksums(folder: Path) -> dict[str, str]:
     if not files:
         raise UnsupportedModelError("the folder is empty", where=str(folder), hint="give a checkpoint folder")
     return files
+
+
+def folder_revision(folder: Path) -> str:
+    """What identifies the checkpoint in a local folder: the digest of its files; raises as ``folder_checksums``."""
+    return digest_of(folder_checksums(folder))
