@@ -114,7 +114,7 @@ def artifact_at(text: str) -> Path:
     """The folder of an artifact: given as it is, or by its model where that has one artifact in ``artifacts/``.
 
     Raises:
-        ConfigError: the model has several, or none that passed its verification.
+        ConfigError: the model has several, or none that passed its verification; a recipe has faults.
         ArtifactError: what has the name of the model, a folder, was made of another one.
     """
     from qwen_onnx.artifact.manifest import MANIFEST
@@ -126,10 +126,13 @@ def artifact_at(text: str) -> Path:
     given = Path(text)
     if (given / MANIFEST).exists():
         return given
+    # faults of recipes are told: what they hide may be the very model
+    catalog = catalog_here()
     try:
         asked = parse(text)
-        model = id_of(catalog_here(), asked)
+        model = id_of(catalog, asked)
     except ConfigError:
+        # not a model: whoever opens the path says what is wrong with it
         return given
     found = sorted(path.parent for path in (work_root() / "artifacts" / model).glob(f"[!.]*/{MANIFEST}"))
     if isinstance(asked, Path):

@@ -131,6 +131,17 @@ def test_an_artifact_by_its_model(folder: Path, repository: Path) -> None:
         assert artifact_at(text) == Path(text)
 
 
+def test_a_broken_recipe_is_told_where_a_model_is_looked_up(folder: Path) -> None:
+    artifact = made(folder / "artifacts/mine/cpu-int4", folder / "My-Finetune")
+    (folder / "recipes").mkdir()
+    (folder / "recipes/mine.yaml").write_text("family: mine\nsizes: [{id: mine}]\n")
+    for arguments in (["chat", "mine"], ["serve", "./My-Finetune"], ["verify", "Org/Name"], ["package", "starter"]):
+        error = run(*arguments).exception
+        assert isinstance(error, ConfigError)
+        assert "recipes/mine.yaml: architecture: Field required" in error.faults
+    assert artifact_at(str(artifact)) == artifact, "by its path it is taken"
+
+
 @pytest.fixture
 def two(folder: Path, repository: Path) -> Path:
     """The working directory with ``a/ft`` and ``b/ft``, which hold other weights, and recipes."""
