@@ -3,6 +3,7 @@
 # make optimize MODEL=qwen3-0.6b      another recipe; SOURCE=path takes local weights
 # make optimize MODEL=./my-finetune   a checkpoint without a recipe; or MODEL=ORG/NAME[@REVISION], modelscope:ORG/NAME
 # make finetune DATA=faq.jsonl         a LoRA adapter, in adapters/MODEL/faq; make optimize ADAPTER=adapters/starter/faq
+# make optimize MODEL=mine RECIPE=path/to/mine.yaml  a recipe of your own
 # make verify DEPTH=release           four times the text
 MODEL  ?= starter
 TARGET ?= cpu
@@ -12,14 +13,16 @@ OUTPUT ?=
 DATA   ?=
 ADAPTER ?=
 DEPTH  ?=
+RECIPE ?=
 MATRIX ?=
 ONLY   ?=
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+OWN     = $(if $(RECIPE),--recipe '$(RECIPE)')
 # what has a slash is no recipe's id: qwen-onnx knows by which name its artifact is kept, and is asked only then
-KEPT    = $(shell $(BIN)/qwen-onnx where '$(MODEL)' --target '$(TARGET)' $(if $(PRECISION),--precision '$(PRECISION)'))
+KEPT    = $(shell $(BIN)/qwen-onnx where '$(MODEL)' --target '$(TARGET)' $(if $(PRECISION),--precision '$(PRECISION)') $(OWN))
 PLACE   = $(if $(findstring /,$(MODEL)),$(or $(KEPT),$(error MODEL=$(MODEL): see above)),artifacts/$(MODEL)/$(TARGET)-$(or $(PRECISION),int4))
 # a model that is a folder says itself where its weights are
 FOLDER  = $(if $(wildcard $(MODEL)/config.json),$(MODEL))
@@ -61,10 +64,10 @@ $(DEV): $(READY)
 	@touch $@
 
 finetune: $(TUNE)  ## DATA=FILE.jsonl: train a LoRA adapter of MODEL, in adapters/MODEL/FILE
-	@$(BIN)/qwen-onnx finetune '$(MODEL)' --data '$(or $(DATA),$(error DATA=FILE.jsonl is missing))' $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)')
+	@$(BIN)/qwen-onnx finetune '$(MODEL)' --data '$(or $(DATA),$(error DATA=FILE.jsonl is missing))' $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(OWN)
 
 optimize: $(READY)  ## build, prove and publish artifacts/MODEL/TARGET-PRECISION
-	@$(BIN)/qwen-onnx optimize '$(MODEL)' --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(DEPTH),--depth $(DEPTH)) $(if $(ADAPTER),--adapter '$(ADAPTER)')
+	@$(BIN)/qwen-onnx optimize '$(MODEL)' --target $(TARGET) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SOURCE),--source '$(SOURCE)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(DEPTH),--depth $(DEPTH)) $(if $(ADAPTER),--adapter '$(ADAPTER)') $(OWN)
 
 verify: $(READY)  ## measure the artifact against PyTorch again
 	@$(BIN)/qwen-onnx verify '$(PLACE)' $(if $(or $(SOURCE),$(FOLDER)),--source '$(or $(SOURCE),$(FOLDER))') $(if $(DEPTH),--depth $(DEPTH))
@@ -77,7 +80,7 @@ foundry-check: package  ## that package in Foundry Local itself: register, load,
 	@$(BIN)/qwen-onnx foundry-check "$$(ls -td artifacts/packages/"$$(basename "$$(dirname '$(PLACE)')")"-* | head -1)"
 
 release: $(READY)  ## every job of pipelines/release.yaml (or MATRIX=file; ONLY=job), proven and packaged, in artifacts/release
-	@$(BIN)/qwen-onnx release $(if $(MATRIX),'$(MATRIX)') $(if $(ONLY),--only '$(ONLY)') $(if $(OUTPUT),--output '$(OUTPUT)')
+	@$(BIN)/qwen-onnx release $(if $(MATRIX),'$(MATRIX)') $(if $(ONLY),--only '$(ONLY)') $(if $(OUTPUT),--output '$(OUTPUT)') $(OWN)
 
 serve: $(READY)  ## OpenAI-compatible server on port 8000
 	@$(BIN)/qwen-onnx serve '$(PLACE)'

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +60,7 @@ class Catalog:
         pipelines: by target name.
         environments: by name.
         own: those of ``families`` that are not of the catalogue: recipes of the user's, or made from a config.json.
+        texts: what the files of the user's recipes hold, by the same path.
     """
 
     root: Path
@@ -67,6 +68,7 @@ class Catalog:
     pipelines: dict[str, Pipeline]
     environments: dict[str, Environment]
     own: frozenset[str] = frozenset()
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def with_own(self, place: str, family: Family) -> Catalog:
         """The same with a family beside it that has no recipe; messages call it ``place``."""
@@ -76,6 +78,11 @@ class Catalog:
         """Whether a recipe of the catalogue itself describes ``model``."""
         families = (family for file, family in self.families.items() if file not in self.own)
         return any(row.id == model for family in families for row in family.sizes)
+
+    def file_of(self, model: str) -> str:
+        """The file that describes ``model``, as messages call it; ConfigError when none does."""
+        family, _ = self.row(model)
+        return next(file for file, known in self.families.items() if known is family)
 
     @cached_property
     def rows(self) -> dict[str, tuple[Family, Row]]:
@@ -219,7 +226,8 @@ def load_catalog(root: Path, own: Sequence[Path] = ()) -> Catalog:
     """
     faults: list[str] = []
     recipes, targets = _read_folder(root, "recipes", faults), _read_folder(root, "pipelines", faults)
-    added = {name: data for path in own for name, data in _read_own(path, recipes, faults).items()}
+    texts = _read_own(own, recipes, faults)
+    added = {name: data for file, text in texts.items() for name, data in _parsed(text, file, faults).items()}
     recipes |= added
     # a list of builds, not a target: matrix.py reads it
     targets.pop(RELEASE_FILE, None)
@@ -248,16 +256,22 @@ def load_catalog(root: Path, own: Sequence[Path] = ()) -> Catalog:
     if faults:
         faults += further_faults(recipes, targets)
         raise ConfigError(list(dict.fromkeys(faults)), hint="correct these keys; recipes/*.schema.json describes them")
-    return Catalog(root, families, pipelines, environments, frozenset(added))
+    return Catalog(root, families, pipelines, environments, frozenset(added), texts)
 
 
-def _read_own(path: Path, known: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """A recipe of the user's by the path that messages show, which is never that of one of the catalogue's."""
-    if not path.is_file():
-        faults.append(f"{path}: there is no such file")
-        return {}
-    name = os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
-    return read_yaml(path, f"./{name}" if name in known else name, faults)
+def _read_own(paths: Sequence[Path], known: Mapping[str, Any], faults: list[str]) -> dict[str, str]:
+    """Recipes of the user's by the paths that messages show, which are never those of the catalogue's."""
+    texts = {}
+    for path in paths:
+        if not path.is_file():
+            faults.append(f"{path}: there is no such file")
+            continue
+        name = os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+        file = f"./{name}" if name in known else name
+        text = _read(path, file, faults)
+        if text is not None:
+            texts[file] = text
+    return texts
 
 
 def _by_name(files: dict[str, R], key: str, faults: list[str]) -> dict[str, R]:
@@ -294,10 +308,25 @@ def _read_folder(root: Path, folder: str, faults: list[str]) -> dict[str, Any]:
 
 def read_yaml(path: Path, file: str, faults: list[str]) -> dict[str, Any]:
     """What a YAML file holds, by its name; nothing when it cannot be read."""
+    text = _read(path, file, faults)
+    return {} if text is None else _parsed(text, file, faults)
+
+
+def _read(path: Path, file: str, faults: list[str]) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        faults.append(f"{file}: not valid YAML: {error}")
+    except OSError as error:
+        faults.append(f"{file}: cannot be read: {error.strerror}")
+    return None
+
+
+def _parsed(text: str, file: str, faults: list[str]) -> dict[str, Any]:
     try:
         # the loader is a SafeLoader with one more check
-        return {file: yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return {file: yaml.load(text, Loader=_UniqueKeyLoader)}
+    except yaml.YAMLError as error:
         faults.append(f"{file}: not valid YAML: {' '.join(str(error).split())}")
         return {}
 

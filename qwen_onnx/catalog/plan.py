@@ -181,10 +181,6 @@ def make_all_plans(catalog: Catalog) -> list[Plan]:
     return plans
 
 
-def _file_of(catalog: Catalog, family: Family) -> str:
-    return next(file for file, known in catalog.families.items() if known is family)
-
-
 def _compose(
     catalog: Catalog,
     family: Family,
@@ -193,7 +189,7 @@ def _compose(
     precision: Precision,
     pipeline_file: str | None = None,
 ) -> Plan:
-    file = _file_of(catalog, family)
+    file = catalog.file_of(row.id)
     if row.planned or row.parameters is None or row.context is None:
         raise ConfigError([f"{file}: {row.id} cannot be built yet: {row.planned}"], hint="qwen-onnx list")
     override = row.targets.get(pipeline.target)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from qwen_onnx.cli.options import RecipeOption, cache_here, catalog_here
 from qwen_onnx.errors import ConfigError, ReleaseError
 
 
@@ -27,28 +28,28 @@ def release(
         str, typer.Option(help="address of the Ray cluster; auto: the one this machine belongs to")
     ] = "auto",
     fresh: Annotated[bool, typer.Option(help="rebuild what is already there")] = False,
+    recipe: RecipeOption = None,
 ) -> None:
     """Build, prove and package every job of a matrix. Exits non-zero unless every job passed."""
     from rich.console import Console
 
     from qwen_onnx.artifact.checksums import SUMS
-    from qwen_onnx.catalog.load import find_root, load_catalog, work_root
+    from qwen_onnx.catalog.load import work_root
     from qwen_onnx.files import sha256_of
     from qwen_onnx.release.board import Board
     from qwen_onnx.release.matrix import load_matrix
     from qwen_onnx.release.run import ReleaseOrder
     from qwen_onnx.release.run import release as run
     from qwen_onnx.release.summary import json_line, print_summary
-    from qwen_onnx.sources.fetch import cache_root
 
-    catalog = load_catalog(find_root())
+    catalog = catalog_here(recipe)
     place = (output or work_root() / "artifacts/release").resolve()
     order = ReleaseOrder(
         catalog,
         load_matrix(catalog, matrix),
         output=place,
         artifacts=(artifacts or place.parent).resolve(),
-        cache=cache_root(work_root()).resolve(),
+        cache=cache_here().resolve(),
         only=tuple(only or ()),
         sources=_sources(source or []),
         workers=jobs,

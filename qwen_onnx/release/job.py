@@ -31,6 +31,7 @@ from qwen_onnx.release.store import LOG, PACKAGES, code_key, job_key
 Say = Callable[[str], None]
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LAST_LINES = 12
+RECIPE = "recipe.yaml"
 
 
 class Task(Record):
@@ -66,7 +67,8 @@ def run_job(task: Task, folder: Path, say: Say) -> JobResult:
     """Carry out a job; whatever goes wrong with it is told in the result.
 
     Args:
-        folder: fresh folder of this attempt; afterwards it holds the log and the packages.
+        folder: fresh folder of this attempt; afterwards it holds the log, the packages and, of a model of the user's
+            own, the recipe.
         say: told the name of each step as it begins.
     """
     return _Run(task, folder, say).result()
@@ -87,7 +89,8 @@ class _Run:
         """Every step in turn, up to the first that fails."""
         stage, fault, code, key = None, None, 0, None
         try:
-            plan = make_plan(load_catalog(self.task.root), self.job.model, self.job.target, self.job.precision)
+            catalog = load_catalog(self.task.root, self._own_recipes())
+            plan = make_plan(catalog, self.job.model, self.job.target, self.job.precision)
             self._check_worker(plan)
             self._optimize()
             self._judge()
@@ -120,6 +123,14 @@ class _Run:
             peak_bytes=self.peak,
         )
 
+    def _own_recipes(self) -> list[Path]:
+        """The user's own recipe of the model, if it is one, as a file of this attempt."""
+        if self.job.recipe is None:
+            return []
+        file = self.folder / RECIPE
+        file.write_text(self.job.recipe, encoding="utf-8")
+        return [file]
+
     def _check_worker(self, plan: Plan) -> None:
         if code_key(plan, self.task.source) != self.task.code:
             raise StepError("job", "this machine's recipes, packages or code differ from the release's", 3)
@@ -127,6 +138,7 @@ class _Run:
     def _optimize(self) -> None:
         options = ["--precision", self.job.precision, "--output", str(self.artifact)]
         options += ["--source", str(self.task.source)] if self.task.source else []
+        options += ["--recipe", str(self.folder / RECIPE)] if self.job.recipe is not None else []
         options += ["--force"] if self.task.force else []
         options += ["--no-verify"] if self.job.gates.unverified == "allow" else []
         try:

@@ -94,6 +94,8 @@ class ReleaseJob(Record):
         memory: most resident bytes of its processes together.
         seconds: most time.
         version: in the packages' ids.
+        recipe: text of the user's own recipe of the model; None: the catalogue has the model. Text, since a worker may
+            not have the file, and since another text is another job.
     """
 
     model: str
@@ -105,6 +107,7 @@ class ReleaseJob(Record):
     seconds: float
     cpus: int
     version: int
+    recipe: str | None = None
 
     @property
     def name(self) -> str:
@@ -175,11 +178,11 @@ def _jobs(catalog: Catalog, entry: Entry, version: int, place: str, faults: list
             faults.append(f"{place}: {error.what}")
             continue
         faults += [f"{place}.{fault}, for {plan.name}" for fault in entry.gates.looser_than(plan.limits)]
-        jobs.append(_job(entry, plan, version))
+        jobs.append(_job(entry, plan, version, catalog.texts.get(catalog.file_of(model))))
     return jobs
 
 
-def _job(entry: Entry, plan: Plan, version: int) -> ReleaseJob:
+def _job(entry: Entry, plan: Plan, version: int, recipe: str | None) -> ReleaseJob:
     unit = next(unit for unit in ("min", "s", "h") if entry.timeout.endswith(unit))
     return ReleaseJob(
         model=plan.model,
@@ -191,6 +194,7 @@ def _job(entry: Entry, plan: Plan, version: int) -> ReleaseJob:
         seconds=float(entry.timeout.removesuffix(unit)) * SECONDS[unit],
         cpus=entry.cpus,
         version=version,
+        recipe=recipe,
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from qwen_onnx.catalog.load import load_catalog, own_recipes
@@ -15,30 +14,12 @@ from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.cli.app import app
 from qwen_onnx.errors import ConfigError, SourceError
 from tests.conftest import edit_yaml
-
-MINE = {
-    "family": "mine",
-    "architecture": "Qwen3ForCausalLM",
-    "sizes": [
-        {
-            "id": "mine-1b",
-            "title": "Mine 1B",
-            "parameters": 1_000_000_000,
-            "license": "MIT",
-            "context": 4096,
-            "sources": [{"kind": "folder", "name": "mine"}],
-            "read_in": {"default": "I made it"},
-        }
-    ],
-}
+from tests.fixtures.recipes import write_recipe
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipes/mine.yaml"
-    path.parent.mkdir()
-    path.write_text(yaml.safe_dump(MINE))
-    return path
+    return write_recipe(tmp_path / "recipes/mine.yaml")
 
 
 def test_a_recipe_of_ones_own_adds_a_model(repository: Path, recipe: Path) -> None:

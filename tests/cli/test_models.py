@@ -231,10 +231,11 @@ def test_a_repository_and_a_recipe_are_known_by_the_manifest(two: Path, reposito
 def test_make_takes_a_folder_too(folder: Path, repository: Path) -> None:
     """What make would run: the artifact has one safe name, whatever the model is called."""
 
-    def planned(goal: str, model: str) -> str:
+    def planned(goal: str, model: str, *more: str) -> str:
         tools = Path(sys.executable).parent.parent
-        command = ["make", "-n", goal, f"MODEL={model}", f"VENV={tools}", "-o", f"{tools}/.ready"]
-        return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout
+        command = ["make", "-n", goal, f"MODEL={model}", f"VENV={tools}", "-o", f"{tools}/.ready", *more]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+        return " ".join(done.stdout.split())
 
     model = str(folder / "My-Finetune")
     assert f"qwen-onnx optimize '{model}'" in planned("optimize", model)
@@ -243,3 +244,5 @@ def test_make_takes_a_folder_too(folder: Path, repository: Path) -> None:
     assert "qwen-onnx serve 'artifacts/starter/cpu-int4'" in planned("serve", "starter")
     assert "qwen-onnx package '" in planned("package", "Org/Name")
     assert "/artifacts/org--name/cpu-int4" in planned("package", "Org/Name")
+    for goal in ("optimize", "finetune", "release"):
+        assert "--recipe 'a b.yaml'" in planned(goal, "mine", "RECIPE=a b.yaml", "DATA=faq.jsonl")

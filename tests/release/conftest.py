@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import run_cli
+from tests.fixtures.recipes import write_recipe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {
@@ -24,6 +25,11 @@ TINY = {
     "memory": "3GB",
     "timeout": "5min",
 }
+
+
+def own_recipe(path: Path) -> Path:
+    """A recipe of the user's own, which describes the tiny checkpoint as the model ``mine``."""
+    return write_recipe(path, "Qwen2ForCausalLM", id="mine", parameters=92_000, context=8192)
 
 
 def write_matrix(folder: Path, *entries: dict[str, Any]) -> Path:
@@ -39,9 +45,9 @@ def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return line
 
 
-def release_command(place: Path, checkpoint: Path, matrix: Path, *more: str) -> list[str]:
+def release_command(place: Path, checkpoint: Path, matrix: Path, *more: str, model: str = "starter") -> list[str]:
     """Arguments of a release at ``place``/release whose cache is ``place``/cache."""
-    return ["release", str(matrix), "--output", str(place / "release"), "--source", f"starter={checkpoint}", *more]
+    return ["release", str(matrix), "--output", str(place / "release"), "--source", f"{model}={checkpoint}", *more]
 
 
 @pytest.fixture

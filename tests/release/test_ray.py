@@ -17,7 +17,7 @@ import pytest
 from qwen_onnx.artifact.checksums import check_sums
 from qwen_onnx.release.on_ray import Inbox
 from tests.conftest import REPOSITORY
-from tests.release.conftest import last_line, release_command, write_matrix
+from tests.release.conftest import last_line, own_recipe, release_command, write_matrix
 from tests.release.test_guard import gone
 from tests.release.test_release import read_release
 
@@ -48,9 +48,12 @@ def patiently(begin: Callable[[], Any]) -> Any:
     return begin()
 
 
-def start(cluster: Any, place: Path, checkpoint: Path, *entries: dict[str, Any]) -> subprocess.Popen[str]:
-    more = "--on", "ray", "--address", cluster.address
-    arguments = release_command(place, checkpoint, write_matrix(place, *entries), *more)
+def start(
+    cluster: Any, place: Path, checkpoint: Path, *entries: dict[str, Any], recipe: Path | None = None
+) -> subprocess.Popen[str]:
+    more = ["--on", "ray", "--address", cluster.address, *(["--recipe", str(recipe)] if recipe else [])]
+    model = "mine" if recipe else "starter"
+    arguments = release_command(place, checkpoint, write_matrix(place, *entries), *more, model=model)
     command = [sys.executable, "-m", "qwen_onnx.cli.app", *arguments]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -153,9 +156,10 @@ def unshared_worker(cluster: Any, hidden: Path, cache: Path) -> Iterator[None]:
 
 
 @pytest.mark.release
-def test_a_worker_without_the_disk_sends_its_packages(
+def test_a_worker_without_the_disk_gets_the_recipe_and_sends_its_packages(
     cluster: Any, place: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    recipe = own_recipe(place / "mine.yaml")
     cache = tmp_path_factory.mktemp("worker")
     with unshared_worker(cluster, place, cache):
         import ray
@@ -163,14 +167,15 @@ def test_a_worker_without_the_disk_sends_its_packages(
         ray.init(address=cluster.address, log_to_driver=False)
         awaited(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
         ray.shutdown()
-        done = finished(start(cluster, place, tiny_checkpoint, {"precisions": ["fp32"]}))
+        entry = {"models": ["mine"], "precisions": ["fp32"]}
+        done = finished(start(cluster, place, tiny_checkpoint, entry, recipe=recipe))
     assert done.returncode == 0, done.stderr
     check_sums(place / "release")
     [job] = read_release(place / "release").jobs
     assert job.passed
     assert check_sums(place / "release" / job.packages[0].folder)
     # built elsewhere, and nothing is left there but the artifact
-    assert not (place / "starter/cpu-fp32").exists()
+    assert not (place / "mine").exists()
     assert [path.name for path in (cache / "release-worker").iterdir()] == ["artifacts"]
 
 
