@@ -84,6 +84,11 @@ class Catalog:
         family, _ = self.row(model)
         return next(file for file, known in self.families.items() if known is family)
 
+    def own_file_of(self, model: str) -> str | None:
+        """The user's own recipe that describes ``model``; None when the catalogue does."""
+        file = self.file_of(model)
+        return file if file in self.texts else None
+
     @cached_property
     def rows(self) -> dict[str, tuple[Family, Row]]:
         """Every size by its id."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import Family, Row, Verification
+from qwen_onnx.catalog.schema import Family, FolderSource, Row, Verification
 from qwen_onnx.catalog.sizes import dimensions, graph_bytes
 from qwen_onnx.errors import ConfigError
 
@@ -40,11 +41,23 @@ def context_of(row: Row) -> str:
     )
 
 
+def marked(row: Row, recipe: str | None) -> str:
+    """The id of a row for people; one of ``recipe``, the user's own, is told apart."""
+    return f"{row.id} (own)" if recipe else row.id
+
+
 def columns(row: Row, catalog: Catalog) -> tuple[str, ...]:
     """A row as the table shows it: id, kind, weights, context, licence, targets."""
     weights = count(row.parameters) + (f" ({count(row.active_parameters)})" if row.active_parameters else "")
     where = "planned" if row.planned else _targets(row, catalog)
-    return row.id, row.kind or "", weights, context_of(row), (row.license or "").removeprefix("LicenseRef-"), where
+    return (
+        marked(row, catalog.own_file_of(row.id)),
+        row.kind or "",
+        weights,
+        context_of(row),
+        (row.license or "").removeprefix("LicenseRef-"),
+        where,
+    )
 
 
 def _targets(row: Row, catalog: Catalog) -> str:
@@ -65,6 +78,7 @@ def listing(rows: Iterable[Row], catalog: Catalog) -> dict[str, Any]:
             "extended_context": row.extended_context and row.extended_context.tokens,
             "planned": row.planned,
             "catalogued": catalog.is_catalogued(row.id),
+            "recipe": catalog.own_file_of(row.id),
             "targets": {} if row.planned else {t: catalog.precisions_of(row, t) for t in catalog.targets_of(row)},
         }
         for row in rows
@@ -163,17 +177,33 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row that fits on ``target``, with what speaks for it; ``bytes_needed``: weights, cache and runtime together."""
+    """A row that fits on ``target``, with what speaks for it.
+
+    Attributes:
+        bytes_needed: weights, cache and runtime together.
+        recipe: the user's own recipe that the row is of; None: the catalogue's.
+    """
 
     row: Row
     target: str
     bytes_needed: int
     reasons: tuple[str, ...]
+    recipe: str | None = None
 
     def told(self) -> dict[str, Any]:
         """The choice for programs."""
         facts = {"model": self.row.id, "target": self.target, "parameters": self.row.parameters}
+        facts |= {"catalogued": self.recipe is None, "recipe": self.recipe}
         return {**facts, "bytes_needed": self.bytes_needed, "reasons": list(self.reasons)}
+
+    @property
+    def command(self) -> str:
+        """What builds it."""
+        if self.recipe is None:
+            return f"make optimize MODEL={self.row.id} TARGET={self.target}"
+        source = self.row.sources[0]
+        folder = f" --source {shlex.quote(f'path/to/{source.name}')}" if isinstance(source, FolderSource) else ""
+        return f"qwen-onnx optimize {self.row.id} --target {self.target} --recipe {shlex.quote(self.recipe)}{folder}"
 
 
 def bytes_needed(plan: Plan, context: int) -> int | None:
@@ -231,6 +261,16 @@ def select(catalog: Catalog, wish: Wish, device: str) -> list[Choice]:
     return sorted(found.values(), key=lambda choice: _rank(choice.row, wish), reverse=True)
 
 
+def uncounted(catalog: Catalog) -> list[str]:
+    """The user's own models that ``select`` has to leave out, with the reason."""
+    own = [row for _, row in catalog.rows.values() if catalog.own_file_of(row.id) and not row.planned]
+    return [
+        f"{row.id} of {catalog.own_file_of(row.id)} is left out: without the sizes in `shape` nobody knows its memory"
+        for row in own
+        if any(bytes_needed(make_plan(catalog, row.id, target), 1) is None for target in catalog.targets_of(row)[:1])
+    ]
+
+
 def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
     made_for = wish.task in row.tasks
     answers = row.kind in ("chat", "hybrid", "thinking")
@@ -251,7 +291,8 @@ def _judged(row: Row, wish: Wish, catalog: Catalog, target: str) -> Choice | Non
         reasons.append(f"made for {wish.task}" if wish.task != "general" else "general purpose")
     else:
         reasons.append(f"not made for {wish.task}")
-    reasons.append({"base": "base model: continues text, answers no chat"}.get(row.kind or "", f"{row.kind} model"))
+    if row.kind:
+        reasons.append({"base": "base model: continues text, answers no chat"}.get(row.kind, f"{row.kind} model"))
     if wish.language:
         reasons.append(
             f"{row.languages} languages, not listed one by one" if isinstance(row.languages, int) else wish.language
@@ -260,7 +301,7 @@ def _judged(row: Row, wish: Wish, catalog: Catalog, target: str) -> Choice | Non
         reasons.append(f"{row.license}")
     if pipeline.verification is not Verification.RUN:
         reasons.append(f"on {target}: {pipeline.verification.text}")
-    return Choice(row, target, needed, tuple(reasons))
+    return Choice(row, target, needed, tuple(reasons), catalog.own_file_of(row.id))
 
 
 def _speaks(row: Row, language: str | None) -> bool:

@@ -33,11 +33,12 @@ out = Console()
 def list_models(
     text: Annotated[str, typer.Argument(help="show only models whose id contains this")] = "",
     as_json: AsJson = False,
+    recipe: RecipeOption = None,
 ) -> None:
     """Models and the targets that recipes exist for; what cannot be built yet says why."""
     from qwen_onnx.catalog.select import HEADERS, columns, listing, reasons, target_lines
 
-    catalog = catalog_here()
+    catalog = catalog_here(recipe)
     shown = [row for _, row in catalog.rows.values() if text.lower() in row.id]
     if not shown:
         raise ConfigError([f"recipes/: no model's id contains {text!r}"], hint="qwen-onnx list")
@@ -50,9 +51,9 @@ def list_models(
     out.print(table)
     for line in reasons(shown):
         out.print(escape(line))
-    own = [row.id for row in shown if not catalog.is_catalogued(row.id)]
-    if own:
-        out.print(escape(f"not in the catalogue: {', '.join(own)}"))
+    for row in shown:
+        if file := catalog.own_file_of(row.id):
+            out.print(escape(f"own, not in the catalogue: {row.id} of {file}"), soft_wrap=True)
     for line in target_lines(catalog):
         out.print(escape(line), highlight=False)
 
@@ -66,9 +67,10 @@ def select_models(
     license: Annotated[str | None, typer.Option(help="commercial: only licences that allow it")] = None,
     most: Annotated[int, typer.Option(min=1, help="how many to show")] = 5,
     as_json: AsJson = False,
+    recipe: RecipeOption = None,
 ) -> None:
     """Models that fit this memory, context and task, best first, with the reasons and the next command."""
-    from qwen_onnx.catalog.select import BYTE_UNITS, TOKEN_UNITS, Wish, count, parse_amount, select
+    from qwen_onnx.catalog.select import BYTE_UNITS, TOKEN_UNITS, Wish, count, marked, parse_amount, select, uncounted
 
     faults = [] if task in TASKS else [f"--task: {task!r} is none of {', '.join(TASKS)}"]
     faults += [] if license in (None, "commercial") else [f"--license: {license!r} is not `commercial`"]
@@ -76,18 +78,23 @@ def select_models(
         raise ConfigError(faults)
     tokens = parse_amount(context, TOKEN_UNITS, "--context")
     wish = Wish(parse_amount(ram, BYTE_UNITS, "--ram"), task, tokens, language, license is not None)
-    choices = select(catalog_here(), wish, device)[:most]
+    catalog = catalog_here(recipe)
+    choices = select(catalog, wish, device)[:most]
+    for line in uncounted(catalog):
+        progress(line)
     if not choices:
         raise ConfigError(["no model fits"], hint="give more --ram, a shorter --context, or drop a condition")
-    following = f"make optimize MODEL={choices[0].row.id} TARGET={choices[0].target}"
+    following = choices[0].command
     if as_json:
         print(json.dumps({"choices": [choice.told() for choice in choices], "next": following}))
         return
     table = Table(Column("model", no_wrap=True), "weights", "why")
     for choice in choices:
-        table.add_row(choice.row.id, count(choice.row.parameters), escape("; ".join(choice.reasons)))
+        table.add_row(
+            marked(choice.row, choice.recipe), count(choice.row.parameters), escape("; ".join(choice.reasons))
+        )
     out.print(table)
-    out.print(f"next: {following}")
+    out.print(escape(f"next: {following}"), soft_wrap=True)
 
 
 def plan(

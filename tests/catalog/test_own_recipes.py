@@ -13,8 +13,10 @@ from qwen_onnx.catalog.load import load_catalog, own_recipes
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.cli.app import app
 from qwen_onnx.errors import ConfigError, SourceError
-from tests.conftest import edit_yaml
+from tests.conftest import edit_yaml, run_cli
 from tests.fixtures.recipes import write_recipe
+
+SHAPE = {"layers": 24, "hidden_size": 1024, "intermediate_size": 3072, "heads": 16, "kv_heads": 8, "vocab_size": 1000}
 
 
 @pytest.fixture
@@ -69,13 +71,53 @@ def test_a_file_of_the_same_path_as_one_of_the_catalogue_is_told_apart(
     assert {"mine-1b", "qwen3-0.6b"} <= catalog.rows.keys()
 
 
+def said(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["of the working directory", "given"])
+def test_list_and_select_show_them_as_ones_own(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here if given else tmp_path)
+    more, file = (["--recipe", recipe], str(recipe)) if given else ([], "recipes/mine.yaml")
+    if given:
+        assert isinstance(said("list", "mine").exception, ConfigError)
+    shown = said("list", "mine", *more).stdout
+    assert "mine-1b (own)" in shown
+    assert f"own, not in the catalogue: mine-1b of {file}\n" in shown
+    assert "(own)" not in said("list", "qwen3-0.6b", *more).stdout
+    models = json.loads(said("list", "--json", *more).stdout)["models"]
+    assert {(model["id"], model["recipe"]) for model in models if not model["catalogued"]} == {("mine-1b", file)}
+
+    wish = "select", "--ram", "3GB", "--license", "commercial", "--most", "500"
+    left_out = said(*wish, *more)
+    assert "mine-1b" not in left_out.stdout
+    edit_yaml(recipe, lambda family: family["sizes"][0].update(shape=SHAPE))
+    shown = said(*wish, *more).stdout
+    assert "mine-1b (own)" in shown
+    assert "None" not in shown
+    choices = json.loads(said(*wish, "--json", *more).stdout)["choices"]
+    assert {(one["model"], one["recipe"]) for one in choices if not one["catalogued"]} == {("mine-1b", file)}
+
+
+def test_select_says_how_ones_own_is_built_and_why_it_is_left_out(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent.parent)
+    done = run_cli("select", "--ram", "40GB", cwd=recipe.parent.parent)
+    assert "mine-1b of recipes/mine.yaml is left out: without the sizes in `shape`" in " ".join(done.stderr.split())
+    edit_yaml(recipe, lambda family: family["sizes"][0].update(shape=SHAPE, kind="chat", tasks=["math"]))
+    edit_yaml(recipe, lambda family: family["sizes"][0].update(parameters=10**12))
+    following = json.loads(said("select", "--ram", "3GB", "--task", "math", "--json").stdout)["next"]
+    assert following == "qwen-onnx optimize mine-1b --target cpu --recipe recipes/mine.yaml --source path/to/mine"
+
+
 @pytest.mark.slow
 def test_the_command_line_takes_them(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(*arguments: object) -> Any:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
     monkeypatch.chdir(tmp_path)
-    assert "not in the catalogue: mine-1b" in said("list", "mine").stdout
     plan = json.loads(said("plan", "mine-1b", "--full").stdout)
     assert plan["catalogued"] is False
     twice = said("plan", "mine-1b", "--full", "--recipe", recipe)
