@@ -227,7 +227,7 @@ class HubSource(Record):
 
     @model_validator(mode="after")
     def _revision_is_a_commit(self) -> HubSource:
-        # ModelScope publishes no commit ids with its listings: its branch is taken, each file's SHA-256 recorded
+        # ModelScope's own branch, of which nobody looked up a commit: it is pinned when it is fetched
         branch = self.kind == "modelscope" and self.revision == "master"
         if self.revision is not None and not branch and not re.fullmatch(COMMIT, self.revision):
             raise ValueError(f"revision: {self.revision!r} is not a commit id of 40 hex digits")

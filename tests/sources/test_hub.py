@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,8 @@ from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import HubSource, Shape
 from qwen_onnx.errors import ChecksumError, SourceError
 from qwen_onnx.records import digest_of
-from qwen_onnx.sources.fetch import expected_revisions, fetch
+from qwen_onnx.sources.fetch import checkpoint_at_hand, expected_revisions, fetch
+from tests.fixtures.git import advertised
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -27,6 +29,7 @@ class FakeHub(BaseHTTPRequestHandler):
     folder: Path
     truncated = False
     down: tuple[str, ...] = ()
+    commit = "c" * 40
     requests: list[str]
 
     def do_GET(self) -> None:
@@ -35,6 +38,8 @@ class FakeHub(BaseHTTPRequestHandler):
         self.requests.append(url.path)
         if any(part in self.path for part in self.down):
             self.send_error(404)
+        elif url.path.endswith(".git/info/refs"):
+            self._send(advertised({"refs/heads/master": self.commit}))
         elif "/tree/" in url.path:
             self._json([self._huggingface(path) for path in sorted(self.folder.iterdir())])
         elif url.path.endswith("/repo/files"):
@@ -104,12 +109,35 @@ def test_a_damaged_cache_is_downloaded_again(hub: type[FakeHub], plan: Plan, tmp
     assert fetch(plan, tmp_path) == found
 
 
-def test_modelscope_is_the_second_source(hub: type[FakeHub], plan: Plan, tmp_path: Path) -> None:
+def test_modelscope_is_the_second_source_and_its_branch_is_pinned(
+    hub: type[FakeHub], plan: Plan, tmp_path: Path
+) -> None:
     hub.down = ("/tree/",)
+    hub.commit = "a" * 40
+    assert expected_revisions(plan, tmp_path, None) == [plan.sources[0].revision]  # type: ignore[union-attr]
     found = fetch(plan, tmp_path)
-    assert found.origin == "modelscope:Qwen/Qwen2.5-0.5B-Instruct"
-    assert found.revision == digest_of(found.files), "a branch moves: its content identifies it"
+    assert (found.origin, found.revision) == ("modelscope:Qwen/Qwen2.5-0.5B-Instruct", "a" * 40)
     assert found.revision in expected_revisions(plan, tmp_path, None)
+    assert checkpoint_at_hand(plan, tmp_path, None) == found.path
+    # the branch moves on; what was fetched is what is built
+    hub.commit = "b" * 40
+    assert fetch(plan, tmp_path) == found
+    shutil.rmtree(found.path)
+    assert fetch(plan, tmp_path).revision == "b" * 40
+
+
+def test_a_branch_of_which_nobody_says_the_commit_is_pinned_by_what_it_holds(
+    hub: type[FakeHub], plan: Plan, tmp_path: Path
+) -> None:
+    hub.down = ("/tree/", "/info/refs")
+    said: list[str] = []
+    found = fetch(plan, tmp_path, progress=said.append)
+    assert found.revision == digest_of(found.files)
+    assert found.revision in expected_revisions(plan, tmp_path, None)
+    assert any("Instruct@master is not pinned to a commit, but by the SHA-256 of each file" in line for line in said)
+    # as of a cache that was filled before commits were asked for
+    hub.down, hub.commit = ("/tree/",), "a" * 40
+    assert fetch(plan, tmp_path) == found
 
 
 def test_a_row_without_a_revision_needs_a_local_source(plan: Plan, tmp_path: Path) -> None:
