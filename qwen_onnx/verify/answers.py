@@ -19,7 +19,7 @@ from qwen_onnx.export.workfolder import WorkFolder
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import digest_of
 from qwen_onnx.verify.matrices import linear
-from qwen_onnx.verify.scoring import Logits
+from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.teacher import Teacher
 
 BATCH = 1024  # tokens that go through a layer together

@@ -169,7 +169,10 @@ def decode_parity(context: Context) -> CheckResult:
     """
     prompts = _decoded_prompts(context)
     found = decode_positions(
-        lambda ids: context.engine.forced_logits(ids[:1], ids[1:]), lambda: context.scorer, prompts
+        lambda ids: context.engine.forced_logits(ids[:1], ids[1:]),
+        lambda: context.scorer,
+        prompts,
+        context.options.threads,
     )
     verdicts, measured = agreement(found)
     limit = dict(DECODE_LIMIT)

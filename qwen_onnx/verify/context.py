@@ -21,8 +21,9 @@ from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.loaded import Loaded
 from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
 from qwen_onnx.verify.records import Drift, Latency, TaskResult, VerifyOptions
-from qwen_onnx.verify.scoring import Logits, OnnxScorer, Positions, compare
+from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.slices import SlicedScorer
+from qwen_onnx.verify.softmax import Logits
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.genai import Engine
@@ -168,7 +169,7 @@ class Context:
         exact = self._session(in_float32=True)
         if isinstance(exact, Prepared):
             exact.prepare(texts)
-        parts = [compare(answers.logits(ids), exact.logits(ids), ids) for ids in texts]
+        parts = [compare(answers.logits(ids), exact.logits(ids), ids, self.options.threads) for ids in texts]
         del exact
         return Positions.join(parts), student.errors()
 
@@ -201,7 +202,7 @@ class Context:
             if self.reference
             else OnnxScorer(self.artifact, self.options.threads, in_float32=True)
         )
-        found = decode_positions(lambda ids: decoded[tuple(ids)], lambda: scorer, first)
+        found = decode_positions(lambda ids: decoded[tuple(ids)], lambda: scorer, first, self.options.threads)
         return float(found.kld.mean())
 
     def _exact_engine(self) -> Engine:

@@ -241,7 +241,7 @@ def drift(run: _Run) -> CheckResult:
     parts: dict[str, list[Positions]] = {}
     for number, (stretch, teacher) in enumerate(run.texts, 1):
         progress(f"drift: text {number} of {len(run.texts)}")
-        found = compare_coarse(teacher, run.scorer.logits(teacher.ids.tolist()))
+        found = compare_coarse(teacher, run.scorer.logits(teacher.ids.tolist()), run.options.threads)
         if not found.finite:
             return CheckResult(name="drift", verdict=Verdict.FAIL, detail="a logit is NaN or infinite")
         parts.setdefault(stretch.domain, []).append(found)
@@ -264,7 +264,9 @@ def _nearness(golden: Golden) -> str:
 
 def kv_decode(run: _Run) -> CheckResult:
     """Token by token through the KV cache gives the logits of one run over all tokens."""
-    found = decode_positions(lambda ids: run.engine.forced_logits(ids[:1], ids[1:]), lambda: run.scorer, run.prompts)
+    found = decode_positions(
+        lambda ids: run.engine.forced_logits(ids[:1], ids[1:]), lambda: run.scorer, run.prompts, run.options.threads
+    )
     verdicts, measured = agreement(found)
     return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=dict(DECODE_LIMIT))
 

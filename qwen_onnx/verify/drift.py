@@ -12,9 +12,10 @@ from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
 from qwen_onnx.verify.corpus import Document, Window, take
-from qwen_onnx.verify.golden import Kept, compare_coarse, kept
+from qwen_onnx.verify.golden import Kept, compare_and_keep
 from qwen_onnx.verify.records import DomainDrift, Drift, VerifyOptions, worst
-from qwen_onnx.verify.scoring import Logits, Positions, compare
+from qwen_onnx.verify.scoring import Positions, compare
+from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.statistics import DriftEstimates, at_least, at_most, bootstrap, tail
 
 PLOT_POINTS = 200
@@ -50,18 +51,24 @@ class Collected:
     positions: int = 0
     vocabulary: int = 0
 
-    def add(self, window: Window, baseline: Logits, candidate: Logits, found: Positions) -> None:
-        """Keep a window, while there is room in its domain."""
+    def has_room(self, window: Window) -> bool:
+        """Whether the window's domain has fewer positions than are kept."""
         held = sum(len(each.ids) for each in self.windows if each.domain == window.domain)
-        if held + len(window.ids) > self.most or not found.finite:
-            return
-        part = kept(baseline, window.ids)
-        self.windows.append(window)
-        self.parts.append(part)
-        self.coarse += float(compare_coarse(part, candidate).kld.sum())
-        self.full += float(found.kld.sum())
-        self.positions += len(found.kld)
-        self.vocabulary = baseline.shape[-1]
+        return held + len(window.ids) <= self.most
+
+    def compare(self, window: Window, baseline: Logits, candidate: Logits, threads: int) -> Positions:
+        """See ``scoring.compare``; a window that has room and whose logits are numbers is kept."""
+        if not self.has_room(window):
+            return compare(baseline, candidate, window.ids, threads)
+        found, part, coarse = compare_and_keep(baseline, candidate, window.ids, threads)
+        if found.finite:
+            self.windows.append(window)
+            self.parts.append(part)
+            self.coarse += float(coarse.kld.sum())
+            self.full += float(found.kld.sum())
+            self.positions += len(found.kld)
+            self.vocabulary = baseline.shape[-1]
+        return found
 
 
 class DriftStudy:
@@ -104,7 +111,7 @@ class DriftStudy:
 
     def _measure(self, start: int, stop: int, reference: Scorer | None) -> None:
         texts = [window.ids for pool in self.pools.values() for window in take(pool, start, stop)]
-        artifact = self._artifact()
+        artifact, threads = self._artifact(), self._options.threads
         for scorer in (self._baseline, artifact):
             if isinstance(scorer, Prepared):
                 scorer.prepare(texts)
@@ -113,11 +120,13 @@ class DriftStudy:
             progress(f"drift: {len(chosen)} windows of {name}")
             for index, window in enumerate(chosen):
                 baseline, candidate = self._baseline.logits(window.ids), artifact.logits(window.ids)
-                self.parts[name].append(compare(baseline, candidate, window.ids))
                 if self.golden:
-                    self.golden.add(window, baseline, candidate, self.parts[name][-1])
+                    found = self.golden.compare(window, baseline, candidate, threads)
+                else:
+                    found = compare(baseline, candidate, window.ids, threads)
+                self.parts[name].append(found)
                 if reference and index == 0:
-                    self.reference_parts.append(compare(baseline, reference.logits(window.ids), window.ids))
+                    self.reference_parts.append(compare(baseline, reference.logits(window.ids), window.ids, threads))
                 self.used.append(window)
 
     @property

@@ -24,7 +24,8 @@ from pydantic import Field, ValidationError
 from qwen_onnx.bounded import read_bytes, read_object
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.records import Record, Sha256
-from qwen_onnx.verify.scoring import ROWS, Logits, Positions
+from qwen_onnx.verify.scoring import Positions, compare, compared, require_logits
+from qwen_onnx.verify.softmax import Columns, Floats, Logits, Softmax, by_pieces
 
 GOLDEN = "golden.npz"
 TOP = 192
@@ -109,75 +110,73 @@ class Kept:
     next_logp: npt.NDArray[np.float32]
 
 
-def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    found = logits.astype(np.float64)
-    found -= found.max(axis=-1, keepdims=True)
-    found -= np.log(np.exp(found).sum(axis=-1, keepdims=True))
-    return found
-
-
-def _log_rest(logp: npt.NDArray[np.float64], top: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """The logarithm of the mass beside ``top``, summed where it is: 1 - sum(top) would cancel."""
-    others = np.exp(logp)
-    np.put_along_axis(others, top, 0.0, axis=-1)
-    with np.errstate(divide="ignore"):
-        rest: npt.NDArray[np.float64] = np.log(others.sum(axis=-1))
-    return rest
-
-
-def kept(logits: Logits, ids: Sequence[int]) -> Kept:
-    """What is kept of the teacher's logits [tokens, vocabulary] for ``ids``."""
-    width = min(TOP, logits.shape[-1] - 1)
-    parts: list[tuple[npt.NDArray[Any], ...]] = []
-    for start in range(0, len(ids) - 1, ROWS):
-        stop = min(start + ROWS, len(ids) - 1)
-        logp = _log_softmax(logits[start:stop])
-        top = np.argpartition(-logp, width, axis=-1)[:, :width]
-        order = np.argsort(-np.take_along_axis(logp, top, axis=-1), axis=-1, kind="stable")
-        top = np.take_along_axis(top, order, axis=-1)
-        following = np.asarray(ids[start + 1 : stop + 1])
-        parts.append(
-            (top, np.take_along_axis(logp, top, -1), _log_rest(logp, top), logp[np.arange(stop - start), following])
-        )
-    top, top_logp, rest, following_logp = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Kept(
-        np.asarray(ids, np.int32),
-        top.astype(np.int32),
-        top_logp.astype(np.float32),
-        # no mass left: a finite number whose exponential is zero
-        np.maximum(rest, -1e4).astype(np.float32),
-        following_logp.astype(np.float32),
+def kept(logits: Logits, ids: Sequence[int], threads: int = 1) -> Kept:
+    """What is kept of the teacher's logits [tokens, vocabulary] for ``ids``; ``threads`` share the positions."""
+    told = np.asarray(ids, np.int32)
+    columns = by_pieces(
+        lambda rows: _kept_rows(Softmax(logits[rows]), told[1:][rows]), len(ids) - 1, logits.shape[-1], threads
     )
+    return Kept(told, *columns)
 
 
-def compare_coarse(teacher: Kept, candidate: Logits) -> Positions:
+def _kept_rows(teacher: Softmax, following: npt.NDArray[np.int32]) -> list[npt.NDArray[Any]]:
+    """The columns of ``Kept`` but the first."""
+    top = teacher.largest(min(TOP, teacher.logits.shape[-1] - 1))
+    return [
+        top.astype(np.int32),
+        teacher.logp(top).astype(np.float32),
+        # no mass left: a finite number whose exponential is zero
+        np.maximum(teacher.log_rest(top), -1e4).astype(np.float32),
+        teacher.logp(following[:, None])[:, 0].astype(np.float32),
+    ]
+
+
+def compare_coarse(teacher: Kept, candidate: Logits, threads: int = 1) -> Positions:
     """Statistics of ``candidate`` [tokens, vocabulary] on the outcomes that the teacher's file keeps.
 
     ``kld`` is a lower bound of the full one; ``diff`` is the largest difference of the kept log-probabilities.
     """
     if len(candidate) != len(teacher.ids):
         raise ArtifactError(f"logits for {len(candidate)} positions, the golden file has {len(teacher.ids)} tokens")
-    parts = []
-    with np.errstate(all="ignore"):
-        for start in range(0, len(teacher.ids) - 1, ROWS):
-            rows = slice(start, min(start + ROWS, len(teacher.ids) - 1))
-            parts.append(_coarse_rows(teacher, candidate[rows], rows))
-    return Positions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    columns = (teacher.top_ids, teacher.top_logp, teacher.rest_logp, teacher.next_logp)
+
+    def piece(rows: slice) -> list[Floats]:
+        return _coarse_rows([column[rows] for column in columns], Softmax(candidate[rows]), teacher.ids[1:][rows])
+
+    return Positions(*by_pieces(piece, len(teacher.ids) - 1, candidate.shape[-1], threads))
 
 
-def _coarse_rows(teacher: Kept, candidate: Logits, rows: slice) -> list[npt.NDArray[np.float64]]:
-    logp = _log_softmax(candidate)
-    top = teacher.top_ids[rows]
-    p, p_rest = teacher.top_logp[rows].astype(np.float64), teacher.rest_logp[rows].astype(np.float64)
-    q, q_rest = np.take_along_axis(logp, top, -1), _log_rest(logp, top)
+def _coarse_rows(kept_rows: Columns, candidate: Softmax, following: npt.NDArray[np.int32]) -> list[Floats]:
+    top, top_logp, rest_logp, next_logp = kept_rows
+    p, p_rest = top_logp.astype(np.float64), rest_logp.astype(np.float64)
+    q, q_rest = candidate.logp(top), candidate.log_rest(top)
     kld = (np.exp(p) * (p - q)).sum(-1)
     mass = np.exp(p_rest)
     # 0 · log 0 is 0: where the teacher leaves nothing, the candidate may
     kld += np.where(mass > 0, mass * (p_rest - q_rest), 0.0)
-    following = teacher.ids[rows.start + 1 : rows.stop + 1]
-    agree = (logp.argmax(-1) == top[:, 0]).astype(np.float64)
-    nll = -logp[np.arange(len(following)), following]
-    return [kld, agree, -teacher.next_logp[rows].astype(np.float64), nll, np.abs(p - q).max(-1)]
+    agree = (candidate.first == top[:, 0]).astype(np.float64)
+    nll = -candidate.logp(following[:, None])[:, 0]
+    return [kld, agree, -next_logp.astype(np.float64), nll, np.abs(p - q).max(-1)]
+
+
+def compare_and_keep(
+    baseline: Logits, candidate: Logits, ids: Sequence[int], threads: int
+) -> tuple[Positions, Kept, Positions]:
+    """``compare``, ``kept`` of the baseline and ``compare_coarse`` of both, which share their sums."""
+    width = baseline.shape[-1]
+    if candidate.shape[-1] != width:
+        part = kept(baseline, ids, threads)
+        return compare(baseline, candidate, ids, threads), part, compare_coarse(part, candidate, threads)
+    require_logits(len(baseline), len(candidate), len(ids))
+    told = np.asarray(ids, np.int32)
+
+    def piece(rows: slice) -> list[npt.NDArray[Any]]:
+        p, q, following = Softmax(baseline[rows]), Softmax(candidate[rows]), told[1:][rows]
+        full, part = compared(p, q, following), _kept_rows(p, following)
+        return [*full, *part, *_coarse_rows(part, q, following)]
+
+    columns = by_pieces(piece, len(ids) - 1, width, threads)
+    return Positions(*columns[:5]), Kept(told, *columns[5:9]), Positions(*columns[9:])
 
 
 @dataclass(frozen=True)

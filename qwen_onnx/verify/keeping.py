@@ -45,7 +45,7 @@ def golden_of(context: Context, keep: Keep) -> Golden:
     parts = list(found.parts)
     for prompt, ids in _continuations(context):
         stretches.append(Stretch(domain=CONTINUATION, source="greedy", tokens=len(ids), prompt=prompt))
-        parts.append(kept(context.teacher.logits(ids), ids))
+        parts.append(kept(context.teacher.logits(ids), ids, context.options.threads))
     about = About(
         model=keep.model,
         weights=keep.weights,

@@ -12,7 +12,8 @@ import numpy as np
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.verify.corpus import Message
 from qwen_onnx.verify.drift import Scorer
-from qwen_onnx.verify.scoring import Logits, Positions, compare
+from qwen_onnx.verify.scoring import Positions, compare
+from qwen_onnx.verify.softmax import Logits
 
 Case = TypeVar("Case")
 Result = TypeVar("Result")
@@ -90,6 +91,7 @@ def decode_positions(
     forced: Callable[[Sequence[int]], Logits],
     scorer: Callable[[], Scorer],
     prompts: Mapping[str, Sequence[int]],
+    threads: int,
 ) -> Positions:
     """Logits through the KV cache, token by token, against those of one run over all tokens.
 
@@ -98,7 +100,7 @@ def decode_positions(
     decoded = [forced(ids) for ids in prompts.values()]
     at_once = scorer().logits
     pairs = zip(prompts.values(), decoded, strict=True)
-    return Positions.join([compare(at_once(ids), rows, ids) for ids, rows in pairs])
+    return Positions.join([compare(at_once(ids), rows, ids, threads) for ids, rows in pairs])
 
 
 # steps by which each text joins a batch later than the one before it

@@ -99,7 +99,7 @@ def batch_result(
             name="batched", verdict=Verdict.PASS, limit=limit, detail=f"served one request at a time: {error.what}"
         )
     together = {tuple(ids): logits for ids, logits in zip(prompts.values(), rows, strict=True)}
-    found = decode_positions(lambda ids: together[tuple(ids)], scorer, prompts)
+    found = decode_positions(lambda ids: together[tuple(ids)], scorer, prompts, threads)
     verdicts, measured = agreement(found)
     measured["streams"] = len(prompts)
     return CheckResult(name="batched", verdict=worst(verdicts), measured=measured, limit=limit)

@@ -19,14 +19,11 @@ from qwen_onnx.runtime.engines.batch.model import EMBEDDED
 from qwen_onnx.runtime.engines.batch.sight import Table
 from qwen_onnx.runtime.engines.genai import UNPACK_QDQ
 from qwen_onnx.verify.graph import Graph
-
-Floats = npt.NDArray[np.float64]
-Logits = npt.NDArray[np.float32]
+from qwen_onnx.verify.softmax import Floats, Logits, Softmax, by_pieces
 
 CPU = "CPUExecutionProvider"
 MOST_PROFILE_BYTES, MOST_PROFILE_VALUES = 256 << 20, 20_000_000
 STATES = ("past_key_values.", "past.")
-ROWS = 32  # vocabulary rows per step: float64 copies then stay within a few tens of megabytes
 
 
 @dataclass(frozen=True)
@@ -54,42 +51,53 @@ class Positions:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
 
-def _compare_rows(baseline: Logits, candidate: Logits, following: npt.NDArray[np.int64]) -> list[Floats]:
-    p, q = baseline.astype(np.float64), candidate.astype(np.float64)
+def compared(p: Softmax, q: Softmax, following: npt.NDArray[np.integer[Any]]) -> list[Floats]:
+    """The columns of ``Positions`` at some positions: baseline ``p``, candidate ``q`` of the same vocabulary.
+
+    Args:
+        following: the token after each position.
+    """
     rows = np.arange(len(following))
-    diff = np.abs(p - q).max(axis=-1)
-    agree = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(np.float64)
-    p -= p.max(axis=-1, keepdims=True)
-    q -= q.max(axis=-1, keepdims=True)
-    weights = np.exp(p)
-    total = weights.sum(axis=-1)
-    log_p, log_q = np.log(total), np.log(np.exp(q).sum(axis=-1))
-    kld = (weights * (p - q)).sum(axis=-1) / total - log_p + log_q
-    return [kld, agree, log_p - p[rows, following], log_q - q[rows, following], diff]
+    apart = p.logits.astype(np.float64)
+    apart -= q.logits
+    diff = np.abs(apart, out=apart).max(axis=-1)
+    agree = (p.first == q.first).astype(np.float64)
+    np.subtract(p.shifted, q.shifted, out=apart)
+    apart *= p.weights
+    kld = apart.sum(axis=-1) / p.total - p.log_total + q.log_total
+    return [kld, agree, p.log_total - p.shifted[rows, following], q.log_total - q.shifted[rows, following], diff]
 
 
-def compare(baseline: Logits, candidate: Logits, ids: Sequence[int]) -> Positions:
+def compare(baseline: Logits, candidate: Logits, ids: Sequence[int], threads: int = 1) -> Positions:
     """Statistics of ``candidate`` against ``baseline``.
 
     Args:
         baseline: logits of shape [tokens, vocabulary].
         candidate: the same shape; columns beyond the smaller vocabulary are padding and dropped.
         ids: the tokens that both were given.
+        threads: that share the positions.
 
     Returns:
         ``len(ids) - 1`` positions: the last one has no token that follows.
     """
-    if len(baseline) != len(ids) or len(candidate) != len(ids):
-        raise VerificationError(f"Logits for {len(baseline)} and {len(candidate)} positions, {len(ids)} tokens given.")
+    require_logits(len(baseline), len(candidate), len(ids))
     width = min(baseline.shape[-1], candidate.shape[-1])
     following = np.asarray(ids[1:], dtype=np.int64)
-    parts = []
-    # A non-finite logit gives NaN, which the verdict rejects; numpy's warning would only repeat it.
-    with np.errstate(all="ignore"):
-        for start in range(0, len(following), ROWS):
-            rows = slice(start, min(start + ROWS, len(following)))
-            parts.append(_compare_rows(baseline[rows, :width], candidate[rows, :width], following[rows]))
-    return Positions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def piece(rows: slice) -> list[Floats]:
+        return compared(Softmax(baseline[rows, :width]), Softmax(candidate[rows, :width]), following[rows])
+
+    return Positions(*by_pieces(piece, len(following), width, threads))
+
+
+def require_logits(baseline: int, candidate: int, tokens: int) -> None:
+    """Both sides have logits for every token.
+
+    Raises:
+        VerificationError: one has not.
+    """
+    if {baseline, candidate} != {tokens}:
+        raise VerificationError(f"Logits for {baseline} and {candidate} positions, {tokens} tokens given.")
 
 
 _DTYPES: dict[str, Any] = {

@@ -25,7 +25,8 @@ from qwen_onnx.verify.checks import check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.records import CheckResult, worst
 from qwen_onnx.verify.results import certain
-from qwen_onnx.verify.scoring import Logits, Positions, compare
+from qwen_onnx.verify.scoring import Positions, compare
+from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.statistics import at_least, at_most
 
 # made of artifacts that see alone
@@ -115,7 +116,7 @@ def drift_with_pictures(context: Context) -> CheckResult:
     )
     parts = []
     for (ids, pictures), expected in zip(prompts.values(), wanted, strict=True):
-        found = compare(expected, student_logits(model, ids, pictures), ids)
+        found = compare(expected, student_logits(model, ids, pictures), ids, context.options.threads)
         # nobody predicts a part of a picture
         spoken = np.array(ids[1:]) != token
         parts.append(Positions(*(column[spoken] for column in vars(found).values())))

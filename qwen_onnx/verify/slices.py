@@ -19,7 +19,8 @@ from qwen_onnx.errors import VerificationError
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import digest_of
 from qwen_onnx.verify.graph import Graph
-from qwen_onnx.verify.scoring import Logits, Session, open_session
+from qwen_onnx.verify.scoring import Session, open_session
+from qwen_onnx.verify.softmax import Logits
 
 LAYER = re.compile(r"/layers\.(\d+)/")
 LOGITS = "logits"

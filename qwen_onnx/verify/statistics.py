@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from qwen_onnx.records import Verdict
 from qwen_onnx.verify.records import Estimate
-from qwen_onnx.verify.scoring import Floats, Positions
+from qwen_onnx.verify.scoring import Positions
+from qwen_onnx.verify.softmax import Floats
 
 Counts = npt.NDArray[np.int64]
 
