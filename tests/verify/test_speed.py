@@ -11,12 +11,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_onnx.artifact.folded import Folded
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.verify import VerifyOptions, latency, verify_artifact
+from qwen_onnx.verify import VerifyOptions, latency, layerwise, verify_artifact
 from qwen_onnx.verify.latency_worker import load
 from qwen_onnx.verify.layerwise import LayerTimer
 from qwen_onnx.verify.records import Latency
@@ -92,6 +92,24 @@ def test_its_memory_is_that_of_all_weights(tiny_checkpoint: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     half = sum(parameter.numel() for parameter in whole.model.layers[0].parameters())
     assert LayerTimer(tiny_checkpoint, 1).peak_memory(1000) == 1000 + 4 * half
+
+
+@pytest.mark.usefixtures("ticking")
+def test_a_part_of_a_large_head_counts_for_all_of_it(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is looked at before and after the head as well; the model has the layer twice and the part 16 times."""
+    config = AutoConfig.from_pretrained(tiny_checkpoint)
+    rows = config.vocab_size // 16
+    monkeypatch.setattr(layerwise, "HEAD_BYTES", 4 * config.hidden_size * rows)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    engine = LayerTimer(tiny_checkpoint, 1)
+    more = config.vocab_size / rows - 1
+    # ids beyond the rows that are there
+    assert engine.prefill([1, config.vocab_size - 1, 3], 3) == pytest.approx(5 + 1 + more)
+    assert engine.decode(2) == pytest.approx(9 + 2 * (1 + more))
+    assert f"{rows:,} of the head's {config.vocab_size:,} rows" in engine.computed
+    kept = sum(parameter.numel() for parameter in whole.model.layers[0].parameters())
+    kept += rows * config.hidden_size + config.hidden_size
+    assert engine.peak_memory(1000) == 1000 + 4 * (sum(item.numel() for item in whole.parameters()) - kept)
 
 
 def test_layers_of_each_kind_are_kept(tmp_path: Path) -> None:
