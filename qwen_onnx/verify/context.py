@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qwen_onnx.verify.answers import Answers
     from qwen_onnx.verify.golden import Golden
     from qwen_onnx.verify.keeping import Keep
+    from qwen_onnx.verify.tower import Tower
 
 
 # bytes that a verification needs besides the artifact; and what a session holds of its weights, prepacked ones included
@@ -131,6 +132,13 @@ class Context:
         from qwen_onnx.verify.teacher import Teacher
 
         return Answers(Teacher(self.checkpoint, self.options.threads), self.scratch)
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The checkpoint's vision tower in PyTorch fp32."""
+        from qwen_onnx.verify.tower import Tower
+
+        return Tower(self.checkpoint)
 
     @cached_property
     def study(self) -> DriftStudy:
@@ -241,5 +249,5 @@ class Context:
     def release(self) -> None:
         """Drop models and sessions, so that the latency check has the machine to itself."""
         self.unload()
-        for name in ("study", "teacher"):
+        for name in ("study", "teacher", "tower"):
             self.__dict__.pop(name, None)

@@ -19,7 +19,7 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.pictures import Picture, places_of, positions_of
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import PREPROCESSOR, VISION_CONFIG
+from qwen_onnx.sources.vision_config import PREPROCESSOR
 from qwen_onnx.verify import drawn
 from qwen_onnx.verify.checks import check
 from qwen_onnx.verify.context import Context
@@ -83,10 +83,10 @@ def processing_parity(context: Context) -> CheckResult:
 @check("vision", RUN)
 def encoder_parity(context: Context) -> CheckResult:
     """The encoder gives the features that PyTorch's tower gives in fp32."""
-    sight, tower = Sight(context.artifact, context.options.threads), torch_tower(context.checkpoint)
+    sight, tower = Sight(context.artifact, context.options.threads), context.tower
     diffs, cosines = [], []
     for picture in _prepared(context.artifact).values():
-        wanted, found = tower_features(tower, picture), sight.encode(picture)
+        wanted, found = tower.features(picture), sight.encode(picture)
         diffs.append(float(np.abs(found - wanted).max() / wanted.std()))
         norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
         cosines.append(float(((found * wanted).sum(-1) / norms).min()))
@@ -103,11 +103,12 @@ def encoder_parity(context: Context) -> CheckResult:
 @check("sight", RUN)
 def drift_with_pictures(context: Context) -> CheckResult:
     """Teacher-forced on conversations with pictures, the artifact predicts what PyTorch predicts."""
-    limits, tower = context.limits, torch_tower(context.checkpoint)
+    limits = context.limits
     token = GenaiConfig.read(context.artifact, VerificationError).model.image_token_id
     prompts = _prompts(context)
-    wanted = [teacher_logits(context, tower, ids, pictures, token) for ids, pictures in prompts.values()]
-    context.unload()
+    wanted = [teacher_logits(context, ids, pictures, token) for ids, pictures in prompts.values()]
+    # one copy of the weights at a time
+    context.release()
     model = BatchModel(
         context.artifact,
         rows=1,
@@ -180,44 +181,7 @@ def student_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Pic
     return np.concatenate(found)
 
 
-def torch_tower(checkpoint: Path) -> Any:
-    """The vision tower of a checkpoint in PyTorch fp32.
-
-    Raises:
-        VerificationError: its weights do not fit.
-    """
-    import torch
-    import transformers
-
-    from qwen_onnx.export.weights import CheckpointWeights
-
-    settings = read_json(checkpoint / VISION_CONFIG)
-    config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    with torch.device("meta"):
-        kind = type(getattr(transformers, settings["architectures"][0])(config).model.visual)
-    tower = kind(config.vision_config).eval()
-    weights = CheckpointWeights(checkpoint)
-    stored = weights.tensors(weights.names("visual."))
-    try:
-        tower.load_state_dict({name.removeprefix("visual."): tensor.float() for name, tensor in stored.items()})
-    except RuntimeError as error:
-        raise VerificationError(f"the tower's weights do not fit: {error}", where=str(checkpoint)) from error
-    return tower
-
-
-def tower_features(tower: Any, picture: Picture) -> Logits:
-    """Features of one picture, float32 [tokens, hidden]."""
-    import torch
-
-    with torch.inference_mode():
-        found = tower(torch.tensor(picture.pixels), torch.tensor([picture.grid]))
-    features: Logits = found.pooler_output.numpy()
-    return features
-
-
-def teacher_logits(
-    context: Context, tower: Any, ids: Sequence[int], pictures: Sequence[Picture], token: int | None
-) -> Logits:
+def teacher_logits(context: Context, ids: Sequence[int], pictures: Sequence[Picture], token: int | None) -> Logits:
     """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary], with positions on three axes."""
     import torch
 
@@ -228,7 +192,7 @@ def teacher_logits(
     positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
     with torch.inference_mode():
         state = teacher.embed(torch.tensor([list(ids)])).clone()
-        features = np.concatenate([tower_features(tower, picture) for picture in pictures])
+        features = np.concatenate([context.tower.features(picture) for picture in pictures])
         state[0, torch.tensor(list(ids)) == token] = torch.tensor(features)
         arguments = teacher.arguments(state)
         sections = teacher.config.rope_parameters["mrope_section"]
