@@ -22,7 +22,7 @@ from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.qwen import QwenService
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.latency import BESIDE_BYTES, COPIES, pytorch_bytes
-from qwen_onnx.verify.scoring import Logits
+from qwen_onnx.verify.softmax import Logits
 
 # what lm-eval's models generate where a task says nothing
 MOST_NEW_TOKENS = 256

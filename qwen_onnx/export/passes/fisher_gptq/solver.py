@@ -156,7 +156,7 @@ def _moved(found: Sequence[Quantized], weight: torch.Tensor, hessian: torch.Tens
             near.addr_(inner[place], moves[place])
         slope[:begin].addmm_(hessian[:begin, begin:end], moves)
         slope[end:].addmm_(hessian[end:, begin:end], moves)
-    parts = codes.T.split(rows)
+    parts = torch.split(codes.T, rows)
     return [replace(one, codes=part.contiguous()) for one, part in zip(found, parts, strict=True)]
 
 
