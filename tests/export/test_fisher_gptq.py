@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from qwen_onnx.export.passes.fisher_gptq.allocation import Choice, Unreachable, 
 from qwen_onnx.export.passes.fisher_gptq.options import FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.quantize import quantize
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, nearest, refine, solve, stored_bytes
+from qwen_onnx.export.passes.fisher_gptq.statistics import Watch
 from qwen_onnx.export.passes.gptq.solver import Quantized, gptq
-from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.export.weights import CheckpointWeights, Scratch
 
 GRIDS = (Grid(4, 64), Grid(4, 32), Grid(6, 64))
 SMALL = {"windows": 4, "window": 48, "seed": 1}
@@ -83,6 +85,39 @@ def test_refinement_lowers_the_error(problem: tuple[torch.Tensor, torch.Tensor])
     errors = [loss(refine([found], weight, hessian, rounds)[0], weight, hessian) for rounds in range(3)]
     assert errors == sorted(errors, reverse=True)
     assert errors[1] < 0.99 * errors[0]
+
+
+class Attention(torch.nn.Module):
+    """A layer whose q and v share their input, which no block of rows divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj, self.o_proj = (torch.nn.Linear(300, out) for out in (40, 24, 16))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.v_proj(x)], -1)
+
+
+def test_the_statistics_of_a_layer(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    layer = Attention()
+    modules = {f"self_attn.{name}": module for name, module in layer.named_children()}
+    watch = Watch(SimpleNamespace(linears=lambda index: modules, scratch=Scratch(tmp_path)), 0)  # type: ignore[arg-type]
+    inputs, gradients = torch.randn(6, 9, 300), torch.randn(6, 9, 64)
+    for windows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        torch.autograd.backward(layer(inputs[windows].requires_grad_(True)), gradients[windows])
+    qv, o = watch.units()
+    assert (qv.names, o.names) == (("self_attn.q_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+    squares = gradients.reshape(-1, 64).double().square()
+    counts = squares.sum(1).sqrt()
+    tokens = inputs.detach().reshape(-1, 300).double()
+    expected = (tokens * counts[:, None]).T @ tokens * (squares.sum() / counts.sum())
+    torch.testing.assert_close(qv.hessian.double(), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(qv.shares.double(), squares.sum(0) / squares.sum(), rtol=1e-4, atol=1e-6)
+    # no token came this way
+    assert not o.hessian.any()
+    assert not o.shares.any()
 
 
 def test_damage_weighs_outputs_by_their_share() -> None:

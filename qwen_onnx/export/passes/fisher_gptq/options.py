@@ -39,7 +39,7 @@ class FisherGptqOptions(PassOptions):
     windows: int = Field(default=128, ge=4, description="calibration windows")
     window: int = Field(default=256, ge=32, description="tokens in a calibration window")
     damp: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal, as a fraction of its mean")
-    refinements: int = Field(default=1, ge=0, le=8, description="turns of moving codes and scales after GPTQ")
+    refinements: int = Field(default=2, ge=0, le=8, description="turns of moving codes and scales after GPTQ")
     seed: int = 0
     calibration: str | None = Field(
         default=None, pattern="^[0-9a-f]{64}$", description="SHA-256 of a text of yours: optimize --calibration"

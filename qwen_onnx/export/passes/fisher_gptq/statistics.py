@@ -1,6 +1,9 @@
 """What the loss says of a layer's matrices: which inputs count, and at which outputs.
 
 Matrices that read the same input share a Hessian. Those that genai fuses (q, k and v) get one grid, solved as one.
+
+A token counts by the root of its squared gradient: few tokens have most of the squares, and what fits these fits other
+texts less (docs/lab-log.md, 2026-11-29).
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ class Unit:
 
     Attributes:
         names: within the layer; their rows follow each other in what is solved.
-        hessian: [in, in], Σ w·x·xᵀ over the tokens; w is the squared gradient at all outputs that x leads to.
-        shares: [out], each output's part of Σ w.
+        hessian: [in, in], Σ w·x·xᵀ over the tokens; w is the root of the squared gradient at all outputs that x leads
+            to, times what makes Σ w the sum of the squares.
+        shares: [out], each output's part of the squared gradients.
     """
 
     names: tuple[str, ...]
@@ -44,6 +48,8 @@ class Watch:
             group: skeleton.scratch.zeros(f"hessian.{group}", (self.modules[group].in_features,) * 2)
             for group in groups
         }
+        # by group, the sum of what tokens count
+        self._counts = dict.fromkeys(groups, 0.0)
         self.squares = {name: torch.zeros(module.out_features) for name, module in self.modules.items()}
         self._members = {group: [n for n in self.modules if named_as(n, LEADER) == group] for group in groups}
         self._pending: dict[str, list[torch.Tensor]] = {group: [] for group in groups}
@@ -67,14 +73,18 @@ class Watch:
         waiting.append(squared.sum(1))
         if len(waiting) < len(self._members[group]):
             return
-        _add_products(self.hessians[group], x.reshape(-1, x.shape[-1]), torch.stack(waiting).sum(0))
+        counts = torch.stack(waiting).sum(0).sqrt_()
+        self._counts[group] += float(counts.double().sum())
+        _add_products(self.hessians[group], x.reshape(-1, x.shape[-1]), counts)
         waiting.clear()
 
     def units(self) -> list[Unit]:
         """What was collected; the hooks are gone afterwards."""
         for hook in self._hooks:
             hook.remove()
-        for hessian in self.hessians.values():
+        for group, hessian in self.hessians.items():
+            # a group that no token reached has nothing to scale
+            hessian.mul_(float(self._total(group)) / (self._counts[group] or 1.0))
             for rows in _row_blocks(len(hessian)):
                 hessian[rows.stop :, rows] = hessian[rows, rows.stop :].T
         units: dict[str, list[str]] = {}
@@ -84,9 +94,12 @@ class Watch:
 
     def _unit(self, names: tuple[str, ...]) -> Unit:
         group = named_as(names[0], LEADER)
-        total = torch.stack([self.squares[name].sum() for name in self._members[group]]).sum()
-        shares = torch.cat([self.squares[name] for name in names]) / total.clamp(min=torch.finfo(torch.float32).tiny)
-        return Unit(names, self.hessians[group], shares)
+        total = self._total(group).clamp(min=torch.finfo(torch.float32).tiny)
+        return Unit(names, self.hessians[group], torch.cat([self.squares[name] for name in names]) / total)
+
+    def _total(self, group: str) -> torch.Tensor:
+        """Sum of the squared gradients at all outputs of the group."""
+        return torch.stack([self.squares[name].sum() for name in self._members[group]]).sum()
 
 
 def _row_blocks(size: int) -> Iterator[slice]:
