@@ -19,6 +19,7 @@ from qwen_onnx.verify.baseline import CheckpointTokenizer
 from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
 from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.loaded import Loaded
+from qwen_onnx.verify.nibbles import in_nibbles
 from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
 from qwen_onnx.verify.records import Drift, Latency, TaskResult, VerifyOptions
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
@@ -218,6 +219,8 @@ class Context:
 
         graph = self._graph()
         graph.in_float32()
+        # one token at a time, it would make matrices of 8 bits anew for each
+        in_nibbles(graph)
         return Engine(self.artifact, threads=self.options.threads, on_cpu=True, graph=graph.serialized())
 
     @cached_property

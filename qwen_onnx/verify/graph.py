@@ -85,6 +85,13 @@ class Graph:
             del self._made[next(iter(self._made))]
         return self._made[name]
 
+    def kind(self, name: str) -> int | None:
+        """Element type (onnx.TensorProto.DataType) of a constant; None for what is none."""
+        if name in self.folded:
+            return self.folded.kind(name).data_type
+        found = self._tensors.get(name)
+        return None if found is None else int(found.data_type)
+
     def _initializer(self, name: str) -> Array:
         found = self._tensors.get(name)
         if found is None:
