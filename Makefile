@@ -21,9 +21,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 OWN     = $(if $(RECIPE),--recipe '$(RECIPE)')
-# what has a slash is no recipe's id: qwen-onnx knows by which name its artifact is kept, and is asked only then
-KEPT    = $(shell $(BIN)/qwen-onnx where '$(MODEL)' --target '$(TARGET)' $(if $(PRECISION),--precision '$(PRECISION)') $(OWN))
-PLACE   = $(if $(findstring /,$(MODEL)),$(or $(KEPT),$(error MODEL=$(MODEL): see above)),artifacts/$(MODEL)/$(TARGET)-$(or $(PRECISION),int4))
+# what has a slash is no recipe's id, and other weights have another name: qwen-onnx knows by which name an artifact is
+# kept, and is asked only then
+KEPT    = $(shell $(BIN)/qwen-onnx where '$(MODEL)' --target '$(TARGET)' $(if $(PRECISION),--precision '$(PRECISION)') $(if $(findstring /,$(MODEL)),,--source '$(SOURCE)') $(OWN))
+PLACE   = $(if $(findstring /,$(MODEL))$(SOURCE),$(or $(KEPT),$(error MODEL=$(MODEL): see above)),artifacts/$(MODEL)/$(TARGET)-$(or $(PRECISION),int4))
 # a model that is a folder says itself where its weights are
 FOLDER  = $(if $(wildcard $(MODEL)/config.json),$(MODEL))
 READY  := $(VENV)/.ready

@@ -123,12 +123,21 @@ def plan(
     print(json.dumps(made.model_dump(mode="json") if full else made.olive, indent=2))
 
 
-def where(model: Model, target: Target = "cpu", precision: Precision = None, recipe: RecipeOption = None) -> None:
+def where(
+    model: Model,
+    target: Target = "cpu",
+    precision: Precision = None,
+    recipe: RecipeOption = None,
+    source: SourceOption = None,
+) -> None:
     """Print the folder of MODEL's artifact on a target, built or not; no hub is asked."""
     from qwen_onnx.artifact.manifest import MANIFEST
     from qwen_onnx.catalog.load import work_root
     from qwen_onnx.catalog.reference import id_of, parse
 
+    if source:
+        print(work_root() / "artifacts" / wanted(model, target, precision, source, recipe).plan.name)
+        return
     catalog, asked = catalog_here(recipe), parse(model)
     place = work_root() / "artifacts" / id_of(catalog, asked) / f"{target}-{catalog.precision(target, precision)}"
     if isinstance(asked, Path) and (place / MANIFEST).exists():

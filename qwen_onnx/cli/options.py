@@ -25,7 +25,10 @@ Model = Annotated[
 Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
 Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
 SourceOption = Annotated[
-    Path | None, typer.Option(help="local checkpoint folder, .gguf or .whl instead of the recipe's sources")
+    Path | None,
+    typer.Option(
+        help="local checkpoint folder, .gguf or .whl instead of the recipe's sources; others name the artifact"
+    ),
 ]
 AdapterOption = Annotated[
     Path | None, typer.Option(help="folder of a LoRA adapter, merged into the weights: qwen-onnx finetune")
@@ -84,7 +87,7 @@ def wanted(
     source: Path | None = None,
     recipes: Sequence[Path] | None = None,
 ) -> Wanted:
-    """The plan of ``model`` on ``target``.
+    """The plan of ``model`` on ``target``; with other weights than the recipe's in ``source`` it has their name.
 
     Raises:
         ConfigError: see ``make_plan``; or two folders were given.
@@ -97,6 +100,10 @@ def wanted(
     if found.folder and source:
         raise ConfigError(["--source: the model is a folder already"], hint="give one of the two")
     plan = make_plan(found.catalog, found.model, target, precision)
+    if source:
+        from qwen_onnx.sources.own import named_by_weights
+
+        plan = named_by_weights(plan, found.catalog, cache_here(), source)
     if not plan.catalogued:
         progress(f"{plan.title} as {plan.model}: {UNCATALOGUED}")
     return Wanted(plan, source or found.folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.catalog.architectures import SEEING
 from qwen_onnx.catalog.plan import Adapted, Plan
+from qwen_onnx.catalog.reference import folder_name
 from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
@@ -91,6 +92,24 @@ def _place(source: Source, cache: Path) -> Path | None:
     from qwen_onnx.sources.hub import at_hand, settled
 
     return at_hand(settled(source, cache), cache)
+
+
+def has_recipes_weights(plan: Plan, cache: Path, local: Path) -> bool:
+    """Whether ``local`` holds the weights of the recipe: it names that folder, pins that file, or an earlier fetch of
+    one of its sources brought every file that is to be there, and none was altered since.
+
+    Raises:
+        SourceError: something in the folder is neither a plain file nor a link within the checkpoint.
+    """
+    if any(isinstance(source, FolderSource) and source.name == folder_name(local) for source in plan.sources):
+        return True
+    if local.is_file():
+        return sha256_of(local) in {source.sha256 for source in plan.sources if isinstance(source, WheelSource)}
+    places = [place for place in (_place(source, cache) for source in plan.sources) if place]
+    brought = [json.loads((place / CHECKSUMS).read_text(encoding="utf-8")) for place in places]
+    # it takes a while to read all weights: only where there is what to compare them with
+    files = folder_checksums(local) if brought else {}
+    return any(known.items() <= files.items() for known in brought)
 
 
 def _pin(source: Source, cache: Path) -> str | None:

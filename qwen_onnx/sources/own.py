@@ -14,7 +14,8 @@ from typing import Any, Literal
 from qwen_onnx.bounded import read_object
 from qwen_onnx.catalog.architectures import ARCHITECTURES, HYBRIDS, QWEN1
 from qwen_onnx.catalog.load import Catalog
-from qwen_onnx.catalog.reference import HubName, id_of, parse, row_of
+from qwen_onnx.catalog.plan import Plan
+from qwen_onnx.catalog.reference import HubName, folder_name, id_of, parse, row_of
 from qwen_onnx.catalog.schema import Family, FolderSource, HubSource, Kind, Row
 from qwen_onnx.catalog.sizes import LARGEST_CONFIG, shape_of
 from qwen_onnx.catalog.weights import count_weights
@@ -23,6 +24,7 @@ from qwen_onnx.sources import facts as told
 from qwen_onnx.sources.card import base_of, licence_of
 from qwen_onnx.sources.checkpoint import adapter_fault, check_config, rope_type
 from qwen_onnx.sources.facts import ADAPTER, CARD, CONFIG, TEMPLATE, TOKENIZER_CONFIG, Facts
+from qwen_onnx.sources.fetch import has_recipes_weights
 from qwen_onnx.sources.plain import PICKLES
 from qwen_onnx.sources.quantized import HINT, quantization_of
 from qwen_onnx.sources.transfer import Progress
@@ -64,6 +66,30 @@ def choose(catalog: Catalog, text: str, cache: Path, progress: Progress) -> Chos
     place = f"{CONFIG} of {facts.where}"
     found = catalog.with_own(place, own_family(catalog, facts, model))
     return Chosen(found, model, None if isinstance(asked, HubName) else asked)
+
+
+def named_by_weights(plan: Plan, catalog: Catalog, cache: Path, local: Path) -> Plan:
+    """The plan of a recipe for the weights in ``local``, a folder or a file; of other weights it has their name.
+
+    What the recipe says of the model itself, such as its licence, is not said of other weights.
+
+    Raises:
+        ConfigError: nothing is left of the name.
+        SourceError: the folder holds something other than plain files.
+    """
+    if not local.exists() or has_recipes_weights(plan, cache, local):
+        return plan
+    place = local.with_suffix("") if local.is_file() else local
+    name, texts = folder_name(place), told.of_folder(local).texts if local.is_dir() else {}
+    return plan.model_copy(
+        update={
+            "model": id_of(catalog, place),
+            "title": f"{name} by the recipe {plan.model}",
+            "license": licence_of(texts.get(CARD, "")),
+            "sources": (FolderSource(kind="folder", name=name),),
+            "catalogued": False,
+        }
+    )
 
 
 def own_family(catalog: Catalog, facts: Facts, model: str) -> Family:

@@ -202,7 +202,7 @@ def test_serve_answers_the_openai_client_and_ends_on_sigterm(tiny_build: Path) -
     with LiveServer("qwen_onnx.cli.app", ["serve", str(tiny_build)]) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         answer = client.chat.completions.create(
-            model="starter", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+            model="checkpoint", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
         )
         assert answer.usage
         assert answer.usage.completion_tokens == 4

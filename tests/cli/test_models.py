@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 from qwen_onnx.artifact.manifest import Manifest, read_manifest
 from qwen_onnx.artifact.origin import origin_of, record_origin, require_same
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.catalog.plan import Adapted, adapted, make_plan
-from qwen_onnx.catalog.schema import HubSource
+from qwen_onnx.catalog.plan import UNCATALOGUED, Adapted, adapted, make_plan
+from qwen_onnx.catalog.schema import FolderSource, HubSource
 from qwen_onnx.cli.app import app
-from qwen_onnx.cli.options import artifact_at
+from qwen_onnx.cli.options import artifact_at, wanted
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.fetch import folder_checksums
 from tests.conftest import make_tiny_checkpoint
+from tests.fixtures.recipes import write_recipe
 
 
 @pytest.fixture
@@ -48,6 +49,41 @@ def test_where_an_artifact_is_kept(folder: Path) -> None:
     ):
         assert run("where", model, "--precision", "int8").stdout.endswith(f"/artifacts/{name}/cpu-int8\n")
     assert isinstance(run("where", "a/b/c").exception, ConfigError)
+
+
+@pytest.mark.slow
+def test_other_weights_than_the_recipes_have_their_own_name(folder: Path) -> None:
+    (folder / "qwen3-0.6b").symlink_to(folder / "My-Finetune")
+    (folder / "My.Weights.gguf").write_bytes(b"GGUF")
+    recipe = write_recipe(folder / "mine.yaml", sources=[{"kind": "folder", "name": "My-Finetune"}])
+    for model, source, name in (
+        ("starter", "My-Finetune", "my-finetune"),
+        ("qwen3-0.6b", "./qwen3-0.6b/", "my-finetune"),
+        ("starter", "My.Weights.gguf", "my.weights"),
+        ("mine-1b", "My-Finetune", "mine-1b"),
+        ("starter", "nowhere", "starter"),
+    ):
+        place = run("where", model, "--source", source, "--recipe", recipe).stdout
+        assert place.endswith(f"/artifacts/{name}/cpu-int4\n")
+    assert isinstance(run("where", "./My-Finetune", "--source", "My-Finetune").exception, ConfigError)
+    (folder / "copy").mkdir()
+    (folder / "My-Finetune").rename(folder / "copy/qwen3-0.6b")
+    place = run("where", "starter", "--source", "copy/qwen3-0.6b").stdout
+    assert place.endswith("/artifacts/local--qwen3-0.6b/cpu-int4\n"), "the name of a recipe that is not asked for"
+
+
+def test_records_say_that_other_weights_are_not_the_catalogues(folder: Path) -> None:
+    recipe = wanted("starter", "cpu").plan
+    plan = wanted("starter", "cpu", source=Path("My-Finetune")).plan
+    assert (plan.model, plan.title) == ("my-finetune", "My-Finetune by the recipe starter")
+    assert plan.sources == (FolderSource(kind="folder", name="My-Finetune"),)
+    assert UNCATALOGUED in plan.claim("PASS")
+    assert (recipe.license, plan.license) == ("Apache-2.0", "Apache-2.0"), "each says it itself"
+    assert plan.olive == recipe.olive
+    assert plan.limits == recipe.limits
+    (folder / "My-Finetune/README.md").unlink()
+    assert wanted("starter", "cpu", source=Path("My-Finetune")).plan.license is None
+    assert origin_of(plan, folder / "My-Finetune", None) == str(folder / "My-Finetune")
 
 
 def test_a_folder_is_planned_estimated_and_examined(folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_from_examples_to_an_artifact_of_the_merged_model(data: Path, tiny_check
     built = run_cli("optimize", "starter", *source, "--adapter", adapter, "--output", artifact, *exact)
     assert built.returncode == 0, built.stderr
     plan = json.loads((artifact / "manifest.json").read_text())["plan"]
-    assert plan["model"] == "starter-faq"
+    assert plan["model"] == "checkpoint-faq"
     assert plan["adapter"]["name"] == "faq"
     assert plan["adapter"]["data"] == json.loads((adapter / "adapter.json").read_text())["data"]["sha256"]
     assert "not in the catalogue" in json.loads((artifact / "manifest.json").read_text())["claim"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import run_cli
 
-NAME = "starter-int4-generic-cpu-1"
+NAME = "checkpoint-int4-generic-cpu-1"
 
 
 def packaged(artifact: Path, output: Path, *options: str) -> Path:

@@ -17,6 +17,8 @@ from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 
 from qwen_onnx.artifact.manifest import Manifest, open_artifact, read_manifest
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.errors import PackageError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.package.card import licence_fields, weights_text
@@ -42,7 +44,7 @@ def test_a_package_says_what_was_built_and_not_what_a_recipe_says_now(
     edit_json(old / "manifest.json", lambda manifest: manifest.pop("about"))
     refused = run_cli("package", old, "--output", tmp_path / "made", "--allow-unverified")
     assert refused.returncode == 10
-    assert "qwen-onnx optimize starter --target cpu --force" in refused.stderr
+    assert "qwen-onnx optimize ./checkpoint --target cpu --force" in refused.stderr
 
 
 def _faults_of_bill(text: str) -> object:
@@ -101,7 +103,7 @@ def test_the_provenance_is_read_by_the_tools_of_others(tiny_package: Path) -> No
     assert parsed.predicate_type == "https://slsa.dev/provenance/v1"
     predicate = json_format.ParseDict(json_format.MessageToDict(parsed.predicate), provenance_pb2.Provenance())
     asked = predicate.build_definition.external_parameters
-    assert [asked[name] for name in ("model", "target", "precision")] == ["starter", "cpu", "int4"]
+    assert [asked[name] for name in ("model", "target", "precision")] == ["checkpoint", "cpu", "int4"]
     files = {item.name: item.digest["sha256"] for item in parsed.subject}
     outside = {"provenance.intoto.json", "package.json", "SHA256SUMS"}
     assert files == {p.name: sha256_of(p) for p in tiny_package.iterdir() if p.name not in outside}
@@ -183,7 +185,9 @@ def test_apache_weights_get_its_text_and_notices(manifest: Manifest, tmp_path: P
     write_licences(tmp_path, manifest)
     apache = (repository / "LICENSE").read_text()
     assert (tmp_path / "LICENSE").read_text() == (tmp_path / "LICENSE.qwen-onnx").read_text() == apache
-    notice = (tmp_path / "NOTICE").read_text()
+    assert "copyright Hugging Face" not in (tmp_path / "NOTICE").read_text(), "the recipe's, of other weights"
+    starter = manifest.model_copy(update={"plan": make_plan(load_catalog(repository), "starter", "cpu")})
+    notice = notice_text(starter)
     assert "SmolLM2-135M-Instruct" in notice
     assert "copyright Hugging Face" in notice
     assert "onnxruntime-qnn" not in notice

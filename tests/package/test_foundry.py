@@ -31,7 +31,7 @@ def sidecar(folder: Path) -> dict[str, Any]:
 def record_of(artifact: Path, **changes: Any) -> PackageRecord:
     manifest = read_manifest(artifact)
     fields: dict[str, Any] = {
-        "id": "starter-int4-generic-cpu:1",
+        "id": "checkpoint-int4-generic-cpu:1",
         "profile": "sdk2",
         "model": manifest.plan.model,
         "target": manifest.plan.target,
@@ -59,7 +59,7 @@ def test_a_package_is_one_flat_folder_with_its_id(tiny_package: Path) -> None:
     assert not names & {"build.log", "footprint.json", "run_history.txt"}
     assert read_package(tiny_package).record.tasks == ("general",)
     assert json.loads((tiny_package / "inference_model.json").read_text()) == {
-        "Name": "starter-int4-generic-cpu:1",
+        "Name": "checkpoint-int4-generic-cpu:1",
         "PromptTemplate": {
             "assistant": "{Content}",
             "prompt": "<|im_start|>user\n{Content}<|im_end|>\n<|im_start|>assistant\n",
@@ -69,10 +69,10 @@ def test_a_package_is_one_flat_folder_with_its_id(tiny_package: Path) -> None:
 
 def test_its_properties_say_what_it_is(tiny_package: Path) -> None:
     assert sidecar(tiny_package) == {
-        "model_id": "starter-int4-generic-cpu:1",
+        "model_id": "checkpoint-int4-generic-cpu:1",
         "string_properties": {
             "task": "chat-completion",
-            "display_name": "SmolLM2-135M-Instruct as Qwen2 (int4, cpu), unverified",
+            "display_name": "checkpoint by the recipe starter (int4, cpu), unverified",
             "publisher": "qwen-onnx",
             "min_fl_version": "2.1.0",
             "capabilities": "chat",

@@ -263,7 +263,7 @@ def test_a_package_for_another_device_is_well_made_and_fails_where_there_is_none
     built = run_cli("optimize", "starter", *options)
     assert built.returncode == 0, built.stderr
     package = packaged(artifact, tmp_path / "packages")
-    assert package.name == "starter-int4-cuda-gpu-1"
+    assert package.name == "checkpoint-int4-cuda-gpu-1"
     done = run_cli("foundry-check", package)
     assert done.returncode == 10
     assert "load: " in done.stderr

@@ -30,7 +30,7 @@ def test_a_sound_package_passes_and_names_its_digest(tiny_package: Path) -> None
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said == {
-        "id": "starter-int4-generic-cpu:1",
+        "id": "checkpoint-int4-generic-cpu:1",
         "verdict": "UNVERIFIED",
         "digest": sha256_of(tiny_package / "SHA256SUMS"),
     }

@@ -208,7 +208,7 @@ def modelscope(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_modelscope_is_pinned_to_a_commit_as_hugging_face_is(modelscope: Any, catalog: Catalog, tmp_path: Path) -> None:
     plan = plan_of(catalog, "modelscope:Org/Tiny", tmp_path)
-    assert (plan.model, plan.asked, plan.license) == ("org--tiny", f"modelscope:Org/Tiny@{SECOND}", None)
+    assert (plan.model, plan.asked, plan.license) == ("org--tiny", f"modelscope:Org/Tiny@{SECOND}", "Apache-2.0")
     # the branch moves on; what was planned is what is fetched
     modelscope.repositories["Org/Tiny"].append({"config.json": b"{}"})
     found = fetch(plan, tmp_path, progress=lambda _: None)

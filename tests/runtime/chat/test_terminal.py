@@ -84,7 +84,7 @@ class Screen:
 @pytest.fixture
 def screen(tiny_build: Path, tmp_path: Path) -> Iterator[Screen]:
     opened = Screen(tiny_build, tmp_path, "--max-tokens", "8")
-    opened.expect(r"starter · context of 8,192 tokens · /help")
+    opened.expect(r"checkpoint · context of 8,192 tokens · /help")
     opened.expect(PROMPT)
     yield opened
     opened.close()
