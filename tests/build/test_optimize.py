@@ -182,6 +182,7 @@ def test_a_second_build_fails_clearly_or_waits(tiny_build: Path, tiny_checkpoint
         command += ["--source", str(tiny_checkpoint), "--output", str(tiny_build)]
         waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert waiting.stderr
+        assert "not in the catalogue" in waiting.stderr.readline()
         assert "waiting" in waiting.stderr.readline()
         assert waiting.poll() is None
     _, said = waiting.communicate(timeout=120)
