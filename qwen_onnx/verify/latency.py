@@ -171,10 +171,14 @@ def measure_alone(artifact: Path, ids: Sequence[int], options: VerifyOptions) ->
 
 def _baseline_engine(artifact: Path, checkpoint: Path, options: VerifyOptions) -> str:
     """PyTorch whole, or layer by layer when memory does not hold it beside the artifact."""
+    return "pytorch" if pytorch_fits(checkpoint, options, folder_bytes(artifact)) else LAYERWISE
+
+
+def pytorch_fits(checkpoint: Path, options: VerifyOptions, beside: int = 0) -> bool:
+    """Whether PyTorch runs whole: memory holds it in fp32 and ``beside`` bytes more, or the options say so."""
     if options.pytorch != "fitting":
-        return "pytorch" if options.pytorch == "whole" else LAYERWISE
-    needed = COPIES * (pytorch_bytes(checkpoint) + folder_bytes(artifact)) + BESIDE_BYTES
-    return "pytorch" if needed < psutil.virtual_memory().available else LAYERWISE
+        return options.pytorch == "whole"
+    return COPIES * (pytorch_bytes(checkpoint) + beside) + BESIDE_BYTES < psutil.virtual_memory().available
 
 
 def pytorch_bytes(checkpoint: Path) -> int:

@@ -6,6 +6,7 @@ from qwen_onnx.errors import VerificationError
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify.checks import check
 from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.latency import pytorch_fits
 from qwen_onnx.verify.records import CheckResult, TaskResult, worst
 from qwen_onnx.verify.tasks.recovery import judged
 
@@ -17,15 +18,15 @@ def recovery_of_tasks(context: Context) -> CheckResult:
     """The artifact answers benchmarks nearly as well as PyTorch does, on the same items."""
     from qwen_onnx.verify.tasks.harness import answered
     from qwen_onnx.verify.tasks.items import tasks_of
-    from qwen_onnx.verify.tasks.models import artifact_side, fits, torch_side
+    from qwen_onnx.verify.tasks.models import artifact_side, torch_side
 
     options = context.options.tasks
     if options is None:
         raise VerificationError("no tasks are named", hint="--tasks gsm8k,hellaswag")
     context.release()
-    tasks, whole = tasks_of(options), fits(context)
+    tasks, whole = tasks_of(options), pytorch_fits(context.checkpoint, context.options)
     # one after the other: each holds its own weights
-    with torch_side(context) as model:
+    with torch_side(context, whole=whole) as model:
         progress(f"tasks: PyTorch fp32 answers {', '.join(options.names)}")
         baseline = answered(model, tasks, options.items)
     context.release()

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 from lm_eval.api.model import TemplateLM
 
 from qwen_onnx.catalog.schema import Verification
@@ -21,7 +20,6 @@ from qwen_onnx.runtime.service.answers import StopStrings
 from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.qwen import QwenService
 from qwen_onnx.verify.context import Context
-from qwen_onnx.verify.latency import BESIDE_BYTES, COPIES, pytorch_bytes
 from qwen_onnx.verify.softmax import Logits
 
 # what lm-eval's models generate where a task says nothing
@@ -44,21 +42,17 @@ class Wanted(NamedTuple):
 Generate = Callable[[Sequence[Wanted]], list[str]]
 
 
-def fits(context: Context) -> bool:
-    """Whether PyTorch holds the checkpoint whole, alone in memory, in fp32."""
-    if context.options.pytorch != "fitting":
-        return context.options.pytorch == "whole"
-    return COPIES * pytorch_bytes(context.checkpoint) + BESIDE_BYTES < psutil.virtual_memory().available
-
-
 @contextmanager
-def torch_side(context: Context) -> Iterator[Any]:
-    """The checkpoint in PyTorch fp32: by lm-eval's own model where memory holds it, else layer by layer.
+def torch_side(context: Context, *, whole: bool) -> Iterator[Any]:
+    """The checkpoint in PyTorch fp32.
+
+    Args:
+        whole: by lm-eval's own model, in memory; else layer by layer.
 
     Raises:
         VerificationError: transformers cannot load the folder.
     """
-    if fits(context):
+    if whole:
         yield _whole(context)
         return
     from qwen_onnx.verify.tasks.streamed import Streamed

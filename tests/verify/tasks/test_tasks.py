@@ -142,16 +142,15 @@ def test_lm_eval_chats_with_the_server(server: OpenAI) -> None:
     assert all(answers)
 
 
-def by_pytorch(artifact: Path, checkpoint: Path, how: str, until: list[str]) -> tuple[list[Any], list[str]]:
+def by_pytorch(artifact: Path, checkpoint: Path, until: list[str], *, whole: bool) -> tuple[list[Any], list[str]]:
     """Log probabilities of continuations, and greedy answers up to ``until``, as lm-eval gets them from PyTorch."""
     from lm_eval.api.instance import Instance
 
     from qwen_onnx.verify.tasks.models import torch_side
 
-    chosen = options("gsm8k").model_copy(update={"pytorch": how})
     pairs = [("The cat sat on", " the mat."), ("", "Once"), ("def f(x):", "\n    return x")]
     asked = {"until": until, "do_sample": False, "max_gen_toks": 24}
-    with torch_side(context(artifact, checkpoint, chosen)) as model:
+    with torch_side(context(artifact, checkpoint, options("gsm8k")), whole=whole) as model:
         scores = model.loglikelihood(
             [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)], disable_tqdm=True
         )
@@ -167,13 +166,13 @@ def test_pytorch_that_does_not_fit_answers_layer_by_layer_as_it_does_whole(
 ) -> None:
     from qwen_onnx.verify.tasks import streamed
 
-    _, whole = by_pytorch(tiny_build, tiny_checkpoint, "whole", [])
-    assert all(len(text) > 8 for text in whole)
+    _, answers = by_pytorch(tiny_build, tiny_checkpoint, [], whole=True)
+    assert all(len(text) > 8 for text in answers)
     # the second answer ends in its middle; texts of a few tokens go through the layers at once
     monkeypatch.setattr(streamed, "SCRATCH", 8 * 64 * 10)
-    for until in ([], [whole[1][4:7]]):
-        expected, texts = by_pytorch(tiny_build, tiny_checkpoint, "whole", until)
-        found, ours = by_pytorch(tiny_build, tiny_checkpoint, "layerwise", until)
+    for until in ([], [answers[1][4:7]]):
+        expected, texts = by_pytorch(tiny_build, tiny_checkpoint, until, whole=True)
+        found, ours = by_pytorch(tiny_build, tiny_checkpoint, until, whole=False)
         assert ours == texts
         for (one, greedy), (other, likewise) in zip(expected, found, strict=True):
             assert one == pytest.approx(other, abs=1e-4)
