@@ -28,7 +28,7 @@ def build_in_clone(repository: Path, clone: Path, checkpoint: Path, threads: int
         "PYTHONHASHSEED": str(threads),
         "OMP_NUM_THREADS": str(threads),
     }
-    artifact = clone / "artifacts/starter/cpu-int4"
+    artifact = clone / "artifacts" / checkpoint.name / "cpu-int4"
     for arguments in (
         ("optimize", "starter", "--source", str(checkpoint), "--no-verify"),
         ("package", str(artifact), "--allow-unverified"),
