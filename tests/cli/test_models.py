@@ -97,6 +97,11 @@ def test_a_folder_is_planned_estimated_and_examined(folder: Path) -> None:
     assert run("fetch", "./My-Finetune").stdout == f"{folder / 'My-Finetune'}\n"
 
 
+def test_a_plan_has_the_name_of_its_weights(folder: Path) -> None:
+    plan = json.loads(run("plan", "starter", "--source", "My-Finetune", "--full").stdout)
+    assert (plan["model"], plan["catalogued"]) == ("my-finetune", False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -128,6 +128,12 @@ def serve_replicas(folder: Path, model_name: str, settings: ServerSettings, *, r
     import ray
 
     asked_to_stop = threading.Event()
+
+    def stop_when_told() -> None:
+        # again after each step of Ray's: it sets handlers of its own, which would end this process at once
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: asked_to_stop.set())
+
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, replicas * threads),
@@ -136,15 +142,16 @@ def serve_replicas(folder: Path, model_name: str, settings: ServerSettings, *, r
         log_to_driver=False,
     )
     try:
+        stop_when_told()
         serve.start(http_options={"host": settings.host, "port": settings.port})
+        stop_when_told()
         application = deployment(
             folder, model_name, replicas=replicas, threads=threads, settings=settings, keys=keys if keys else None
         )
-        serve.run(application, name=APPLICATION)
-        # after Ray's own handlers, which would end this process at once
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: asked_to_stop.set())
-        print(f"{replicas} replicas of {model_name} at http://{settings.host}:{settings.port}", flush=True)
+        if not asked_to_stop.is_set():
+            serve.run(application, name=APPLICATION)
+            stop_when_told()
+            print(f"{replicas} replicas of {model_name} at http://{settings.host}:{settings.port}", flush=True)
         asked_to_stop.wait()
         serve.delete(APPLICATION)
     finally:
