@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
-
 from qwen_onnx.build.estimate import estimate
 from qwen_onnx.catalog.load import find_root, load_catalog
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.environments import is_ready
+from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.sources.fetch import cache_root, checkpoint_at_hand
 
 EXTRAS = ("serve", "export", "package", "publish", "dev")
@@ -36,7 +35,7 @@ class Finding:
 def examine(plan: Plan, root: Path, source: Path | None = None) -> list[Finding]:
     """Check Python, the extras' packages, memory and disk for ``plan``, whose checkpoint may be in ``source``."""
     findings = [_python(), *(_extra(extra) for extra in EXTRAS)]
-    memory = psutil.virtual_memory().available
+    memory = free_memory()
     needs = estimate(plan, checkpoint_at_hand(plan, cache_root(root), source))
     needed = max(needs.memory, needs.verification)
     findings.append(_amount(f"memory for {plan.model}", memory, needed, "close programs, or build on another machine"))

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from qwen_onnx.artifact.manifest import (
     Artifact,
     SourceRecord,
@@ -36,6 +34,7 @@ from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.files import licence_files
 from qwen_onnx.git import this_checkout
 from qwen_onnx.processes.environments import is_ready
+from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
 from qwen_onnx.sources.fetch import Checkpoint, checkpoint_at_hand, expected_revisions, fetch, weights_digest
@@ -321,7 +320,7 @@ def require_room(job: Job) -> None:
         if (free := shutil.disk_usage(place).free) < need
     ]
     memory = max(needs.memory, needs.verification) if job.verify else needs.memory
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if available < memory:
         faults.append(f"{memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free")
     if faults:

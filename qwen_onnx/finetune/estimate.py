@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from qwen_onnx.catalog.costs import Dimensions
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.sizes import dimensions, shape_of
 from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.finetune.encode import IGNORED, Encoded
+from qwen_onnx.processes import memory
 from qwen_onnx.sources.checkpoint import read_json
 
 LESS = "close programs, or --set gradient_checkpointing=true, --set window=…, --set batch=1"
@@ -113,7 +112,7 @@ def free_memory(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    return memory.free_memory()
 
 
 def trained_numbers(config: dict[str, Any], training: Training) -> int:

@@ -8,9 +8,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import psutil
-
 from qwen_onnx.errors import EnvironmentFault
+from qwen_onnx.processes.memory import total_memory
 from qwen_onnx.release.job import Task, run_job
 from qwen_onnx.release.records import JobResult
 from qwen_onnx.release.store import Store
@@ -45,7 +44,7 @@ def run_local(tasks: Sequence[Task], store: Store, workers: int, say: SayOf) -> 
     Raises:
         EnvironmentFault: a job's bound is more memory than there is, which would bound nothing.
     """
-    total = psutil.virtual_memory().total
+    total = total_memory()
     if short := [task.job for task in tasks if task.job.memory > total]:
         told = "; ".join(f"{job.name} may take {job.memory / 1e9:g} GB" for job in short)
         raise EnvironmentFault(

@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import psutil
-
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.files import folder_bytes
+from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
@@ -121,7 +120,7 @@ class Context:
         """Layers of the artifact that are loaded at once; None for all of them."""
         if self.options.layers_at_once or self._runner:
             return self.options.layers_at_once
-        free = psutil.virtual_memory().available
+        free = free_memory()
         share = max(free - BESIDE, free / 2) / (SESSION_COPIES * folder_bytes(self.artifact))
         layers = GenaiConfig.read(self.artifact, VerificationError).model.decoder.num_hidden_layers
         return None if share >= 1 or layers is None else max(int(share * layers), 1)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.files import folder_bytes
 from qwen_onnx.processes.children import LineChild
+from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.sources.checkpoint import read_json, shards
 from qwen_onnx.verify.records import EngineLatency, Latency, Spread, VerifyOptions
@@ -178,7 +178,7 @@ def pytorch_fits(checkpoint: Path, options: VerifyOptions, beside: int = 0) -> b
     """Whether PyTorch runs whole: memory holds it in fp32 and ``beside`` bytes more, or the options say so."""
     if options.pytorch != "fitting":
         return options.pytorch == "whole"
-    return COPIES * (pytorch_bytes(checkpoint) + beside) + BESIDE_BYTES < psutil.virtual_memory().available
+    return COPIES * (pytorch_bytes(checkpoint) + beside) + BESIDE_BYTES < free_memory()
 
 
 def pytorch_bytes(checkpoint: Path) -> int:

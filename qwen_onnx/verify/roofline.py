@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.verify.graph import Graph
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def bandwidth(threads: int, rounds: int = ROUNDS) -> float:
 
     Each thread looks for the largest number of an array of its own: one stream of reads, and numpy lets go of the lock.
     """
-    block = min(BLOCK_BYTES, psutil.virtual_memory().available // (4 * threads))
+    block = min(BLOCK_BYTES, free_memory() // (4 * threads))
     arrays = [np.ones(block // 4, np.float32) for _ in range(threads)]
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import psutil
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
-from qwen_onnx.processes.memory import return_free_memory
+from qwen_onnx.processes.memory import free_memory, return_free_memory
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.sight import Sight
@@ -304,7 +303,7 @@ def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
 def _capacity(context: int, asked: int | None, rows: int, layout: KvLayout, item: int) -> int:
     if asked is not None:
         return min(asked, context)
-    free = int(psutil.virtual_memory().available * KV_SHARE)
+    free = int(free_memory() * KV_SHARE)
     fitting = free // (rows * layout.bytes_per_token(item)) // LEAST_TOKENS * LEAST_TOKENS
     if fitting < min(LEAST_TOKENS, context):
         raise EnvironmentFault(
