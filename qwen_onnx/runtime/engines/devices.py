@@ -25,12 +25,16 @@ BROUGHT_BY = {
     "cpu": "pip install onnxruntime onnxruntime-genai",
     "cuda": "on a machine with an NVIDIA GPU: pip install onnxruntime-gpu onnxruntime-genai-cuda",
     "dml": "on Windows: pip install onnxruntime-directml onnxruntime-genai-directml",
-    "webgpu": "with an ONNX Runtime that was built with WebGPU",
+    # both write the package onnxruntime: what is installed last counts
+    "webgpu": "in an environment of its own: pip install --force-reinstall --no-deps onnxruntime-webgpu",
     "npu": "on a machine with that NPU: pip install onnxruntime-qnn, or onnxruntime-openvino",
 }
 UNKNOWN = "not told"
 SECONDS = 20
 MODEL_NAME = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
+VULKAN_NAME, VULKAN_DRIVER = (
+    re.compile(rf"^\s*{key}\s*=\s*(.+)$", re.MULTILINE) for key in ("deviceName", "driverInfo")
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def _described(name: str, provider: str, known: Sequence[Any]) -> tuple[str, str
         if each.ep_name == provider:
             told = dict(each.device.metadata)
             return told.get("Description") or each.device.vendor or UNKNOWN, told.get("DriverVersion", UNKNOWN)
-    return UNKNOWN, UNKNOWN
+    return _vulkan() if name == "webgpu" else (UNKNOWN, UNKNOWN)
 
 
 def cpu_name() -> str:
@@ -108,15 +112,26 @@ def cpu_name() -> str:
 
 def _nvidia() -> tuple[str, str]:
     """Name and driver of the first GPU, from the driver's own tool."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return UNKNOWN, UNKNOWN
-    command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return UNKNOWN, UNKNOWN
+    told = _told("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     name, _, driver = told.partition("\n")[0].rpartition(",")
     return name.strip() or UNKNOWN, driver.strip() or UNKNOWN
+
+
+def _vulkan() -> tuple[str, str]:
+    """Names and drivers of all devices that Vulkan finds: which of them is taken, ONNX Runtime does not say."""
+    told = _told("vulkaninfo", "--summary")
+    names, drivers = (" or ".join(dict.fromkeys(found.findall(told))) for found in (VULKAN_NAME, VULKAN_DRIVER))
+    return names or UNKNOWN, drivers or UNKNOWN
+
+
+def _told(tool: str, *options: str) -> str:
+    """What a tool of this machine prints; empty where there is none, or it fails."""
+    found = shutil.which(tool)
+    if found is None:
+        return ""
+    try:
+        return subprocess.run(
+            [found, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

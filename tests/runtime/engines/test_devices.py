@@ -49,6 +49,19 @@ def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert device("cuda").hardware == UNKNOWN
 
 
+def test_webgpu_is_described_by_vulkan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "vulkaninfo"
+    told = "GPU{}:\n\tdeviceName         = {}\n\tdriverInfo         = Mesa 25.0\n"
+    tool.write_text(f"#!/bin/sh\ncat <<END\n{told.format(0, 'Iris Xe')}{told.format(1, 'llvmpipe (LLVM 19)')}END\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
+    found = device("webgpu")
+    assert (found.hardware, found.driver) == ("Iris Xe or llvmpipe (LLVM 19)", "Mesa 25.0")
+    tool.write_text("#!/bin/sh\nexit 1\n")
+    assert device("webgpu").hardware == UNKNOWN
+
+
 def test_another_provider_is_described_by_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     hardware = SimpleNamespace(metadata={"Description": "Adreno X1"}, vendor="Qualcomm")
     plugin = SimpleNamespace(ep_name="WebGpuExecutionProvider", device=hardware)

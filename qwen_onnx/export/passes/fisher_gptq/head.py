@@ -10,6 +10,7 @@ from qwen_onnx.export.gradients import Gradients
 from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damped, nearest, solve, stored_bytes
 from qwen_onnx.export.passes.gptq.solver import Quantized
+from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.skeleton import EMBEDDING, NORM, Skeleton
 from qwen_onnx.export.weights import create_safetensors, reopened
 
@@ -19,6 +20,8 @@ CONTAINER = 8  # bits of the kernel and of the embedding's operator
 PIECE = 1 << 24
 # positions whose logits are compared
 SAMPLES = 256
+# lines of progress
+PARTS = 10
 
 
 @torch.no_grad()
@@ -48,13 +51,18 @@ def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) 
     step = max(PIECE // head.shape[1], 1)
     sampled = states[:: max(len(states) // SAMPLES, 1)]
     logits = torch.empty(2, len(sampled), head.shape[0])
-    for begin in range(0, head.shape[0], step):
+    starts = range(0, head.shape[0], step)
+    said = Steps("the head: part", min(PARTS, len(starts)))
+    for count, begin in enumerate(starts, 1):
         rows = slice(begin, min(begin + step, head.shape[0]))
         exact = head[rows].float()
         found = _quantized(exact, hessian, grid)
         for part, value in _parts(found).items():
             file[f"lm_head.{part}"][rows] = value
         logits[0, :, rows], logits[1, :, rows] = sampled @ exact.T, sampled @ found.dequantize().T
+        part = count * said.total // len(starts)
+        if part > said.done:
+            said.step(part)
     work.commit(HEAD_STEP, [name], {"bytes": stored_bytes(head, grid), "damage": _divergence(*logits)})
 
 
