@@ -11,6 +11,7 @@ from qwen_onnx.artifact.manifest import MANIFEST, Artifact, Manifest, read_manif
 from qwen_onnx.artifact.store import build_lock, put_in_place, staging_folder
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.devices import package_name
+from qwen_onnx.package.devices_proven import copy_device_records
 from qwen_onnx.package.documents import write_documents
 from qwen_onnx.package.foundry import write_foundry
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, PackageRecord, Profile, read_package
@@ -83,6 +84,7 @@ def build_package(job: PackageJob) -> Package:
         for file in (*manifest.files, MANIFEST):
             if file not in LEFT_BEHIND:
                 shutil.copyfile(job.artifact.path / file, folder / file)
+        copy_device_records(job.artifact.path, folder)
         write_foundry(folder, record)
         record = write_documents(folder, record, manifest)
         (folder / PACKAGE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

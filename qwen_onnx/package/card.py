@@ -6,6 +6,7 @@ Front matter: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import About, HubSource
 from qwen_onnx.errors import PackageError
+from qwen_onnx.package.devices_proven import device_records
 from qwen_onnx.package.records import PackageRecord
 from qwen_onnx.records import Verdict
 
 if TYPE_CHECKING:
+    from qwen_onnx.verify.device import DeviceReport
     from qwen_onnx.verify.records import Estimate
     from qwen_onnx.verify.report import Report
 
@@ -39,10 +42,12 @@ def write_card(folder: Path, record: PackageRecord, manifest: Manifest) -> None:
         raise PackageError(f"the report says {report.verdict}, the manifest {record.verdict}", where=str(folder))
     for name, text in (report.svgs() if report else {}).items():
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / CARD).write_text(card_text(record, manifest, report), encoding="utf-8")
+    (folder / CARD).write_text(card_text(record, manifest, report, device_records(folder)), encoding="utf-8")
 
 
-def card_text(record: PackageRecord, manifest: Manifest, report: Report | None) -> str:
+def card_text(
+    record: PackageRecord, manifest: Manifest, report: Report | None, devices: Sequence[DeviceReport] = ()
+) -> str:
     """The card, from what is known of the artifact and nothing else."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -66,6 +71,7 @@ def card_text(record: PackageRecord, manifest: Manifest, report: Report | None) 
         manifest=manifest,
         plan=manifest.plan,
         report=report,
+        devices=devices,
         compared=compared,
         task_cells=task_cells,
         columns=TASK_COLUMNS,

@@ -12,11 +12,14 @@ from qwen_onnx.bounded import read_description
 from qwen_onnx.catalog.schema import Kind, Precision, Task
 from qwen_onnx.errors import PackageError
 from qwen_onnx.records import Record, Verdict
+from qwen_onnx.runtime.engines.devices import PROVIDERS
 
 PACKAGE = "package.json"
 # of the artifact, what a user of the package has no use for: paths and times of the machine that built it; Olive's
 # bookkeeping is in older artifacts only
 LEFT_BEHIND = ("build.log", "footprint.json", "output_footprint.json", "run_history.txt")
+# what a run on a device left, by the device's name
+DEVICE_RECORDS = {name: f"device-{name}.json" for name in PROVIDERS}
 # figures, or digests of files that hold figures; plots are drawn from them
 MEASURED = (
     "manifest.json",
@@ -27,6 +30,7 @@ MEASURED = (
     "drift.svg",
     "drift-by-text.svg",
     "speed.svg",
+    *DEVICE_RECORDS.values(),
     "provenance.intoto.json",
     "SHA256SUMS",
 )

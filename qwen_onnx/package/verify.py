@@ -16,6 +16,7 @@ from qwen_onnx.artifact.manifest import MANIFEST
 from qwen_onnx.artifact.names import name_faults
 from qwen_onnx.errors import ArtifactError, PackageError
 from qwen_onnx.package.contents import Contents
+from qwen_onnx.package.devices_proven import record_faults
 from qwen_onnx.package.licences import LICENCE, NOTICE, OWN_LICENCE
 from qwen_onnx.package.provenance import PACKAGING, PROVENANCE, VERDICT, verdict_of
 from qwen_onnx.package.records import LEFT_BEHIND, PACKAGE, Package, measured_in, read_package
@@ -142,6 +143,11 @@ def _report(contents: Contents) -> Iterator[str]:
         yield f"report.json says {report.verdict}, its checks do not"
 
 
+def _devices(contents: Contents) -> Iterator[str]:
+    """Each record of a device is of this artifact, and says PASS."""
+    yield from record_faults(contents.path)
+
+
 def _provenance(contents: Contents) -> Iterator[str]:
     """The statement is about these very files and says the same of them."""
     record, statement = contents.record, contents.statement
@@ -199,6 +205,7 @@ CHECKS: dict[str, Callable[[Contents], Iterator[str]]] = {
     "record": _record,
     "manifest": _manifest,
     "report": _report,
+    "devices": _devices,
     "provenance": _provenance,
     "bill of materials": _bill,
     "licences": _licence,

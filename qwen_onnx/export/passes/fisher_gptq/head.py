@@ -60,9 +60,9 @@ def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) 
         for part, value in _parts(found).items():
             file[f"lm_head.{part}"][rows] = value
         logits[0, :, rows], logits[1, :, rows] = sampled @ exact.T, sampled @ found.dequantize().T
-        part = count * said.total // len(starts)
-        if part > said.done:
-            said.step(part)
+        tenths = count * said.total // len(starts)
+        if tenths > said.done:
+            said.step(tenths)
     work.commit(HEAD_STEP, [name], {"bytes": stored_bytes(head, grid), "damage": _divergence(*logits)})
 
 
