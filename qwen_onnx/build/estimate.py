@@ -18,6 +18,7 @@ from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.catalog.sizes import dimensions, steps_of, stored
+from qwen_onnx.verify.layerwise import HEAD_BYTES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +116,8 @@ def _verification(found: Dimensions, artifact: int, plan: Plan) -> int:
         drift += int(EXPORT_COPIES * 4 * found.weights)
     if plan.verification is not Verification.RUN:
         return tokenizers + drift
-    loaded = 4 * (found.tables + found.layer + found.experts)
+    # of a large head a part is timed
+    loaded = min(4 * found.tables, HEAD_BYTES) + 4 * (found.layer + found.experts)
     return tokenizers + max(drift, int(LATENCY_BYTES + loaded + LATENCY_COPIES * artifact))
 
 
