@@ -103,6 +103,7 @@ class EngineStats:
     Args:
         streams: how many requests it runs at once at most; ``queue_size``: how many more may wait.
         kv_tokens: tokens in the KV cache, those that are kept for their prefix included; ``kv_capacity``: at most.
+        drafted_tokens: guessed ones that were computed; accepted_tokens: those of them that were right.
         restarts: how often the engine's process was started again.
         resident_bytes: memory of the process that holds the model.
         alive: whether it answers now; failed: it does not and never will, so that somebody must start it anew.
@@ -122,6 +123,8 @@ class EngineStats:
     resident_bytes: int
     alive: bool = True
     failed: bool = False
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def full(self) -> bool:

@@ -11,6 +11,7 @@ from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.speculation import Speculate
 from qwen_onnx.runtime.engines.serial import SerialEngine
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ class EngineOptions:
     """How to load an artifact; the first fields are those of ``BatchEngine``.
 
     Args:
+        speculate: see ``BatchEngine``; genai's engine has none.
         verify: check every byte before it is loaded, each time that it is; expect: its digest, see ``verify_runnable``.
     """
 
@@ -30,6 +32,7 @@ class EngineOptions:
     threads: int | None = None
     verify: bool = False
     expect: str | None = None
+    speculate: Speculate = "ngram"
 
 
 def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEngine:
@@ -45,6 +48,7 @@ def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEng
             queue_size=options.queue_size,
             capacity=options.capacity,
             threads=options.threads,
+            speculate=options.speculate,
         )
     except UnsupportedGraphError as error:
         log.warning("one request at a time: %s", error.what)

@@ -143,6 +143,7 @@ def load_service(folder: Path, settings: ServerSettings, threads: int | None, ex
         streams=settings.streams,
         queue_size=settings.queue_size,
         context=settings.context,
+        speculate=settings.speculate,
         verify=True,
         expect=expect,
     )

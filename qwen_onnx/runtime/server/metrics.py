@@ -33,6 +33,8 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "prompt_tokens": ("tokens that were read, without cached ones", lambda stats: stats.prompt_tokens),
     "cached_tokens": ("prompt tokens that the prefix cache had", lambda stats: stats.cached_tokens),
     "generated_tokens": ("tokens that were generated", lambda stats: stats.generated_tokens),
+    "drafted_tokens": ("guessed tokens that were computed", lambda stats: stats.drafted_tokens),
+    "accepted_tokens": ("guessed tokens that were right", lambda stats: stats.accepted_tokens),
     "engine_restarts": ("how often the engine's process was started again", lambda stats: stats.restarts),
 }
 

@@ -12,6 +12,7 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.engines.batch.speculation import Speculate
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
 from qwen_onnx.runtime.engines.pictures import Picture
@@ -38,7 +39,7 @@ class QwenService(TextService):
         isolated: run the engine in a child process, so that this one's event loop stays free.
         streams: answers at once; queue_size: how many requests may wait beyond them.
         context: tokens of one conversation; None: the model's, or what the memory allows.
-
+        speculate: ``off`` gives one token a step also where a text repeats itself.
         verify: check every byte before it is loaded, and again whenever an isolated engine is started anew.
         expect: verify, and refuse what has another digest; see ``artifact.seal.runnable_digest``.
 
@@ -57,9 +58,10 @@ class QwenService(TextService):
         context: int | None = None,
         verify: bool = False,
         expect: str | None = None,
+        speculate: Speculate = "ngram",
     ) -> None:
         folder = Path(folder)
-        options = EngineOptions(streams, queue_size, context, threads, verify or expect is not None, expect)
+        options = EngineOptions(streams, queue_size, context, threads, verify or expect is not None, expect, speculate)
         # before anything else is read: it is the engine that verifies
         self.engine, seal = _engine(folder, options, isolated)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
 from qwen_onnx.runtime.engines.batch.rows import Rows
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
 from qwen_onnx.runtime.engines.batch.sight import Looked
+from qwen_onnx.runtime.engines.batch.speculation import Costs, Speculate, Speculator
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import (
     CLOSED,
@@ -40,12 +42,17 @@ PREFILL_CHUNK = 64
 
 @dataclass(eq=False)
 class Stream:
-    """A request on its way: ``filled`` of its prompt's tokens are in its row; ``token`` waits to go in."""
+    """A request on its way: ``filled`` of its prompt's tokens are in its row; ``token`` waits to go in.
+
+    ``rest`` is how many steps of others it owes for wider ones of its own.
+    """
 
     request: TokenRequest
     listener: Listener
     sampler: Sampler
     looked: Looked
+    speculator: Speculator | None = None
+    rest: float = 0
     row: int = -1
     filled: int = 0
     cached: int = 0
@@ -78,6 +85,7 @@ class BatchEngine:
         queue_size: how many may wait.
         capacity: tokens of a stream, prompt and answer; None: the context, or what the memory allows.
         threads: threads of onnxruntime; None leaves it to onnxruntime.
+        speculate: ``ngram`` computes several tokens a step where a text repeats itself, see ``speculation``.
 
     Raises:
         UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
@@ -91,6 +99,7 @@ class BatchEngine:
         queue_size: int = QUEUE_SIZE,
         capacity: int | None = None,
         threads: int | None = None,
+        speculate: Speculate = "ngram",
     ) -> None:
         self._model = BatchModel(folder, rows=streams, capacity=capacity, chunk=PREFILL_CHUNK, threads=threads)
         self.features = BATCH_FEATURES if self._model.tells_every_position else BATCH_FEATURES - {"echo"}
@@ -101,7 +110,12 @@ class BatchEngine:
         self._active: list[Stream] = []
         self._changed = threading.Condition()
         self._closing, self._failed = False, False
-        self._counted = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+        self._counted = dict.fromkeys(
+            ("prompt_tokens", "cached_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0
+        )
+        # a graph that tells the last position alone cannot tell which guesses are right
+        self._speculates = speculate == "ngram" and self._model.tells_every_position
+        self._costs = Costs()
         self._clock = 0
         # called by the owner thread when all events of a step are told
         self.after_step: Callable[[], None] = lambda: None
@@ -116,7 +130,7 @@ class BatchEngine:
         looked = Looked(request, self._model.sight)
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
-        stream = Stream(request, listener, Sampler(request, matcher, forbidden), looked)
+        stream = Stream(request, listener, Sampler(request, matcher, forbidden), looked, self._speculator(request))
         with self._changed:
             if self._closing or self._failed:
                 raise ServiceError(CLOSED)
@@ -126,6 +140,13 @@ class BatchEngine:
             self._waiting.append(stream)
             self._changed.notify()
         return stream
+
+    def _speculator(self, request: TokenRequest) -> Speculator | None:
+        """How wide a step is shows in how it is rounded, so that times must not decide on the steps of a seed."""
+        if not self._speculates:
+            return None
+        costs = self._costs if request.sampling.seed is None else Costs()
+        return Speculator(request.prompt_ids, costs, self._model.sight.token if self._model.sight else None)
 
     def stats(self) -> EngineStats:
         """See ``requests.TokenEngine``."""
@@ -180,7 +201,7 @@ class BatchEngine:
         self.after_step()
 
     def _step(self) -> None:
-        """One piece of one prompt, and one token of every answer."""
+        """One piece of one prompt, and one token of every answer, or some of an answer that repeats what stands."""
         for stream in [stream for stream in self._active if stream.cancelled.is_set()]:
             self._finish(stream, "cancelled")
         self._admit()
@@ -190,8 +211,15 @@ class BatchEngine:
             self._prefill(min(unread, key=lambda stream: stream.served))
         decoding = [stream for stream in self._active if stream.token is not None]
         together = [stream for stream in decoding if not stream.seeded]
-        for group in ([together] if together else []) + [[stream] for stream in decoding if stream.seeded]:
-            self._decode(group)
+        alone = len(self._active) == 1
+        if together and not (alone and self._verify(together[0])):
+            self._decode(together)
+        for stream in [stream for stream in decoding if stream.seeded]:
+            stream.rest = 0 if alone else stream.rest
+            if stream.rest >= 1:
+                stream.rest -= 1
+            elif not self._verify(stream):
+                self._decode([stream])
 
     def _admit(self) -> None:
         while self._waiting:
@@ -254,40 +282,83 @@ class BatchEngine:
             tokens[stream.row - first] = cast("int", stream.token)
         for row in range(first, last + 1):
             del histories[row][past[row - first] :]
+        begin = time.perf_counter()
         logits = self._model.extend(first, tokens, past, positions=self._positions(streams, first, past))
+        if len(self._active) == 1:
+            self._costs.note(1, time.perf_counter() - begin)
         for stream in streams:
             histories[stream.row].append(int(tokens[stream.row - first, 0]))
             self._rows.touch(stream.row)
         for stream, row in [(stream, stream.row) for stream in streams]:
             self._draw(stream, logits[row - first])
 
-    def _positions(self, streams: list[Stream], first: int, past: list[int]) -> Positions | None:
-        """Of one token in each row, int64 [3, rows, 1]; None when no prompt had a picture."""
+    def _verify(self, stream: Stream) -> bool:
+        """A step with guessed tokens behind the one that waits; false when none is worth it, and nothing was done.
+
+        Each token is drawn as it would be without: the first that differs from the guess is the last of the step. What
+        the row holds of wrong guesses stands behind its history and is written over. GroupQueryAttention takes
+        several tokens of one row alone, so that the step is not shared.
+        """
+        most = stream.request.max_new_tokens - stream.drawn - 1
+        guess = stream.speculator.propose(most) if stream.speculator else []
+        if not guess or not stream.speculator:
+            return False
+        history, row = self._rows.histories[stream.row], stream.row
+        tokens = [cast("int", stream.token), *guess]
+        positions = self._positions([stream], row, [len(history)], len(tokens))
+        begin = time.perf_counter()
+        logits = self._model.every_position(row, np.array(tokens, np.int64), len(history), positions=positions)
+        if len(self._active) == 1:
+            self._costs.note(len(tokens), time.perf_counter() - begin)
+        self._rows.touch(row)
+        right = self._drawn(stream, history, tokens, logits)
+        stream.rest += stream.speculator.settle(len(guess), right) - 1
+        self._counted["drafted_tokens"] += len(guess)
+        self._counted["accepted_tokens"] += right
+        return True
+
+    def _drawn(self, stream: Stream, history: list[int], tokens: list[int], logits: Floats) -> int:
+        """Draw what follows each of ``tokens``, as long as it is the next of them; returns how often it was."""
+        for index, token in enumerate(tokens):
+            history.append(token)
+            goes_on = self._draw(stream, logits[index])
+            if not goes_on or stream.token not in tokens[index + 1 : index + 2]:
+                return index
+        return len(tokens) - 1
+
+    def _positions(self, streams: list[Stream], first: int, past: list[int], width: int = 1) -> Positions | None:
+        """Of ``width`` tokens in each row, int64 [3, rows, width]; None when no prompt had a picture."""
         if not any(stream.looked.moved for stream in streams):
             return None
         found = np.array(past, np.int64)
         for stream in streams:
             found[stream.row - first] += stream.looked.moved
-        return np.broadcast_to(found[:, None], (3, len(past), 1))
+        return np.broadcast_to(found[:, None] + np.arange(width), (3, len(past), width))
 
-    def _draw(self, stream: Stream, logits: Floats) -> None:
+    def _draw(self, stream: Stream, logits: Floats) -> bool:
+        """The next token of an answer; whether it goes on."""
         try:
             token, logprob, top = stream.sampler.draw(logits)
         except QwenOnnxError as error:
             self._release(stream)
             stream.listener(TokenEvent(error=error))
-            return
+            return False
         if stream.request.stop_on_eos and token in self.shape.eos_token_ids:
             self._finish(stream, "stop", (token, logprob, top) if stream.request.scored else (None, None, ()))
-            return
+            return False
         stream.token = token
         stream.drawn += 1
+        if stream.speculator:
+            stream.speculator.hear(token)
         self._counted["generated_tokens"] += 1
         stream.listener(TokenEvent(token, logprob, top, cached_tokens=stream.cached))
         if stream.sampler.finished:
             self._finish(stream, "stop")
-        elif stream.drawn == stream.request.max_new_tokens:
+            return False
+        if stream.drawn == stream.request.max_new_tokens:
             self._finish(stream, "length")
+            return False
+        return True
 
     def _finish(
         self, stream: Stream, reason: EngineFinish, eos: tuple[int | None, float | None, Top] = (None, None, ())

@@ -1,0 +1,88 @@
+"""When guessed tokens are worth a wider step: one step of the model computes what follows each of several tokens.
+
+A step for ``k`` guessed tokens behind the one that is due costs more than a plain one, and gives one token and as many
+of the guessed as are right. Each token is drawn from its own logits by the answer's own sampler, one after the other,
+until one differs from the guess: what is drawn is what plain steps would have drawn. A wrong guess costs time alone,
+and how much an answer may lose is bounded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from qwen_onnx.runtime.engines.batch.drafts import Drafts
+
+Speculate = Literal["off", "ngram"]
+# tokens of a step; few, so that what each costs is soon known
+WIDTHS = (2, 3, 4, 6, 8, 12, 16)
+# plain steps that each more token of a step costs, until it was timed: docs/lab-log.md
+SLOPE = 0.3
+# of what a step was found to cost
+WEIGHT = 0.1
+# a step must give so many times what plain ones would give in its time
+LEAST_GAIN = 1.1
+# plain steps that an answer may lose in the beginning, gains for each token, and has in hand at most
+ALLOWANCE, ACCRUAL, MOST = 1.0, 0.02, 5.0
+
+
+class Costs:
+    """What steps cost, in plain ones. One that is told no times keeps to the model: its answers are the same always."""
+
+    def __init__(self) -> None:
+        self._plain: float | None = None
+        self._found: dict[int, float] = {}
+
+    def of(self, width: int) -> float:
+        """Plain steps that one of ``width`` tokens takes."""
+        if width in self._found or not self._found:
+            return self._found.get(width, 1 + SLOPE * (width - 1))
+        nearest = min(self._found, key=lambda other: abs(other - width))
+        return 1 + (self._found[nearest] - 1) * (width - 1) / (nearest - 1)
+
+    def note(self, width: int, seconds: float) -> None:
+        """A step of ``width`` tokens took so long. Single outliers move little: the machine did something else."""
+        if width == 1:
+            before = self._plain or seconds
+            self._plain = before + WEIGHT * (min(seconds, 2 * before) - before)
+        elif self._plain:
+            before = self.of(width)
+            self._found[width] = max(1.0, before + WEIGHT * (min(seconds / self._plain, 2 * before) - before))
+
+
+class Speculator:
+    """Proposes tokens for one answer.
+
+    Args:
+        prompt: its token ids.
+        costs: of the engine's steps.
+        barred: a token that is never proposed, since the model cannot read it alone.
+    """
+
+    def __init__(self, prompt: Sequence[int], costs: Costs, barred: int | None = None) -> None:
+        self._drafts, self._costs, self._barred = Drafts(prompt), costs, barred
+        self._in_hand = ALLOWANCE
+
+    def propose(self, most: int) -> list[int]:
+        """Tokens to compute beside the one that is due, ``most`` at most; none when a plain step is worth more."""
+        guess = self._drafts.guess(min(most, WIDTHS[-1] - 1))
+        if self._barred in guess:
+            guess = guess[: guess.index(self._barred)]
+        gain = self._drafts.gain(len(guess))
+        best, width = LEAST_GAIN, 1
+        for wider in WIDTHS:
+            cost = self._costs.of(wider)
+            if wider <= len(gain) and cost - 1 <= self._in_hand and gain[wider - 1] / cost > best:
+                best, width = gain[wider - 1] / cost, wider
+        return guess[: width - 1]
+
+    def hear(self, token: int) -> None:
+        """The answer goes on with ``token``."""
+        self._drafts.hear(token)
+        self._in_hand = min(self._in_hand + ACCRUAL, MOST)
+
+    def settle(self, proposed: int, right: int) -> float:
+        """A step with ``proposed`` guessed tokens is done, of which so many were right; what it cost in plain steps."""
+        cost = self._costs.of(1 + proposed)
+        self._in_hand = min(self._in_hand + 1 + right - cost, MOST)
+        return cost
