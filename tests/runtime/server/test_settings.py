@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from qwen_onnx.cli.app import app
 from qwen_onnx.errors import ConfigError
+from qwen_onnx.runtime.server.app import load_service
 from qwen_onnx.runtime.server.settings import ServerSettings
 
 
@@ -89,3 +90,16 @@ def test_only_loopback_goes_without_keys(host: str, loopback: bool) -> None:
     else:
         with pytest.raises(ConfigError, match="--insecure"):
             settings.check_exposure(keyed=False)
+
+
+def test_guessing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = MagicMock()
+    monkeypatch.setattr("qwen_onnx.runtime.server.app.QwenService", service)
+    for asked, expected in (({}, "ngram"), ({"QWEN_ONNX_SPECULATE": "off"}, "off")):
+        load_service(Path("folder"), ServerSettings.read(asked), threads=1)
+        assert service.call_args.kwargs["speculate"] == expected
+    done = CliRunner().invoke(app, ["serve", "folder", "--speculate", "draft"])
+    assert done.exit_code == 2
+    assert "--speculate" in done.output
+    with pytest.raises(ConfigError, match="speculate"):
+        ServerSettings.read({"QWEN_ONNX_SPECULATE": "draft"})

@@ -25,6 +25,8 @@ IDLE = EngineStats(
     generated_tokens=5,
     restarts=1,
     resident_bytes=500 * MIB,
+    drafted_tokens=9,
+    accepted_tokens=8,
 )
 
 
@@ -139,6 +141,8 @@ def test_the_metrics_are_the_engines_and_the_generations() -> None:
         "qwen_onnx_prompt_tokens_total 11.0",
         "qwen_onnx_cached_tokens_total 3.0",
         "qwen_onnx_generated_tokens_total 5.0",
+        "qwen_onnx_drafted_tokens_total 9.0",
+        "qwen_onnx_accepted_tokens_total 8.0",
         "qwen_onnx_engine_restarts_total 1.0",
         'qwen_onnx_resident_bytes{process="server"} 9.0',
         'qwen_onnx_time_to_first_token_seconds_bucket{le="0.5"} 1.0',
