@@ -158,7 +158,7 @@ def prompts(folder: Path) -> dict[str, list[tuple[int, ...]]]:
     tokenizer, template = TextTokenizer(folder), ChatTemplate(folder)
     asked = {
         "edit": [f"{wish}\n\n```\n{code}```" for wish, code in EDITS],
-        "summarise": [f"Summarise this text in its own words.\n\n{text}" for text in TEXTS],
+        "summarise": [f"Summarise this text.\n\n{text}" for text in TEXTS],
         "novel": list(NOVEL),
     }
     try:

@@ -21,7 +21,7 @@ SLOPE = 0.3
 # of what a step was found to cost
 WEIGHT = 0.1
 # a step must give so many times what plain ones would give in its time
-LEAST_GAIN = 1.1
+LEAST_GAIN = 1.05
 # plain steps that an answer may lose in the beginning, gains for each token, and has in hand at most
 ALLOWANCE, ACCRUAL, MOST = 1.0, 0.02, 5.0
 
