@@ -10,6 +10,7 @@ import pytest
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.sources.fetch import cache_root, fetch
+from tests.fixtures.adapters import adapters, slotted_artifact
 from tests.fixtures.models import (
     exact_artifact,
     long_artifact,
@@ -34,6 +35,7 @@ from tests.fixtures.tools import (
 # fixtures and hooks are found, and tools are imported, from here
 __all__ = [
     "REPOSITORY",
+    "adapters",
     "as_in_a_terminal",
     "edit_int4",
     "edit_yaml",
@@ -46,6 +48,7 @@ __all__ = [
     "pytest_runtest_makereport",
     "rewrite_json",
     "run_cli",
+    "slotted_artifact",
     "tiny_artifact",
     "tiny_build",
     "tiny_checkpoint",

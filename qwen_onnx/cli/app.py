@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from qwen_onnx.cli.adapter import adapter_app
 from qwen_onnx.cli.build import compare, fetch, optimize, verify
 from qwen_onnx.cli.catalog import list_models, plan, plans, select_models, where
 from qwen_onnx.cli.chat import chat, generate
@@ -62,6 +63,7 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 for name, verb in VERBS.items():
     app.command(name)(verb)
+app.add_typer(adapter_app, name="adapter")
 app.add_typer(keys_app, name="keys")
 # what `diff` was called; goes after one release
 app.command("same", hidden=True)(diff)

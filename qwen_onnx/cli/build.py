@@ -84,6 +84,10 @@ def optimize(
         float | None, typer.Option(help="most KLD that the quantiser may predict: the smallest that keeps to it")
     ] = None,
     adapter: AdapterOption = None,
+    adapter_rank: Annotated[
+        int | None,
+        typer.Option(help="leave slots for adapters of this rank at most, which `serve --adapter` fills; cpu alone"),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text like what the model will read: half of what calibrates")
     ] = None,
@@ -100,6 +104,10 @@ def optimize(
         from qwen_onnx.sources.adapter import open_adapter
 
         plan = adapted(plan, open_adapter(adapter).adapted())
+    if adapter_rank is not None:
+        from qwen_onnx.catalog.slots import slotted
+
+        plan = slotted(plan, adapter_rank)
     plan, text = _calibrated(plan, calibration)
     where = output or work_root() / "artifacts" / plan.name
     job = Job(

@@ -40,19 +40,25 @@ def serve(
         str | None,
         typer.Option(help="SHA-256 of its SHA256SUMS (of manifest.json, where there is none); refuse anything else"),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="file of `adapter convert`, asked for as MODEL:NAME; repeatable"),
+    ] = None,
     **settings: Any,
 ) -> None:
     """Serve the artifact at an OpenAI-compatible API."""
     import os
 
     from qwen_onnx.artifact.manifest import read_manifest
+    from qwen_onnx.runtime.engines.adapters import parse_adapters
     from qwen_onnx.runtime.server.app import serve as run
 
+    adapters = parse_adapters(adapter or ())
     read = ServerSettings.read(os.environ, **settings)
     folder = artifact.resolve()
     # the engine's process verifies every byte, this time and whenever it is started anew
     served = name or read_manifest(folder).plan.model
-    run(folder, model_name=served, settings=read, threads=threads, expect=expect)
+    run(folder, model_name=served, settings=read, threads=threads, expect=expect, adapters=adapters)
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

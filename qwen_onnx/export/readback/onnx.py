@@ -41,7 +41,9 @@ def read_graph(model: Path) -> dict[str, Any]:
 
     loaded = onnx.load(str(model), load_external_data=False)
     graph, folded = loaded.graph, Folded(loaded, model, ExportError)
-    constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    # what is an input, too, is a slot for an adapter: no constant
+    given = {value.name for value in graph.input}
+    constants = {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.name not in given}
     nodes = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":

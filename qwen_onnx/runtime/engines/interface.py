@@ -48,6 +48,7 @@ class TokenRequest:
             ``max_new_tokens`` may be 0.
         cache_scope: prefixes that another scope left in the cache are not used.
         pictures: in the order in which the prompt has room for them, see ``pictures.places_of``.
+        adapter: name of one that the engine was given; None: the model alone.
     """
 
     prompt_ids: tuple[int, ...]
@@ -59,6 +60,12 @@ class TokenRequest:
     echo: bool = False
     cache_scope: str = ""
     pictures: tuple[Picture, ...] = ()
+    adapter: str | None = None
+
+    @property
+    def kept_under(self) -> str:
+        """Whose prefixes it may find: keys and values are those of its adapter, too."""
+        return self.cache_scope if self.adapter is None else f"{self.cache_scope}:{self.adapter}"
 
     @property
     def scored(self) -> bool:

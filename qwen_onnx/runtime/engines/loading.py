@@ -9,6 +9,7 @@ from pathlib import Path
 from qwen_onnx.artifact.seal import Seal, verify_runnable
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.batch.speculation import Speculate
@@ -33,13 +34,14 @@ class EngineOptions:
     verify: bool = False
     expect: str | None = None
     speculate: Speculate = "ngram"
+    adapters: tuple[AdapterSource, ...] = ()
 
 
 def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEngine:
     """The engine that suits the artifact: continuous batching where the graph allows it, else genai.
 
     Raises:
-        ArtifactError: neither loads it.
+        ArtifactError: neither loads it; or an adapter does not fit.
     """
     try:
         return BatchEngine(
@@ -49,8 +51,13 @@ def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEng
             capacity=options.capacity,
             threads=options.threads,
             speculate=options.speculate,
+            adapters=options.adapters,
         )
     except UnsupportedGraphError as error:
+        if options.adapters:
+            hint = "leave --adapter out, or merge it: qwen-onnx optimize MODEL --adapter FOLDER"
+            what = f"adapters are served in batches alone, and this graph allows none: {error.what}"
+            raise ArtifactError(what, where=str(folder), hint=hint) from error
         log.warning("one request at a time: %s", error.what)
         return SerialEngine(folder, queue_size=options.queue_size, threads=options.threads)
 

@@ -63,6 +63,8 @@ class SerialEngine:
         """See ``requests.TokenEngine``."""
         request.check(self.shape)
         _check_features(request)
+        if request.adapter is not None:
+            raise RequestError("this model's engine takes no adapters", where="model")
         if request.pictures:
             raise RequestError("this model's engine takes no pictures", where="messages", hint="send text alone")
         turn = Turn(request, listener)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,18 @@ def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:
         return JSONResponse(told, 503 if told["status"] in ("unhealthy", "draining") else 200)
 
 
-def load_service(folder: Path, settings: ServerSettings, threads: int | None, expect: str | None = None) -> QwenService:
+def load_service(
+    folder: Path,
+    settings: ServerSettings,
+    threads: int | None,
+    expect: str | None = None,
+    adapters: Mapping[str, Path] | None = None,
+) -> QwenService:
     """The model in a child process, verified there, which has answered once.
 
     Raises:
-        ArtifactError: it does not load, is not whole, or is not the expected one.
+        ArtifactError: it does not load, is not whole, or is not the expected one; an adapter does not fit it.
+        ConfigError: an adapter cannot be called so.
     """
     service = QwenService(
         folder,
@@ -146,6 +153,7 @@ def load_service(folder: Path, settings: ServerSettings, threads: int | None, ex
         speculate=settings.speculate,
         verify=True,
         expect=expect,
+        adapters=adapters,
     )
     service.generate("Hello", GenerationConfig(max_new_tokens=1))
     return service
@@ -158,15 +166,17 @@ def serve(
     settings: ServerSettings,
     threads: int | None = None,
     expect: str | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> None:
     """Load the model in a child process and serve until SIGTERM or SIGINT; running answers may end in the grace time.
 
     Args:
         expect: the digest of what is to be served, see ``artifact.seal.runnable_digest``.
+        adapters: files by name, see ``QwenService``.
 
     Raises:
-        ArtifactError: the folder holds no model that loads, or not the expected one.
-        ConfigError: keys that cannot be read; reachable from outside without any.
+        ArtifactError: the folder holds no model that loads, or not the expected one; an adapter does not fit it.
+        ConfigError: keys that cannot be read; a name that no adapter can have; reachable from outside without any.
         EnvironmentFault: the port is taken; ``otlp`` without its extra.
         WorkerDiedError: the model's process died again and again.
     """
@@ -174,7 +184,7 @@ def serve(
     settings.check_exposure(keyed=bool(keys))
     logs.configure()
     tracer = make_tracer(settings.otlp, model_name) if settings.otlp else None
-    service = load_service(folder, settings, threads, expect)
+    service = load_service(folder, settings, threads, expect, adapters)
     app = create_app(service, model_name, settings, keys=keys, tracer=tracer)
 
     def drain() -> None:

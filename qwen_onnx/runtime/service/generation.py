@@ -25,6 +25,7 @@ class GenerationConfig(Sampling):
         logprobs: None is off; else how many alternatives are told beside each chosen token, 0 to 20.
         echo: the answer begins with the prompt, and ``logprobs`` tell of its tokens too; ``max_new_tokens`` may be 0.
         grammar: of llguidance, as JSON or Lark text: the answer is a word of it.
+        adapter: name of an adapter that the service was given; None: the model alone.
 
     Raises:
         RequestError: a value out of its range, naming field and range.
@@ -35,6 +36,7 @@ class GenerationConfig(Sampling):
     logprobs: int | None = parameter(None, 0, 20, "Alternatives told beside each token.")
     grammar: str | None = None
     echo: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name, one in PARAMETERS.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import cast
@@ -12,6 +12,7 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.speculation import Speculate
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
@@ -40,11 +41,13 @@ class QwenService(TextService):
         streams: answers at once; queue_size: how many requests may wait beyond them.
         context: tokens of one conversation; None: the model's, or what the memory allows.
         speculate: ``off`` gives one token a step also where a text repeats itself.
+        adapters: files of `qwen-onnx adapter convert`, by the names that a config's ``adapter`` may have.
         verify: check every byte before it is loaded, and again whenever an isolated engine is started anew.
         expect: verify, and refuse what has another digest; see ``artifact.seal.runnable_digest``.
 
     Raises:
-        ArtifactError: the folder holds no model that loads, or not the verified one.
+        ArtifactError: the folder holds no model that loads, or not the verified one; an adapter does not fit it.
+        ConfigError: an adapter cannot be called so.
     """
 
     def __init__(
@@ -59,9 +62,13 @@ class QwenService(TextService):
         verify: bool = False,
         expect: str | None = None,
         speculate: Speculate = "ngram",
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         folder = Path(folder)
-        options = EngineOptions(streams, queue_size, context, threads, verify or expect is not None, expect, speculate)
+        sources = tuple(AdapterSource.of(name, file) for name, file in (adapters or {}).items())
+        verified = verify or expect is not None
+        options = EngineOptions(streams, queue_size, context, threads, verified, expect, speculate, sources)
+        self.adapters = tuple(source.name for source in sources)
         # before anything else is read: it is the engine that verifies
         self.engine, seal = _engine(folder, options, isolated)
         try:
@@ -86,6 +93,8 @@ class QwenService(TextService):
         outside = next((token for token in config.logit_bias if not 0 <= token < self.engine.shape.vocab_size), None)
         if outside is not None:
             raise RequestError(f"logit_bias names token {outside}, which does not exist", where="logit_bias")
+        if config.adapter is not None and config.adapter not in self.adapters:
+            raise RequestError(f"there is no adapter {config.adapter[:80]!r}", where="model")
         return prompt if isinstance(prompt, Prepared) else self._encoded(prompt, least=min(config.max_new_tokens, 1))
 
     def _encoded(self, prompt: Prompt, least: int) -> Prepared:
@@ -133,6 +142,7 @@ class QwenService(TextService):
             echo=config.echo,
             cache_scope=cache_scope.get(),
             pictures=ids.pictures,
+            adapter=config.adapter,
         )
         return self.engine.submit(request, listener), Assembler(self.tokenizer, config, ids)
 

@@ -45,6 +45,8 @@ class TextService(ABC):
     engine: TokenEngine
     # whether it takes pictures
     sees: bool
+    # names of those that a config may ask for
+    adapters: tuple[str, ...] = ()
     # changes with the artifact: OpenAI's ``system_fingerprint``
     fingerprint: str
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -16,6 +16,7 @@ import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
 from qwen_onnx.runtime.engines.batch.rows import Rows
@@ -86,6 +87,7 @@ class BatchEngine:
         capacity: tokens of a stream, prompt and answer; None: the context, or what the memory allows.
         threads: threads of onnxruntime; None leaves it to onnxruntime.
         speculate: ``ngram`` computes several tokens a step where a text repeats itself, see ``speculation``.
+        adapters: that requests may name.
 
     Raises:
         UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
@@ -100,8 +102,11 @@ class BatchEngine:
         capacity: int | None = None,
         threads: int | None = None,
         speculate: Speculate = "ngram",
+        adapters: Sequence[AdapterSource] = (),
     ) -> None:
-        self._model = BatchModel(folder, rows=streams, capacity=capacity, chunk=PREFILL_CHUNK, threads=threads)
+        self._model = BatchModel(
+            folder, rows=streams, capacity=capacity, chunk=PREFILL_CHUNK, threads=threads, adapters=adapters
+        )
         self.features = BATCH_FEATURES if self._model.tells_every_position else BATCH_FEATURES - {"echo"}
         self.shape = replace(Shape.read(folder), context_length=self._model.capacity)
         self._grammars = Grammars(folder, self.shape)
@@ -127,6 +132,8 @@ class BatchEngine:
         request.check(self.shape)
         if request.echo and "echo" not in self.features:
             raise RequestError("echo is not supported for this model: its graph tells the last position", where="echo")
+        if request.adapter is not None and request.adapter not in self._model.adapters:
+            raise RequestError(f"there is no adapter {request.adapter[:80]!r}", where="model")
         looked = Looked(request, self._model.sight)
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
@@ -210,16 +217,19 @@ class BatchEngine:
             # in turns, so that a short prompt does not wait behind a long one
             self._prefill(min(unread, key=lambda stream: stream.served))
         decoding = [stream for stream in self._active if stream.token is not None]
-        together = [stream for stream in decoding if not stream.seeded]
+        groups: dict[Stream | str | None, list[Stream]] = {}
+        for stream in decoding:
+            groups.setdefault(stream if stream.seeded else stream.request.adapter, []).append(stream)
         alone = len(self._active) == 1
-        if together and not (alone and self._verify(together[0])):
-            self._decode(together)
-        for stream in [stream for stream in decoding if stream.seeded]:
-            stream.rest = 0 if alone else stream.rest
-            if stream.rest >= 1:
-                stream.rest -= 1
-            elif not self._verify(stream):
-                self._decode([stream])
+        for group in groups.values():
+            first = group[0]
+            if first.seeded:
+                first.rest = 0 if alone else first.rest
+                if first.rest >= 1:
+                    first.rest -= 1
+                    continue
+            if not ((alone or first.seeded) and self._verify(first)):
+                self._decode(group)
 
     def _admit(self) -> None:
         while self._waiting:
@@ -229,7 +239,7 @@ class BatchEngine:
                     self._waiting.popleft()
                 stream.listener(TokenEvent(finish="cancelled"))
                 continue
-            row = self._rows.admit(stream.looked.keys, stream.request.cache_scope, reuse=not stream.fresh)
+            row = self._rows.admit(stream.looked.keys, stream.request.kept_under, reuse=not stream.fresh)
             if row is None:
                 return
             stream.row = row
@@ -254,14 +264,19 @@ class BatchEngine:
         piece, looked = np.array(prompt[begin:end], np.int64), stream.looked
         positions, features = looked.positions(begin, end), looked.features(begin, end)
         told: tuple[tuple[float, Top], ...] = ()
+        adapter = stream.request.adapter
         if stream.request.scored:
-            every = self._model.every_position(stream.row, piece, begin, positions=positions, features=features)
+            every = self._model.every_position(
+                stream.row, piece, begin, positions=positions, features=features, adapter=adapter
+            )
             # nothing of the prompt follows its last token
             following = prompt[begin + 1 : end + 1]
             told = tuple(stream.sampler.likely(*pair) for pair in zip(every, following, strict=False))
             logits = every[-1]
         else:
-            logits = self._model.extend(stream.row, piece[None], [begin], positions=positions, features=features)[0]
+            logits = self._model.extend(
+                stream.row, piece[None], [begin], positions=positions, features=features, adapter=adapter
+            )[0]
         history += keys[begin:end]
         stream.filled += len(piece)
         self._clock += 1
@@ -273,7 +288,7 @@ class BatchEngine:
             self._finish(stream, "length") if stream.request.max_new_tokens == 0 else self._draw(stream, logits)
 
     def _decode(self, streams: list[Stream]) -> None:
-        """One token for each; rows between them are computed for nothing, behind what they hold."""
+        """One token for each, with one adapter; rows between them are computed for nothing, behind what they hold."""
         histories = self._rows.histories
         first, last = min(stream.row for stream in streams), max(stream.row for stream in streams)
         tokens = np.zeros((last - first + 1, 1), np.int64)
@@ -282,8 +297,9 @@ class BatchEngine:
             tokens[stream.row - first] = cast("int", stream.token)
         for row in range(first, last + 1):
             del histories[row][past[row - first] :]
+        positions, adapter = self._positions(streams, first, past), streams[0].request.adapter
         begin = time.perf_counter()
-        logits = self._model.extend(first, tokens, past, positions=self._positions(streams, first, past))
+        logits = self._model.extend(first, tokens, past, positions=positions, adapter=adapter)
         if len(self._active) == 1:
             self._costs.note(1, time.perf_counter() - begin)
         for stream in streams:
@@ -305,9 +321,9 @@ class BatchEngine:
             return False
         history, row = self._rows.histories[stream.row], stream.row
         tokens = [cast("int", stream.token), *guess]
-        positions = self._positions([stream], row, [len(history)], len(tokens))
-        begin = time.perf_counter()
-        logits = self._model.every_position(row, np.array(tokens, np.int64), len(history), positions=positions)
+        positions, ids = self._positions([stream], row, [len(history)], len(tokens)), np.array(tokens, np.int64)
+        adapter, begin = stream.request.adapter, time.perf_counter()
+        logits = self._model.every_position(row, ids, len(history), positions=positions, adapter=adapter)
         if len(self._active) == 1:
             self._costs.note(len(tokens), time.perf_counter() - begin)
         self._rows.touch(row)

@@ -20,6 +20,7 @@ import onnxruntime as ort
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.processes.memory import free_memory, return_free_memory
+from qwen_onnx.runtime.engines.adapters import AdapterSource, load_adapters
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.sight import Sight
@@ -89,14 +90,23 @@ class BatchModel:
         capacity: tokens of a row; None takes the context, or what the free memory allows.
         chunk: most tokens that go in at once.
         threads: threads within an operator; None leaves it to onnxruntime.
+        adapters: that rows may be computed with.
 
     Raises:
         UnsupportedGraphError: the graph has other inputs (linear attention), or its rows are not independent.
-        ArtifactError: the graph does not load. EnvironmentFault: too little memory for the rows.
+        ArtifactError: the graph does not load, or an adapter does not fit it. EnvironmentFault: too little memory for
+            the rows.
     """
 
     def __init__(
-        self, folder: Path, *, rows: int, capacity: int | None = None, chunk: int = 64, threads: int | None = None
+        self,
+        folder: Path,
+        *,
+        rows: int,
+        capacity: int | None = None,
+        chunk: int = 64,
+        threads: int | None = None,
+        adapters: Sequence[AdapterSource] = (),
     ) -> None:
         shape = Shape.read(folder)
         if shape.provider != "cpu":
@@ -125,7 +135,8 @@ class BatchModel:
         # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self.adapters = load_adapters(folder, self._session.get_modelmeta().custom_metadata_map, adapters)
+        self._bindings: dict[tuple[int, int, str | None], Any] = {}
         self._check_rows()
 
     @property
@@ -146,6 +157,7 @@ class BatchModel:
         *,
         positions: Positions | None = None,
         features: Floats | None = None,
+        adapter: str | None = None,
     ) -> Floats:
         """Put tokens behind what neighbouring rows hold.
 
@@ -155,11 +167,12 @@ class BatchModel:
             past: tokens that each row holds, n numbers.
             positions: int64 [3, n, t], of a model that sees; None: those of text, one after the other.
             features: of the pictures' tokens among ``tokens``, [such tokens, hidden].
+            adapter: one of ``adapters``, for all of these rows; None: the model alone.
 
         Returns:
             Logits after the last token of each row, float32 [n, vocab_size]; valid until the next call.
         """
-        found = self._run(first, tokens, past, positions, features, every=False)
+        found = self._run(first, tokens, past, positions, features, adapter, every=False)
         logits: Floats = found[:, -1].astype(np.float32, copy=False)
         return logits
 
@@ -171,6 +184,7 @@ class BatchModel:
         *,
         positions: Positions | None = None,
         features: Floats | None = None,
+        adapter: str | None = None,
     ) -> Floats:
         """Put at most ``chunk`` tokens behind what one row holds.
 
@@ -180,7 +194,7 @@ class BatchModel:
         Returns:
             Logits after each of the tokens, float32 [t, vocab_size]; valid until the next call.
         """
-        found = self._run(row, tokens[None], [past], positions, features, every=True)
+        found = self._run(row, tokens[None], [past], positions, features, adapter, every=True)
         logits: Floats = found[0].astype(np.float32, copy=False)
         return logits
 
@@ -191,6 +205,7 @@ class BatchModel:
         past: Sequence[int],
         positions: Positions | None,
         features: Floats | None,
+        adapter: str | None,
         *,
         every: bool,
     ) -> np.ndarray[Any, Any]:
@@ -199,7 +214,7 @@ class BatchModel:
         mask = np.zeros((count, max(past) + new), np.int64)
         for row, length in enumerate(past):
             mask[row, : length + new] = 1
-        binding = self._binding(first, count)
+        binding = self._binding(first, count, adapter)
         if self.sight is None:
             binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
         else:
@@ -221,17 +236,20 @@ class BatchModel:
         self._session.run_with_iobinding(binding)
         return logits
 
-    def _binding(self, first: int, count: int) -> Any:
+    def _binding(self, first: int, count: int, adapter: str | None) -> Any:
         """Past and present of these rows are one memory, which GroupQueryAttention then writes in place."""
-        if (first, count) not in self._bindings:
+        if (first, count, adapter) not in self._bindings:
             binding = self._session.io_binding()
             shape = (count, self._layout.heads, self.capacity, self._layout.head_size)
             for (past, present), buffer in zip(self._layout.names, self._kv, strict=True):
                 address = buffer[first:].ctypes.data
                 binding.bind_input(past, "cpu", 0, self._type, shape, address)
                 binding.bind_output(present, "cpu", 0, self._type, shape, address)
-            self._bindings[first, count] = binding
-        return self._bindings[first, count]
+            # bound by address: IOBinding knows no input that has a value of its own by its array
+            for name, tensor in self.adapters[adapter].tensors.items() if adapter is not None else ():
+                binding.bind_input(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
+            self._bindings[first, count, adapter] = binding
+        return self._bindings[first, count, adapter]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first ``tokens`` of a row into another."""

@@ -190,7 +190,7 @@ class Model(Strict):
 
 
 class ModelList(Strict):
-    """All models of this server: one."""
+    """All models of this server."""
 
     object: Literal["list"] = "list"
     data: list[Model]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from qwen_onnx.runtime.server.api.protocol import REFUSALS, Model, ModelList, co
 from qwen_onnx.runtime.server.api.responses import ResponseAnswers, ResponseBody
 from qwen_onnx.runtime.server.api.responses_request import ResponseRequest
 from qwen_onnx.runtime.server.api.running import ClientLeft, unless_left
+from qwen_onnx.runtime.server.api.served import Served
 from qwen_onnx.runtime.service.generation import Delta
 from qwen_onnx.runtime.service.generations import Generations, Job
 from qwen_onnx.runtime.service.text import Prepared, TextService
@@ -66,34 +66,25 @@ def _documented(events: str) -> dict[int | str, dict[str, Any]]:
 
 
 def make_router(service: TextService, model_name: str) -> APIRouter:
-    """Models, chat completions, completions and responses of one model."""
-    router = APIRouter(prefix="/v1", route_class=ParsedRoute)
-    _add_models(router, model_name)
-    _add_chat(router, service, model_name)
-    _add_completions(router, service, model_name)
-    _add_responses(router, service, model_name)
+    """Models, chat completions, completions and responses of one model, and of its adapters."""
+    router, served = APIRouter(prefix="/v1", route_class=ParsedRoute), Served(service, model_name)
+    _add_models(router, served)
+    _add_chat(router, service, served)
+    _add_completions(router, service, served)
+    _add_responses(router, service, served)
     return router
 
 
-def _add_models(router: APIRouter, model_name: str) -> None:
-    model = Model(id=model_name, created=int(time.time()))
-
+def _add_models(router: APIRouter, served: Served) -> None:
     @router.get("/models", responses={"4XX": REFUSALS["4XX"]})
     async def models() -> ModelList:
-        """The model of this server."""
-        return ModelList(data=[model])
+        """The model of this server, then with each of its adapters."""
+        return served.models()
 
     @router.get("/models/{model_id:path}", response_model=Model, responses={404: REFUSALS[404], "4XX": REFUSALS["4XX"]})
     async def one(model_id: str) -> Model | JSONResponse:
         """One model."""
-        return _unknown(model_id, model_name) or model
-
-
-def _unknown(asked: str, model_name: str) -> JSONResponse | None:
-    if asked == model_name:
-        return None
-    text = f"the model {asked!r} does not exist; this server has {model_name!r}"
-    return JSONResponse(error_body(text, kind="invalid_request_error", param="model", code="model_not_found"), 404)
+        return served.unknown(model_id) or served.one(model_id)
 
 
 def _clamped(service: TextService, asked: int | None, prompts: Sequence[Prepared]) -> dict[str, str]:
@@ -121,21 +112,21 @@ async def _answered(
         running.cancel()
 
 
-def _add_chat(router: APIRouter, service: TextService, model_name: str) -> None:
+def _add_chat(router: APIRouter, service: TextService, served: Served) -> None:
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_documented("chat.completion.chunk"))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        unknown = _unknown(body.model, model_name)
+        unknown = served.unknown(body.model)
         if unknown:
             return unknown
-        options, asked = body.options(), body.asked()
+        options, asked = {**body.options(), **served.options(body.model)}, body.asked()
         if asked.pictures and not service.sees:
-            raise RequestError(f"the model {model_name!r} reads no pictures", where=asked.pictures[0].where)
+            raise RequestError(f"the model {served.model!r} reads no pictures", where=asked.pictures[0].where)
         ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked)
         jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
         running = await Generations.begin(service, jobs)
         bodies = ChatAnswers(
-            model_name, service.fingerprint, len(jobs), with_logprobs=bool(body.logprobs), with_usage=body.with_usage
+            body.model, service.fingerprint, len(jobs), with_logprobs=bool(body.logprobs), with_usage=body.with_usage
         )
         return await _answered(
             request,
@@ -175,21 +166,21 @@ async def _chat_events(running: Generations, count: int, reading: Reading, bodie
     yield DONE
 
 
-def _add_completions(router: APIRouter, service: TextService, model_name: str) -> None:
+def _add_completions(router: APIRouter, service: TextService, served: Served) -> None:
     @router.post("/completions", response_model=TextCompletion, responses=_documented("text_completion objects"))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        unknown = _unknown(body.model, model_name)
+        unknown = served.unknown(body.model)
         if unknown:
             return unknown
-        options = body.options()
+        options = {**body.options(), **served.options(body.model)}
         each = configs(options, body.choices, service.engine.features)
         prompts = await asyncio.to_thread(lambda: [service.prepare(prompt, each[0]) for prompt in body.prompts()])
         body.check_told(sum(map(len, prompts)))
         jobs: list[Job] = [(ids, config) for ids in prompts for config in each]
         running = await Generations.begin(service, jobs)
         bodies = TextAnswers(
-            model_name, service.fingerprint, len(each), logprobs=body.logprobs, with_usage=body.with_usage
+            body.model, service.fingerprint, len(each), logprobs=body.logprobs, with_usage=body.with_usage
         )
         return await _answered(
             request,
@@ -218,14 +209,14 @@ async def _text_events(running: Generations, bodies: TextAnswers) -> AsyncIterat
     yield DONE
 
 
-def _add_responses(router: APIRouter, service: TextService, model_name: str) -> None:
+def _add_responses(router: APIRouter, service: TextService, served: Served) -> None:
     @router.post("/responses", response_model=ResponseBody, responses=_documented("response.* events"))
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation, in the form of OpenAI's Responses API. Nothing is kept."""
-        unknown = _unknown(body.model, model_name)
+        unknown = served.unknown(body.model)
         if unknown:
             return unknown
-        options = body.options()
+        options = {**body.options(), **served.options(body.model)}
         ids, options["grammar"], reading = await asyncio.to_thread(understood, service, body.asked())
         running = await Generations.begin(service, [(ids, configs(options, 1, service.engine.features)[0])])
         bodies = ResponseAnswers(body)

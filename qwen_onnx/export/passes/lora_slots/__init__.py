@@ -1,0 +1,1 @@
+"""``LoraSlots``: inputs beside the matrices of a graph, which an adapter fills while the model is served."""

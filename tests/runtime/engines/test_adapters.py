@@ -1,0 +1,141 @@
+"""Adapters in the slots of a graph: peft's logits, each answer that of a lone run, and no other's prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_onnx.errors import ArtifactError, ConfigError, RequestError
+from qwen_onnx.runtime import Engine, QwenService
+from qwen_onnx.runtime.engines.adapters import AdapterSource, parse_adapters
+from qwen_onnx.runtime.engines.batch import BatchEngine
+from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.sampling import Sampling
+from qwen_onnx.runtime.engines.serial import SerialEngine
+from qwen_onnx.runtime.service.generation import GenerationConfig
+from tests.runtime.engines.batch.test_engine import Heard
+
+IDS = tuple(range(5, 45))
+
+
+def sources(files: dict[str, Path]) -> tuple[AdapterSource, ...]:
+    return tuple(AdapterSource.of(name, file) for name, file in files.items())
+
+
+def asked(adapter: str | None, count: int = 24, ids: tuple[int, ...] = IDS, seed: int | None = None) -> TokenRequest:
+    sampling = Sampling(temperature=0 if seed is None else 1, seed=seed)
+    return TokenRequest(ids, count, stop_on_eos=False, adapter=adapter, sampling=sampling)
+
+
+@pytest.fixture
+def engine(slotted_artifact: Path, adapters: dict[str, Path]) -> Iterator[BatchEngine]:
+    running = BatchEngine(slotted_artifact, streams=4, capacity=256, threads=1, adapters=sources(adapters))
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize("name", ["all", "some"])
+def test_logits_are_those_of_peft(
+    name: str, slotted_artifact: Path, adapters: dict[str, Path], tiny_checkpoint: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(torch.tensor([IDS])).logits[0].numpy()
+        peft = PeftModel.from_pretrained(base, str(adapters[name].with_suffix("")))
+        expected = peft(torch.tensor([IDS])).logits[0].numpy()
+    assert np.abs(expected - plain).max() > 0.1
+    model = BatchModel(slotted_artifact, rows=2, capacity=64, threads=1, adapters=sources(adapters))
+    ids = np.array(IDS, np.int64)
+    np.testing.assert_allclose(model.every_position(0, ids, 0, adapter=name), expected, atol=1e-4)
+    np.testing.assert_allclose(model.extend(1, ids[None], [0], adapter=name)[0], expected[-1], atol=1e-4)
+    # a binding of the model alone is not one with what the adapter left in it
+    np.testing.assert_allclose(model.every_position(0, ids, 0), plain, atol=1e-4)
+
+
+def test_without_an_adapter_nothing_changes(slotted_artifact: Path, exact_artifact: Path) -> None:
+    ids = np.array(IDS, np.int64)
+    found = [
+        BatchModel(folder, rows=1, capacity=64, threads=1).every_position(0, ids, 0).copy()
+        for folder in (slotted_artifact, exact_artifact)
+    ]
+    np.testing.assert_array_equal(*found)
+    both = [Engine(folder, threads=1) for folder in (slotted_artifact, exact_artifact)]
+    told = [list(engine.generate(IDS, max_new_tokens=8, stop_on_eos=False)) for engine in both]
+    assert told[0] == told[1]
+
+
+def test_adapters_in_flight_together_answer_as_each_does_alone(engine: BatchEngine) -> None:
+    requests = [
+        asked("all"),
+        asked(None, 40),
+        asked("some", 30),
+        asked("all", 35, IDS[10:]),
+        asked("some", 20, IDS[3:], seed=7),
+        asked(None, 25, IDS[5:]),
+    ]
+    alone = [Heard(engine, request).tokens() for request in requests]
+    assert len({tuple(tokens[:20]) for tokens in alone[:3]}) == 3
+    together = [Heard(engine, request) for request in requests]
+    assert [heard.tokens() for heard in together] == alone
+
+
+def test_a_prefix_is_found_by_the_same_adapter_alone(engine: BatchEngine) -> None:
+    def cached(adapter: str | None) -> int:
+        return Heard(engine, asked(adapter, 1)).end().cached_tokens
+
+    assert [cached(name) for name in ("all", "some", None)] == [0, 0, 0]
+    assert [cached(name) for name in ("all", "some", None)] == [len(IDS) - 1] * 3
+
+
+def test_an_unknown_adapter_is_refused(engine: BatchEngine, tiny_artifact: Path) -> None:
+    with pytest.raises(RequestError, match="there is no adapter 'nobody'"):
+        engine.submit(asked("nobody"), lambda _: None)
+    serial = SerialEngine(tiny_artifact, threads=1)
+    with pytest.raises(RequestError, match="takes no adapters"):
+        serial.submit(asked("all"), lambda _: None)
+    serial.close()
+
+
+def test_an_artifact_without_slots_takes_no_adapter(tiny_artifact: Path, adapters: dict[str, Path]) -> None:
+    with pytest.raises(ArtifactError, match="no slots for adapters") as caught:
+        BatchModel(tiny_artifact, rows=1, capacity=64, threads=1, adapters=sources(adapters))
+    assert "--adapter-rank" in str(caught.value)
+
+
+def test_a_file_that_changed_since_is_refused(slotted_artifact: Path, adapters: dict[str, Path]) -> None:
+    other = AdapterSource("all", adapters["some"], AdapterSource.of("all", adapters["all"]).digest)
+    with pytest.raises(ArtifactError, match="the adapter all has changed"):
+        BatchModel(slotted_artifact, rows=1, capacity=64, threads=1, adapters=[other])
+
+
+def test_a_service_answers_with_an_adapter(slotted_artifact: Path, adapters: dict[str, Path]) -> None:
+    config = GenerationConfig(max_new_tokens=12)
+    with QwenService(slotted_artifact, threads=1, adapters=adapters, verify=True) as service:
+        assert service.adapters == ("all", "some")
+        plain = service.generate("hello", config).text
+        learnt = service.generate("hello", GenerationConfig(max_new_tokens=12, adapter="all")).text
+        assert plain != learnt
+        assert service.generate("hello", config).text == plain
+        with pytest.raises(RequestError, match="there is no adapter 'nobody'"):
+            service.generate("hello", GenerationConfig(adapter="nobody"))
+
+
+def test_options_are_names_and_files(tmp_path: Path) -> None:
+    assert parse_adapters(["faq=a.safetensors", "b=c=d"]) == {"faq": Path("a.safetensors"), "b": Path("c=d")}
+    with pytest.raises(ConfigError) as caught:
+        parse_adapters(["faq", "=x", "a=", "b=1", "b=2"])
+    assert len(caught.value.faults) == 4
+    (tmp_path / "a").write_bytes(b"")
+    for name in ("Faq", "", ".", "a:b", "a" * 61):
+        with pytest.raises(ConfigError, match="a name has"):
+            AdapterSource.of(name, tmp_path / "a")
+    with pytest.raises(ArtifactError, match="is missing"):
+        AdapterSource.of("faq", tmp_path / "gone")
