@@ -20,7 +20,7 @@ from qwen_onnx.errors import ExportError
 from qwen_onnx.export.progress import progress
 
 # as genai's builder calls the matrices of a layer
-NAMED = re.compile(r"/(?P<name>model/layers\.(?P<layer>\d+)/(?:attn|mlp)/(?P<matrix>\w+_proj))/MatMul(?:_Q\d+)?")
+NAMED = re.compile(r"/(?P<name>model/layers\.(?P<layer>\d+)/(?:attn|mlp)/(?P<matrix>\w+_proj))/MatMul\w*")
 PACKED = "qkv_proj"
 
 
@@ -110,4 +110,4 @@ def _check(found: list[Slot], graph: Any, where: str) -> None:
         faults.append("it does not compute in float32")
     if faults or not found:
         what = faults[0] if faults else "no layer has a matrix that is known"
-        raise ExportError(f"the graph cannot have slots for adapters: {what}", where=where, hint="leave --adapter-rank")
+        raise ExportError(f"the graph cannot have slots for adapters: {what}", where=where, hint="leave --adapter-rank out")

@@ -1,0 +1,111 @@
+"""From peft's form to a file for slots: what does not belong to the artifact is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_onnx.artifact.adapter_file import read_adapter_file
+from qwen_onnx.artifact.adapter_slots import slots_of_graph
+from qwen_onnx.artifact.manifest import read_manifest
+from qwen_onnx.catalog.training import load_training
+from qwen_onnx.errors import ArtifactError, QwenOnnxError, SourceError, UnsupportedModelError
+from qwen_onnx.files import file_checksums
+from qwen_onnx.records import Verdict
+from qwen_onnx.sources.adapter import MANIFEST, WEIGHTS, AdapterBase, AdapterData, AdapterManifest, open_adapter
+from qwen_onnx.sources.fetch import weights_digest
+from qwen_onnx.sources.slotted import convert_adapter
+from tests.conftest import REPOSITORY
+from tests.fixtures.adapters import RANK, make_adapter
+
+A = "base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight"
+
+
+def signed(folder: Path, weights: str) -> None:
+    """Give the adapter a manifest of ours."""
+    manifest = AdapterManifest(
+        name="faq",
+        verdict=Verdict.PASS,
+        base=AdapterBase(model="starter", origin="a test", revision="1", weights=weights),
+        data=AdapterData(sha256="d" * 64, examples=9, held_out=1),
+        training=load_training(REPOSITORY, overrides=[f"rank={RANK}"]),
+        loss_before=2.0,
+        loss_after=1.0,
+        steps=1,
+        tokens=1,
+        seconds=1.0,
+        packages={},
+        files=file_checksums(folder, without=MANIFEST),
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def test_the_record_says_what_is_known(slotted_artifact: Path, tmp_path: Path) -> None:
+    weights = weights_digest(read_manifest(slotted_artifact).source.files)
+    peft, file = make_adapter(tmp_path / "Faq 1", modules=("self_attn.v_proj", "mlp.up_proj")), tmp_path / "a" / "f"
+    stranger = convert_adapter(open_adapter(peft), slotted_artifact, file)
+    assert (stranger.name, stranger.verdict, stranger.data) == ("faq-1", Verdict.UNVERIFIED, None)
+    assert (stranger.rank, stranger.targets, stranger.base.weights) == (RANK, ("up_proj", "v_proj"), weights)
+    with pytest.raises(SourceError, match="there is a file already"):
+        convert_adapter(open_adapter(peft), slotted_artifact, file)
+    signed(peft, weights)
+    own = convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "own")
+    assert (own.name, own.verdict, own.data, own.content) == ("faq", Verdict.PASS, "d" * 64, stranger.content)
+    slots = slots_of_graph(slotted_artifact / "model.onnx")
+    assert read_adapter_file(tmp_path / "own", slots, weights).record == own
+
+
+def test_an_adapter_of_other_weights_is_refused(slotted_artifact: Path, tmp_path: Path) -> None:
+    peft = make_adapter(tmp_path / "faq")
+    signed(peft, "0" * 64)
+    with pytest.raises(UnsupportedModelError, match="trained on other weights, those of starter"):
+        convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("wrong", ["rank", "layer", "shape", "numbers", "twice"])
+def test_an_adapter_that_does_not_fit_is_refused(slotted_artifact: Path, tmp_path: Path, wrong: str) -> None:
+    peft = make_adapter(tmp_path / "faq", rank=9 if wrong == "rank" else RANK)
+    tensors = load_file(peft / WEIGHTS)
+    for part, shape in (("A", (RANK, 64)), ("B", (64, RANK))):
+        if wrong == "layer":
+            tensors[A.format(layer=7, part=part)] = torch.ones(shape)
+        if wrong == "twice":
+            tensors[A.format(layer=1, part=part).replace("model.model.", "model.")] = torch.ones(shape)
+    if wrong == "shape":
+        tensors[A.format(layer=1, part="A")] = torch.ones(RANK, 65)
+    if wrong == "numbers":
+        tensors[A.format(layer=1, part="B")] = torch.full((64, RANK), float("nan"))
+    save_file(tensors, peft / WEIGHTS)
+    told = {
+        "rank": "rank is 9, the artifact's slots take 8",
+        "layer": "no slot for model.layers.7.self_attn.q_proj",
+        "shape": r"is for \[64, 65\], the artifact's is \[64, 64\]",
+        "numbers": "NaN or infinity",
+        "twice": "have one slot",
+    }[wrong]
+    with pytest.raises(UnsupportedModelError, match=told):
+        convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_pickle_is_refused(slotted_artifact: Path, tmp_path: Path) -> None:
+    peft = make_adapter(tmp_path / "faq")
+    (peft / "adapter_model.bin").write_bytes(b"\x80")
+    with pytest.raises(QwenOnnxError, match="pickled files"):
+        convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "file")
+
+
+def test_an_artifact_without_slots_or_altered_is_refused(
+    slotted_artifact: Path, exact_artifact: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="no slots for adapters"):
+        slots_of_graph(exact_artifact / "model.onnx")
+    (tmp_path / "graph").write_bytes(b"\xff" * 9)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        slots_of_graph(tmp_path / "graph")
+    with pytest.raises(ArtifactError, match="there is no artifact"):
+        convert_adapter(open_adapter(make_adapter(tmp_path / "faq")), tmp_path / "gone", tmp_path / "file")
