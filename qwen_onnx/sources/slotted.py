@@ -81,11 +81,13 @@ def _place(module: str) -> tuple[int, str]:
 
 
 def _tensors(adapter: Adapter, slots: Slots) -> dict[str, Floats]:
-    known = {(slot.layer, part.matrix): slot for slot in slots.slots for part in slot.parts}
+    known: dict[tuple[int, str], Slot] = {
+        (slot.layer, part.matrix): slot for slot in slots.slots for part in slot.parts
+    }
     modules: dict[str, dict[str, str]] = {}
     for module in adapter.tensors:
         layer, matrix = _place(module)
-        slot = known.get((layer, matrix))  # type: ignore[call-overload]
+        slot = known.get((layer, matrix))
         if slot is None:
             what = f"the artifact has no slot for {module[:200]}"
             raise UnsupportedModelError(what, where=str(adapter.folder), hint="give --base another artifact")

@@ -116,9 +116,11 @@ def test_a_file_that_changed_since_is_refused(slotted_artifact: Path, adapters: 
         BatchModel(slotted_artifact, rows=1, capacity=64, threads=1, adapters=[other])
 
 
-def test_a_service_answers_with_an_adapter(slotted_artifact: Path, adapters: dict[str, Path]) -> None:
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_service_answers_with_an_adapter(isolated: bool, slotted_artifact: Path, adapters: dict[str, Path]) -> None:
     config = GenerationConfig(max_new_tokens=12)
-    with QwenService(slotted_artifact, threads=1, adapters=adapters, verify=True) as service:
+    options = {"threads": 1, "context": 256, "verify": True}
+    with QwenService(slotted_artifact, adapters=adapters, isolated=isolated, **options) as service:  # type: ignore[arg-type]
         assert service.adapters == ("all", "some")
         plain = service.generate("hello", config).text
         learnt = service.generate("hello", GenerationConfig(max_new_tokens=12, adapter="all")).text

@@ -110,4 +110,5 @@ def _check(found: list[Slot], graph: Any, where: str) -> None:
         faults.append("it does not compute in float32")
     if faults or not found:
         what = faults[0] if faults else "no layer has a matrix that is known"
-        raise ExportError(f"the graph cannot have slots for adapters: {what}", where=where, hint="leave --adapter-rank out")
+        hint = "leave --adapter-rank out"
+        raise ExportError(f"the graph cannot have slots for adapters: {what}", where=where, hint=hint)
