@@ -137,6 +137,9 @@ class BatchEngine:
         looked = Looked(request, self._model.sight)
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
+        if self._model.sight is not None:
+            # in an answer it would stand for a picture that nobody sent, and the embedding fails for want of it
+            forbidden += (self._model.sight.token,)
         stream = Stream(request, listener, Sampler(request, matcher, forbidden), looked, self._speculator(request))
         with self._changed:
             if self._closing or self._failed:

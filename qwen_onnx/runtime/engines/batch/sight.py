@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.pictures import Picture, Positions, keys_of, places_of, positions_of
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+# of encoded pictures that are kept: those of some megapixels each
+KEPT_BYTES = 64 << 20
 
 
 class Table:
@@ -46,10 +49,19 @@ class Table:
 
 
 class Sight(Table):
-    """``vision.onnx`` beside it. Raises ArtifactError like ``Table``."""
+    """``vision.onnx`` beside it. Raises ArtifactError like ``Table``.
 
-    def __init__(self, folder: Path, threads: int | None) -> None:
+    Encoded pictures are kept: rows remember a prompt from its beginning alone, and not for requests with a seed, while
+    a picture is the same wherever it stands. Nobody finds what another scope left. For one thread.
+
+    Args:
+        kept_bytes: of pictures that are kept; the one that was used last stays longest.
+    """
+
+    def __init__(self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES) -> None:
         super().__init__(folder, threads)
+        self._kept: OrderedDict[tuple[str, str], Floats] = OrderedDict()
+        self._kept_bytes = kept_bytes
         model = GenaiConfig.read(folder).model
         if model.vision is None or model.image_token_id is None:
             raise _lacking(folder)
@@ -63,9 +75,21 @@ class Sight(Table):
         (features,) = self._encoder.run([self._vision.outputs.image_features], given)
         return np.asarray(features, np.float32)
 
+    def seen(self, picture: Picture, scope: str) -> Floats:
+        """Those features, computed unless ``scope`` has left them here."""
+        key = scope, picture.digest
+        features = self._kept.pop(key, None)
+        if features is None:
+            features = self.encode(picture)
+        if features.nbytes <= self._kept_bytes:
+            self._kept[key] = features
+        while sum(kept.nbytes for kept in self._kept.values()) > self._kept_bytes:
+            self._kept.popitem(last=False)
+        return features
+
 
 class Looked:
-    """A prompt and its pictures, which are encoded when their tokens are due and not found in the prefix cache.
+    """A prompt and its pictures, which are looked at when their tokens are due and not found in the prefix cache.
 
     Args:
         request: whose prompt it is.
@@ -76,7 +100,7 @@ class Looked:
     """
 
     def __init__(self, request: TokenRequest, sight: Sight | None) -> None:
-        self._pictures, self._sight = request.pictures, sight
+        self._pictures, self._sight, self._scope = request.pictures, sight, request.cache_scope
         self._begins = places_of(request.prompt_ids, request.pictures, None if sight is None else sight.token)
         self._features: dict[int, Floats] = {}
         self.keys = keys_of(request.prompt_ids, request.pictures, self._begins)
@@ -96,7 +120,7 @@ class Looked:
             first, last = max(begin, place), min(end, place + picture.tokens)
             if first < last and self._sight is not None:
                 if index not in self._features:
-                    self._features[index] = self._sight.encode(picture)
+                    self._features[index] = self._sight.seen(picture, self._scope)
                 parts.append(self._features[index][first - place : last - place])
             if end >= place + picture.tokens:
                 # read to its end
