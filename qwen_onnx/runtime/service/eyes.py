@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class Eyes:
 
     def __init__(self, token: int, settings: ImageSettings) -> None:
         self._token, self._settings = token, settings
+        # the largest picture that is let in takes some hundred MB while it is decoded
+        self._one_at_a_time = threading.Lock()
 
     @classmethod
     def of(cls, folder: Path) -> Eyes | None:
@@ -65,15 +68,17 @@ class Eyes:
         pictures: list[Picture] = []
         room = most_tokens - (len(ids) - places)
         for one in attached:
-            image = decode_image(one.content, where=one.where)
-            room -= tokens_of(image, self._settings, where=one.where)
-            if room < 0:
-                raise PromptTooLongError(
-                    f"text and {len(attached)} pictures exceed the context of {most_tokens} tokens",
-                    where=one.where,
-                    hint="send fewer or smaller pictures",
-                )
-            pictures.append(prepare(image, self._settings, where=one.where))
+            with self._one_at_a_time:
+                image = decode_image(one.content, where=one.where)
+                room -= tokens_of(image, self._settings, where=one.where)
+                if room < 0:
+                    raise PromptTooLongError(
+                        f"text and {len(attached)} pictures exceed the context of {most_tokens} tokens",
+                        where=one.where,
+                        hint="send fewer or smaller pictures",
+                    )
+                pictures.append(prepare(image, self._settings, where=one.where))
+                del image
         left = iter(pictures)
         found = [each for token in ids for each in ([token] * next(left).tokens if token == self._token else [token])]
         return found, tuple(pictures)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,21 @@ def test_what_is_no_sound_picture_is_refused(content: bytes, message: str) -> No
     with pytest.raises(RequestError, match=message) as fault:
         prepare(decode_image(content, where="messages.0.content.1"), SETTINGS, where="messages.0.content.1")
     assert fault.value.where == "messages.0.content.1"
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_what_is_packed_beside_the_pixels_is_bounded(kind: bytes) -> None:
+    """64 MiB in 64 KB: a text or a profile that is never asked for must not be unpacked whole."""
+    packed = zlib.compress(bytes(64 << 20), 1)
+    head = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind]
+    content = declared(10, 10, ((kind, head + packed),))
+    del packed
+    tracemalloc.start()
+    with contextlib.suppress(RequestError):
+        assert decode_image(content, where="it").size == (10, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_bytes_and_pixels_are_bounded() -> None:
