@@ -13,6 +13,8 @@ from qwen_onnx.cli.options import ArtifactPath, Threads
 from qwen_onnx.runtime.server.settings import ServerSettings, variables
 from qwen_onnx.runtime.service.policy import STRICT
 
+# options whose name ends in s although each has one value
+PLURAL = frozenset({"fetch_images"})
 keys_app = typer.Typer(help="API keys of `qwen-onnx serve`.", no_args_is_help=True)
 
 
@@ -64,7 +66,7 @@ def serve(
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     """An option of the command line that is a field of the settings."""
     listed = isinstance(field.default, tuple)
-    flag = "--" + (name.removesuffix("s") if listed else name).replace("_", "-")
+    flag = "--" + (name.removesuffix("s") if listed and name not in PLURAL else name).replace("_", "-")
     told = f"{field.description}; default: {field.default}" if field.default else field.description
     option = typer.Option(flag, envvar=variables(name), show_default=False, help=told)
     kind: Any = list[str] if listed else field.annotation

@@ -7,6 +7,8 @@ import re
 import socket
 from enum import IntEnum
 
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
 
 class Reach(IntEnum):
     """How far an address is; who asks a far one must not be sent to a nearer one."""
@@ -41,16 +43,41 @@ def reach_of(host: str) -> Reach | None:
     if name.lower() == "localhost":
         return Reach.HERE
     try:
-        found = {str(entry[4][0]).split("%")[0] for entry in socket.getaddrinfo(name, None)}
-    except (OSError, UnicodeError):
+        found = addresses_of(name)
+    except OSError:
         return None
-    return min(_reach(ipaddress.ip_address(address)) for address in found)
+    return min(map(reach_at, found))
+
+
+def addresses_of(name: str) -> list[str]:
+    """All addresses of a host name, without zones, in the order in which they should be tried.
+
+    Raises:
+        OSError: it has none.
+    """
+    try:
+        entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise OSError(f"{name!r} is no host name") from error
+    return list(dict.fromkeys(str(entry[4][0]).split("%")[0] for entry in entries))
+
+
+def reach_at(address: str) -> Reach:
+    """Of one address; one of IPv6 that a gateway translates is as far as what it stands for."""
+    return _reach(ipaddress.ip_address(address))
 
 
 def _reach(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Reach:
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        return _reach(mapped)
+    inner = _translated(address) if isinstance(address, ipaddress.IPv6Address) else None
+    if inner is not None:
+        return _reach(inner)
     if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
         return Reach.HERE
     return Reach.FAR if address.is_global else Reach.NEAR
+
+
+def _translated(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """What an IPv4-mapped, 6to4 or NAT64 (RFC 6052) address stands for."""
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour

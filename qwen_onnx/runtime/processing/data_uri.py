@@ -1,4 +1,4 @@
-"""Pictures in the text of a request: data URIs (RFC 2397). Nothing is fetched from anywhere."""
+"""Pictures in the text of a request: data URIs (RFC 2397). Nothing is fetched from anywhere here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from qwen_onnx.errors import RequestError
 
 HEAD = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+INSTEAD = "send the picture itself, data:image/png;base64,..."
 
 
 def picture_bytes(url: str, *, where: str) -> bytes:
@@ -20,7 +21,7 @@ def picture_bytes(url: str, *, where: str) -> bytes:
     head = HEAD.match(url)
     if head is None:
         if url[:8].lower().startswith(("http:", "https:", "ftp:", "file:")):
-            raise RequestError("remote URLs are not fetched", where=where, hint="send data:image/png;base64,...")
+            raise RequestError(f"remote URLs are not fetched: {INSTEAD}", where=where)
         raise RequestError("this is not a data URI of a picture in base64", where=where)
     try:
         return base64.b64decode(url[head.end() :], validate=True)

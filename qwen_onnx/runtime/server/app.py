@@ -22,6 +22,7 @@ from qwen_onnx.runtime.server import logs
 from qwen_onnx.runtime.server.admission import Gate, Watch
 from qwen_onnx.runtime.server.api import CLAMPED, make_router
 from qwen_onnx.runtime.server.faults import handle_errors
+from qwen_onnx.runtime.server.fetching import Fetcher
 from qwen_onnx.runtime.server.keys import KeyRing
 from qwen_onnx.runtime.server.listening import Server, make_config
 from qwen_onnx.runtime.server.metrics import CONTENT_TYPE, Metrics
@@ -88,7 +89,8 @@ def create_app(
     def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    app.include_router(make_router(guarded, model_name))
+    fetcher = Fetcher(settings.fetch_images) if settings.fetch_images else None
+    app.include_router(make_router(guarded, model_name, fetcher))
     app.include_router(make_web_router(model_name))
     paths = app.openapi()["paths"]
     app.include_router(make_docs_router(app.openapi()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ OTHERS = frozenset(
         *(f"{PREFIX}REGISTRY_{name}" for name in ("USER", "PASSWORD")),
     }
 )
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?")
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -72,6 +74,9 @@ class ServerSettings(BaseModel):
         default=(), description="a host name of this server, say behind a proxy; * allows any; repeatable"
     )
     cors_origins: tuple[str, ...] = Field(default=(), description="let pages of this origin call the API; repeatable")
+    fetch_images: tuple[str, ...] = Field(
+        default=(), description="fetch pictures that requests show by URL from this host, HOST or HOST:PORT; repeatable"
+    )
     sanitise: bool = Field(default=False, description="remove scripts, frames and executable URLs")
     otlp: str | None = Field(default=None, description="send traces there, e.g. http://localhost:4318/v1/traces")
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
@@ -84,12 +89,20 @@ class ServerSettings(BaseModel):
     send_seconds: float = Field(default=60, gt=0)
     log_key: str | None = Field(default=None, min_length=16, repr=False)
 
-    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "fetch_images", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """As the environment has them: names between commas."""
         parts = value.split(",") if isinstance(value, str) else [part for item in value for part in item.split(",")]
         return tuple(part.strip() for part in parts if part.strip())
+
+    @field_validator("fetch_images")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        strange = next((host for host in value if not HOST.fullmatch(host)), None)
+        if strange is not None:
+            raise ValueError(f"{strange!r} is not HOST or HOST:PORT")
+        return value
 
     @classmethod
     def read(cls, environment: Mapping[str, str], **options: Any) -> ServerSettings:

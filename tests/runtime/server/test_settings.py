@@ -43,10 +43,12 @@ def test_the_command_line_has_each_setting_with_its_variable(monkeypatch: pytest
         "QWEN_ONNX_INSECURE": "1",
         "QWEN_ONNX_BODY_SECONDS": "3",
     }
-    done = CliRunner().invoke(app, ["serve", "folder", "--streams", "3", "--cors-origin", "https://x"], env=environment)
+    options = ["--streams", "3", "--cors-origin", "https://x", "--fetch-images", "c.example"]
+    done = CliRunner().invoke(app, ["serve", "folder", *options], env=environment)
     assert done.exit_code == 0, done.output
     [told] = seen
     assert (told.allowed_hosts, told.cors_origins) == (("a.example", "b"), ("https://x",))
+    assert told.fetch_images == ("c.example",)
     assert (told.max_tokens, told.streams, told.insecure, told.body_seconds) == (7, 3, True, 3)
     # what was not said is as if there were no option
     assert told.model_fields_set == {
@@ -56,6 +58,7 @@ def test_the_command_line_has_each_setting_with_its_variable(monkeypatch: pytest
         "streams",
         "insecure",
         "body_seconds",
+        "fetch_images",
     }
 
 

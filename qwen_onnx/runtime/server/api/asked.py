@@ -11,7 +11,9 @@ from qwen_onnx.runtime.processing.grammars import Calls, Grammar, check_grammar,
 from qwen_onnx.runtime.processing.reasoning import OPEN, is_open
 from qwen_onnx.runtime.processing.tool_calls import OPEN as CALL
 from qwen_onnx.runtime.server.api.events import Reading
-from qwen_onnx.runtime.service.generation import DEFAULT, Attached, ChatPrompt
+from qwen_onnx.runtime.server.api.shown import Shown, attached
+from qwen_onnx.runtime.server.fetching import Fetcher
+from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt
 from qwen_onnx.runtime.service.text import Prepared, TextService
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -55,7 +57,8 @@ class Asked:
         parallel: whether there may be several calls.
         schema: JSON schema of the content.
         schema_field: where the request has it, for messages.
-        thinking, pictures: see ``ChatPrompt``.
+        thinking: see ``ChatPrompt``.
+        pictures: in the order of their places in the messages.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -66,10 +69,12 @@ class Asked:
     schema: Mapping[str, Any] | None = None
     schema_field: str = "response_format"
     thinking: bool | None = None
-    pictures: Sequence[Attached] = ()
+    pictures: Sequence[Shown] = ()
 
 
-def understood(service: TextService, asked: Asked) -> tuple[Prepared, str | None, Reading]:
+def understood(
+    service: TextService, asked: Asked, fetcher: Fetcher | None = None
+) -> tuple[Prepared, str | None, Reading]:
     """Prompt ids, the grammar if there is one, and how to read the answer. Long texts take a while: call in a thread.
 
     Raises:
@@ -87,7 +92,8 @@ def understood(service: TextService, asked: Asked) -> tuple[Prepared, str | None
             "this model's thinking cannot be switched: its chat template does not know enable_thinking",
             where="chat_template_kwargs",
         )
-    chat = ChatPrompt(asked.messages, [tool.plain() for tool in tools], asked.thinking, asked.schema, asked.pictures)
+    told, pictures = [tool.plain() for tool in tools], attached(asked.pictures, fetcher)
+    chat = ChatPrompt(asked.messages, told, asked.thinking, asked.schema, pictures)
     # before the template is run, because it refuses a text that is too long before it works on it
     ids = service.prepare(chat, DEFAULT)
     inside = is_open(service.tokenizer.tail(ids))

@@ -9,13 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.processing.data_uri import picture_bytes
 from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 from qwen_onnx.runtime.server.api.asked import Asked, Tool
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, SamplingFields, Schema, Strict
+from qwen_onnx.runtime.server.api.shown import Shown, bounded
 from qwen_onnx.runtime.service.budget import BUDGET
-from qwen_onnx.runtime.service.eyes import MOST_PICTURES
-from qwen_onnx.runtime.service.generation import Attached
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -48,11 +46,11 @@ UserContent = str | Annotated[list[Annotated[TextPart | ImagePart, Field(discrim
 Type = Annotated[Literal["text"] | None, Field(description=NO_CHANGE)]
 
 
-def joined(content: Content | UserContent | None) -> str:
-    """Parts are joined to one text."""
+def joined(content: str | Sequence[Any] | None) -> str:
+    """Texts of the parts as one; pictures have none."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(part.text for part in content if isinstance(part, TextPart))
+    return "".join(getattr(part, "text", "") for part in content)
 
 
 class SystemMessage(Strict):
@@ -86,18 +84,12 @@ class UserMessage(Strict):
         ]
         return {"role": "user", "content": parts}
 
-    def pictures(self, where: str) -> list[Attached]:
-        """What was sent with it.
-
-        Raises:
-            RequestError: a remote URL, or not base64.
-        """
-        if isinstance(self.content, str):
-            return []
-        places = {f"{where}.content.{index}.image_url": part for index, part in enumerate(self.content)}
+    def pictures(self, where: str) -> list[Shown]:
+        """What was sent with it."""
+        parts = enumerate(self.content if not isinstance(self.content, str) else ())
         return [
-            Attached(picture_bytes(part.image_url.url, where=place), place)
-            for place, part in places.items()
+            Shown(part.image_url.url, f"{where}.content.{index}.image_url")
+            for index, part in parts
             if isinstance(part, ImagePart)
         ]
 
@@ -207,21 +199,14 @@ def plain_messages(messages: Sequence[Any], place: str = "messages") -> list[dic
     return plain
 
 
-def pictures_of(messages: Sequence[Any]) -> list[Attached]:
+def pictures_of(messages: Sequence[Any]) -> list[Shown]:
     """Of all messages, in their order.
 
     Raises:
-        RequestError: more than ``MOST_PICTURES``, or one that is no data URI of a picture.
+        RequestError: more than are read at once.
     """
-    asked = [
-        (index, message)
-        for index, message in enumerate(messages)
-        if isinstance(message, UserMessage) and not isinstance(message.content, str)
-    ]
-    count = sum(isinstance(part, ImagePart) for _, message in asked for part in message.content)
-    if count > MOST_PICTURES:
-        raise RequestError(f"{count} pictures, the most are {MOST_PICTURES}", where="messages", hint="send fewer")
-    return [picture for index, message in asked for picture in message.pictures(f"messages.{index}")]
+    said = [(index, message) for index, message in enumerate(messages) if isinstance(message, UserMessage)]
+    return bounded((one for index, message in said for one in message.pictures(f"messages.{index}")), "messages")
 
 
 class Function(Strict):
@@ -300,7 +285,7 @@ class Conversing(Strict):
         choice: Literal["none", "auto", "required"] | FunctionRef | None,
         schema: Mapping[str, Any] | None,
         schema_field: str,
-        pictures: Sequence[Attached] = (),
+        pictures: Sequence[Shown] = (),
     ) -> Asked:
         named = choice.name if isinstance(choice, FunctionRef) else None
         return Asked(

@@ -16,13 +16,19 @@ from qwen_onnx.runtime.server.api.chat_request import (
     FunctionCall,
     FunctionName,
     FunctionRef,
+    ImagePart,
+    ImageUrl,
     SystemMessage,
+    TextPart,
     ToolCall,
     ToolMessage,
+    UserContent,
     UserMessage,
+    joined,
     plain_messages,
 )
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, Described, Schema, Strict, ranged
+from qwen_onnx.runtime.server.api.shown import Shown, bounded
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 Status = Annotated[
@@ -31,7 +37,7 @@ Status = Annotated[
 
 
 class InputText(Strict):
-    """A text part; images and files are refused by its type."""
+    """A text part; files are refused by its type."""
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -39,14 +45,53 @@ class InputText(Strict):
     logprobs: list[Any] | None = Field(default=None, description=NO_CHANGE)
 
 
+class InputImage(Strict):
+    """A picture in what the user says: ``image_url`` is a data URI in base64, since nothing is fetched."""
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high", "original"] | None = Field(default=None, description=NO_CHANGE)
+    file_id: None = Field(default=None, description=NO_CHANGE)
+
+
+Parts = Annotated[list[Annotated[InputText | InputImage, Field(discriminator="type")]], FIRST_FAULT]
+
+
 class InputMessage(Strict):
     """A message; one with the role assistant may be an item of an earlier answer."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputText], FIRST_FAULT]
+    content: str | Parts
     id: str | None = Field(default=None, description=NO_CHANGE)
     status: Status = None
+
+    def said(self) -> UserContent:
+        """In the form of a chat's message; text alone is one text."""
+        if isinstance(self.content, str) or not any(isinstance(part, InputImage) for part in self.content):
+            return joined(self.content)
+        return [
+            TextPart(type="text", text=part.text)
+            if isinstance(part, InputText)
+            else ImagePart(type="image_url", image_url=ImageUrl(url=part.image_url))
+            for part in self.content
+        ]
+
+    def pictures(self, where: str) -> list[Shown]:
+        """What was sent with it.
+
+        Raises:
+            RequestError: by somebody else than the user.
+        """
+        parts = enumerate(self.content if not isinstance(self.content, str) else ())
+        found = [
+            Shown(part.image_url, f"{where}.content.{index}.image_url")
+            for index, part in parts
+            if isinstance(part, InputImage)
+        ]
+        if found and self.role != "user":
+            raise RequestError(f"only the user shows pictures, this role is {self.role}", where=found[0].where)
+        return found
 
 
 class InputCall(Strict):
@@ -184,10 +229,17 @@ class ResponseRequest(Described, Conversing):
             schema = form.schema_
         elif form and form.type == "json_object":
             schema = ANY_OBJECT
+        pictures = self._pictures()
         messages = plain_messages(self._messages(), "input")
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        return self._asked(messages, self.tools or (), choice, schema, "text.format")
+        return self._asked(messages, self.tools or (), choice, schema, "text.format", pictures)
+
+    def _pictures(self) -> list[Shown]:
+        """Of all items, in their order; RequestError: more than are read at once, or not by the user."""
+        items = enumerate(self.input if not isinstance(self.input, str) else ())
+        said = [(index, item) for index, item in items if isinstance(item, InputMessage)]
+        return bounded((one for index, item in said for one in item.pictures(f"input.{index}")), "input")
 
     def _messages(self) -> list[Any]:
         """Items as messages of a chat; what the model gave in one go is one message."""
@@ -197,10 +249,12 @@ class ResponseRequest(Described, Conversing):
         for item in self.input:
             last = messages[-1] if messages and isinstance(messages[-1], AssistantMessage) else None
             if isinstance(item, InputMessage) and item.role != "assistant":
-                kind = UserMessage if item.role == "user" else SystemMessage
-                messages.append(kind(role=item.role, content=_joined(item.content)))  # type: ignore[arg-type]
+                if item.role == "user":
+                    messages.append(UserMessage(role="user", content=item.said()))
+                else:
+                    messages.append(SystemMessage(role=item.role, content=joined(item.content)))
             elif isinstance(item, CallOutput):
-                messages.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_joined(item.output)))
+                messages.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=joined(item.output)))
             elif isinstance(item, InputCall):
                 last = last or _opened(messages)
                 call = FunctionCall(name=item.name, arguments=item.arguments)
@@ -208,7 +262,7 @@ class ResponseRequest(Described, Conversing):
             elif isinstance(item, InputMessage):
                 # reasoning alone goes with the text that follows it
                 last = last if last and last.content == "" and not last.tool_calls else _opened(messages)
-                last.content = _joined(item.content)
+                last.content = joined(item.content)
             else:
                 _opened(messages).reasoning_content = "".join(part.text for part in item.content or ()) or None
         return messages
@@ -217,7 +271,3 @@ class ResponseRequest(Described, Conversing):
 def _opened(messages: list[Any]) -> AssistantMessage:
     messages.append(AssistantMessage(role="assistant", content=""))
     return messages[-1]  # type: ignore[no-any-return]
-
-
-def _joined(content: str | list[InputText]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)

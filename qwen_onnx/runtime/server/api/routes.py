@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qwen_onnx.errors import QwenOnnxError, RequestError
-from qwen_onnx.runtime.server.api.asked import understood
+from qwen_onnx.runtime.server.api.asked import Asked, understood
 from qwen_onnx.runtime.server.api.chat_request import ChatRequest
 from qwen_onnx.runtime.server.api.chat_response import DONE, ChatAnswers, ChatCompletion, sse
 from qwen_onnx.runtime.server.api.completions import CompletionRequest, TextAnswers, TextCompletion
@@ -23,6 +23,7 @@ from qwen_onnx.runtime.server.api.responses import ResponseAnswers, ResponseBody
 from qwen_onnx.runtime.server.api.responses_request import ResponseRequest
 from qwen_onnx.runtime.server.api.running import ClientLeft, unless_left
 from qwen_onnx.runtime.server.api.served import Served
+from qwen_onnx.runtime.server.fetching import Fetcher
 from qwen_onnx.runtime.service.generation import Delta
 from qwen_onnx.runtime.service.generations import Generations, Job
 from qwen_onnx.runtime.service.text import Prepared, TextService
@@ -65,13 +66,17 @@ def _documented(events: str) -> dict[int | str, dict[str, Any]]:
     return {**REFUSALS, 200: whole}
 
 
-def make_router(service: TextService, model_name: str) -> APIRouter:
-    """Models, chat completions, completions and responses of one model, and of its adapters."""
+def make_router(service: TextService, model_name: str, fetcher: Fetcher | None = None) -> APIRouter:
+    """Models, chat completions, completions and responses of one model, and of its adapters.
+
+    Args:
+        fetcher: gets pictures by their URL; None refuses URLs.
+    """
     router, served = APIRouter(prefix="/v1", route_class=ParsedRoute), Served(service, model_name)
     _add_models(router, served)
-    _add_chat(router, service, served)
+    _add_chat(router, service, served, fetcher)
     _add_completions(router, service, served)
-    _add_responses(router, service, served)
+    _add_responses(router, service, served, fetcher)
     return router
 
 
@@ -85,6 +90,13 @@ def _add_models(router: APIRouter, served: Served) -> None:
     async def one(model_id: str) -> Model | JSONResponse:
         """One model."""
         return served.unknown(model_id) or served.one(model_id)
+
+
+def _readable(asked: Asked, service: TextService, model_name: str) -> Asked:
+    """RequestError when there are pictures and the model reads text alone."""
+    if asked.pictures and not service.sees:
+        raise RequestError(f"the model {model_name!r} reads no pictures", where=asked.pictures[0].where)
+    return asked
 
 
 def _clamped(service: TextService, asked: int | None, prompts: Sequence[Prepared]) -> dict[str, str]:
@@ -112,17 +124,15 @@ async def _answered(
         running.cancel()
 
 
-def _add_chat(router: APIRouter, service: TextService, served: Served) -> None:
+def _add_chat(router: APIRouter, service: TextService, served: Served, fetcher: Fetcher | None) -> None:
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_documented("chat.completion.chunk"))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         unknown = served.unknown(body.model)
         if unknown:
             return unknown
-        options, asked = {**body.options(), **served.options(body.model)}, body.asked()
-        if asked.pictures and not service.sees:
-            raise RequestError(f"the model {served.model!r} reads no pictures", where=asked.pictures[0].where)
-        ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked)
+        options, asked = {**body.options(), **served.options(body.model)}, _readable(body.asked(), service, served.model)
+        ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked, fetcher)
         jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
         running = await Generations.begin(service, jobs)
         bodies = ChatAnswers(
@@ -209,15 +219,15 @@ async def _text_events(running: Generations, bodies: TextAnswers) -> AsyncIterat
     yield DONE
 
 
-def _add_responses(router: APIRouter, service: TextService, served: Served) -> None:
+def _add_responses(router: APIRouter, service: TextService, served: Served, fetcher: Fetcher | None) -> None:
     @router.post("/responses", response_model=ResponseBody, responses=_documented("response.* events"))
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation, in the form of OpenAI's Responses API. Nothing is kept."""
         unknown = served.unknown(body.model)
         if unknown:
             return unknown
-        options = {**body.options(), **served.options(body.model)}
-        ids, options["grammar"], reading = await asyncio.to_thread(understood, service, body.asked())
+        options, asked = {**body.options(), **served.options(body.model)}, _readable(body.asked(), service, served.model)
+        ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked, fetcher)
         running = await Generations.begin(service, [(ids, configs(options, 1, service.engine.features)[0])])
         bodies = ResponseAnswers(body)
         return await _answered(

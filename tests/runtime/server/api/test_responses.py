@@ -174,7 +174,7 @@ def test_conversations_give_the_prompt_of_a_chat(qwen3: OpenAI) -> None:
         ({"truncation": "auto"}, "truncation"),
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "z", "output": "x"}]}, "no earlier call 'z'"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "'tiny' reads no pic"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "foo"}}}}, "Invalid type"),
     ],
 )
