@@ -28,8 +28,9 @@ from qwen_onnx.runtime.server.listening import Server, make_config
 from qwen_onnx.runtime.server.metrics import CONTENT_TYPE, Metrics
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.server.tracing import Tracer, make_tracer
-from qwen_onnx.runtime.server.web import make_web_router
+from qwen_onnx.runtime.server.web import PictureLimits, make_web_router
 from qwen_onnx.runtime.server.web.docs import make_docs_router
+from qwen_onnx.runtime.service.eyes import MOST_PICTURES
 from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.monitor import QwenMonitor
 from qwen_onnx.runtime.service.qwen import QwenService
@@ -91,7 +92,7 @@ def create_app(
 
     fetcher = Fetcher(settings.fetch_images) if settings.fetch_images else None
     app.include_router(make_router(guarded, model_name, fetcher))
-    app.include_router(make_web_router(model_name))
+    app.include_router(make_web_router(model_name, _picture_limits(settings) if service.sees else None))
     paths = app.openapi()["paths"]
     app.include_router(make_docs_router(app.openapi()))
     app.openapi_schema = None
@@ -113,6 +114,14 @@ def create_app(
             expose_headers=["X-Request-ID", "Retry-After", CLAMPED],
         )
     return app
+
+
+def _picture_limits(settings: ServerSettings) -> PictureLimits:
+    # Pillow is there when a model sees
+    from qwen_onnx.runtime.processing.images import FORMATS, ImageLimits
+
+    types = tuple(f"image/{name.lower()}" for name in FORMATS)
+    return PictureLimits(MOST_PICTURES, ImageLimits().most_bytes, settings.max_body_bytes, types)
 
 
 def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:

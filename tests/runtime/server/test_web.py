@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import re
 import time
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from qwen_onnx.runtime.server.web import TYPES, make_web_router
+from qwen_onnx.runtime.server.web import TYPES, PictureLimits, make_web_router
 from tests.conftest import REPOSITORY
 from tests.fixtures.browser import NAMES, Page, executable
 from tests.fixtures.servers import served
@@ -48,6 +49,17 @@ def test_nothing_else_is_served(client: OpenAI, path: str) -> None:
 
 def test_the_folder_holds_what_is_served() -> None:
     assert {path.name for path in STATIC.iterdir()} == {*TYPES, "index.html"}
+
+
+def test_only_a_page_that_offers_pictures_may_show_them() -> None:
+    limits = PictureLimits(3, 100, 1000, ("image/png",))
+    index = next(route for route in make_web_router("{{pictures}}", limits).routes if getattr(route, "path", "") == "/")
+    answer = asyncio.run(index.endpoint())  # type: ignore[attr-defined]
+    assert "img-src 'self' blob:;" in answer.headers["content-security-policy"]
+    told = re.search('<meta name="pictures" content="(.*)">', bytes(answer.body).decode())
+    assert told
+    assert json.loads(html.unescape(told[1])) == {"most": 3, "bytes": 100, "body": 1000, "types": ["image/png"]}
+    assert '<meta name="model" content="{{pictures}}">' in bytes(answer.body).decode()
 
 
 def test_the_files_refer_to_no_other_place_and_hold_nothing_inline() -> None:
@@ -128,6 +140,8 @@ def test_an_answer_of_the_real_server_streams_in(page: Page) -> None:
     assert page.run("document.activeElement.id") == "question"
     body = page.posted[0]["body"]
     assert body["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    # this model reads text alone
+    assert page.run("document.getElementById('attach').hidden && !document.body.matches('.sees')")
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 1, 60)
     assert page.errors == []
 

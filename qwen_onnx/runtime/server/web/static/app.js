@@ -1,4 +1,5 @@
 import { Turn } from "./conversation.js";
+import { limits, Tray } from "./pictures.js";
 import { complete } from "./stream.js";
 
 const KEY = "qwen-onnx-api-key";
@@ -8,6 +9,10 @@ const model = document.querySelector("meta[name=model]").content;
 
 let turns = [];
 let running = null;
+const tray = new Tray(find("pictures"), showSend, (words, refused) => {
+  find("refused").textContent = refused ? words : "";
+  if (!refused) say(words);
+});
 
 function messages(upTo) {
   const said = turns.slice(0, turns.indexOf(upTo)).filter((turn) => turn.text);
@@ -15,16 +20,16 @@ function messages(upTo) {
   return [
     ...(system ? [{ role: "system", content: system }] : []),
     ...said.flatMap((turn) => [
-      { role: "user", content: turn.question },
+      { role: "user", content: turn.content() },
       { role: "assistant", content: turn.text },
     ]),
-    { role: "user", content: upTo.question },
+    { role: "user", content: upTo.content() },
   ];
 }
 
 async function answer(turn) {
   // what was said after this question answered the earlier answer
-  turns.splice(turns.indexOf(turn) + 1).forEach((later) => later.node.remove());
+  turns.splice(turns.indexOf(turn) + 1).forEach((later) => later.remove());
   turn.restart();
   const abort = new AbortController();
   running = abort;
@@ -81,11 +86,11 @@ function summary(usage, reason, begin, first) {
 }
 
 function ask(text) {
-  if (running || !text.trim()) return;
+  if (running || tray.reading || !(text.trim() || tray.pictures.length)) return;
   if (!document.querySelectorAll("#settings :invalid").length) {
-    const turn = new Turn(log, text);
+    const turn = new Turn(log, text, tray.take());
     turns.push(turn);
-    question.value = "";
+    question.value = find("refused").textContent = "";
     grow();
     toEnd();
     answer(turn);
@@ -111,7 +116,7 @@ function show() {
   empty.hidden = turns.length > 0;
   send.hidden = busy;
   stop.hidden = !busy;
-  send.disabled = !question.value.trim();
+  showSend();
   log.setAttribute("aria-busy", String(busy));
   // later questions can be answered anew only when nothing runs
   log.querySelectorAll(".below button:not([data-copy]), .error button").forEach((node) => { node.disabled = busy; });
@@ -124,7 +129,50 @@ const say = (words) => { find("status").textContent = words; };
 function grow() {
   question.style.height = "auto";
   question.style.height = `${question.scrollHeight + 2}px`;
-  send.disabled = !question.value.trim();
+  showSend();
+}
+
+function showSend() {
+  find("pictures").hidden = !tray.pictures.length;
+  send.disabled = Boolean(tray.reading) || !(question.value.trim() || tray.pictures.length);
+}
+
+const attach = (files) => tray.add([...files], turns.flatMap((turn) => turn.pictures));
+
+function offerPictures() {
+  document.body.classList.add("sees");
+  find("attach").hidden = false;
+  find("files").accept = limits.types.join();
+  find("hint").textContent += ". Pictures can be dropped or pasted.";
+  find("attach").addEventListener("click", () => find("files").click());
+  find("files").addEventListener("change", async (event) => {
+    const chosen = [...event.target.files];
+    // so that the same file can be chosen again
+    event.target.value = "";
+    await attach(chosen);
+    question.focus();
+  });
+  const drops = (event) => event.dataTransfer?.types.includes("Files");
+  const mark = (on) => document.body.classList.toggle("dropping", on);
+  addEventListener("dragover", (event) => {
+    if (!drops(event)) return;
+    event.preventDefault();
+    mark(true);
+  });
+  addEventListener("dragleave", (event) => { if (!event.relatedTarget) mark(false); });
+  addEventListener("drop", (event) => {
+    if (!drops(event)) return;
+    event.preventDefault();
+    mark(false);
+    attach(event.dataTransfer.files);
+    question.focus();
+  });
+  addEventListener("paste", (event) => {
+    // what an office program copies has a picture of the text beside it
+    if (!event.clipboardData.files.length || event.clipboardData.types.includes("text/plain")) return;
+    event.preventDefault();
+    attach(event.clipboardData.files);
+  });
 }
 
 async function copy(node) {
@@ -161,8 +209,8 @@ find("new").addEventListener("click", () => {
   const abort = running;
   running = null;
   abort?.abort();
+  turns.forEach((turn) => turn.remove());
   turns = [];
-  log.replaceChildren();
   show();
   question.focus();
 });
@@ -185,4 +233,5 @@ log.addEventListener("click", (event) => {
 });
 find("key-field").hidden = !sessionStorage.getItem(KEY);
 find("key").value = sessionStorage.getItem(KEY) ?? "";
+if (limits) offerPictures();
 show();

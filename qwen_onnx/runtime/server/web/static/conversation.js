@@ -1,19 +1,34 @@
 // One question and its answer, on the page.
 
 import { render } from "./markdown.js";
+import { forget, thumbnail } from "./pictures.js";
 
 export class Turn {
-  constructor(log, question) {
+  constructor(log, question, pictures) {
     this.question = question;
+    this.pictures = pictures;
     this.text = "";
     this.reasoning = "";
     this.finished = false;
     this.node = add(log, "article", "turn");
-    add(this.node, "div", "question").textContent = question;
+    if (pictures.length) add(this.node, "div", "shown").append(...pictures.map(thumbnail));
+    if (question.trim()) add(this.node, "div", "question").textContent = question;
     this.answer = add(this.node, "div", "answer");
     this.thinking = null;
     this.drawn = true;
     this.restart();
+  }
+
+  // As the API takes it.
+  content() {
+    if (!this.pictures.length) return this.question;
+    const shown = this.pictures.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+    return this.question.trim() ? [...shown, { type: "text", text: this.question }] : shown;
+  }
+
+  remove() {
+    forget(this.pictures);
+    this.node.remove();
   }
 
   restart() {

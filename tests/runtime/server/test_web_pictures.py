@@ -1,0 +1,165 @@
+"""Pictures in the chat page, in headless Chromium where there is one, with a model that sees."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.browser import NAMES, Page, executable
+from tests.fixtures.pictures import as_file, chart, noise
+from tests.fixtures.servers import ROOMY, guarded
+
+# a second browser, and an engine
+pytestmark = pytest.mark.slow
+SHOWN = "[...document.querySelectorAll('#pictures img')].map(image => image.alt)"
+LOADED = "[...document.querySelectorAll('img')].every(image => image.complete && image.naturalWidth > 0)"
+REFUSED = "document.getElementById('refused').textContent"
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, seeing_artifact: Path) -> Iterator[tuple[Page, str]]:
+    """A browser, and the address of a server with the tiny model that sees."""
+    if executable() is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on PATH")
+    with (
+        guarded(seeing_artifact, ROOMY, options={"isolated": False}) as client,
+        Page(tmp_path_factory.mktemp("profile")) as page,
+    ):
+        yield page, f"http://127.0.0.1:{client.port}/"
+
+
+@pytest.fixture
+def page(opened: tuple[Page, str]) -> Iterator[Page]:
+    """The page, freshly opened. Afterwards: nothing on it was blocked, and no script failed."""
+    browser, url = opened
+    for told in (browser.errors, browser.requests, browser.posted, browser.answers):
+        told.clear()
+    browser.open(url)
+    browser.until("document.body.matches('.sees')")
+    browser.run("document.getElementById('max-tokens').value = 4")
+    yield browser
+    assert [error for error in browser.errors if "status of 400" not in error] == []
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("one") / "chart.png"
+    path.write_bytes(as_file(chart(160, 90)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("other") / "noise.jpg"
+    path.write_bytes(as_file(noise(60, 80), "JPEG"))
+    return path
+
+
+def sent(path: Path, kind: str) -> dict[str, Any]:
+    """The part of a message."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{content}"}}
+
+
+def ask(page: Page, text: str, count: int) -> None:
+    page.run("document.getElementById('question').focus()")
+    page.type(text)
+    page.press("Enter")
+    page.until(f"document.querySelectorAll('.below, .error').length === {count}")
+
+
+def test_pictures_are_shown_taken_away_and_sent_with_every_question(page: Page, one: Path, other: Path) -> None:
+    page.choose("#files", other, one)
+    page.until(f"{SHOWN}.length === 2 && {LOADED}")
+    assert page.run(SHOWN) == ["noise.jpg", "chart.png"]
+    # by keyboard alone
+    page.run("document.getElementById('question').focus()")
+    page.press("Tab", shift=True)
+    assert page.run("document.activeElement.ariaLabel") == "Remove chart.png"
+    page.press("Tab", shift=True)
+    page.press("Enter")
+    assert page.run(SHOWN) == ["chart.png"]
+    assert page.run("document.activeElement.ariaLabel") == "Remove chart.png"
+    ask(page, "What is it?", 1)
+    assert page.run(SHOWN) == []
+    assert page.run("document.querySelector('.shown img').alt") == "chart.png"
+    assert page.run(LOADED)
+    first = {"role": "user", "content": [sent(one, "png"), {"type": "text", "text": "What is it?"}]}
+    assert page.posted[0]["body"]["messages"] == [first]
+    # a picture alone is a question, too
+    page.choose("#files", other)
+    page.until(f"{SHOWN}.length === 1")
+    page.run("document.getElementById('send').click()")
+    page.until("document.querySelectorAll('.below').length === 2")
+    assert page.posted[1]["body"]["messages"][0] == first
+    assert page.posted[1]["body"]["messages"][-1] == {"role": "user", "content": [sent(other, "jpeg")]}
+    assert page.run("document.querySelectorAll('.question').length") == 1
+    page.run("document.getElementById('new').click()")
+    assert page.run("document.querySelectorAll('img').length") == 0
+
+
+def test_pictures_can_be_dropped_and_pasted(page: Page, one: Path, other: Path) -> None:
+    page.drop(one)
+    page.until(f"{SHOWN}.length === 1 && {LOADED}")
+    assert page.run("document.body.matches('.dropping')") is False
+    encoded = base64.b64encode(other.read_bytes()).decode()
+    paste = f"""(text => {{
+        const data = new DataTransfer();
+        const bytes = Uint8Array.from(atob('{encoded}'), (letter) => letter.charCodeAt(0));
+        data.items.add(new File([bytes], 'pasted.jpg', {{ type: 'image/jpeg' }}));
+        if (text) data.setData('text/plain', text);
+        const told = {{ clipboardData: data, bubbles: true, cancelable: true }};
+        return !document.getElementById('question').dispatchEvent(new ClipboardEvent('paste', told));
+    }})"""
+    assert page.run(f"{paste}('')") is True
+    page.until(f"{SHOWN}.length === 2 && {LOADED}")
+    assert page.run(SHOWN) == ["chart.png", "pasted.jpg"]
+    # a copied table has a picture of itself beside its text
+    assert page.run(f"{paste}('a table')") is False
+    assert page.run("document.getElementById('send').disabled") is False
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "words"),
+    [
+        ({}, "page.svg", "page.svg is no picture of a kind that is read: PNG, JPEG, WEBP, GIF, BMP."),
+        ({}, "empty.png", "empty.png is empty."),
+        ({"bytes": 100}, "chart.png", "chart.png has 0.0 MiB, the most is 0.0 MiB."),
+        ({"most": 1}, "chart.png", "A conversation may have 1 pictures."),
+        ({"body": 100}, "chart.png", "all pictures of a conversation may have 0.0 MiB together."),
+    ],
+)
+def test_what_the_server_would_refuse_is_refused_before(
+    page: Page, one: Path, tmp_path: Path, limits: dict[str, int], name: str, words: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes({"page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "empty.png": b""}.get(name, b""))
+    if name == one.name:
+        path = one
+    page.run(f"import('/static/pictures.js').then(({{ limits }}) => void Object.assign(limits, {limits}))")
+    page.drop(*[one, path] if "most" in limits else [path])
+    page.until(REFUSED)
+    assert words in page.run(REFUSED)
+    assert page.run(f"{SHOWN}.length") == ("most" in limits)
+
+
+def test_the_page_has_the_limits_of_the_server(page: Page) -> None:
+    told = page.run("import('/static/pictures.js').then(({ limits }) => limits)")
+    assert told["most"] == 16
+    assert told["bytes"] == 20 << 20
+    assert told["body"] == ROOMY.max_body_bytes
+    assert page.run("document.getElementById('files').accept") == ",".join(told["types"])
+
+
+def test_a_refusal_of_the_server_is_told_and_the_picture_stays(page: Page, one: Path, tmp_path: Path) -> None:
+    path = tmp_path / "half.png"
+    path.write_bytes(one.read_bytes()[:200])
+    page.drop(path)
+    page.until(f"{SHOWN}.length === 1")
+    ask(page, "What is it?", 1)
+    assert "damaged" in page.run("document.querySelector('.error').textContent")
+    assert page.run("document.querySelectorAll('.shown img').length") == 1
