@@ -18,8 +18,9 @@ from qwen_onnx.artifact.stored import FLOAT, FLOAT16, INT64, TYPES, UINT8, Array
 from qwen_onnx.errors import QwenOnnxError
 
 BITWISE = ("BitShift", "BitwiseAnd", "BitwiseOr")
-OPERATORS = (*BITWISE, "Cast", "Reshape")
-# a stranger may have written the graph: ours need 8 nodes for a value, 3 dimensions and, of planes of one bit, 8
+SHAPING = ("Reshape", "Expand")
+OPERATORS = (*BITWISE, "Cast", *SHAPING)
+# a stranger may have written the graph: ours need 15 nodes for a value, 3 dimensions and, of planes of one bit, 8
 # times as many codes as there are bytes
 MOST_NODES, MOST_DIMENSIONS, MOST_GROWTH = 16, 8, 8
 
@@ -50,8 +51,8 @@ class Kind:
 class Folded:
     """The constant expressions of a graph, by the name of their value; ``name in folded`` tells whether it is one.
 
-    An expression consists of ``OPERATORS`` over initialisers. A ``Reshape`` counts where its target stands in the graph
-    file itself, so that type and shape are known before any weight is read.
+    An expression consists of ``OPERATORS`` over initialisers. A ``Reshape`` or ``Expand`` counts where its target is in
+    the graph file itself, so that type and shape are known before any weight is read.
 
     Args:
         model: loaded without its external data; nodes that are put in later are not seen.
@@ -77,10 +78,10 @@ class Folded:
             return False
         if not all(name in self._stored or name in self._makers for name in node.input):
             return False
-        return node.op_type != "Reshape" or self._target(node) is not None
+        return node.op_type not in SHAPING or self._target(node) is not None
 
     def _target(self, node: Any) -> list[int] | None:
-        """What a Reshape asks for, if it stands in the graph file."""
+        """What a Reshape or Expand asks for, if it stands in the graph file."""
         tensor = self._stored.get(node.input[1]) if len(node.input) == 2 else None
         small = tensor is not None and len(tensor.dims) == 1 and tensor.dims[0] <= MOST_DIMENSIONS
         if tensor is None or not small or tensor.data_type != INT64 or is_external(tensor):
@@ -150,10 +151,15 @@ class Folded:
             if math.prod(target) != inputs[0].count or any(size < 0 for size in target):
                 raise self._fault(name, f"{list(inputs[0].shape)} does not fit into {list(target)}")
             return Kind(inputs[0].data_type, target)
+        if node.op_type == "Expand":
+            return Kind(inputs[0].data_type, self._broadcast(name, inputs[0].shape, tuple(self._target(node) or ())))
         if len(inputs) != 2 or any(item.data_type != UINT8 for item in inputs):
             raise self._fault(name, f"{node.op_type} wants two inputs of uint8")
+        return Kind(UINT8, self._broadcast(name, *(item.shape for item in inputs)))
+
+    def _broadcast(self, name: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         try:
-            return Kind(UINT8, np.broadcast_shapes(*(item.shape for item in inputs)))
+            return np.broadcast_shapes(*shapes)
         except ValueError as cause:
             raise self._fault(name, str(cause)) from cause
 

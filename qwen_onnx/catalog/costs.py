@@ -68,6 +68,7 @@ class Stored:
         head: 0 where the head reads the embedding.
         rest: of what is neither body, head nor embedding.
         scales: number of float32 scales within body and head; 0 when nothing is quantised.
+        planes: bytes of body and head once their codes are stored in planes of bits; 0: they stay as they are.
     """
 
     body: int
@@ -75,6 +76,7 @@ class Stored:
     embedding: int
     rest: int = 0
     scales: int = 0
+    planes: int = 0
 
     @property
     def total(self) -> int:

@@ -10,13 +10,13 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qwen_onnx.catalog.architectures import ARCHITECTURES
 from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import COMMIT, Name, Reason, Record, Sha256
 
-Precision = Literal["int4", "int8", "fp16", "fp32"]
+Precision = Literal["int4", "int6", "int8", "fp16", "fp32"]
 Kind = Literal["base", "chat", "thinking", "hybrid"]
 Task = Literal["general", "coding", "math"]
 
@@ -119,16 +119,25 @@ class Readback(Record):
     finer_blocks: tuple[int, ...] = Field(default=(), description="block sizes that a matrix may have instead")
     symmetric: bool | None = None
     accuracy_level: int | None = Field(default=None, ge=0, le=4)
-    stored_bits: tuple[Literal[4, 5, 6, 8], ...] = Field(
+    stored_bits: tuple[Literal[4, 5, 6, 7, 8], ...] = Field(
         default=(), description="bits that an 8-bit code may be stored in; fewer than 8 are planes, one matrix has them"
     )
     scale_bits: Literal[16, 32] | None = Field(
         default=None, description="bits that every scale is stored in; null: any"
     )
+    scale_block: int | None = Field(
+        default=None, gt=0, description="weights that share a stored scale; null: any, as many as a block or more"
+    )
     soc_model: str | None = Field(default=None, description="Qualcomm's number of the chip that a context is for")
     htp_arch: str | None = Field(default=None, description="version of that chip's HTP")
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
     experts: ExpertReadback | None = Field(default=None, description="of a mixture of experts; null: there are none")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # the digests of plans that do not ask for it stay what they were
+        found: dict[str, Any] = serialize(self)
+        return {name: value for name, value in found.items() if name != "scale_block" or value is not None}
 
     @model_validator(mode="after")
     def _says_what_its_form_has(self) -> Readback:
@@ -142,7 +151,7 @@ class Readback(Record):
         for name in ("block_size", "symmetric", "accuracy_level", "soc_model", "htp_arch"):
             if (getattr(self, name) is not None) != (name in has):
                 raise ValueError(f"{name}: {'missing' if name in has else 'has no meaning'} for {self.form} weights")
-        for name in ("finer_blocks", "stored_bits", "scale_bits"):
+        for name in ("finer_blocks", "stored_bits", "scale_bits", "scale_block"):
             if getattr(self, name) and self.form != "MatMulNBits":
                 raise ValueError(f"{name}: has no meaning for {self.form} weights")
         if (self.form == "float") != (self.body_bits >= 16):

@@ -23,7 +23,7 @@ Model = Annotated[
     ),
 ]
 Target = Annotated[str, typer.Option(help="a pipeline, see `qwen-onnx list`")]
-Precision = Annotated[str | None, typer.Option(help="int4, int8, fp16 or fp32; default: the target's own")]
+Precision = Annotated[str | None, typer.Option(help="int4, int6, int8, fp16 or fp32; default: the target's own")]
 SourceOption = Annotated[
     Path | None,
     typer.Option(

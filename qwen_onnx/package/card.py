@@ -109,5 +109,7 @@ def weights_text(readback: dict[str, Any]) -> str:
         block = f", blocks of {item['block_size']}" if item.get("block_size") else ""
         fewer = item.get("stored_bits") not in (None, item["bits"])
         stored = f", stored in {item['stored_bits']} bits" if fewer else ""
-        found[f"int{item['bits']}{block}{stored}"] += item["count"]
+        shared = item.get("scale_block") not in (None, item.get("block_size"))
+        scales = f", one scale for {item['scale_block']} weights" if shared else ""
+        found[f"int{item['bits']}{block}{stored}{scales}"] += item["count"]
     return ", ".join(f"{count} matrices {kind}" for kind, count in found.items()) or "see manifest.json"

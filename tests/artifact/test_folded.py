@@ -70,6 +70,20 @@ def test_scales_in_half_precision() -> None:
     assert found.value("scales", never).dtype == np.float32
 
 
+def test_scales_that_blocks_share() -> None:
+    nodes = [
+        helper.make_node("Cast", ["half"], ["a"], to=TensorProto.FLOAT),
+        helper.make_node("Expand", ["a", "times"], ["b"]),
+        helper.make_node("Reshape", ["b", "shape"], ["scales"]),
+    ]
+    constants = {"half": np.array([[0.5], [3]], np.float16), "times": np.array([1, 4]), "shape": np.array([8])}
+    found = folded(nodes, **constants)
+    assert found.kind("scales") == Kind(FLOAT, (8,))
+    assert found.value("scales", never).tolist() == [0.5] * 4 + [3] * 4
+    # how often is not known without reading
+    assert "b" not in folded(nodes[:2], half=constants["half"], other=constants["times"])
+
+
 def test_what_is_not_made_of_constants_is_no_constant() -> None:
     found = folded(TWO_PLANES, **PARTS)
     with pytest.raises(ArtifactError, match="y cannot be read: it is not a constant"):
@@ -89,6 +103,8 @@ REFUSED = {
         helper.make_node("BitwiseAnd", ["high", "mask"], ["z"]),
         {"mask": np.ones((20, 1), np.uint8)},
     ),
+    "more than 8 times": (helper.make_node("Expand", ["high", "many"], ["z"]), {"many": np.array([2, 9, 12])}),
+    "broadcast": (helper.make_node("Expand", ["high", "many"], ["z"]), {"many": np.array([2, 1, 5])}),
     "casts something else": (helper.make_node("Cast", ["high"], ["z"], to=TensorProto.STRING), {}),
 }
 

@@ -21,14 +21,24 @@ from tests.conftest import run_cli
 TOLERANCE = 0.20  # what the estimate promises
 
 
-def plan_of(repository: Path, model: str) -> Plan:
-    return make_plan(load_catalog(repository), model, "cpu")
+def plan_of(repository: Path, model: str, precision: str = "int4") -> Plan:
+    return make_plan(load_catalog(repository), model, "cpu", precision)
 
 
 def test_the_weights_are_those_that_the_row_counts(repository: Path) -> None:
     for model in ("qwen3-0.6b", "qwen2.5-0.5b-instruct", "qwen2.5-72b-instruct", "qwen3-32b"):
         plan = plan_of(repository, model)
         assert dimensions(plan).weights == pytest.approx(plan.parameters, rel=0.02), model
+
+
+def test_codes_in_planes_are_counted_by_their_bits(repository: Path) -> None:
+    plan = plan_of(repository, "qwen3-0.6b", "int6")
+    six, eight = estimate(plan), estimate(plan_of(repository, "qwen3-0.6b", "int8"))
+    bits = plan.olive["passes"]["quantize"]["bits_per_weight"]
+    rotary = 4 * plan.context * 128
+    assert six.artifact == pytest.approx(plan.parameters * bits / 8 + rotary, rel=0.05)
+    # until they are packed they have the room of their kernels, and finer scales than those of int8
+    assert six.kept > eight.artifact
 
 
 def test_qwen_1_counts_both_halves_of_its_mlp_as_one(repository: Path) -> None:

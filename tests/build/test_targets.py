@@ -33,7 +33,7 @@ def test_a_precision_without_build_or_reason_is_a_fault(checkout: Path) -> None:
 
 
 def test_a_precision_with_both_is_a_fault(checkout: Path) -> None:
-    edit_yaml(checkout / "pipelines/webgpu.yaml", lambda d: d.update(unavailable={"fp32": REASON}))
+    edit_yaml(checkout / "pipelines/webgpu.yaml", lambda d: d["unavailable"].update(fp32=REASON))
     with pytest.raises(ConfigError, match="fp32: must stand in exactly one"):
         load_catalog(checkout)
 
@@ -77,7 +77,8 @@ def test_precisions_have_plans_of_their_own(repository: Path) -> None:
 
 def test_an_override_may_be_for_one_precision(repository: Path) -> None:
     catalog = load_catalog(repository)
-    assert make_plan(catalog, "starter", "cpu", "int4").limits.max_bytes == 115_000_000
+    for precision in ("int4", "int6"):
+        assert make_plan(catalog, "starter", "cpu", precision).limits.max_bytes == 115_000_000
     assert make_plan(catalog, "starter", "cpu", "fp32").limits.max_bytes is None
 
 
@@ -85,7 +86,7 @@ def test_an_override_reaches_every_precision_that_has_the_field(checkout: Path) 
     override = {"cpu": {"why": REASON, "set": {"steps.quantize.damp": 0.05}}}
     edit_yaml(checkout / "recipes/starter.yaml", lambda d: d["sizes"][0].update(targets=override))
     catalog = load_catalog(checkout)
-    for precision in ("int4", "int8"):
+    for precision in ("int4", "int6", "int8"):
         assert make_plan(catalog, "starter", "cpu", precision).olive["passes"]["quantize"]["damp"] == 0.05
     assert "quantize" not in make_plan(catalog, "starter", "cpu", "fp32").olive["passes"]
 

@@ -54,9 +54,9 @@ def test_list_for_programs_is_json_and_nothing_else() -> None:
     done = run_cli("list", "starter", "--json")
     found = json.loads(done.stdout)
     assert [model["id"] for model in found["models"]] == ["starter"]
-    assert found["models"][0]["targets"]["cpu"] == ["int4", "int8", "fp32"]
+    assert found["models"][0]["targets"]["cpu"] == ["int4", "int6", "int8", "fp32"]
     assert found["targets"]["cpu"]["default"] == "int4"
-    assert found["targets"]["cpu"]["precisions"] == ["int4", "int8", "fp32"]
+    assert found["targets"]["cpu"]["precisions"] == ["int4", "int6", "int8", "fp32"]
     assert "computes in fp32" in found["targets"]["cpu"]["unavailable"]["fp16"]
     planned = [model for model in json.loads(run_cli("list", "--json").stdout)["models"] if model["planned"]]
     assert planned
@@ -113,7 +113,13 @@ def test_plan_prints_the_complete_olive_config() -> None:
     [
         (["plan", "startr"], 2, ["startr", "starter"]),
         (["plan", "starter", "--target", "cpuu"], 2, ["cpuu"]),
-        (["plan", "starter", "--precision", "int3"], 2, ["int3", "int4, int8, fp32"]),
+        (["plan", "starter", "--precision", "int3"], 2, ["int3", "int4, int6, int8, fp32"]),
+        (["plan", "starter", "--target", "cuda", "--precision", "int6"], 2, ["unavailable", "was never tried"]),
+        (
+            ["plan", "qwen3-1.7b", "--precision", "int6"],
+            2,
+            ["has no int6 for cpu", "more than 5 bytes for each weight"],
+        ),
         (["plan", "starter", "--precision", "fp16"], 2, ["unavailable", "computes in fp32 on a CPU"]),
         (["optimize", "starter", "--target", "npu-vitisai"], 2, ["unavailable", "Ryzen AI"]),
         (["select", "--ram", "8GB", "--device", "npu-vitisai"], 2, ["unavailable", "Ryzen AI"]),

@@ -18,6 +18,7 @@ from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, nea
 from qwen_onnx.export.passes.fisher_gptq.statistics import Watch
 from qwen_onnx.export.passes.gptq.solver import Quantized, gptq
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
+from tests.conftest import run_cli
 
 GRIDS = (Grid(4, 64), Grid(4, 32), Grid(6, 64))
 SMALL = {"windows": 4, "window": 48, "seed": 1}
@@ -185,18 +186,42 @@ def test_a_checkpoint_keeps_to_the_size(kernel: str, tiny_checkpoint: Path, tmp_
         total = 0
         for name in (name for name in found if name.endswith(".qweight")):
             matrix = name.removesuffix(".qweight")
-            own = {"bits": 4, "group_size": 64} | config["overrides"].get(matrix, {})
+            own = {"bits": config["bits"], "group_size": config["group_size"]} | config["overrides"].get(matrix, {})
             codes = (
                 found[name] if own["bits"] == 8 else torch.stack([found[name] & 15, found[name] >> 4], -1).flatten(1)
             )
             needed = max(int(codes.max()), int(found[f"{matrix}.qzeros"].max()) if own["bits"] == 8 else 0).bit_length()
             if kernel == "int8" or matrix == "lm_head":
                 assert own["bits"] == 8
-            grid = Grid(next(bits for bits in (4, 5, 6, 8) if bits >= needed), own["group_size"])
+            block = own["group_size"]
+            if kernel == "int8":
+                # four blocks share what one grid has
+                assert block == 16
+                block = 64
+                for part in ("scales", "qzeros"):
+                    shared = found[f"{matrix}.{part}"].unflatten(1, (-1, 4))
+                    assert torch.equal(shared, shared[..., :1].expand_as(shared))
+            grid = Grid(next(bits for bits in (4, 5, 6, 7, 8) if bits >= needed), block)
             total += stored_bytes(codes, grid)
         sizes.append(total * 8 / sum(t.numel() for n, t in tensors(tiny_checkpoint).items() if t.dim() == 2))
     assert sizes[0] <= 5.6
     assert sizes[0] < sizes[1] <= 7.5
+
+
+@pytest.mark.slow
+def test_int6_is_built_read_back_and_not_larger_than_asked(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """From the command line to the published graph: most of a tiny model's bytes are sines and cosines."""
+    folder = tmp_path / "int6"
+    arguments = ("--precision", "int6", "--max-size", "1.19MB", "--no-verify", "--output", folder)
+    done = run_cli("optimize", "starter", "--source", tiny_checkpoint, *arguments)
+    assert done.returncode == 0, done.stderr
+    read = json.loads((folder / "manifest.json").read_text())["readback"]
+    files = sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert files <= read["predicted"]["bytes"] <= 1_190_000
+    facts = {name: {kind[name] for kind in read["matrices"]} for name in read["matrices"][0]}
+    assert (facts["bits"], facts["block_size"], facts["scale_block"], facts["scale_bits"]) == ({8}, {16}, {64}, {16})
+    assert facts["stored_bits"] <= {4, 5, 6, 7, 8}
+    assert min(facts["stored_bits"]) < 8
 
 
 @pytest.mark.slow

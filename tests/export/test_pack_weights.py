@@ -14,6 +14,8 @@ from qwen_onnx.catalog.costs import Stored
 from qwen_onnx.catalog.registry import passes
 from qwen_onnx.catalog.schema import Readback
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.passes.fisher_gptq.kernels import Kernel, plane_bytes
+from qwen_onnx.export.passes.fisher_gptq.solver import Grid
 from qwen_onnx.export.passes.pack_weights.pack import pack
 from qwen_onnx.export.passes.pack_weights.planes import pack_plane
 from qwen_onnx.export.readback.onnx import compare, read_graph
@@ -27,7 +29,7 @@ ASKED = Readback(body_bits=4, head_bits=8, block_size=64, symmetric=False, accur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 5, 6])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
 def test_the_packed_graph_computes_the_same_to_the_bit(tiny_unpacked: Path, tmp_path: Path, bits: int) -> None:
     small, packed = small_and_packed(tiny_unpacked, tmp_path, bits)
     assert np.array_equal(OnnxScorer(small, 1).logits(IDS), OnnxScorer(packed, 1).logits(IDS))
@@ -70,8 +72,8 @@ def test_packing_twice_writes_the_same_bytes(tiny_unpacked: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_what_does_not_fit_stays_as_it_is(tiny_unpacked: Path, tmp_path: Path) -> None:
-    """Codes of 7 bits, and scales that half precision would round."""
-    pack(with_small_codes(tiny_unpacked, tmp_path / "seven", 7) / GRAPH, tmp_path / "packed")
+    """Codes of 8 bits, and scales that half precision would round."""
+    pack(with_small_codes(tiny_unpacked, tmp_path / "eight", 8) / GRAPH, tmp_path / "packed")
     assert {node["stored_bits"] for node in read_graph(tmp_path / "packed" / GRAPH)["nodes"].values()} == {4, 8}
     uneven = with_small_codes(tiny_unpacked, tmp_path / "uneven", 8, factor=1 + 2**-13)
     pack(uneven / GRAPH, tmp_path / "unrounded")
@@ -88,6 +90,68 @@ def test_a_plane_is_read_back_by_its_definition() -> None:
         assert found.shape == (3, 2 * width)
         columns = [found >> place & (2**width - 1) for place in range(0, 8, width)]
         assert np.array_equal(np.concatenate(columns, axis=1), codes >> shift & (2**width - 1))
+
+
+NAME = "model.layers.99.attn.qkv_proj.MatMul.weight_Q8G16"
+
+
+def one_matrix(path: Path, bits: int, run: int) -> dict[str, np.ndarray]:
+    """Write a matrix [96, 128] of 8 bits in blocks of 16, ``run`` of which share a scale and a zero point."""
+    random = np.random.default_rng(bits)
+    shared = (96, 8 // run)
+    scales = random.random(shared).astype(np.float16).astype(np.float32)
+    weights = {
+        NAME: random.integers(0, 2**bits, (96, 8, 16), dtype=np.uint8),
+        f"{NAME}.scales": np.repeat(scales, run, 1).reshape(-1),
+        f"{NAME}.zeros": np.repeat(random.integers(0, 2**bits, shared, dtype=np.uint8), run, 1).reshape(-1),
+    }
+    options = {"bits": 8, "K": 128, "N": 96, "block_size": 16, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", ["x", *weights], ["logits"], NAME, domain="com.microsoft", **options)
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, n]) for name, n in (("x", 128), ("logits", 96))
+    ]
+    constants = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "g", values[:1], values[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+    return weights
+
+
+@pytest.mark.parametrize("run", [1, 2, 4])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+def test_what_blocks_share_is_stored_once(tmp_path: Path, bits: int, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    weights = one_matrix(tmp_path / GRAPH, bits, run)
+    pack(tmp_path / GRAPH, tmp_path / "out")
+    graph = Graph(tmp_path / "out" / GRAPH)
+    assert all(np.array_equal(graph.tensor(name), value) for name, value in weights.items())
+    x = np.random.default_rng(0).standard_normal((1, 128), np.float32)
+    before, after = (
+        onnxruntime.InferenceSession(str(folder / GRAPH)).run(None, {"x": x})[0]
+        for folder in (tmp_path, tmp_path / "out")
+    )
+    assert np.array_equal(before, after)
+    # codes, scales of two bytes and zero points, each tensor at a multiple of 64
+    expected = (96 * 128 * bits + 96 * 8 // run * (16 + bits)) // 8
+    data, nodes = (tmp_path / "out" / name for name in (f"{GRAPH}.data", GRAPH))
+    assert 0 <= data.stat().st_size - expected < 64 * 7
+    monkeypatch.setattr("qwen_onnx.export.readback.onnx.provider_of", lambda folder: "cpu")
+    [facts] = read_graph(nodes)["nodes"].values()
+    assert (facts["stored_bits"], facts["scale_bits"], facts["scale_block"]) == (bits, 16, 16 * run)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+def test_planes_add_no_more_to_the_graph_than_the_quantiser_counts(tmp_path: Path, bits: int) -> None:
+    sizes = []
+    for number in (bits, 8):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        one_matrix(folder / GRAPH, number, 4)
+        pack(folder / GRAPH, folder / "out")
+        found = sum((folder / "out" / name).stat().st_size for name in (GRAPH, f"{GRAPH}.data"))
+        sizes.append(found - (96 * 128 * number + 96 * 2 * (16 + number)) // 8)
+    assert 500 < sizes[0] - sizes[1] <= plane_bytes(Grid(bits, 64), Kernel(8, 16))
 
 
 def with_rows(path: Path, codes: np.ndarray, opset: int = 22) -> Path:
@@ -146,6 +210,7 @@ def test_the_plan_says_what_must_be_stored(tiny_unpacked: Path, tmp_path: Path) 
     for folder, other, told in (
         (packed, asked, r"codes are stored in 6 bits, asked \[8\]"),
         (packed, wanted.model_copy(update={"stored_bits": (5,)}), r"stored in 6 bits, asked \[5\]"),
+        (packed, wanted.model_copy(update={"scale_block": 2 * block}), f"{block} weights share a stored scale, asked"),
         (packed, wanted.model_copy(update={"scale_bits": 32}), "scales are stored in 16 bits, asked 32"),
         (small, wanted, "scales are stored in 32 bits, asked 16"),
         (small, asked.model_copy(update={"stored_bits": (6, 8)}), r"no matrix is stored in planes, asked \[6, 8\]"),
@@ -157,11 +222,11 @@ def test_the_plan_says_what_must_be_stored(tiny_unpacked: Path, tmp_path: Path) 
 
 
 def test_only_matrices_have_planes() -> None:
-    for change in ({"stored_bits": (6,)}, {"finer_blocks": (32,)}, {"scale_bits": 16}):
+    for change in ({"stored_bits": (6,)}, {"finer_blocks": (32,)}, {"scale_bits": 16}, {"scale_block": 64}):
         with pytest.raises(ValueError, match="has no meaning for float weights"):
             Readback.model_validate({"form": "float", "body_bits": 32, "head_bits": 32, **change})
     with pytest.raises(ValueError, match="stored_bits"):
-        Readback.model_validate({**ASKED.model_dump(), "stored_bits": (7,)})
+        Readback.model_validate({**ASKED.model_dump(), "stored_bits": (3,)})
 
 
 def test_planes_are_for_the_cpu_and_their_cost_is_a_bound() -> None:

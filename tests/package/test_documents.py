@@ -224,6 +224,10 @@ def test_a_licence_goes_from_the_checkpoint_into_artifact_and_package(
 def test_the_card_says_in_how_many_bits_a_code_is_stored() -> None:
     whole = {"bits": 4, "block_size": 64, "stored_bits": 4, "count": 99}
     older = {"bits": 8, "block_size": None, "count": 3}
+    shared = {**whole, "bits": 8, "block_size": 16, "scale_block": 64, "stored_bits": 5, "count": 7}
+    assert weights_text({"matrices": [shared]}) == (
+        "7 matrices int8, blocks of 16, stored in 5 bits, one scale for 64 weights"
+    )
     told = weights_text({"matrices": [whole, older, {**whole, "bits": 8, "stored_bits": 6, "count": 52}]})
     assert told == "99 matrices int4, blocks of 64, 3 matrices int8, 52 matrices int8, blocks of 64, stored in 6 bits"
     assert weights_text({}) == "see manifest.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,10 @@ def read_graph(model: Path) -> dict[str, Any]:
     Returns:
         ``nodes``: one entry per quantised matrix with form, bits, block_size, accuracy_level (None in QDQ form),
         symmetric (no zero points), stored_bits of a code (fewer than bits: in planes), scale_bits of a stored scale
-        (None in QDQ form); ``experts``: the same per QMoE; ``counts``: operator counts; ``floats``: bits of the
-        constant weight of each float MatMul; ``float_experts``: names of MoE nodes; ``io_bits``: bits of every float
-        input and output; ``provider``: genai's name of the execution provider; ``prune_lm_head``: whether the logits
-        have one position, whatever the length of the input.
+        and scale_block, the weights that share it (both None in QDQ form); ``experts``: the same per QMoE;
+        ``counts``: operator counts; ``floats``: bits of the constant weight of each float MatMul; ``float_experts``:
+        names of MoE nodes; ``io_bits``: bits of every float input and output; ``provider``: genai's name of the
+        execution provider; ``prune_lm_head``: whether the logits have one position, whatever the length of the input.
     """
     import onnx
 
@@ -76,7 +77,7 @@ def _nbits_facts(node: Any, folded: Folded) -> dict[str, Any]:
     attributes = {a.name: a.i for a in node.attribute}
     codes, scales = folded.kind(node.input[1]), folded.sources(node.input[2])
     # of planes, beside which a few masks and shifts do not count
-    stored = sum(math.prod(part.dims) for part in folded.sources(node.input[1]) if part.data_type == UINT8)
+    stored = _stored(folded.sources(node.input[1]), (UINT8,))
     return {
         "form": "MatMulNBits",
         "bits": attributes["bits"],
@@ -85,6 +86,8 @@ def _nbits_facts(node: Any, folded: Folded) -> dict[str, Any]:
         "symmetric": len(node.input) <= 3 or not node.input[3],
         "stored_bits": attributes["bits"] * stored // max(codes.count, 1),
         "scale_bits": max((_float_bits(part.data_type) or 0 for part in scales), default=0),
+        # of scales that are repeated when the model loads, one is stored
+        "scale_block": attributes["block_size"] * folded.kind(node.input[2]).count // max(_stored(scales, FLOATS), 1),
     }
 
 
@@ -97,7 +100,13 @@ def _qdq_facts(node: Any, kind: int) -> dict[str, Any]:
         "symmetric": len(node.input) <= 2 or not node.input[2],
         "stored_bits": BITS.get(kind),
         "scale_bits": None,
+        "scale_block": None,
     }
+
+
+def _stored(tensors: Sequence[Any], kinds: Sequence[int]) -> int:
+    """Elements of the tensors of these types."""
+    return sum(math.prod(part.dims) for part in tensors if part.data_type in kinds)
 
 
 def _float_bits(kind: int) -> int | None:
@@ -200,6 +209,8 @@ def _differences(name: str, node: dict[str, Any], asked: Readback) -> list[str]:
     stored = {node["bits"]} if node["bits"] != PLANES_OF else {*map(int, asked.stored_bits or (PLANES_OF,))}
     if node["stored_bits"] not in stored:
         faults.append(f"{name}: its codes are stored in {node['stored_bits']} bits, asked {sorted(stored)}")
+    if asked.scale_block is not None and node["scale_block"] != asked.scale_block:
+        faults.append(f"{name}: {node['scale_block']} weights share a stored scale, asked {asked.scale_block}")
     if asked.scale_bits is not None and node["scale_bits"] != asked.scale_bits:
         faults.append(f"{name}: its scales are stored in {node['scale_bits']} bits, asked {asked.scale_bits}")
     return faults

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from qwen_onnx.export.gradients import Gradients
+from qwen_onnx.export.passes.fisher_gptq.kernels import held, kernel_of
 from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damped, nearest, solve, stored_bytes
 from qwen_onnx.export.passes.gptq.solver import Quantized
@@ -43,7 +44,7 @@ def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) 
     grid = Grid(config.head_bits, BLOCK)
     copied = [EMBEDDING, *weights.names(f"{NORM}.")]
     layout = {key: (torch.float32, tuple(weights.tensor(key).shape)) for key in copied}
-    for part, row in _solved(head[:1].float(), hessian, grid).items():
+    for part, row in _parts(_quantized(head[:1].float(), hessian, grid), config).items():
         layout[f"lm_head.{part}"] = (row.dtype, (head.shape[0], row.shape[1]))
     file = create_safetensors(work.temporary(name), layout)
     for key in copied:
@@ -57,7 +58,7 @@ def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) 
         rows = slice(begin, min(begin + step, head.shape[0]))
         exact = head[rows].float()
         found = _quantized(exact, hessian, grid)
-        for part, value in _parts(found).items():
+        for part, value in _parts(found, config).items():
             file[f"lm_head.{part}"][rows] = value
         logits[0, :, rows], logits[1, :, rows] = sampled @ exact.T, sampled @ found.dequantize().T
         tenths = count * said.total // len(starts)
@@ -84,12 +85,11 @@ def _quantized(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> Quantiz
     return solve(rows, hessian, [grid])[0]
 
 
-def _parts(found: Quantized) -> dict[str, torch.Tensor]:
-    return Quantized(found.codes, found.scales, found.zeros, CONTAINER).packed()
-
-
-def _solved(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> dict[str, Any]:
-    return _parts(_quantized(rows, hessian, grid))
+def _parts(found: Quantized, config: FisherGptqOptions) -> dict[str, torch.Tensor]:
+    grid = Grid(found.bits, BLOCK)
+    # the embedding's operator has 8 bits as the head's kernel has, whatever the body's kernel
+    packed = replace(found, bits=CONTAINER).packed()
+    return held(packed, grid, kernel_of(grid, config))
 
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:

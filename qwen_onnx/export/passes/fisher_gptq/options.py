@@ -12,9 +12,13 @@ from qwen_onnx.catalog.registry import PROCESS_BYTES, PassOptions
 
 # every matrix is divided into blocks of so many weights of a row, or into half of that
 BLOCK = 64
-# float32 copies at once: of a Hessian (damped, factor, inverse, its factor), of the layer's largest matrix on each of
-# the grids that are solved together (weights, codes, temporaries), of a piece of logits
-HESSIANS, MATRICES, LOGITS = 4, 10, 5
+# blocks of the matrices that hold codes of ``kernel: int8``; every block above is a multiple
+KERNEL_BLOCK = 16
+# float32 copies at once: of a Hessian (damped, factor, inverse, its factor), of the layer's largest matrix on one grid
+# (weights, codes, temporaries), of a piece of logits
+HESSIANS, MATRICES, LOGITS = 4, 5, 5
+# grids that are solved together, those of 8 bits apart
+TOGETHER = {"mixed": 2, "int8": 4}
 # what a tokenizer takes for the calibration text, which is let go before the first layer
 CALIBRATION_BYTES = 520_000_000
 # what genai's builder keeps of a layer besides its matrices: nodes of the graph, norms
@@ -30,7 +34,7 @@ class FisherGptqOptions(PassOptions):
     kernel: Literal["mixed", "int8"] = Field(
         default="mixed", description="mixed: matrices of 4 or 8 bits; int8: codes of 4 to 8 bits in matrices of 8"
     )
-    head_bits: Literal[5, 6, 8] = Field(default=6, description="bits of lm_head and of the embedding that shares it")
+    head_bits: Literal[5, 6, 7, 8] = Field(default=6, description="bits of lm_head and of the embedding that shares it")
     bits_per_weight: float | None = Field(
         default=None, gt=4, le=9, description="bytes of body and head, as they are stored, by the number of weights"
     )
@@ -54,18 +58,20 @@ class FisherGptqOptions(PassOptions):
 
     def written(self, model: Dimensions, before: Stored) -> Stored:
         """Codes with float32 scales; the embedding stays, in float32."""
-        blocks = (model.body + model.tables) // BLOCK
+        weights, bits = model.body + model.tables, self.bits_per_weight or 6
         if self.kernel == "int8":
-            return Stored(self._coded(model.body, 8), self._coded(model.tables, 8), 4 * model.tables, scales=blocks)
+            body, head = (self._coded(part, 8, KERNEL_BLOCK) for part in (model.body, model.tables))
+            scales, planes = weights // KERNEL_BLOCK, int(weights * bits / 8)
+            return Stored(body, head, 4 * model.tables, scales=scales, planes=planes)
+        blocks = weights // BLOCK
         head = self._coded(model.tables, 8)
-        bits = self.bits_per_weight or 6
         # scales of two bytes count in bits_per_weight, and are stored in four
-        body = int((model.body + model.tables) * bits / 8 - model.tables * self.head_bits / 8) + 2 * blocks
+        body = int(weights * bits / 8 - model.tables * self.head_bits / 8) + 2 * blocks
         return Stored(max(body, self._coded(model.body, 4)), head, 4 * model.tables, scales=blocks)
 
     @staticmethod
-    def _coded(weights: int, bits: int) -> int:
-        return int(weights * bits / 8 + weights / BLOCK * (4 + bits / 8))
+    def _coded(weights: int, bits: int, block: int = BLOCK) -> int:
+        return int(weights * bits / 8 + weights / block * (4 + bits / 8))
 
     def scratch(self, model: Dimensions, before: Stored) -> int:
         """Inputs of every layer for every window, weights and Hessians of a layer, and every matrix on every grid."""
@@ -74,7 +80,7 @@ class FisherGptqOptions(PassOptions):
         return states + layer + self._candidates(model)
 
     def _candidates(self, model: Dimensions) -> int:
-        return sum(self._coded(model.body, bits) for bits in ((8,) * 4 if self.kernel == "int8" else (4, 4, 8)))
+        return sum(self._coded(model.body, bits) for bits in ((8,) * 5 if self.kernel == "int8" else (4, 4, 8)))
 
     def kept(self, model: Dimensions, before: Stored) -> int:
         """Every finished layer: the output links to it."""
@@ -84,7 +90,7 @@ class FisherGptqOptions(PassOptions):
         """The largest of calibration text, a Hessian with its matrix on all grids, and logits."""
         stages = [
             CALIBRATION_BYTES,
-            4 * (HESSIANS * model.widest**2 + MATRICES * 3 * model.largest),
+            4 * (HESSIANS * model.widest**2 + TOGETHER[self.kernel] * MATRICES * 3 * model.largest),
             4 * LOGITS * min(self.window * model.vocabulary, LOGITS_PIECE),
         ]
         return PROCESS_BYTES + max(stages)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from qwen_onnx.export.olive_format import assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.fisher_gptq.allocation import Allocation, Choice, Unreachable, allocate
 from qwen_onnx.export.passes.fisher_gptq.head import HEAD_STEP, quantize_head
+from qwen_onnx.export.passes.fisher_gptq.kernels import USUAL, Kernel, file_bytes, held, kernel_of, plane_bytes
 from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, LAYER_BYTES, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, nearest, refine, solve, stored_bytes
 from qwen_onnx.export.passes.fisher_gptq.statistics import Unit, Watch
@@ -45,7 +45,7 @@ from qwen_onnx.sources.checkpoint import read_json
 # the best of each size, and what rounding alone does well: docs/lab-log.md
 GRIDS = {
     "mixed": (Grid(4, BLOCK), Grid(4, BLOCK // 2), Grid(8, BLOCK)),
-    "int8": (Grid(4, BLOCK), Grid(5, BLOCK), Grid(6, BLOCK), Grid(8, BLOCK)),
+    "int8": tuple(Grid(bits, BLOCK) for bits in (4, 5, 6, 7, 8)),
 }
 # numbers of the hidden states that run through a layer at once: of small models, a window alone keeps no core busy
 TOGETHER = 1 << 19
@@ -156,24 +156,16 @@ def _solve(
     costs: list[dict[str, Any]] = []
     for grid, one in zip([*fine, *eight], found, strict=True):
         harm = damage(one, weight, unit.hessian, unit.shares, tokens)
-        costs.append({"option": grid.name, "bytes": stored_bytes(weight, grid), "damage": harm})
+        size = file_bytes(weight, grid, config, len(unit.names))
+        costs.append({"option": grid.name, "bytes": size, "damage": harm})
         begin = 0
         for name in unit.names:
             rows = slice(begin, begin + modules[name].out_features)
             begin = rows.stop
-            part = Quantized(one.codes[rows], one.scales[rows], one.zeros[rows], one.bits)
-            tensors |= {f"{grid.name}|{name}.{key}": value for key, value in contained(part, config).packed().items()}
+            bits = kernel_of(grid, config).bits
+            part = Quantized(one.codes[rows], one.scales[rows], one.zeros[rows], bits)
+            tensors |= {f"{grid.name}|{name}.{key}": value for key, value in part.packed().items()}
     return tensors, costs
-
-
-def contained_bits(bits: int, config: FisherGptqOptions) -> int:
-    """Bits of the matrix that holds codes of ``bits``: those of a kernel."""
-    return 4 if bits == 4 and config.kernel == "mixed" else 8
-
-
-def contained(found: Quantized, config: FisherGptqOptions) -> Quantized:
-    """The matrix as its kernel takes it."""
-    return replace(found, bits=contained_bits(found.bits, config))
 
 
 def _allocation(
@@ -186,7 +178,7 @@ def _allocation(
         for index, layer in enumerate(layers)
         for unit, costs in layer.items()
     }
-    other = head["bytes"] + _other_bytes(skeleton)
+    other = head["bytes"] + _other_bytes(skeleton, config)
     try:
         if config.max_kld is not None:
             found = allocate(choices, most_damage=config.max_kld - head["damage"])
@@ -214,8 +206,8 @@ def _require_room(skeleton: Skeleton, config: FisherGptqOptions) -> None:
     if config.max_kld is not None:
         return
     least = stored_bytes(skeleton.weights.tensor(skeleton.head_name), Grid(config.head_bits, BLOCK))
-    least += _other_bytes(skeleton) + sum(
-        min(stored_bytes(module.weight, grid) for grid in GRIDS[config.kernel])
+    least += _other_bytes(skeleton, config) + sum(
+        min(file_bytes(module.weight, grid, config) for grid in GRIDS[config.kernel])
         for index in range(skeleton.count)
         for module in skeleton.linears(index).values()
     )
@@ -231,17 +223,18 @@ def _most_bytes(skeleton: Skeleton, config: FisherGptqOptions) -> int:
     weights = skeleton.weights.tensor(skeleton.head_name).numel() + sum(
         module.weight.numel() for index in range(skeleton.count) for module in skeleton.linears(index).values()
     )
-    return int(weights * config.bits_per_weight / 8) + _other_bytes(skeleton)
+    return int(weights * config.bits_per_weight / 8) + _other_bytes(skeleton, config)
 
 
-def _other_bytes(skeleton: Skeleton) -> int:
+def _other_bytes(skeleton: Skeleton, config: FisherGptqOptions) -> int:
     """Bytes of the model's files besides its matrices: sines and cosines, an embedding of its own, norms, the graph."""
-    config = skeleton.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotary: int = 4 * head_dim * config.max_position_embeddings
-    own = 0 if skeleton.head_name == EMBEDDING else 4 * config.vocab_size * config.hidden_size
+    sizes = skeleton.config
+    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    rotary: int = 4 * head_dim * sizes.max_position_embeddings
+    own = 0 if skeleton.head_name == EMBEDDING else 4 * sizes.vocab_size * sizes.hidden_size
     norms = sum(parameter.numel() for name, parameter in skeleton.model.named_parameters() if parameter.dim() == 1)
-    return rotary + int(own + 4 * norms) + LAYER_BYTES * (skeleton.count + 1)
+    head = plane_bytes(Grid(config.head_bits, BLOCK), Kernel(8, BLOCK))
+    return rotary + int(own + 4 * norms) + LAYER_BYTES * (skeleton.count + 1) + head
 
 
 def _write_layer(
@@ -253,11 +246,13 @@ def _write_layer(
     if work.finished(step) == {"options": options}:
         return
     grids = mapped_safetensors(work.required(f"backward-{index:04d}", f"grids-{index:04d}.safetensors"))
-    tensors = {
-        f"{prefix}.{name}.{part}": grids[f"{option}|{name}.{part}"]
-        for name, option in options.items()
-        for part in ("qweight", "scales", "qzeros")
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for name, option in options.items():
+        packed = {part: grids[f"{option}|{name}.{part}"] for part in ("qweight", "scales", "qzeros")}
+        grid = Grid.of(option)
+        tensors |= {
+            f"{prefix}.{name}.{part}": value for part, value in held(packed, grid, kernel_of(grid, config)).items()
+        }
     matrices = {f"{prefix}.{name}.weight" for name in options}
     for name in skeleton.weights.names(f"{prefix}."):
         if name not in matrices and not name.endswith(COMPUTED):
@@ -274,18 +269,20 @@ def _assemble(
     config: FisherGptqOptions,
     work: WorkFolder,
 ) -> None:
-    overrides: dict[str, dict[str, int]] = {"lm_head": {"bits": 8}}
+    usual = USUAL[config.kernel]
+    kernels = {"lm_head": Kernel(8, usual.block)}
     for index in range(skeleton.count):
         for name in skeleton.linears(index):
             grid = Grid.of(allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"])
-            container = contained_bits(grid.bits, config)
-            own = {"bits": container, "group_size": grid.block}
-            if own != {"bits": 4, "group_size": BLOCK}:
-                overrides[f"model.layers.{index}.{name}"] = own
+            kernels[f"model.layers.{index}.{name}"] = kernel_of(grid, config)
+    overrides = {
+        name: {"bits": kernel.bits, "group_size": kernel.block} for name, kernel in kernels.items() if kernel != usual
+    }
     steps = [HEAD_STEP, *(f"layer-{index:04d}" for index in range(skeleton.count))]
+    settings = {"bits": usual.bits, "symmetric": False, "group_size": usual.block, "lm_head": True}
     assemble(
         [work.required(step, f"{step}.safetensors") for step in steps],
         checkpoint,
         output,
-        {"bits": 4, "symmetric": False, "group_size": BLOCK, "lm_head": True, "overrides": overrides},
+        {**settings, "overrides": overrides},
     )

@@ -82,7 +82,7 @@ class GenAIModelBuilderOptions(PassOptions):
             body = before.body - (4 - number) * before.scales
             own = not shared or not before.head
             head = min(before.head, number * model.tables)
-            return Stored(body, head, number * model.tables if own else 0, rest=rotary)
+            return Stored(body, head, number * model.tables if own else 0, rest=rotary, planes=before.planes)
         return replace(self._quantized(model, number), embedding=0 if shared else number * model.tables, rest=rotary)
 
     def _quantized(self, model: Dimensions, scale: int) -> Stored:

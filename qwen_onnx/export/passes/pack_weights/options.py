@@ -8,6 +8,10 @@ from typing import ClassVar
 from qwen_onnx.catalog.costs import Dimensions, Stored
 from qwen_onnx.catalog.registry import PROCESS_BYTES, PassOptions
 
+# widths of the planes for codes of so many bits, the highest bits first; each divides a byte
+WIDTHS = {4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+# a plane's part of the graph file, with that of the zero points: nodes, their names, gaps between tensors
+PLANE_BYTES = 1_100
 # codes that are in memory at once, and how often while a plane is made of them
 PIECE, COPIES = 1 << 22, 4
 # bytes of scales in both types, and of zero points, of the smallest block
@@ -25,10 +29,13 @@ class PackWeightsOptions(PassOptions):
         return [] if fits else [f"type: PackWeights is for CPUExecutionProvider, the target's is {execution_provider}"]
 
     def written(self, model: Dimensions, before: Stored) -> Stored:
-        """Scales of half the size; codes as they were, since their values decide how small they become.
+        """What the quantiser says of planes, else scales of half the size and codes as they were.
 
         An upper bound, if the quantiser rounded its scales to half precision.
         """
+        if before.planes:
+            head = before.planes * before.head // (before.body + before.head)
+            return replace(before, body=before.planes - head, head=head, scales=0, planes=0)
         return replace(before, body=before.body - 2 * before.scales, scales=0)
 
     def memory(self, model: Dimensions, before: Stored) -> int:

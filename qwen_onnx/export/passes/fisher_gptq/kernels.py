@@ -1,0 +1,55 @@
+"""What holds the codes of a grid: a matrix of 4 or 8 bits, as ONNX Runtime has kernels for.
+
+ONNX Runtime rounds activations to 8 bits in the blocks of the matrix that they meet, so that finer blocks mean answers
+nearer to the model's. Of 8 bits they cost no time. Neighbouring blocks then repeat a scale and a zero point, which
+``PackWeights`` stores once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, KERNEL_BLOCK, FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.solver import Grid, stored_bytes
+from qwen_onnx.export.passes.pack_weights.options import PLANE_BYTES, WIDTHS
+
+
+class Kernel(NamedTuple):
+    """A matrix in the graph: ``bits`` of a code, ``block`` weights of a row that have a scale."""
+
+    bits: int
+    block: int
+
+
+# what most matrices get; the others are named one by one
+USUAL = {"mixed": Kernel(4, BLOCK), "int8": Kernel(8, KERNEL_BLOCK)}
+
+
+def kernel_of(grid: Grid, config: FisherGptqOptions) -> Kernel:
+    """What holds codes on ``grid``."""
+    if config.kernel == "int8":
+        return USUAL["int8"]
+    return Kernel(4 if grid.bits == 4 else 8, grid.block)
+
+
+def plane_bytes(grid: Grid, kernel: Kernel) -> int:
+    """What the nodes that put a matrix together from planes add to the graph file."""
+    return PLANE_BYTES * len(WIDTHS.get(grid.bits, ())) if kernel.bits == 8 else 0
+
+
+def file_bytes(weight: torch.Tensor, grid: Grid, config: FisherGptqOptions, matrices: int = 1) -> int:
+    """Bytes of the model's files for ``weight`` [out, in], the rows of so many matrices."""
+    return stored_bytes(weight, grid) + matrices * plane_bytes(grid, kernel_of(grid, config))
+
+
+def held(packed: Mapping[str, torch.Tensor], grid: Grid, kernel: Kernel) -> dict[str, torch.Tensor]:
+    """``qweight``, ``scales`` and ``qzeros`` of a matrix on ``grid``, with one scale for each block of ``kernel``."""
+    times = grid.block // kernel.block
+    if times == 1:
+        return dict(packed)
+    # finer blocks are those of 8 bits: zero points have a byte each
+    finer = {part: packed[part].repeat_interleave(times, 1) for part in ("scales", "qzeros")}
+    return {**packed, **finer}
