@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.processes.children import Answers
+from qwen_onnx.processes.peak import peak_rss
 from qwen_onnx.verify.roofline import bandwidth
 from qwen_onnx.verify.timed import Timed
 
@@ -30,21 +31,6 @@ def load(engine: str, folder: Path, threads: int) -> Timed:
 
     served = Engine(folder, threads=threads)
     return Timed(lambda ids, count: iter(served.generate(ids, max_new_tokens=count, stop_on_eos=False)))
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":
-        # not ru_maxrss: it survives exec, so a child would report its parent's peak
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def serve(engine: Timed, answers: Answers, threads: int) -> None:
