@@ -43,6 +43,7 @@ class Attributes(_Part):
     mean: Three | None = None
     std: Three | None = None
     qwen2_5_vl: Literal[1] | None = None
+    qwen3_vl: Literal[1] | None = None
 
 
 class Operation(_Part):
@@ -109,8 +110,8 @@ class ImageSettings:
         told = read_record(path, ProcessorConfig, most_bytes=MOST_CONFIG, error=ArtifactError).told()
         return cls(**{name: told[name] for name in cls.names()})
 
-    def config(self) -> dict[str, Any]:
-        """The content of ``processor_config.json``."""
+    def config(self, genai_type: str = "qwen2_5_vl") -> dict[str, Any]:
+        """The content of ``processor_config.json``; ``genai_type`` is what genai calls the model."""
 
         def step(name: str, kind: str, **attributes: Any) -> dict[str, Any]:
             return {"operation": {"name": name, "type": kind, "attrs": attributes}}
@@ -123,7 +124,7 @@ class ImageSettings:
             step("convert", "ConvertRGB"),
             step("resize", "Resize", width=540, height=360, smart_resize=1, **bounds, **sizes),
             step("rescale", "Rescale", rescale_factor=1 / 255),
-            step("normalize", "Normalize", mean=list(self.mean), std=list(self.std), qwen2_5_vl=1),
+            step("normalize", "Normalize", mean=list(self.mean), std=list(self.std), **{genai_type: 1}),
             step("patch", "PatchImage", temporal_patch_size=self.temporal_patch_size, **sizes),
         ]
         return {"processor": {"name": "qwen_vl_image_processor", "transforms": transforms}}

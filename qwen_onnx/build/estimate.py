@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_onnx.catalog.architectures import ARCHITECTURES
 from qwen_onnx.catalog.costs import Dimensions
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions
@@ -40,7 +41,7 @@ class Estimate:
 
     Attributes:
         artifact: the artifact's folder.
-        download: the checkpoint, when it is not there, and its copy in bfloat16 when it is FP8 or with an adapter.
+        download: the checkpoint, when it is not there, and its copy when it is FP8, renamed or with an adapter.
         kept: peak below the cache besides the checkpoint, where finished steps are kept.
         disk: peak of all besides the checkpoint; of what is beside the target no more.
         memory: peak of anonymous memory of the process that builds; ``verification``: of verifying.
@@ -77,8 +78,9 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
     working = max((step.scratch(found, before) for step, before in places[:-1] if step.kept(found, before)), default=0)
     number = 1 if plan.quantization else found.stored
     fetched = 0 if source and source.is_dir() else found.weights * number + found.tokenizer
-    # copies of the checkpoint in another form: FP8 in bfloat16, and one with an adapter merged in fp32
-    copies = (found.weights * found.stored if plan.quantization else 0) + (4 * found.weights if plan.adapter else 0)
+    # copies of the checkpoint in another form: FP8 in bfloat16, other names, and one with an adapter merged in fp32
+    others = bool(plan.quantization) + ARCHITECTURES[plan.architecture].renamed
+    copies = others * found.weights * found.stored + (4 * found.weights if plan.adapter else 0)
     return Estimate(
         artifact=artifact,
         download=fetched + copies,

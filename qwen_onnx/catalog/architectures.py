@@ -12,11 +12,19 @@ Kind = Literal["dense", "mixture", "hybrid"]
 
 
 class Known(NamedTuple):
-    """The text weights' kind, ``model_type`` as ``config.json`` has it, and whether its vision tower is built."""
+    """What is known of an architecture before anything of a checkpoint is read.
+
+    Attributes:
+        kind: of the text weights.
+        model_type: as ``config.json`` has it.
+        sees: its vision tower is built, too.
+        renamed: its weights are copied under other names before they are read.
+    """
 
     kind: Kind
     model_type: str
     sees: bool = False
+    renamed: bool = False
 
 
 ARCHITECTURES: dict[str, Known] = {
@@ -26,6 +34,7 @@ ARCHITECTURES: dict[str, Known] = {
     "Qwen2VLForConditionalGeneration": Known("dense", "qwen2_vl", sees=True),
     "Qwen2_5_VLForConditionalGeneration": Known("dense", "qwen2_5_vl", sees=True),
     "Qwen3ForCausalLM": Known("dense", "qwen3"),
+    "Qwen3VLForConditionalGeneration": Known("dense", "qwen3_vl", sees=True, renamed=True),
     "Qwen3MoeForCausalLM": Known("mixture", "qwen3_moe"),
     "Qwen3NextForCausalLM": Known("hybrid", "qwen3_next"),
     "Qwen3_5ForConditionalGeneration": Known("hybrid", "qwen3_5"),

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_onnx.catalog.architectures import HYBRIDS, QWEN1, SEEING
+from qwen_onnx.catalog.architectures import HYBRIDS, QWEN1
 from qwen_onnx.catalog.schema import Shape
 
 # with biases at q, k and v; Qwen3 and later have norms of q and k instead
-BIASED = {"QWenLMHeadModel", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM"} | SEEING
+BIASED = {
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+}
 INTERVAL, KERNEL = 4, 4
 
 

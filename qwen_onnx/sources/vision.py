@@ -1,8 +1,9 @@
-"""Qwen2-VL and Qwen2.5-VL as what they are: a Qwen2 that reads text, and a vision tower beside it.
+"""Models that see as what they are: a Qwen2 or a Qwen3 that reads text, and a vision tower beside it.
 
-For text the three axes of their positions are equal, so their language model is a Qwen2ForCausalLM down to the names
-of its weights. In that form every step and every check for Qwen2 takes it; the tower's weights stay in the same files
-under ``visual.``, and its config in ``vision_config.json``.
+For text the three axes of their positions are equal, and pictures add nothing: the language model of Qwen2-VL and
+Qwen2.5-VL is a Qwen2ForCausalLM, that of Qwen3-VL a Qwen3ForCausalLM, down to the names of the weights within a layer.
+In that form every step and every check for these takes it; the tower's weights stay in the same files under
+``visual.``, and its config in ``vision_config.json``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.errors import UnsupportedModelError
-from qwen_onnx.sources.checkpoint import INDEX_FILE, read_json, shards, weight_map
-from qwen_onnx.sources.vision_config import PREPROCESSOR, VISION_ARCHITECTURE, VISION_CONFIG, tower_of
+from qwen_onnx import bounded
+from qwen_onnx.errors import SourceError, UnsupportedModelError
+from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, read_json, shards, weight_map
+from qwen_onnx.sources.vision_config import (
+    DEEPSTACK_LAYERS,
+    PREPROCESSOR,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_VL,
+    VISION_ARCHITECTURE,
+    VISION_CONFIG,
+    Tower,
+    tower_of,
+)
 
-TEXT = "Qwen2ForCausalLM"
+# architecture and model_type of the text model
+TEXT = {
+    QWEN2_VL: ("Qwen2ForCausalLM", "qwen2"),
+    QWEN2_5_VL: ("Qwen2ForCausalLM", "qwen2"),
+    QWEN3_VL: ("Qwen3ForCausalLM", "qwen3"),
+}
 # of text_config, and of the whole config of a published checkpoint, which has no text_config
 KEPT = (
     "vocab_size",
@@ -26,6 +43,8 @@ KEPT = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
+    "attention_bias",
     "hidden_act",
     "max_position_embeddings",
     "rms_norm_eps",
@@ -33,73 +52,104 @@ KEPT = (
     "eos_token_id",
     "pad_token_id",
 )
-NEEDED = ("patch_embed.proj.weight", "merger.mlp.0.weight", "merger.mlp.2.weight", "blocks.0.attn.qkv.weight")
+# how published checkpoints begin the names of their weights, and how a text model and its tower do
+NESTED = (("model.language_model.", "model."), ("model.visual.", "visual."))
+# safetensors: bytes of the header's length, and what the data behind the header are aligned to
+LENGTH, ALIGNMENT = 8, 64
 
 
 def write_text_form(checkpoint: Path, folder: Path) -> None:
-    """Write ``checkpoint`` as a Qwen2ForCausalLM with a tower into the empty ``folder``; weights are linked.
+    """Write ``checkpoint`` as a text model with a tower into the empty ``folder``.
+
+    Weights are linked; those with the names of a Qwen3-VL are copied under new names.
 
     Raises:
         UnsupportedModelError: weights of other names, a tower of another form, or no preprocessor_config.json.
         SourceError: a file is missing or damaged.
     """
     config = read_json(checkpoint / "config.json")
-    tower_of(config, str(checkpoint / "config.json"))
+    tower = tower_of(config, str(checkpoint / "config.json"))
     if not (checkpoint / PREPROCESSOR).exists():
         raise UnsupportedModelError(
             f"the checkpoint has no {PREPROCESSOR}, which says how pictures are prepared",
             where=str(checkpoint),
             hint="take it from the model that this one was made of",
         )
-    _require_weights(checkpoint)
-    weights = shards(checkpoint)
+    names = _names(checkpoint)
+    _require_weights(names, tower, checkpoint)
+    weights, nested = shards(checkpoint), _renamed(names) != names
     for path in weights:
-        _linked(path.resolve(), folder / path.name)
+        (_copied if nested else _linked)(path.resolve(), folder / path.name)
     other = {*(path.name for path in weights), "config.json"}
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in other and path.suffix not in {".safetensors", ".bin"}:
             shutil.copyfile(path, folder / path.name)
+    if nested and (folder / INDEX_FILE).exists():
+        told = json.dumps({"metadata": {}, "weight_map": _renamed(names)})
+        (folder / INDEX_FILE).write_text(told, encoding="utf-8")
     (folder / VISION_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(text_settings(config), indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(text_settings(config, tower), indent=2), encoding="utf-8")
 
 
-def text_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of the text model, in Qwen2's terms."""
+def text_settings(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
+    """``config.json`` of the text model, in its own terms."""
     text = config.get("text_config") or config
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     found = {name: text[name] for name in KEPT if text.get(name) is not None}
-    # a published checkpoint has its end tokens in the whole config
+    # a published Qwen2-VL has its end tokens in the whole config
     found |= {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
+    architecture, model_type = TEXT[tower.architecture]
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     return {
         **found,
-        "architectures": [TEXT],
-        "model_type": "qwen2",
+        "architectures": [architecture],
+        "model_type": model_type,
         "use_sliding_window": False,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+        "torch_dtype": dtype or "bfloat16",
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": rope.get("rope_theta") or text.get("rope_theta") or 1e6,
-            "mrope_section": rope["mrope_section"],
+            "mrope_section": list(tower.sections),
         },
-        VISION_ARCHITECTURE: config["architectures"][0],
+        VISION_ARCHITECTURE: tower.architecture,
+        **({DEEPSTACK_LAYERS: len(tower.deepstack)} if tower.deepstack else {}),
     }
 
 
-def _require_weights(checkpoint: Path) -> None:
-    """Names as Qwen publishes them, and as transformers saves them."""
+def _names(checkpoint: Path) -> dict[str, str]:
+    """File by name of tensor."""
     from safetensors import safe_open
 
-    names = weight_map(checkpoint)
-    if names is None:
+    found = weight_map(checkpoint)
+    if found is None:
         [single] = shards(checkpoint)
-        with safe_open(single, framework="pt") as file:
-            names = dict.fromkeys(file.keys(), single.name)
-    wanted = ["model.embed_tokens.weight", *(f"visual.{name}" for name in NEEDED)]
-    missing = [name for name in wanted if name not in names]
-    if missing:
+        with safe_open(single, framework="numpy") as file:
+            found = dict.fromkeys(file.keys(), single.name)
+    return found
+
+
+def _plain(name: str) -> str:
+    """The name of a weight in the text model, or in the tower beside it."""
+    for nested, own in NESTED:
+        if name.startswith(nested):
+            return own + name.removeprefix(nested)
+    return name
+
+
+def _renamed(names: dict[str, str]) -> dict[str, str]:
+    return {_plain(name): file for name, file in names.items()}
+
+
+def _require_weights(names: dict[str, str], tower: Tower, checkpoint: Path) -> None:
+    """Names as Qwen publishes them, and as transformers saves them."""
+    plain = _renamed(names)
+    parts = ["patch_embed.proj", "blocks.0.attn.qkv", *(f"merger.{name}" for name in tower.style.merger)]
+    wanted = ["model.embed_tokens.weight", *(f"visual.{part}.weight" for part in parts)]
+    missing = [name for name in wanted if name not in plain]
+    if missing or len(plain) != len(names):
         raise UnsupportedModelError(
-            f"the checkpoint lacks {missing[0]}",
+            f"the checkpoint lacks {missing[0]}" if missing else "two weights of the checkpoint have one name",
             where=str(checkpoint / INDEX_FILE),
             hint="save it with transformers: model.save_pretrained(FOLDER)",
         )
@@ -111,3 +161,24 @@ def _linked(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _copied(source: Path, target: Path) -> None:
+    """A safetensors file under other names: a header of its own before the same bytes.
+
+    Raises:
+        SourceError: its header is damaged.
+    """
+    with source.open("rb") as read, target.open("wb") as write:
+        length = int.from_bytes(read.read(LENGTH), "little")
+        if length > LARGEST_INDEX:
+            raise SourceError("the header of the weights is damaged", where=str(source), hint="fetch it again")
+        header = bounded.read_json(
+            read.read(length), most_bytes=LARGEST_INDEX, error=SourceError, what=f"the header of {source.name}"
+        )
+        if not isinstance(header, dict):
+            raise SourceError("the header of the weights is damaged", where=str(source), hint="fetch it again")
+        text = json.dumps({_plain(name): told for name, told in header.items()}).encode()
+        text += b" " * (-(LENGTH + len(text)) % ALIGNMENT)
+        write.write(len(text).to_bytes(LENGTH, "little") + text)
+        shutil.copyfileobj(read, write, 1 << 24)

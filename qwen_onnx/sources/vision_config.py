@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from qwen_onnx.sources.checkpoint import read_json
 PREPROCESSOR, VISION_CONFIG = "preprocessor_config.json", "vision_config.json"
 # key of the text model's config.json: the architecture of the whole
 VISION_ARCHITECTURE = "vision_architecture"
+# and how many of its layers get features of pictures besides their input
+DEEPSTACK_LAYERS = "deepstack_layers"
 QWEN2_VL, QWEN2_5_VL = "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+QWEN3_VL = "Qwen3VLForConditionalGeneration"
 MOST = {
     "depth": 256,
     "hidden_size": 1 << 16,
@@ -27,6 +31,7 @@ MOST = {
     "out_hidden_size": 1 << 16,
     "in_channels": 16,
     "in_chans": 16,
+    "num_position_embeddings": 1 << 16,
 }
 NORMAL = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FEWEST_PIXELS, MOST_PIXELS = 56 * 56, 28 * 28 * 1280
@@ -35,16 +40,65 @@ THETA = 10000.0
 
 
 @dataclass(frozen=True)
+class Style:
+    """What the towers of an architecture have in common.
+
+    Attributes:
+        width, output, activation, window, positions, deepstack: where ``vision_config`` says it; empty: it has none.
+        patch: the side of a patch that is not named there.
+        mlp: names of a layer's two matrices; none: it has three, and RMSNorm.
+        norm, merger: names of the norm and of the two matrices that make tokens of patches.
+    """
+
+    width: str
+    output: str
+    activation: str
+    patch: int
+    norm: str
+    merger: tuple[str, str]
+    mlp: tuple[str, ...] = ()
+    window: str = ""
+    positions: str = ""
+    deepstack: str = ""
+
+
+STYLES = {
+    QWEN2_VL: Style(
+        "embed_dim", "hidden_size", "quick_gelu", 14, norm="ln_q", merger=("mlp.0", "mlp.2"), mlp=("fc1", "fc2")
+    ),
+    QWEN2_5_VL: Style(
+        "hidden_size", "out_hidden_size", "silu", 14, norm="ln_q", merger=("mlp.0", "mlp.2"), window="window_size"
+    ),
+    QWEN3_VL: Style(
+        "hidden_size",
+        "out_hidden_size",
+        "gelu_pytorch_tanh",
+        16,
+        norm="norm",
+        merger=("linear_fc1", "linear_fc2"),
+        mlp=("linear_fc1", "linear_fc2"),
+        positions="num_position_embeddings",
+        deepstack="deepstack_visual_indexes",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Tower:
     """The form of a vision tower.
 
     Attributes:
+        architecture: of the whole model.
+        output: dimensions of the text model.
         window: side of a window of attention in merged patches; 0: every layer attends to the whole picture.
         full: layers that attend to the whole picture although there are windows.
-        gated: an MLP of three matrices and RMSNorm, as in Qwen2.5-VL; else two matrices and LayerNorm.
+        positions: side of the square table of learned positions; 0: there is none.
+        deepstack: layers, in order, whose features go into the text model behind its first layers, one each.
+        sections: dimensions of the text model's positions in time, down and across.
         image_token, video_token, vision_start: ids that stand for pictures in a prompt.
     """
 
+    architecture: str
     depth: int
     width: int
     heads: int
@@ -55,11 +109,22 @@ class Tower:
     merge: int
     window: int
     full: tuple[int, ...]
-    gated: bool
+    positions: int
+    deepstack: tuple[int, ...]
     sections: tuple[int, ...]
     image_token: int
     video_token: int
     vision_start: int
+
+    @property
+    def style(self) -> Style:
+        """Of its architecture."""
+        return STYLES[self.architecture]
+
+    @property
+    def features(self) -> int:
+        """Dimensions of what a picture's token gets: what it has in place of an embedding, then DeepStack's."""
+        return self.output * (1 + len(self.deepstack))
 
 
 def tower_of(config: dict[str, Any], where: str) -> Tower:
@@ -71,7 +136,8 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
     faults: list[str] = []
     vision, text = config.get("vision_config"), config.get("text_config") or config
     vision = vision if isinstance(vision, dict) else {}
-    gated = config.get("architectures") == [QWEN2_5_VL]
+    architecture = config["architectures"][0]
+    style = STYLES[architecture]
 
     def number(name: str, usual: int | None = None) -> int:
         value = vision.get(name, usual)
@@ -87,48 +153,53 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
             return 0
         return value
 
-    width = number("hidden_size" if gated else "embed_dim")
-    heads, patch, merge = number("num_heads", 16), number("patch_size", 14), number("spatial_merge_size", 2)
+    def layers(name: str, usual: list[int]) -> tuple[int, ...]:
+        value = vision.get(name, usual)
+        if not (isinstance(value, list) and all(type(item) is int and 0 <= item < depth for item in value)):
+            faults.append(f"vision_config.{name} is not a list of layers")
+            return ()
+        return tuple(value)
+
+    width = number(style.width)
+    heads, patch, merge = number("num_heads", 16), number("patch_size", style.patch), number("spatial_merge_size", 2)
     if not faults and (width % heads or width // heads % 4):
         faults.append(f"vision_config: {width} dimensions do not divide into {heads} heads for two axes")
     if number("in_channels" if "in_channels" in vision else "in_chans", 3) != 3:
         faults.append("vision_config: the pictures have not three channels")
-    window = number("window_size", 112) // merge // patch if gated else 0
-    full = vision.get("fullatt_block_indexes", [7, 15, 23, 31]) if gated else []
     depth = number("depth", 32)
-    if not (isinstance(full, list) and all(type(item) is int and 0 <= item < depth for item in full)):
-        faults.append("vision_config.fullatt_block_indexes is not a list of layers")
-        full = []
-    activation = vision.get("hidden_act", "silu" if gated else "quick_gelu")
-    if activation != ("silu" if gated else "quick_gelu"):
+    activation = vision.get("hidden_act", style.activation)
+    if activation != style.activation:
         faults.append(f"vision_config.hidden_act is {str(activation)[:40]}")
     own_rope = vision.get("rope_parameters") or {}
     if not isinstance(own_rope, dict) or own_rope.get("rope_theta", THETA) != THETA:
         faults.append(f"vision_config.rope_parameters is not that of the published towers, theta {THETA:g}")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    sections = rope.get("mrope_section") if isinstance(rope, dict) else None
-    if not (isinstance(sections, list) and len(sections) == 3 and all(type(s) is int and s > 0 for s in sections)):
-        faults.append("the text model's RoPE has no mrope_section of three numbers")
-        sections = [1, 1, 1]
     found = Tower(
+        architecture=architecture,
         depth=depth,
         width=width,
         heads=heads,
-        inner=number("intermediate_size") if gated else width * number("mlp_ratio", 4),
-        output=number("out_hidden_size" if gated else "hidden_size"),
+        inner=width * number("mlp_ratio", 4) if architecture == QWEN2_VL else number("intermediate_size"),
+        output=number(style.output),
         patch=patch,
         temporal_patch=number("temporal_patch_size", 2),
         merge=merge,
-        window=window,
-        full=tuple(full),
-        gated=gated,
-        sections=tuple(sections),
+        window=number(style.window, 112) // merge // patch if style.window else 0,
+        full=layers("fullatt_block_indexes", [7, 15, 23, 31]) if style.window else (),
+        positions=math.isqrt(number(style.positions, 2304)) if style.positions else 0,
+        deepstack=layers(style.deepstack, [8, 16, 24]) if style.deepstack else (),
+        sections=_sections(text, architecture, faults),
         image_token=token("image_token_id"),
         video_token=token("video_token_id"),
         vision_start=token("vision_start_token_id"),
     )
-    if gated and window < 1:
+    if style.window and found.window < 1:
         faults.append("vision_config.window_size is smaller than a merged patch")
+    if style.positions and not faults and vision.get(style.positions, 2304) != found.positions**2:
+        faults.append(f"vision_config.{style.positions} is not the number of places of a square")
+    if not faults and list(found.deepstack) != sorted(set(found.deepstack)):
+        faults.append(f"vision_config.{style.deepstack} does not rise")
+    if not faults and len(found.deepstack) > text.get("num_hidden_layers", 0):
+        faults.append(f"vision_config.{style.deepstack} names more layers than the text model has")
     if not faults and found.output != text.get("hidden_size"):
         faults.append(f"the tower gives {found.output} dimensions, the text model has {text.get('hidden_size')}")
     if faults:
@@ -138,6 +209,22 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
             hint="use the model's own config.json",
         )
     return found
+
+
+def _sections(text: dict[str, Any], architecture: str, faults: list[str]) -> tuple[int, ...]:
+    """Of the text model's positions; what is wrong goes to ``faults``."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "mrope"):
+        faults.append(f"the text model's RoPE is scaled ({str(kind)[:40]}), which is not built beside a tower")
+    if rope.get("mrope_interleaved", architecture == QWEN3_VL) is not (architecture == QWEN3_VL):
+        faults.append("the text model's mrope_interleaved is not that of the published models")
+    sections = rope.get("mrope_section")
+    if not (isinstance(sections, list) and len(sections) == 3 and all(type(s) is int and s > 0 for s in sections)):
+        faults.append("the text model's RoPE has no mrope_section of three numbers")
+        return (1, 1, 1)
+    return tuple(sections)
 
 
 @dataclass(frozen=True)

@@ -247,9 +247,9 @@ class OnnxScorer:
             graph.serialized(), folder, threads, folded=not in_float32, provider=provider, profile=profile
         )
 
-    def logits(self, ids: Sequence[int]) -> Logits:
-        """Logits of shape [tokens, vocabulary] for one sequence."""
-        (found,) = self._session.run(["logits"], ids, {})
+    def logits(self, ids: Sequence[int], given: Mapping[str, npt.NDArray[Any]] | None = None) -> Logits:
+        """Logits of shape [tokens, vocabulary] for one sequence; ``given`` are inputs that no text has."""
+        (found,) = self._session.run(["logits"], ids, given or {})
         logits: Logits = found[0].astype(np.float32, copy=False)
         return logits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,29 +13,35 @@ from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.model import BatchModel
-from qwen_onnx.runtime.engines.batch.sight import Looked, Sight
+from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel
+from qwen_onnx.runtime.engines.batch.sight import Looked, Sight, Table
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.pictures import Picture, places_of, positions_of
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import PREPROCESSOR
+from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN3_VL
+from qwen_onnx.sources.vision_config import Tower as Form
 from qwen_onnx.verify import drawn
 from qwen_onnx.verify.checks import check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.records import CheckResult, worst
 from qwen_onnx.verify.results import certain
-from qwen_onnx.verify.scoring import Positions, compare
+from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.statistics import at_least, at_most
 
+if TYPE_CHECKING:
+    from qwen_onnx.verify.teacher import Teacher
+    from qwen_onnx.verify.tower import Tower
+
 # made of artifacts that see alone
-VISUAL = frozenset({"processing", "vision", "sight"})
+VISUAL = frozenset({"processing", "vision", "sight_parity", "sight"})
 RUN = frozenset({Verification.RUN})
 # fp32 on both sides: the order of additions is all that differs
 ENCODER_DIFF, ENCODER_COSINE = 2e-3, 0.99999
 PATCH_DIFF = 1e-5
 PIECE = 64
+SEVERAL = "several"
 WORDS = "The picture shows several things. From left to right they differ in colour, in size and in what they mean."
 
 
@@ -84,29 +90,66 @@ def processing_parity(context: Context) -> CheckResult:
 def encoder_parity(context: Context) -> CheckResult:
     """The encoder gives the features that PyTorch's tower gives in fp32."""
     sight, tower = Sight(context.artifact, context.options.threads), context.tower
-    diffs, cosines = [], []
-    for picture in _prepared(context.artifact).values():
-        wanted, found = tower.features(picture), sight.encode(picture)
-        diffs.append(float(np.abs(found - wanted).max() / wanted.std()))
-        norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
-        cosines.append(float(((found * wanted).sum(-1) / norms).min()))
+    diffs, cosines, pictures = [], [], _prepared(context.artifact)
+    for picture in pictures.values():
+        both = tower.features(picture), sight.encode(picture)
+        if both[0].shape != both[1].shape:
+            detail = f"the encoder gives {list(both[1].shape)}, PyTorch {list(both[0].shape)}"
+            return CheckResult(name="vision", verdict=Verdict.FAIL, detail=detail)
+        # what DeepStack adds has deviations of its own
+        parts = (np.split(side, 1 + len(tower.form.deepstack), axis=-1) for side in both)
+        for wanted, found in zip(*parts, strict=True):
+            diffs.append(float(np.abs(found - wanted).max() / wanted.std()))
+            norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
+            cosines.append(float(((found * wanted).sum(-1) / np.maximum(norms, 1e-30)).min()))
     verdicts = [at_most(certain(max(diffs)), ENCODER_DIFF), at_least(certain(min(cosines)), ENCODER_COSINE)]
     return CheckResult(
         name="vision",
         verdict=worst(verdicts),
-        measured={"pictures": len(diffs), "max_diff": max(diffs), "cosine": min(cosines)},
+        measured={"pictures": len(pictures), "max_diff": max(diffs), "cosine": min(cosines)},
         limit={"max_diff": ENCODER_DIFF, "cosine": ENCODER_COSINE},
         detail="differences in deviations of the features",
     )
+
+
+@check("sight_parity", RUN)
+def graph_parity_with_pictures(context: Context) -> CheckResult:
+    """With a picture's features the graph computes what PyTorch computes with the same matrices, both in fp32.
+
+    Where pictures stand and what each layer gets of them is then right whatever the quantisation costs.
+    """
+    limits, graph = context.limits, context.graph
+    limit: dict[str, float | str] = {"max_diff": limits.fp32_max_diff, "kld_mean": limits.fp32_kld}
+    if graph is None:
+        detail = "another engine runs the artifact"
+        return CheckResult(name="sight_parity", verdict=Verdict.INCONCLUSIVE, limit=limit, detail=detail)
+    from qwen_onnx.verify.teacher import student_of
+
+    token, threads = _token(context), context.options.threads
+    ids, pictures = _prompts(context)[SEVERAL]
+    # one copy of the weights at a time
+    context.release()
+    wanted = teacher_logits(student_of(context.checkpoint, graph, threads), context.tower, ids, pictures, token)
+    features = np.concatenate([context.tower.features(picture) for picture in pictures])
+    positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
+    given: dict[str, np.ndarray[Any, Any]] = {
+        EMBEDDED: Table(context.artifact, threads).embed(np.array([ids]), features),
+        "position_ids": positions[:, None],
+    }
+    exact = OnnxScorer(context.artifact, threads, in_float32=True)
+    found = compare(wanted, exact.logits(ids, given), ids, threads)
+    diff, kld = float(found.diff.max()), float(found.kld.mean())
+    verdicts = [at_most(certain(diff), limits.fp32_max_diff), at_most(certain(kld), limits.fp32_kld)]
+    measured: dict[str, float | str] = {"max_diff": diff, "kld_mean": kld, "positions": len(found.kld)}
+    return CheckResult(name="sight_parity", verdict=worst(verdicts), measured=measured, limit=limit)
 
 
 @check("sight", RUN)
 def drift_with_pictures(context: Context) -> CheckResult:
     """Teacher-forced on conversations with pictures, the artifact predicts what PyTorch predicts."""
     limits = context.limits
-    token = GenaiConfig.read(context.artifact, VerificationError).model.image_token_id
-    prompts = _prompts(context)
-    wanted = [teacher_logits(context, ids, pictures, token) for ids, pictures in prompts.values()]
+    token, prompts, teacher = _token(context), _prompts(context), context.teacher.teacher
+    wanted = [teacher_logits(teacher, context.tower, ids, pictures, token) for ids, pictures in prompts.values()]
     # one copy of the weights at a time
     context.release()
     model = BatchModel(
@@ -134,6 +177,11 @@ def drift_with_pictures(context: Context) -> CheckResult:
     )
 
 
+def _token(context: Context) -> int | None:
+    """What stands for a part of a picture."""
+    return GenaiConfig.read(context.artifact, VerificationError).model.image_token_id
+
+
 def _prompts(context: Context) -> dict[str, tuple[list[int], tuple[Picture, ...]]]:
     """By kind of picture: a conversation about it, its last turn about all of them."""
     from qwen_onnx.runtime.service.eyes import Eyes
@@ -143,7 +191,7 @@ def _prompts(context: Context) -> dict[str, tuple[list[int], tuple[Picture, ...]
     if eyes is None:
         raise VerificationError("the artifact reads no pictures", where=str(context.artifact))
     template, images = ChatTemplate(context.artifact), drawn.pictures()
-    chosen = {**{kind: [kind] for kind in images}, "several": list(images)[:2]}
+    chosen = {**{kind: [kind] for kind in images}, SEVERAL: list(images)[:2]}
     context_length = GenaiConfig.read(context.artifact, VerificationError).model.context_length
     found = {}
     try:
@@ -181,30 +229,47 @@ def student_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Pic
     return np.concatenate(found)
 
 
-def teacher_logits(context: Context, ids: Sequence[int], pictures: Sequence[Picture], token: int | None) -> Logits:
-    """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary], with positions on three axes."""
+def teacher_logits(
+    teacher: Teacher, tower: Tower, ids: Sequence[int], pictures: Sequence[Picture], token: int | None
+) -> Logits:
+    """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary], with positions on three axes and DeepStack."""
     import torch
 
     from qwen_onnx.export.skeleton import call
     from qwen_onnx.verify.matrices import linear
 
-    teacher = context.teacher.teacher
+    form = tower.form
     positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
     with torch.inference_mode():
         state = teacher.embed(torch.tensor([list(ids)])).clone()
-        features = np.concatenate([context.tower.features(picture) for picture in pictures])
-        state[0, torch.tensor(list(ids)) == token] = torch.tensor(features)
+        features = torch.tensor(np.concatenate([tower.features(picture) for picture in pictures]))
+        shown, *stacked = features.chunk(1 + len(form.deepstack), dim=-1)
+        places = torch.tensor(list(ids)) == token
+        state[0, places] = shown
         arguments = teacher.arguments(state)
-        sections = teacher.config.rope_parameters["mrope_section"]
         angles = torch.tensor(positions)[:, :, None].float() * teacher.model.model.rotary_emb.inv_freq
-        parts = angles.split(sections, dim=-1)
-        mixed = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+        mixed = _mixed(angles, form)
         turned = torch.cat([mixed, mixed], dim=-1)[None]
         for index in range(teacher.count):
             with teacher.layer(index) as layer:
                 given = {**arguments[index], "position_embeddings": (turned.cos(), turned.sin())}
                 state = call(layer, state, given)
+            if index < len(stacked):
+                state[0, places] += stacked[index]
         with teacher.norm() as norm:
             state = norm(state)
         found: Logits = linear(state[0], teacher.head()).numpy()
     return found
+
+
+def _mixed(angles: Any, form: Form) -> Any:
+    """Angles [tokens, dimensions] of those on each axis, [3, tokens, dimensions]: in turns, or one behind another."""
+    import torch
+
+    if form.architecture != QWEN3_VL:
+        return torch.cat([part[axis] for axis, part in enumerate(angles.split(form.sections, dim=-1))], dim=-1)
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        turns = slice(axis, 3 * form.sections[axis], 3)
+        mixed[:, turns] = angles[axis][:, turns]
+    return mixed

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG
@@ -16,17 +17,19 @@ from qwen_onnx.runtime.engines.pictures import Picture
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.sight import VISUAL, sees
 from qwen_onnx.verify.tower import Tower
-from tests.fixtures.vision import seeing_artifact, seeing_checkpoint
+from tests.fixtures.vision import seeing_artifact, seeing_checkpoint, stacked_artifact, stacked_checkpoint
 
-__all__ = ["seeing_artifact", "seeing_checkpoint"]
+__all__ = ["seeing_artifact", "seeing_checkpoint", "stacked_artifact", "stacked_checkpoint"]
 
 LIMITS = Limits(kld_mean=1e-6, kld_p99=1e-5, top1=0.999, ppl_ratio=1.0005)
+# beyond what any target allows
+LOOSE = Limits(kld_mean=9, kld_p99=90, top1=0.01, ppl_ratio=90)
 
 
-def verdicts(artifact: Path, checkpoint: Path, *checks: str) -> dict[str, Verdict]:
+def verdicts(artifact: Path, checkpoint: Path, *checks: str, limits: Limits = LIMITS) -> dict[str, Verdict]:
     """Of the checks that were made."""
     options = VerifyOptions(checks=checks, threads=1)
-    report = verify_artifact(artifact, checkpoint, None, LIMITS, options=options)
+    report = verify_artifact(artifact, checkpoint, None, limits, options=options)
     found = {item.name: item for item in report.checks}
     assert not any("could not be carried out" in found[name].detail for name in checks)
     return {name: found[name].verdict for name in checks}
@@ -72,6 +75,51 @@ def test_a_broken_part_fails_its_check(
     harm(broken)
     found = verdicts(broken, seeing_checkpoint, *sorted(VISUAL))
     assert {name for name, verdict in found.items() if verdict is Verdict.FAIL} == failed
+
+
+def lose_features(folder: Path) -> None:
+    """What the second layer of DeepStack gets is zeros."""
+    path = folder / "vision.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    stack = model.graph.node[-1]
+    assert stack.op_type == "Concat"
+    assert len(stack.input) == 3
+    model.graph.node.insert(
+        len(model.graph.node) - 1, onnx.helper.make_node("Sub", [stack.input[2], stack.input[2]], ["none"])
+    )
+    stack.input[2] = "none"
+    onnx.save(model, str(path))
+
+
+def lose_layer(folder: Path) -> None:
+    """The decoder adds nothing behind its second layer."""
+    path = folder / "model.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    [added] = [node for node in model.graph.node if node.name == "/model/layers.1/deepstack/Add"]
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name == added.output[0]:
+                node.input[place] = added.input[0]
+    model.graph.node.remove(added)
+    onnx.save(model, str(path))
+
+
+@pytest.mark.slow
+def test_an_artifact_with_deepstack_passes(stacked_artifact: Path, stacked_checkpoint: Path) -> None:
+    found = verdicts(stacked_artifact, stacked_checkpoint, *sorted(VISUAL))
+    assert found == dict.fromkeys(VISUAL, Verdict.PASS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("harm", "failed"), [(lose_features, {"vision"}), (lose_layer, {"sight_parity"})])
+def test_a_lost_deepstack_fails_whatever_the_limits(
+    stacked_artifact: Path, stacked_checkpoint: Path, tmp_path: Path, harm: Callable[[Path], None], failed: set[str]
+) -> None:
+    broken = Path(shutil.copytree(stacked_artifact, tmp_path / "broken"))
+    harm(broken)
+    loose = verdicts(broken, stacked_checkpoint, *sorted(VISUAL), limits=LOOSE)
+    assert {name for name, verdict in loose.items() if verdict is Verdict.FAIL} == failed
+    assert verdicts(broken, stacked_checkpoint, "sight") == {"sight": Verdict.FAIL}
 
 
 def test_a_model_of_text_is_not_asked_what_it_sees(exact_artifact: Path, tiny_checkpoint: Path) -> None:

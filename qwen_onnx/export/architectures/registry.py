@@ -18,7 +18,7 @@ from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.architectures import moe, qwen3_next, vision
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, VISION_ARCHITECTURE
+from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, VISION_ARCHITECTURE
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Architecture:
 NO_DRAFT = ("exclude_mtp=true",)
 
 # the vision pass writes the embedding, which genai runs apart
-SEEING = Architecture(QWEN2_5_VL, "Qwen25VLTextModel", vision.VisionDecoder, ("exclude_embeds=true",))
+APART = ("exclude_embeds=true",)
+SEEING = Architecture(QWEN2_5_VL, "Qwen25VLTextModel", vision.VisionDecoder, APART)
 
 # What genai 0.18 makes of each; figures are in tests/export/test_architectures.py.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -52,6 +53,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     # a decoder without tower or embedding; of Qwen2-VL "not currently supported"
     QWEN2_VL: SEEING,
     QWEN2_5_VL: SEEING,
+    # a decoder without DeepStack, which answers otherwise
+    QWEN3_VL: Architecture(QWEN3_VL, "Qwen3VLTextModel", vision.DeepStackDecoder, APART),
     # "not currently supported". The operators that the export needs are there
     "Qwen2MoeForCausalLM": Architecture("Qwen2ForCausalLM", "QwenModel", moe.Qwen2MoEModel),
     "Qwen3MoeForCausalLM": Architecture("Qwen3ForCausalLM", "Qwen3Model", moe.Qwen3MoEModel),

@@ -6,6 +6,15 @@ the same files would be other classes.
 
 from onnxruntime_genai.models import builder  # isort: skip
 from builders.base import Model
-from builders.qwen import Qwen3Model, Qwen25VLTextModel, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
+from builders.qwen import Qwen3Model, Qwen3VLTextModel, Qwen25VLTextModel, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
 
-__all__ = ["Model", "Qwen3Model", "Qwen25VLTextModel", "Qwen35MoEModel", "Qwen35MoETextModel", "QwenModel", "builder"]
+__all__ = [
+    "Model",
+    "Qwen3Model",
+    "Qwen3VLTextModel",
+    "Qwen25VLTextModel",
+    "Qwen35MoEModel",
+    "Qwen35MoETextModel",
+    "QwenModel",
+    "builder",
+]

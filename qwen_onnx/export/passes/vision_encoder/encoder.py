@@ -27,14 +27,22 @@ from qwen_onnx.export.passes.vision_encoder.tower import FEATURES, GRID, PIXELS,
 from qwen_onnx.export.progress import progress
 from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import VISION_CONFIG, Tower, preparation_of, tower_of
+from qwen_onnx.sources.vision_config import (
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_VL,
+    VISION_CONFIG,
+    Tower,
+    preparation_of,
+    tower_of,
+)
 
 CHECKPOINT = "checkpoint"  # of the build, in the folder that Olive runs in
 VISION_FILE, EMBEDDING_FILE = "vision.onnx", "embedding.onnx"
 IDS, EMBEDDED = "input_ids", "inputs_embeds"
 TABLE = "model.embed_tokens.weight"
-# genai's name of the whole family: Qwen2-VL's positions of pictures are those of Qwen2.5-VL
-GENAI_TYPE = "qwen2_5_vl"
+# genai's names; Qwen2-VL's positions of pictures are those of Qwen2.5-VL
+GENAI_TYPES = {QWEN2_VL: "qwen2_5_vl", QWEN2_5_VL: "qwen2_5_vl", QWEN3_VL: "qwen3_vl"}
 SECONDS = 2.0
 
 
@@ -91,15 +99,21 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
         mean=preparation.mean,
         std=preparation.std,
     )
-    (output / PROCESSOR_CONFIG).write_text(json.dumps(images.config(), indent=1), encoding="utf-8")
+    told = json.dumps(images.config(GENAI_TYPES[tower.architecture]), indent=1)
+    (output / PROCESSOR_CONFIG).write_text(told, encoding="utf-8")
     _configure(decoder / GENAI_CONFIG, output / GENAI_CONFIG, tower)
 
 
 def _embedding(draw: Drawing, tower: Tower, vocabulary: int, path: Path) -> None:
-    """Rows of the table, and where a token stands for a part of a picture, the next of the features."""
+    """Rows of the table, and where a token stands for a part of a picture, the next of the features.
+
+    With DeepStack every row has room behind it for what layers add: zeros but for pictures.
+    """
     table, kind = draw.table(TABLE, (vocabulary, tower.output))
     rows = draw.node("Gather", table, IDS, axis=0)
     rows = rows if kind == FLOAT else draw.node("Cast", rows, to=FLOAT)
+    if tower.deepstack:
+        rows = draw.node("Pad", rows, draw.integer([0, 0, 0, 0, 0, tower.features - tower.output]))
     places = draw.node("NonZero", draw.node("Equal", IDS, draw.integer(tower.image_token)))
     indices = draw.node("Transpose", places, perm=[1, 0])
     count = draw.node("Shape", indices, start=0, end=1)
@@ -110,8 +124,8 @@ def _embedding(draw: Drawing, tower: Tower, vocabulary: int, path: Path) -> None
     tokens: list[str | int] = ["batch_size", "sequence_length"]
     draw.save(
         path,
-        [(IDS, INT64, tokens), (FEATURES, FLOAT, ["num_tokens", tower.output])],
-        [(EMBEDDED, FLOAT, [*tokens, tower.output])],
+        [(IDS, INT64, tokens), (FEATURES, FLOAT, ["num_tokens", tower.features])],
+        [(EMBEDDED, FLOAT, [*tokens, tower.features])],
     )
 
 
@@ -121,7 +135,7 @@ def _configure(source: Path, target: Path, tower: Tower) -> None:
     if EMBEDDED not in model["decoder"]["inputs"]:
         raise ExportError("the decoder takes token ids, not embeddings", where=str(source))
     model |= {
-        "type": GENAI_TYPE,
+        "type": GENAI_TYPES[tower.architecture],
         "image_token_id": tower.image_token,
         "video_token_id": tower.video_token,
         "vision_start_token_id": tower.vision_start,
@@ -141,4 +155,6 @@ def _configure(source: Path, target: Path, tower: Tower) -> None:
             "outputs": {FEATURES: FEATURES},
         },
     }
+    # of what the decoder takes, which genai makes room for
+    model["decoder"]["hidden_size"] = tower.features
     target.write_text(json.dumps(config, indent=4), encoding="utf-8")
