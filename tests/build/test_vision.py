@@ -11,13 +11,14 @@ from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
 from tests.conftest import run_cli
 from tests.fixtures.pictures import as_file, chart
-from tests.fixtures.vision import make_vision_checkpoint
+from tests.fixtures.vision import ARCHITECTURES, STACKED, make_vision_checkpoint
 
 
 @pytest.mark.release
-def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", [ARCHITECTURES[0], STACKED])
+def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path, architecture: str) -> None:
     """Through the INT4 pipeline of the CPU: quantised, packed, with encoder and embedding beside the decoder."""
-    folder = make_vision_checkpoint(tmp_path / "tiny-vl")
+    folder = make_vision_checkpoint(tmp_path / "tiny-vl", architecture)
     done = run_cli("optimize", folder, "--output", tmp_path / "artifact", "--no-verify")
     assert done.returncode == 0, done.stderr
     opened = open_runnable(tmp_path / "artifact")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -48,6 +49,8 @@ INT4 = GenAIModelBuilderOptions(
 )
 EOS, START, END, IMAGE = 1, 258, 259, 260
 CHUNK = 64
+# what one graph hands to another
+CHANGED = {"inputs_embeds", "image_features"}
 
 
 class Case(NamedTuple):
@@ -357,4 +360,17 @@ def test_an_artifact_that_lacks_a_part_does_not_load(case: Case, tmp_path: Path)
     config = (broken / GENAI_CONFIG).read_text()
     (broken / GENAI_CONFIG).write_text(config.replace('"vision.onnx"', '"../vision.onnx"'))
     with pytest.raises(ArtifactError, match=r"vision\.filename"):
+        load_engine(broken, EngineOptions(streams=1, capacity=64))
+
+
+@pytest.mark.parametrize("case", [STACKED], indirect=True)
+@pytest.mark.parametrize("part", ["vision", "model"])
+def test_parts_with_and_without_deepstack_do_not_load(case: Case, tmp_path: Path, part: str) -> None:
+    """A decoder that takes embeddings alone, or an encoder that gives nothing behind them, would answer worse."""
+    broken = Path(shutil.copytree(case.fp32, tmp_path / "broken"))
+    loaded = onnx.load(str(broken / f"{part}.onnx"), load_external_data=False)
+    [changed] = [entry for entry in [*loaded.graph.input, *loaded.graph.output] if entry.name in CHANGED]
+    changed.type.tensor_type.shape.dim[-1].dim_value = 64
+    onnx.save(loaded, str(broken / f"{part}.onnx"))
+    with pytest.raises(ArtifactError, match=r"64 numbers a token, the embedding has 192|cannot load it"):
         load_engine(broken, EngineOptions(streams=1, capacity=64))

@@ -17,6 +17,9 @@ from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.scoring import OnnxScorer
 from qwen_onnx.verify.slices import Cut, SlicedScorer
 from tests.fixtures.architectures import make_checkpoint
+from tests.fixtures.vision import stacked_artifact
+
+__all__ = ["stacked_artifact"]
 
 RANDOM = np.random.default_rng(0)
 TEXTS = [RANDOM.integers(2, 256, length).tolist() for length in (40, 40, 7)]
@@ -53,6 +56,12 @@ def test_experts_linear_attention_and_fp16(architecture: str, options: dict[str,
     build(checkpoint, tmp_path / "built", GenAIModelBuilderOptions.model_validate(options))
     for in_float32 in (False, True):
         assert assert_equal(tmp_path / "built", tmp_path / "scratch", 1, in_float32=in_float32) > 2
+
+
+@pytest.mark.slow
+def test_what_deepstack_adds_crosses_slices(stacked_artifact: Path, tmp_path: Path) -> None:
+    for in_float32 in (False, True):
+        assert assert_equal(stacked_artifact, tmp_path, 1, in_float32=in_float32) == 4
 
 
 def test_no_slice_holds_the_weights_of_another(tiny_build: Path) -> None:

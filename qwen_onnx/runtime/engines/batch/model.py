@@ -23,7 +23,7 @@ from qwen_onnx.processes.memory import free_memory, return_free_memory
 from qwen_onnx.runtime.engines.adapters import AdapterSource, load_adapters
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.session import open_session
-from qwen_onnx.runtime.engines.batch.sight import Sight
+from qwen_onnx.runtime.engines.batch.sight import Sight, require_width
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.pictures import Positions
 
@@ -125,6 +125,8 @@ class BatchModel:
                 f"the graph keeps other state than keys and values: {foreign}", where=str(folder)
             )
         self.sight = Sight(folder, threads) if EMBEDDED in self._inputs else None
+        if self.sight is not None:
+            require_width(self._inputs[EMBEDDED], self.sight.width, folder)
         logits = _logits_of(self._session, layout, shape, folder)
         self._type = TYPES[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
@@ -166,7 +168,7 @@ class BatchModel:
             tokens: int64 [n, t]; row ``first + i`` gets ``tokens[i]``.
             past: tokens that each row holds, n numbers.
             positions: int64 [3, n, t], of a model that sees; None: those of text, one after the other.
-            features: of the pictures' tokens among ``tokens``, [such tokens, hidden].
+            features: of the pictures' tokens among ``tokens``, [such tokens, width]; see ``Table``.
             adapter: one of ``adapters``, for all of these rows; None: the model alone.
 
         Returns:

@@ -23,6 +23,9 @@ KEPT_BYTES = 64 << 20
 class Table:
     """``embedding.onnx`` of an artifact.
 
+    Attributes:
+        width: numbers that the decoder gets for a token: its embedding, and behind it what DeepStack adds.
+
     Args:
         folder: of the artifact.
         threads: within an operator; None leaves it to onnxruntime.
@@ -37,11 +40,11 @@ class Table:
             raise _lacking(folder)
         self._embedding = found
         self._table = _session(folder / found.filename, threads, found.inputs.model_dump())
-        width = self._table.get_outputs()[0].shape[-1]
-        self._none: Floats = np.zeros((0, width if isinstance(width, int) else 0), np.float32)
+        self.width = _width(self._table.get_outputs()[0])
+        self._none: Floats = np.zeros((0, self.width), np.float32)
 
     def embed(self, tokens: np.ndarray[Any, Any], features: Floats | None = None) -> Floats:
-        """Embeddings of ids [rows, tokens], float32 [rows, tokens, hidden]; ``features`` are those of its pictures."""
+        """Embeddings of ids [rows, tokens], float32 [rows, tokens, width]; ``features`` are those of its pictures."""
         names = self._embedding.inputs
         given = {names.input_ids: tokens, names.image_features: self._none if features is None else features}
         (embedded,) = self._table.run([self._embedding.outputs.inputs_embeds], given)
@@ -67,9 +70,10 @@ class Sight(Table):
             raise _lacking(folder)
         self.token, self._vision = model.image_token_id, model.vision
         self._encoder = _session(folder / model.vision.filename, threads, model.vision.inputs.model_dump())
+        require_width(self._encoder.get_outputs()[0], self.width, folder / model.vision.filename)
 
     def encode(self, picture: Picture) -> Floats:
-        """Features of a picture, float32 [tokens, hidden]."""
+        """Features of a picture, float32 [tokens, width]."""
         names = self._vision.inputs
         given = {names.pixel_values: picture.pixels, names.image_grid_thw: np.array([picture.grid], np.int64)}
         (features,) = self._encoder.run([self._vision.outputs.image_features], given)
@@ -114,7 +118,7 @@ class Looked:
         return None if self._positions is None else self._positions[:, None, begin:end]
 
     def features(self, begin: int, end: int) -> Floats | None:
-        """Those of the pictures' tokens in a piece of the prompt, [tokens, hidden]; None when it has no such token."""
+        """Those of the pictures' tokens in a piece of the prompt, [tokens, width]; None when it has no such token."""
         parts = []
         for index, (picture, place) in enumerate(zip(self._pictures, self._begins, strict=True)):
             first, last = max(begin, place), min(end, place + picture.tokens)
@@ -126,6 +130,26 @@ class Looked:
                 # read to its end
                 self._features.pop(index, None)
         return np.concatenate(parts) if parts else None
+
+
+def _width(entry: Any) -> int:
+    """Of the last dimension of an input or an output; 0 where only a run tells."""
+    size = entry.shape[-1] if entry.shape else 0
+    return size if isinstance(size, int) else 0
+
+
+def require_width(entry: Any, width: int, file: Path) -> None:
+    """What one graph of a model that sees hands to another has the width that the other expects.
+
+    Raises:
+        ArtifactError: it has not, as when one was built with DeepStack and the other without.
+    """
+    if _width(entry) != width:
+        raise ArtifactError(
+            f"{entry.name} has {_width(entry)} numbers a token, the embedding has {width}",
+            where=str(file),
+            hint="get the artifact again, or build it",
+        )
 
 
 def _lacking(folder: Path) -> ArtifactError:
