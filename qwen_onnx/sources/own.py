@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_onnx.bounded import read_object
-from qwen_onnx.catalog.architectures import ARCHITECTURES, HYBRIDS, QWEN1
+from qwen_onnx.catalog.architectures import ARCHITECTURES, HYBRIDS, QWEN1, SEEING
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.reference import HubName, folder_name, id_of, parse, row_of
@@ -229,7 +229,7 @@ def _scaling(config: dict[str, Any], architecture: str, where: str) -> Literal["
     kind = rope_type(text)
     if kind == "default":
         return None
-    if kind != "yarn" or architecture == QWEN1 or architecture in HYBRIDS:
+    if kind != "yarn" or architecture == QWEN1 or architecture in HYBRIDS | SEEING:
         raise UnsupportedModelError(
             f"its RoPE is scaled ({kind}), which the export of a {architecture} does not support",
             where=where,

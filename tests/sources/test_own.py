@@ -154,6 +154,8 @@ def test_yarn_is_part_of_the_model(catalog: Catalog, folder: Path) -> None:
     assert "rope" not in plan_of(catalog, folder).model_dump()
     hybrid = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "rope_scaling": YARN}
     refused(catalog, folder, r"scaled \(yarn\), which the export of a Qwen3NextForCausalLM does not", **hybrid)
+    seeing = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "rope_scaling": YARN}
+    refused(catalog, folder, r"scaled \(yarn\), which the export of a Qwen2_5_VLForConditionalGeneration", **seeing)
 
 
 @pytest.mark.parametrize(
