@@ -131,7 +131,8 @@ def _add_chat(router: APIRouter, service: TextService, served: Served, fetcher: 
         unknown = served.unknown(body.model)
         if unknown:
             return unknown
-        options, asked = {**body.options(), **served.options(body.model)}, _readable(body.asked(), service, served.model)
+        options = {**body.options(), **served.options(body.model)}
+        asked = _readable(body.asked(), service, served.model)
         ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked, fetcher)
         jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
         running = await Generations.begin(service, jobs)
@@ -226,7 +227,8 @@ def _add_responses(router: APIRouter, service: TextService, served: Served, fetc
         unknown = served.unknown(body.model)
         if unknown:
             return unknown
-        options, asked = {**body.options(), **served.options(body.model)}, _readable(body.asked(), service, served.model)
+        options = {**body.options(), **served.options(body.model)}
+        asked = _readable(body.asked(), service, served.model)
         ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked, fetcher)
         running = await Generations.begin(service, [(ids, configs(options, 1, service.engine.features)[0])])
         bodies = ResponseAnswers(body)
