@@ -118,7 +118,7 @@ def test_plan_prints_the_complete_olive_config() -> None:
         (
             ["plan", "qwen3-1.7b", "--precision", "int6"],
             2,
-            ["has no int6 for cpu", "more than 5 bytes for each weight"],
+            ["has no int6 for cpu", "9 bytes for each weight"],
         ),
         (["plan", "starter", "--precision", "fp16"], 2, ["unavailable", "computes in fp32 on a CPU"]),
         (["optimize", "starter", "--target", "npu-vitisai"], 2, ["unavailable", "Ryzen AI"]),

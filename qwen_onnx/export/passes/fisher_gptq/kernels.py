@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, KERNEL_BLOCK, FisherGptqOptions
-from qwen_onnx.export.passes.fisher_gptq.solver import Grid, stored_bytes
+from qwen_onnx.export.passes.fisher_gptq.solver import Grid
 from qwen_onnx.export.passes.pack_weights.options import PLANE_BYTES, WIDTHS
 
 
@@ -38,11 +38,6 @@ def kernel_of(grid: Grid, config: FisherGptqOptions) -> Kernel:
 def plane_bytes(grid: Grid, kernel: Kernel) -> int:
     """What the nodes that put a matrix together from planes add to the graph file."""
     return PLANE_BYTES * len(WIDTHS.get(grid.bits, ())) if kernel.bits == 8 else 0
-
-
-def file_bytes(weight: torch.Tensor, grid: Grid, config: FisherGptqOptions, matrices: int = 1) -> int:
-    """Bytes of the model's files for ``weight`` [out, in], the rows of so many matrices."""
-    return stored_bytes(weight, grid) + matrices * plane_bytes(grid, kernel_of(grid, config))
 
 
 def held(packed: Mapping[str, torch.Tensor], grid: Grid, kernel: Kernel) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from qwen_onnx.export.olive_format import assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.fisher_gptq.allocation import Allocation, Choice, Unreachable, allocate
 from qwen_onnx.export.passes.fisher_gptq.head import HEAD_STEP, quantize_head
-from qwen_onnx.export.passes.fisher_gptq.kernels import USUAL, Kernel, file_bytes, held, kernel_of, plane_bytes
+from qwen_onnx.export.passes.fisher_gptq.kernels import USUAL, Kernel, held, kernel_of, plane_bytes
 from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, LAYER_BYTES, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, nearest, refine, solve, stored_bytes
 from qwen_onnx.export.passes.fisher_gptq.statistics import Unit, Watch
@@ -156,8 +156,8 @@ def _solve(
     costs: list[dict[str, Any]] = []
     for grid, one in zip([*fine, *eight], found, strict=True):
         harm = damage(one, weight, unit.hessian, unit.shares, tokens)
-        size = file_bytes(weight, grid, config, len(unit.names))
-        costs.append({"option": grid.name, "bytes": size, "damage": harm})
+        planes = len(unit.names) * plane_bytes(grid, kernel_of(grid, config))
+        costs.append({"option": grid.name, "bytes": stored_bytes(weight, grid), "planes": planes, "damage": harm})
         begin = 0
         for name in unit.names:
             rows = slice(begin, begin + modules[name].out_features)
@@ -173,10 +173,13 @@ def _allocation(
 ) -> tuple[Allocation, dict[str, float]]:
     """The grid of every unit, by ``<layer>.<matrix>``, and what ``quantize`` returns."""
     head = work.finished(HEAD_STEP) or {}
+    known = {f"{index}.{unit}": costs for index, layer in enumerate(layers) for unit, costs in layer.items()}
+    planes = {(unit, cost["option"]): cost["planes"] for unit, costs in known.items() for cost in costs}
     choices = {
-        f"{index}.{unit}": [Choice(**cost) for cost in costs]
-        for index, layer in enumerate(layers)
-        for unit, costs in layer.items()
+        unit: [
+            Choice(cost["bytes"] + _counted(cost["planes"], config), cost["damage"], cost["option"]) for cost in costs
+        ]
+        for unit, costs in known.items()
     }
     other = head["bytes"] + _other_bytes(skeleton, config)
     try:
@@ -189,8 +192,15 @@ def _allocation(
         size = f"{(fault.least + other) / 1e6:.1f} MB of files"
         raise _out_of_reach(skeleton, config, size if config.max_kld is None else kld) from fault
     total, kld = found.bytes + other, found.damage + head["damage"]
+    if config.bits_per_weight is not None:
+        total += sum(planes[choice] for choice in found.options.items())
     progress(f"{total / 1e6:.1f} MB with a predicted KLD of {kld:.4f}, of which the head has {head['damage']:.4f}")
     return found, {"bytes": total, "kld": float(f"{kld:.4g}")}
+
+
+def _counted(planes: int, config: FisherGptqOptions) -> int:
+    """Bytes of nodes, of which a bound for files knows and one for weights does not."""
+    return planes if config.bits_per_weight is None else 0
 
 
 def _out_of_reach(skeleton: Skeleton, config: FisherGptqOptions, least: str) -> ExportError:
@@ -207,7 +217,10 @@ def _require_room(skeleton: Skeleton, config: FisherGptqOptions) -> None:
         return
     least = stored_bytes(skeleton.weights.tensor(skeleton.head_name), Grid(config.head_bits, BLOCK))
     least += _other_bytes(skeleton, config) + sum(
-        min(file_bytes(module.weight, grid, config) for grid in GRIDS[config.kernel])
+        min(
+            stored_bytes(module.weight, grid) + _counted(plane_bytes(grid, kernel_of(grid, config)), config)
+            for grid in GRIDS[config.kernel]
+        )
         for index in range(skeleton.count)
         for module in skeleton.linears(index).values()
     )
