@@ -71,7 +71,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
-    service = QwenService(given.folder, threads=given.threads, isolated=True)
+    # the prompts of a load test repeat themselves: benchmarks/speculation.py measures what guessing makes of such
+    service = QwenService(given.folder, threads=given.threads, isolated=True, speculate="off")
 
     def stats() -> dict[str, Any]:
         # the engine of one stream tells none

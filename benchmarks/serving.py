@@ -292,7 +292,7 @@ def benchmark(folder: Path, options: Options, *, threads: int | None, say: Calla
         bench = asyncio.run(measure(server, prompts, options, Shape.read(folder).eos_token_ids, say))
         engine = server.get_json("/probe")["engine"]
     say("batches")
-    with QwenService(folder, threads=threads, isolated=True) as service:
+    with QwenService(folder, threads=threads, isolated=True, speculate="off") as service:
         bench.values["batch_ratio"] = batch_ratios(service, prompts, options)
     head = {
         "artifact": folder.name,

@@ -6,9 +6,9 @@ that they do not repeat themselves either. Every prompt is answered by two engin
 guesses and one that does not, one after the other, in the order of a round (ABBA); the other engine sleeps meanwhile.
 Answers end where the model ends them: one that is made to go on goes in circles, which flatters the guesses.
 
-* ``edit_ratio``, ``summarise_ratio``, ``novel_ratio``: tokens per second after the first, with guesses over without,
-  paired by prompt and round; ``..._tok_s`` and ``..._plain_tok_s`` are the speeds themselves. Answers of fewer than
-  ``LEAST`` tokens are not measured.
+* ``edit_ratio``, ``summarise_ratio``, ``novel_ratio``: tokens per second after the first, over all prompts of the
+  kind, with guesses over without, paired by round; ``..._tok_s`` and ``..._plain_tok_s`` are the speeds themselves.
+  Answers of fewer than ``LEAST`` tokens are not measured.
 * ``..._accepted``: of the guessed tokens; ``..._tokens_per_step``: of an answer.
 * ``..._equal``: share of the tokens up to the first that differs. Wider steps round otherwise, as neighbours in a batch
   do, so that an int4 artifact's answers may part where two tokens are nearly as likely.
@@ -147,10 +147,25 @@ class Answered:
     tokens: tuple[int, ...]
     seconds: float
 
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt's answers with guesses and without, and how many tokens were guessed, and how many of them right."""
+
+    guessed: Answered
+    plain: Answered
+    drafted: int
+    accepted: int
+
     @property
-    def speed(self) -> float:
-        """Tokens per second after the first."""
-        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) >= LEAST else float("nan")
+    def long_enough(self) -> bool:
+        """Whether both have tokens enough for a clock."""
+        return min(len(self.guessed.tokens), len(self.plain.tokens)) >= LEAST
+
+
+def speed(answers: Sequence[Answered]) -> float:
+    """Tokens per second of all answers, each after its first token."""
+    return sum(len(one.tokens) - 1 for one in answers) / sum(one.seconds for one in answers)
 
 
 def prompts(folder: Path) -> dict[str, list[tuple[int, ...]]]:
@@ -174,7 +189,8 @@ def answer(engine: BatchEngine, request: TokenRequest) -> Answered:
     """Run one request alone; ServiceError when the engine fails."""
     events: queue.SimpleQueue[tuple[float, TokenEvent]] = queue.SimpleQueue()
     engine.submit(request, lambda event: events.put((time.perf_counter(), event)))
-    tokens, times = [], []
+    tokens: list[int] = []
+    times: list[float] = []
     while True:
         at, event = events.get(timeout=PATIENCE_S)
         if event.error is not None:
@@ -194,7 +210,7 @@ def common(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 class Bench:
-    """Two engines of one artifact; ``values`` holds one entry a prompt and round for each figure."""
+    """Two engines of one artifact; ``values`` holds one entry a round for each figure."""
 
     def __init__(self, folder: Path, options: Options) -> None:
         self._options = options
@@ -211,7 +227,7 @@ class Bench:
         # one that the prefix cache does not know, so that both engines read all of it
         return TokenRequest(ids, self._options.new_tokens, sampling, cache_scope=str(number))
 
-    def pair(self, kind: str, ids: tuple[int, ...], number: int) -> None:
+    def pair(self, kind: str, ids: tuple[int, ...], number: int) -> Pair:
         """One prompt by both, in the order of the round."""
         told: dict[str, Answered] = {}
         guessing = self._engines["ngram"]
@@ -219,30 +235,38 @@ class Bench:
         for name in ("ngram", "off") if number % 2 == 0 else ("off", "ngram"):
             told[name] = answer(self._engines[name], self.request(kind, ids, number))
         after = guessing.stats()
-        drafted, accepted = (
-            getattr(after, name) - getattr(before, name) for name in ("drafted_tokens", "accepted_tokens")
-        )
-        speeds = {name: one.speed for name, one in told.items()}
-        self.values[f"{kind}_ratio"].append(speeds["ngram"] / speeds["off"])
-        self.values[f"{kind}_tok_s"].append(speeds["ngram"])
-        self.values[f"{kind}_plain_tok_s"].append(speeds["off"])
-        self.values[f"{kind}_accepted"].append(accepted / drafted if drafted else float("nan"))
-        tokens = len(told["ngram"].tokens)
-        self.values[f"{kind}_tokens_per_step"].append(tokens / (tokens - accepted) if tokens else float("nan"))
-        if kind != "novel":
-            self.values[f"{kind}_equal"].append(common(told["ngram"].tokens, told["off"].tokens))
+        drafted = after.drafted_tokens - before.drafted_tokens
+        return Pair(told["ngram"], told["off"], drafted, after.accepted_tokens - before.accepted_tokens)
 
     def all_rounds(self, say: Callable[[str], None]) -> None:
-        """Each prompt once a round, in an order of its own; a first round teaches the engine what steps cost."""
+        """Each prompt once a round, in an order of its own; a first one teaches the engine what steps cost."""
         for kind, known in self._prompts.items():
             self.pair(kind, known[0], -2)
-        self.values.clear()
         for number in range(self._options.rounds):
             say(f"round {number + 1} of {self._options.rounds}")
             order = [(kind, ids) for kind, known in self._prompts.items() for ids in known]
+            # the same for the two rounds of an ABBA
             random.Random(number // 2).shuffle(order)
+            found = defaultdict(list)
             for kind, ids in order:
-                self.pair(kind, ids, number)
+                found[kind].append(self.pair(kind, ids, number))
+            for kind, pairs in found.items():
+                self._note(kind, [pair for pair in pairs if pair.long_enough])
+
+    def _note(self, kind: str, pairs: list[Pair]) -> None:
+        """The figures of a round, over all prompts of a kind; nothing when every answer was too short."""
+        if not pairs:
+            return
+        guessed, plain = (speed([getattr(pair, name) for pair in pairs]) for name in ("guessed", "plain"))
+        drafted, accepted = (sum(getattr(pair, name) for pair in pairs) for name in ("drafted", "accepted"))
+        tokens = sum(len(pair.guessed.tokens) for pair in pairs)
+        told = {"ratio": guessed / plain, "tok_s": guessed, "plain_tok_s": plain}
+        told["accepted"] = accepted / drafted if drafted else float("nan")
+        told["tokens_per_step"] = tokens / (tokens - accepted)
+        if kind != "novel":
+            told["equal"] = sum(common(pair.guessed.tokens, pair.plain.tokens) for pair in pairs) / len(pairs)
+        for name, value in told.items():
+            self.values[f"{kind}_{name}"].append(value)
 
     def close(self) -> None:
         """Free both engines."""

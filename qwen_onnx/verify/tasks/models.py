@@ -115,7 +115,8 @@ def artifact_side(context: Context) -> Iterator[Any]:
 def _served(context: Context) -> QwenService | None:
     if context.level is not Verification.RUN:
         return None
-    service = QwenService(context.artifact, threads=context.options.threads, streams=1)
+    # steps of one token, as decoding was proven
+    service = QwenService(context.artifact, threads=context.options.threads, streams=1, speculate="off")
     if "echo" in service.engine.features:
         return service
     service.close()
