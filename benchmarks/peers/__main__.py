@@ -108,8 +108,8 @@ def measured(given: argparse.Namespace, console: Console) -> tuple[dict[str, Any
         if "speed" in checks:
             measure.measure_speed(chosen, ids, conditions, given.new_tokens, given.threads, given.rounds, found)
     head = {
-        "artifact": artifact.name,
-        "checkpoint": checkpoint.name,
+        "artifact": given.artifact.name,
+        "checkpoint": given.checkpoint.name,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": given.threads,

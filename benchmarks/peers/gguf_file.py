@@ -44,7 +44,7 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
             raise UnsupportedModelError(f"llama.cpp's {name} has no tensor for {stored}", where=str(checkpoint))
         if stored == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue
-        writer.add_tensor(found + stored[stored.rindex(".") :], weights.tensor(stored).float().numpy())
+        writer.add_tensor(found, weights.tensor(stored).float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -26,7 +26,7 @@ from qwen_onnx.verify.statistics import DriftEstimates
 
 CONTROL = "control"
 STREAM_PROMPT = 64  # tokens of each prompt where several are answered at once
-WARM_UP = 32
+WARM_UP = 4  # tokens
 
 
 class Worker:
@@ -202,10 +202,11 @@ def measure_speed(
         with working(chosen, threads=threads, streams=streams, capacity=capacity) as workers:
             for worker in workers:
                 found[worker.model.name].load_s.append(worker.load_s)
-                # two at once where there will be several
-                worker.run([ids[:WARM_UP]] * min(streams, 2), 8)
             for condition in sorted(asked, key=lambda each: (each.depth, each.streams)):
                 progress(f"speed: {condition.streams} × {condition.depth} tokens, {rounds} rounds")
+                for worker in workers:
+                    # engines compile for a new shape: the first run of each does not count
+                    worker.run(condition.prompts(ids, rounds), WARM_UP)
                 for number, worker in in_turns(workers, rounds):
                     found[worker.model.name].speeds[condition.name].append(
                         worker.run(condition.prompts(ids, number), new_tokens)
