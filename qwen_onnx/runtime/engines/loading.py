@@ -8,11 +8,10 @@ from pathlib import Path
 
 from qwen_onnx.artifact.seal import Seal, verify_runnable
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
-from qwen_onnx.runtime.engines.batch.speculation import Speculate
 from qwen_onnx.runtime.engines.serial import SerialEngine
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.network import is_loopback
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
-from qwen_onnx.runtime.engines.batch.speculation import Speculate
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
 from qwen_onnx.runtime.server.keys import KEYS_FILE_VARIABLE, KEYS_VARIABLE
 from qwen_onnx.runtime.service.policy import OPEN, STRICT, Policy
 

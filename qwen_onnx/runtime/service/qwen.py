@@ -11,9 +11,8 @@ from typing import cast
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import PromptTooLongError, RequestError
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource
-from qwen_onnx.runtime.engines.batch.speculation import Speculate
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
 from qwen_onnx.runtime.engines.pictures import Picture

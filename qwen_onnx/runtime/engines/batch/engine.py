@@ -15,14 +15,14 @@ import numpy as np
 import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
 from qwen_onnx.runtime.engines.batch.rows import Rows
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
 from qwen_onnx.runtime.engines.batch.sight import Looked
-from qwen_onnx.runtime.engines.batch.speculation import Costs, Speculate, Speculator
+from qwen_onnx.runtime.engines.batch.speculation import Costs, Speculator
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import (
     CLOSED,

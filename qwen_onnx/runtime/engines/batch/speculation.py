@@ -9,11 +9,9 @@ and how much an answer may lose is bounded here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from qwen_onnx.runtime.engines.batch.drafts import Drafts
 
-Speculate = Literal["off", "ngram"]
 # tokens of a step; few, so that what each costs is soon known
 WIDTHS = (2, 3, 4, 6, 8, 12, 16)
 # plain steps that each more token of a step costs, until it was timed: docs/lab-log.md
