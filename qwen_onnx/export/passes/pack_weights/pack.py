@@ -1,9 +1,9 @@
 """Our Olive pass ``PackWeights``: the same graph with smaller files.
 
-A code below 2**6 of an 8-bit MatMulNBits is stored in 4, 5 or 6 bits, as one plane of four bits and another of one or
-two; a float32 scale that half precision holds exactly is stored so. Nodes of the graph put them together again under
-the names that they had: ONNX Runtime folds these nodes when it loads, and its 8-bit kernels see what they saw before.
-No weight changes by a bit.
+A code below 2**7 of an 8-bit MatMulNBits is stored in 4 to 7 bits, as one plane of four bits and others of two and one;
+a float32 scale that half precision holds exactly is stored so; scales and zero points that neighbouring blocks repeat
+are stored once. Nodes of the graph put them together again under the names that they had: ONNX Runtime folds these
+nodes when it loads, and its 8-bit kernels see what they saw before. No weight changes by a bit.
 """
 
 from __future__ import annotations
