@@ -17,6 +17,8 @@ from qwen_onnx.runtime.engines.batch.drafts import Drafts
 from qwen_onnx.runtime.engines.batch.speculation import ALLOWANCE, MOST, SLOPE, Costs, Speculator
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.sampling import Sampling
+from qwen_onnx.runtime.service.generation import Attached, ChatPrompt
+from tests.fixtures.pictures import as_file, chart
 from tests.runtime.engines.batch.test_engine import Heard, endless
 
 # a random model repeats such a text for long; what it says then breaks off now and again
@@ -301,6 +303,23 @@ def test_one_slow_step_is_no_verdict() -> None:
     costs.note(1, 0.01)
     costs.note(4, 10.0)
     assert costs.of(4) == pytest.approx((1 + 3 * SLOPE) * 1.1)
+
+
+def test_a_picture_before_them_moves_all_tokens_of_a_step(seeing_artifact: Path) -> None:
+    """The grammar says the answer; how likely the model finds it depends on where it takes the tokens to stand."""
+    shown = Attached(as_file(chart(120, 90)), "it")
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    prompt = ChatPrompt([{"role": "user", "content": content}], pictures=(shown,))
+    config = GenerationConfig(max_new_tokens=60, grammar="start: /(abc){30}/", logprobs=0)
+    answers = []
+    for speculate in ("off", "ngram"):
+        with QwenService(seeing_artifact, threads=1, streams=1, context=512, speculate=speculate) as service:
+            answers.append(service.generate(prompt, config))
+            accepted = service.stats().accepted_tokens
+    assert accepted > 20
+    plain, guessed = ([entry.logprob for entry in answer.logprobs] for answer in answers)
+    assert len(plain) == 60
+    assert guessed == pytest.approx(plain, abs=1e-4)
 
 
 def test_a_token_that_stands_for_a_picture_is_not_guessed() -> None:
