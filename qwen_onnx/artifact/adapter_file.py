@@ -151,7 +151,7 @@ def read_adapter_file(file: Path, slots: Slots, weights: str) -> SlotAdapter:
 
 
 def _read_header(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Entry]]:
-    header = read_object(body, most_bytes=LARGEST_HEADER, error=ArtifactError, what="the header", hint=HINT)
+    header = read_object(body, most_bytes=LARGEST_HEADER, error=ArtifactError, what=f"the header of {where}", hint=HINT)
     metadata = header.pop("__metadata__", None)
     told = metadata.get(RECORD) if isinstance(metadata, dict) else None
     if not isinstance(told, str):
@@ -161,7 +161,9 @@ def _read_header(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Ent
             hint=HINT,
         )
     # its strings may hold what the header's JSON only escapes
-    read_object(told.encode("utf-8"), most_bytes=LARGEST_HEADER, error=ArtifactError, what="its record", hint=HINT)
+    read_object(
+        told.encode("utf-8"), most_bytes=LARGEST_HEADER, error=ArtifactError, what=f"the record in {where}", hint=HINT
+    )
     try:
         record = AdapterRecord.model_validate_json(told)
         return record, {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in header.items()}

@@ -24,17 +24,21 @@ if TYPE_CHECKING:
 MODULE = re.compile(r"layers\.(?P<layer>\d{1,6})\.(?:\w+\.)?(?P<matrix>\w+)")
 
 
-def convert_adapter(adapter: Adapter, artifact: Path, output: Path) -> AdapterRecord:
+def convert_adapter(adapter: Adapter, artifact: Path, output: Path, genai: Path | None = None) -> AdapterRecord:
     """Write ``adapter`` as a file for the slots of ``artifact``.
+
+    Args:
+        genai: where it is written in onnxruntime-genai's form, too, for its ``Adapters``; that has no record.
 
     Raises:
         ArtifactError: the artifact is not whole or has no slots.
         UnsupportedModelError: the adapter was trained on other weights, has a larger rank than the slots or a matrix
             without a slot, or a matrix of another size.
-        SourceError: there is something at ``output`` already.
+        SourceError: there is something at ``output`` or ``genai`` already.
     """
-    if output.exists() or output.is_symlink():
-        raise SourceError("there is a file already", where=str(output), hint="give --output another name")
+    for file in (output, genai) if genai else (output,):
+        if file.exists() or file.is_symlink():
+            raise SourceError("there is a file already", where=str(file), hint="give another name")
     manifest = open_runnable(artifact).manifest
     slots = slots_of_graph(artifact / GenaiConfig.read(artifact).graph_file)
     base = Base(model=manifest.plan.model, weights=weights_digest(manifest.source.files))
@@ -49,6 +53,8 @@ def convert_adapter(adapter: Adapter, artifact: Path, output: Path) -> AdapterRe
     output.parent.mkdir(parents=True, exist_ok=True)
     targets = sorted({_place(module)[1] for module in adapter.tensors})
     made = adapter.manifest
+    if genai:
+        _write_for_genai(genai, tensors)
     return write_adapter_file(
         output,
         tensors,
@@ -60,6 +66,16 @@ def convert_adapter(adapter: Adapter, artifact: Path, output: Path) -> AdapterRe
         adapter=adapter.digest,
         data=made.data.sha256 if made else None,
     )
+
+
+def _write_for_genai(file: Path, tensors: Mapping[str, Floats]) -> None:
+    import onnxruntime as ort
+
+    form = ort.AdapterFormat()
+    form.set_adapter_version(1)
+    form.set_model_version(1)
+    form.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(tensor) for name, tensor in tensors.items()})
+    form.export_adapter(str(file))
 
 
 def _require_base(adapter: Adapter, base: Base, manifest: Manifest) -> None:

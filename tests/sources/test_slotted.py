@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,8 @@ from qwen_onnx.catalog.training import load_training
 from qwen_onnx.errors import ArtifactError, QwenOnnxError, SourceError, UnsupportedModelError
 from qwen_onnx.files import file_checksums
 from qwen_onnx.records import Verdict
+from qwen_onnx.runtime.engines.adapters import AdapterSource
+from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.sources.adapter import MANIFEST, WEIGHTS, AdapterBase, AdapterData, AdapterManifest, open_adapter
 from qwen_onnx.sources.fetch import weights_digest
 from qwen_onnx.sources.slotted import convert_adapter
@@ -56,6 +59,39 @@ def test_the_record_says_what_is_known(slotted_artifact: Path, tmp_path: Path) -
     assert (own.name, own.verdict, own.data, own.content) == ("faq", Verdict.PASS, "d" * 64, stranger.content)
     slots = slots_of_graph(slotted_artifact / "model.onnx")
     assert read_adapter_file(tmp_path / "own", slots, weights).record == own
+
+
+def test_onnxruntime_genai_answers_as_the_engine_does(slotted_artifact: Path, tmp_path: Path) -> None:
+    import onnxruntime_genai as og
+
+    peft, genai = open_adapter(make_adapter(tmp_path / "faq")), tmp_path / "faq.onnx_adapter"
+    convert_adapter(peft, slotted_artifact, tmp_path / "faq.safetensors", genai)
+    model = og.Model(str(slotted_artifact))
+    known = og.Adapters(model)
+    known.load(str(genai), "faq")
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=40, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.set_active_adapter(known, "faq")
+    generator.append_tokens(list(range(5, 25)))
+    for _ in range(8):
+        generator.generate_next_token()
+    ours = BatchModel(
+        slotted_artifact,
+        rows=1,
+        capacity=64,
+        threads=1,
+        adapters=[AdapterSource.of("faq", tmp_path / "faq.safetensors")],
+    )
+    ids = list(range(5, 25))
+    told = []
+    logits = ours.extend(0, np.array([ids]), [0], adapter="faq")
+    for past in range(20, 28):
+        told.append(int(logits[0].argmax()))
+        logits = ours.extend(0, np.array([[told[-1]]]), [past], adapter="faq")
+    assert list(generator.get_sequence(0))[20:] == told
+    with pytest.raises(SourceError, match="there is a file already"):
+        convert_adapter(peft, slotted_artifact, tmp_path / "another", genai)
 
 
 def test_an_adapter_of_other_weights_is_refused(slotted_artifact: Path, tmp_path: Path) -> None:

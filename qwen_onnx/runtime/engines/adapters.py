@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime as ort
+
 from qwen_onnx.artifact.adapter_file import HINT, NAME_PATTERN, SlotAdapter, read_adapter_file
-from qwen_onnx.artifact.adapter_slots import read_slots
+from qwen_onnx.artifact.adapter_slots import Slots, read_slots
 from qwen_onnx.artifact.manifest import read_manifest
 from qwen_onnx.bounded import open_plain
 from qwen_onnx.errors import ArtifactError, ConfigError
@@ -63,13 +65,13 @@ def parse_adapters(given: Sequence[str]) -> dict[str, Path]:
 
 
 def load_adapters(
-    folder: Path, metadata: Mapping[str, str], sources: Sequence[AdapterSource]
+    folder: Path, session: ort.InferenceSession, sources: Sequence[AdapterSource]
 ) -> dict[str, SlotAdapter]:
     """The adapters by their names.
 
     Args:
         folder: of the artifact.
-        metadata: of its graph.
+        session: with its graph.
 
     Raises:
         ArtifactError: the graph has no slots, an adapter does not fit, or is another file than it was.
@@ -79,7 +81,8 @@ def load_adapters(
 
     if not sources:
         return {}
-    slots = read_slots(metadata, str(folder))
+    slots = read_slots(session.get_modelmeta().custom_metadata_map, str(folder))
+    _require_slots(slots, session, folder)
     weights = weights_digest(read_manifest(folder).source.files)
     found = {}
     for source in sources:
@@ -87,3 +90,18 @@ def load_adapters(
         if found[source.name].digest != source.digest:
             raise ArtifactError(f"the adapter {source.name} has changed", where=str(source.file), hint="start again")
     return found
+
+
+def _require_slots(slots: Slots, session: ort.InferenceSession, folder: Path) -> None:
+    """ArtifactError where the metadata tells of a slot that the graph has not, or has in another size."""
+    inputs = {entry.name: entry for entry in session.get_overridable_initializers()}
+    for slot in slots.slots:
+        for name, place, size in ((slot.a, 0, slot.inputs), (slot.b, 1, slot.outputs)):
+            entry = inputs.get(name)
+            known = entry is not None and entry.type == "tensor(float)" and len(entry.shape) == 2
+            if entry is None or not known or entry.shape[place] != size:
+                raise ArtifactError(
+                    f"the graph has no input {name} of {size}, of which its metadata tells",
+                    where=str(folder),
+                    hint="get the artifact again, or build it",
+                )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qwen_onnx.errors import ArtifactError, ConfigError, RequestError
@@ -108,6 +110,21 @@ def test_an_artifact_without_slots_takes_no_adapter(tiny_artifact: Path, adapter
     with pytest.raises(ArtifactError, match="no slots for adapters") as caught:
         BatchModel(tiny_artifact, rows=1, capacity=64, threads=1, adapters=sources(adapters))
     assert "--adapter-rank" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ['"inputs":128', "mlp.other_proj"])
+def test_slots_that_the_graph_has_not_are_refused(
+    slotted_artifact: Path, adapters: dict[str, Path], tmp_path: Path, wrong: str
+) -> None:
+    broken = Path(shutil.copytree(slotted_artifact, tmp_path / "broken"))
+    model = onnx.load(str(broken / "model.onnx"), load_external_data=False)
+    told = model.metadata_props[-1]
+    right = '"inputs":64' if "inputs" in wrong else "mlp.down_proj"
+    assert right in told.value
+    told.value = told.value.replace(right, wrong, 1)
+    onnx.save(model, str(broken / "model.onnx"))
+    with pytest.raises(ArtifactError, match="the graph has no input"):
+        BatchModel(broken, rows=1, capacity=64, threads=1, adapters=sources(adapters))
 
 
 def test_a_file_that_changed_since_is_refused(slotted_artifact: Path, adapters: dict[str, Path]) -> None:

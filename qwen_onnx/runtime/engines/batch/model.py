@@ -137,7 +137,7 @@ class BatchModel:
         # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
-        self.adapters = load_adapters(folder, self._session.get_modelmeta().custom_metadata_map, adapters)
+        self.adapters = load_adapters(folder, self._session, adapters)
         self._bindings: dict[tuple[int, int, str | None], Any] = {}
         self._check_rows()
 
