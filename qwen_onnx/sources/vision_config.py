@@ -37,6 +37,7 @@ NORMAL = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 FEWEST_PIXELS, MOST_PIXELS = 56 * 56, 28 * 28 * 1280
 LARGEST_PICTURE = 1 << 28
 THETA = 10000.0
+POSITIONS = 2304
 
 
 @dataclass(frozen=True)
@@ -185,23 +186,15 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
         merge=merge,
         window=number(style.window, 112) // merge // patch if style.window else 0,
         full=layers("fullatt_block_indexes", [7, 15, 23, 31]) if style.window else (),
-        positions=math.isqrt(number(style.positions, 2304)) if style.positions else 0,
+        positions=math.isqrt(number(style.positions, POSITIONS)) if style.positions else 0,
         deepstack=layers(style.deepstack, [8, 16, 24]) if style.deepstack else (),
         sections=_sections(text, architecture, faults),
         image_token=token("image_token_id"),
         video_token=token("video_token_id"),
         vision_start=token("vision_start_token_id"),
     )
-    if style.window and found.window < 1:
-        faults.append("vision_config.window_size is smaller than a merged patch")
-    if style.positions and not faults and vision.get(style.positions, 2304) != found.positions**2:
-        faults.append(f"vision_config.{style.positions} is not the number of places of a square")
-    if not faults and list(found.deepstack) != sorted(set(found.deepstack)):
-        faults.append(f"vision_config.{style.deepstack} does not rise")
-    if not faults and len(found.deepstack) > text.get("num_hidden_layers", 0):
-        faults.append(f"vision_config.{style.deepstack} names more layers than the text model has")
-    if not faults and found.output != text.get("hidden_size"):
-        faults.append(f"the tower gives {found.output} dimensions, the text model has {text.get('hidden_size')}")
+    # what contradicts itself is of use only where each number can be right
+    faults = faults or _contradictions(found, vision, text)
     if faults:
         raise UnsupportedModelError(
             f"the vision tower cannot be right: {'; '.join(faults)}",
@@ -209,6 +202,22 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
             hint="use the model's own config.json",
         )
     return found
+
+
+def _contradictions(tower: Tower, vision: dict[str, Any], text: dict[str, Any]) -> list[str]:
+    """What parts of a config say otherwise than other parts."""
+    style, stacked, faults = tower.style, list(tower.deepstack), []
+    if style.window and tower.window < 1:
+        faults.append("vision_config.window_size is smaller than a merged patch")
+    if style.positions and vision.get(style.positions, POSITIONS) != tower.positions**2:
+        faults.append(f"vision_config.{style.positions} is not the number of places of a square")
+    if style.deepstack and (not stacked or stacked != sorted(set(stacked))):
+        faults.append(f"vision_config.{style.deepstack} is empty or does not rise")
+    if len(stacked) > text.get("num_hidden_layers", 0):
+        faults.append(f"vision_config.{style.deepstack} names more layers than the text model has")
+    if tower.output != text.get("hidden_size"):
+        faults.append(f"the tower gives {tower.output} dimensions, the text model has {text.get('hidden_size')}")
+    return faults
 
 
 def _sections(text: dict[str, Any], architecture: str, faults: list[str]) -> tuple[int, ...]:

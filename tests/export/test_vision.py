@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -49,8 +49,6 @@ INT4 = GenAIModelBuilderOptions(
 )
 EOS, START, END, IMAGE = 1, 258, 259, 260
 CHUNK = 64
-# what one graph hands to another
-CHANGED = {"inputs_embeds", "image_features"}
 
 
 class Case(NamedTuple):
@@ -363,14 +361,37 @@ def test_an_artifact_that_lacks_a_part_does_not_load(case: Case, tmp_path: Path)
         load_engine(broken, EngineOptions(streams=1, capacity=64))
 
 
+def without_deepstack(graph: Any) -> None:
+    """The decoder that genai's own builder makes."""
+    [split] = [node for node in graph.node if node.name == "/model/deepstack/Split"]
+    added = [node for node in graph.node if node.name.endswith("/deepstack/Add")]
+    assert len(added) == 2
+    renamed = {split.output[0]: split.input[0]} | {node.output[0]: node.input[0] for node in added}
+    for node in [split, *added]:
+        graph.node.remove(node)
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    del graph.value_info[:]
+    [embedded] = [entry for entry in graph.input if entry.name == "inputs_embeds"]
+    embedded.type.tensor_type.shape.dim[-1].dim_value //= 3
+
+
+def one_part(graph: Any) -> None:
+    """An encoder that gives nothing for the layers of the decoder."""
+    stack = graph.node[-1]
+    assert stack.op_type == "Concat"
+    del stack.input[1:]
+    graph.output[0].type.tensor_type.shape.dim[-1].dim_value //= 3
+
+
 @pytest.mark.parametrize("case", [STACKED], indirect=True)
-@pytest.mark.parametrize("part", ["vision", "model"])
-def test_parts_with_and_without_deepstack_do_not_load(case: Case, tmp_path: Path, part: str) -> None:
-    """A decoder that takes embeddings alone, or an encoder that gives nothing behind them, would answer worse."""
+@pytest.mark.parametrize(("part", "change"), [("vision", one_part), ("model", without_deepstack)])
+def test_parts_with_and_without_deepstack_do_not_load(
+    case: Case, tmp_path: Path, part: str, change: Callable[[Any], None]
+) -> None:
     broken = Path(shutil.copytree(case.fp32, tmp_path / "broken"))
     loaded = onnx.load(str(broken / f"{part}.onnx"), load_external_data=False)
-    [changed] = [entry for entry in [*loaded.graph.input, *loaded.graph.output] if entry.name in CHANGED]
-    changed.type.tensor_type.shape.dim[-1].dim_value = 64
+    change(loaded.graph)
     onnx.save(loaded, str(broken / f"{part}.onnx"))
-    with pytest.raises(ArtifactError, match=r"64 numbers a token, the embedding has 192|cannot load it"):
+    with pytest.raises(ArtifactError, match="64 numbers a token, the embedding has 192"):
         load_engine(broken, EngineOptions(streams=1, capacity=64))

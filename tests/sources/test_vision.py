@@ -114,8 +114,9 @@ def test_the_published_tower_is_read() -> None:
     [
         ({"vision_config__deepstack_visual_indexes": [5, 24]}, "deepstack_visual_indexes is not a list of layers"),
         ({"vision_config__deepstack_visual_indexes": "all"}, "deepstack_visual_indexes is not a list of layers"),
-        ({"vision_config__deepstack_visual_indexes": [11, 5]}, "deepstack_visual_indexes does not rise"),
-        ({"vision_config__deepstack_visual_indexes": [5, 5]}, "deepstack_visual_indexes does not rise"),
+        ({"vision_config__deepstack_visual_indexes": [11, 5]}, "deepstack_visual_indexes is empty or does not rise"),
+        ({"vision_config__deepstack_visual_indexes": [5, 5]}, "deepstack_visual_indexes is empty or does not rise"),
+        ({"vision_config__deepstack_visual_indexes": []}, "deepstack_visual_indexes is empty"),
         ({"text_config__num_hidden_layers": 2}, "names more layers than the text model has"),
         ({"vision_config__num_position_embeddings": 2300}, "not the number of places of a square"),
         ({"vision_config__num_position_embeddings": 10**9}, "num_position_embeddings is 1000000000"),

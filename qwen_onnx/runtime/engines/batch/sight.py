@@ -144,7 +144,7 @@ def require_width(entry: Any, width: int, file: Path) -> None:
     Raises:
         ArtifactError: it has not, as when one was built with DeepStack and the other without.
     """
-    if _width(entry) != width:
+    if _width(entry) and width and _width(entry) != width:
         raise ArtifactError(
             f"{entry.name} has {_width(entry)} numbers a token, the embedding has {width}",
             where=str(file),
