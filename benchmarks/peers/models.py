@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from filelock import FileLock
 
 from benchmarks.bnb4 import files_bytes
 from benchmarks.peers.gguf_file import write_gguf
@@ -131,14 +133,19 @@ def _key(checkpoint: Path, how: str) -> str:
 
 
 def _converted(target: Path, convert: Callable[[Path], None]) -> Path:
-    """``target``, which ``convert`` makes beside it when it is not there: what is there is whole."""
-    if not target.exists():
-        progress(f"converting for {target.stem}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / target.name
-            convert(made)
-            made.rename(target)
+    """``target``, which ``convert`` makes when it is not there: what is there is whole, whatever was killed before."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent.with_suffix(".lock")):
+        if not target.exists():
+            progress(f"converting for {target.stem}")
+            scratch = target.parent / "unfinished"
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                convert(scratch / target.name)
+                (scratch / target.name).rename(target)
+            finally:
+                shutil.rmtree(scratch)
     return target
 
 
