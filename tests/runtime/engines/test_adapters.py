@@ -40,6 +40,7 @@ def engine(slotted_artifact: Path, adapters: dict[str, Path]) -> Iterator[BatchE
     running.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all", "some"])
 def test_logits_are_those_of_peft(
     name: str, slotted_artifact: Path, adapters: dict[str, Path], tiny_checkpoint: Path
