@@ -15,6 +15,7 @@ from qwen_onnx.runtime import Engine, QwenService
 from qwen_onnx.runtime.engines.adapters import AdapterSource, parse_adapters
 from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.engines.serial import SerialEngine
@@ -63,16 +64,32 @@ def test_logits_are_those_of_peft(
     np.testing.assert_allclose(model.every_position(0, ids, 0), plain, atol=1e-4)
 
 
-def test_without_an_adapter_nothing_changes(slotted_artifact: Path, exact_artifact: Path) -> None:
+def test_without_an_adapter_nothing_changes(
+    slotted_artifact: Path, exact_artifact: Path, adapters: dict[str, Path]
+) -> None:
     ids = np.array(IDS, np.int64)
-    found = [
-        BatchModel(folder, rows=1, capacity=64, threads=1).every_position(0, ids, 0).copy()
-        for folder in (slotted_artifact, exact_artifact)
+    plain, closed, empty = [
+        BatchModel(folder, rows=1, capacity=64, threads=1, adapters=given).every_position(0, ids, 0).copy()
+        for folder, given in (
+            (exact_artifact, ()),
+            (slotted_artifact, ()),
+            (slotted_artifact, sources(adapters)),
+        )
     ]
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(closed, plain)
+    np.testing.assert_array_equal(empty, plain)
     both = [Engine(folder, threads=1) for folder in (slotted_artifact, exact_artifact)]
     told = [list(engine.generate(IDS, max_new_tokens=8, stop_on_eos=False)) for engine in both]
     assert told[0] == told[1]
+
+
+def test_slots_that_nobody_fills_are_taken_out(slotted_artifact: Path, exact_artifact: Path) -> None:
+    graph = onnx.load_from_string(rewritten(slotted_artifact / "model.onnx", [without_slots]) or b"").graph
+    assert rewritten(exact_artifact / "model.onnx", [without_slots]) is None
+    exact = onnx.load(str(exact_artifact / "model.onnx"), load_external_data=False).graph
+    for field in ("node", "input", "initializer"):
+        names = [sorted(item.name for item in getattr(each, field)) for each in (graph, exact)]
+        assert names[0] == names[1], field
 
 
 def test_adapters_in_flight_together_answer_as_each_does_alone(engine: BatchEngine) -> None:

@@ -6,14 +6,11 @@ those of the artifact; a second session would hold them twice.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 HEADS = ("MatMulNBits", "MatMul")
 # input of the graph: indices of the positions, as NumPy has them (-1 is the last one)
 POSITIONS = "logits_positions"
-# the weights lie beside the graph; a file of this size holds them itself, and is left as it is
-MOST_BYTES = 256 << 20
 
 
 def pruned_head(graph: Any) -> tuple[Any, Any] | None:
@@ -32,22 +29,18 @@ def pruned_head(graph: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def with_positions(model: Path) -> bytes | None:
-    """The graph with the input ``POSITIONS``, int64 [positions]; its logits are [batch, positions, vocabulary].
+def with_positions(graph: Any) -> bool:
+    """Give the graph the input ``POSITIONS``, int64 [positions]; its logits are [batch, positions, vocabulary].
 
     Returns:
-        The graph without its weights; None: there is nothing to open.
+        Whether there was something to open.
     """
     import onnx
 
-    if model.stat().st_size > MOST_BYTES:
-        return None
-    loaded = onnx.load(str(model), load_external_data=False)
-    found = pruned_head(loaded.graph)
+    found = pruned_head(graph)
     if found is None:
-        return None
+        return False
     gather, head = found
-    graph = loaded.graph
     cut = next(node for node in graph.node if head.input[0] in node.output)
     # a list of indices keeps the dimension that Unsqueeze put back after a single one
     gather.input[1], head.input[0] = POSITIONS, gather.output[0]
@@ -59,5 +52,4 @@ def with_positions(model: Path) -> bytes | None:
     graph.value_info.extend(kept)
     logits = next(output for output in graph.output if output.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "positions"
-    serialized: bytes = loaded.SerializeToString()
-    return serialized
+    return True

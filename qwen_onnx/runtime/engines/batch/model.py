@@ -22,6 +22,7 @@ from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.processes.memory import free_memory, return_free_memory
 from qwen_onnx.runtime.engines.adapters import AdapterSource, load_adapters
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
+from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.sight import Sight, require_width
 from qwen_onnx.runtime.engines.genai import Shape
@@ -114,7 +115,7 @@ class BatchModel:
                 f"built for {shape.provider}, which onnxruntime-genai drives", where=str(folder)
             )
         layout = KvLayout.read(folder)
-        self._session = _session(folder, threads)
+        self._session = _session(folder, threads, slots=bool(adapters))
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         past = {name for name, _ in layout.names}
         foreign = sorted(
@@ -313,8 +314,10 @@ def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, An
     return np.frombuffer(memory, kind).reshape(sizes)
 
 
-def _session(folder: Path, threads: int | None) -> ort.InferenceSession:
-    session = open_session(folder / GenaiConfig.read(folder).graph_file, threads, with_positions)
+def _session(folder: Path, threads: int | None, *, slots: bool) -> ort.InferenceSession:
+    changes = [with_positions] if slots else [with_positions, without_slots]
+    graph = folder / GenaiConfig.read(folder).graph_file
+    session = open_session(graph, threads, lambda file: rewritten(file, changes))
     # what it folded meanwhile
     return_free_memory()
     return session

@@ -17,6 +17,7 @@ from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.batch.rewritten import rewritten
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.engines.serial import SerialEngine
@@ -124,8 +125,8 @@ def test_no_more_than_a_piece_of_logits_is_held(exact_artifact: Path) -> None:
 
 
 def test_an_opened_head_gives_what_the_pruned_one_gave(pruned_artifact: Path, exact_artifact: Path) -> None:
-    assert with_positions(exact_artifact / "model.onnx") is None
-    graph = onnx.load_from_string(with_positions(pruned_artifact / "model.onnx") or b"")
+    assert rewritten(exact_artifact / "model.onnx", [with_positions]) is None
+    graph = onnx.load_from_string(rewritten(pruned_artifact / "model.onnx", [with_positions]) or b"")
     assert POSITIONS in {entry.name for entry in graph.graph.input}
     opened, whole = (BatchModel(folder, rows=2, capacity=64, threads=1) for folder in (pruned_artifact, exact_artifact))
     tokens = np.array([[5, 6, 7, 8]])
@@ -135,7 +136,7 @@ def test_an_opened_head_gives_what_the_pruned_one_gave(pruned_artifact: Path, ex
 def test_a_graph_that_is_too_large_to_open_tells_no_prompt(
     pruned_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_onnx.runtime.engines.batch.head.MOST_BYTES", 10)
+    monkeypatch.setattr("qwen_onnx.runtime.engines.batch.rewritten.MOST_BYTES", 10)
     engine = BatchEngine(pruned_artifact, streams=1, capacity=256, threads=1)
     assert "echo" not in engine.features
     with pytest.raises(RequestError, match="echo"):
