@@ -218,7 +218,7 @@ def test_off_guesses_nothing(plain: BatchEngine) -> None:
 def test_a_graph_that_tells_the_last_position_guesses_nothing(
     pruned_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_onnx.runtime.engines.batch.head.MOST_BYTES", 10)
+    monkeypatch.setattr("qwen_onnx.runtime.engines.batch.rewritten.MOST_BYTES", 10)
     engine = opened(pruned_artifact)
     assert len(Heard(engine, endless(REPEATED, 60)).tokens()) == 60
     assert figures(engine) == (0, 0)
