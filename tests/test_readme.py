@@ -39,6 +39,8 @@ SLOW_OR_LASTING = {
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --depth release": "test_optimize.py, on a tiny model",
     ".venv/bin/qwen-onnx verify artifacts/starter/cpu-int4 --device cpu": "test_device.py, with the runtime alone",
     ".venv/bin/qwen-onnx optimize starter --source dithered --output dithered-int4": "test_starter.py",
+    "make optimize PRECISION=int6": "test_fisher_gptq.py, on a tiny model",
+    ".venv/bin/qwen-onnx chat artifacts/starter/cpu-int6": "the artifact of the line above",
     ".venv/bin/qwen-onnx compare starter": "test_starter.py, one variant",
     ".venv/bin/qwen-onnx fetch starter --dither 0 --output dithered": "test_starter.py",
 }

@@ -131,9 +131,9 @@ def test_the_command_prints_a_table_and_a_line_of_json(tiny_checkpoint: Path) ->
     assert set(figures) == set(Estimate.__dataclass_fields__)
     assert figures["exact"]
     assert "memory, peak of the build" in done.stdout
-    refused = run_cli("plan", "qwen3-0.6b", "--source", tiny_checkpoint)
-    assert refused.returncode == 2
-    assert "--estimate" in refused.stderr
+    plan = run_cli("plan", "qwen3-0.6b", "--source", tiny_checkpoint, "--full")
+    assert plan.returncode == 0, plan.stderr
+    assert json.loads(plan.stdout)["model"] == tiny_checkpoint.name
 
 
 def test_the_artifact_of_the_tiny_checkpoint(repository: Path, tiny_checkpoint: Path, tiny_build: Path) -> None:
