@@ -91,3 +91,20 @@ class Bound:
             return f"{self.name} was not measured, asked for is {self.sign} {self.value:g}"
         kept = figure.median >= self.value if self.sign == ">=" else figure.median <= self.value
         return None if kept else f"{self.name} is {figure.median:g}, asked for is {self.sign} {self.value:g}"
+
+
+def conclude(told: Mapping[str, Any], title: str, bounds: Sequence[Bound]) -> int:
+    """The table, every broken bound, and last the line of JSON; returns the exit code, 1 when a bound is broken.
+
+    Args:
+        told: ``head``, where and how it was measured, and ``figures``.
+
+    Raises:
+        ConfigError: a bound is on a figure that there is not.
+    """
+    show(told["figures"], title, Console())
+    broken = [fault for bound in bounds if (fault := bound.broken(told["figures"]))]
+    for fault in broken:
+        Console(stderr=True).print(f"gate: {fault}", markup=False)
+    print(as_json(told["head"], told["figures"]))
+    return 1 if broken else 0

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks.figures import Bound, Figure, as_json, show
+from benchmarks.figures import Bound, Figure, conclude
 from benchmarks.live import Answer, LiveServer, http_client, stream_chat
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import ConfigError, ServiceError, run
@@ -154,16 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gate", action="append", default=[], metavar="NAME<=VALUE", help="exit 1 when it is broken")
     given = parser.parse_args(arguments)
     bounds = [Bound.parse(text) for text in given.gate]
-    err = Console(stderr=True)
     told = benchmark(
-        given.artifact.resolve(), side=given.side, rounds=given.rounds, threads=given.threads, say=err.print
+        given.artifact.resolve(),
+        side=given.side,
+        rounds=given.rounds,
+        threads=given.threads,
+        say=Console(stderr=True).print,
     )
-    show(told["figures"], f"{told['head']['artifact']}, pictures of {given.side} × {given.side}", Console())
-    broken = [fault for bound in bounds if (fault := bound.broken(told["figures"]))]
-    for fault in broken:
-        err.print(f"gate: {fault}", markup=False)
-    print(as_json(told["head"], told["figures"]))
-    return 1 if broken else 0
+    return conclude(told, f"{told['head']['artifact']}, pictures of {given.side} × {given.side}", bounds)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks.figures import Bound, Figure, as_json, show
+from benchmarks.figures import Bound, Figure, conclude
 from benchmarks.live import Answer, LiveServer, OnPiece, http_client, stream_chat
 from qwen_onnx.errors import ServiceError, run
 from qwen_onnx.runtime.engines.genai import Shape
@@ -326,14 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bounds = [Bound.parse(text) for text in given.gate]
     lengths = tuple(given.prompt_tokens)
     options = Options(tuple(given.streams), lengths, given.new_tokens, given.system_tokens, given.rounds)
-    err = Console(stderr=True)
-    told = benchmark(given.artifact.resolve(), options, threads=given.threads, say=err.print)
-    show(told["figures"], f"{told['head']['artifact']}, {options.new_tokens} new tokens", Console())
-    broken = [fault for bound in bounds if (fault := bound.broken(told["figures"]))]
-    for fault in broken:
-        err.print(f"gate: {fault}", markup=False)
-    print(as_json(told["head"], told["figures"]))
-    return 1 if broken else 0
+    told = benchmark(given.artifact.resolve(), options, threads=given.threads, say=Console(stderr=True).print)
+    return conclude(told, f"{told['head']['artifact']}, {options.new_tokens} new tokens", bounds)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.figures import Bound, Figure, as_json, show
+from benchmarks.figures import Bound, Figure, conclude
 from qwen_onnx.errors import ServiceError, run
 from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.interface import TokenEvent, TokenRequest
@@ -314,14 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     bounds = [Bound.parse(text) for text in given.gate]
     options = Options(given.new_tokens, given.rounds, given.threads)
-    err = Console(stderr=True)
-    told = benchmark(given.artifact.resolve(), options, err.print)
-    show(told["figures"], f"{told['head']['artifact']}, {options.new_tokens} new tokens", Console())
-    broken = [fault for bound in bounds if (fault := bound.broken(told["figures"]))]
-    for fault in broken:
-        err.print(f"gate: {fault}", markup=False)
-    print(as_json(told["head"], told["figures"]))
-    return 1 if broken else 0
+    told = benchmark(given.artifact.resolve(), options, Console(stderr=True).print)
+    return conclude(told, f"{told['head']['artifact']}, {options.new_tokens} new tokens", bounds)
 
 
 if __name__ == "__main__":

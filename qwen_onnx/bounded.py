@@ -137,9 +137,13 @@ def read_record(
         # of the bytes: a record read from JSON takes a list for a tuple and a string for a path
         return kind.model_validate_json(body)
     except ValidationError as cause:
-        first = cause.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise error(f"{path.name} is damaged: {place}: {first['msg']}", where=str(path), hint=hint) from cause
+        raise error(f"{path.name} is damaged: {first_fault(cause)}", where=str(path), hint=hint) from cause
+
+
+def first_fault(cause: ValidationError) -> str:
+    """The first field of a record that is wrong, and what is wrong with it."""
+    first = cause.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def read_description(

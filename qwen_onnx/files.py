@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 # the folder of this package, in a checkout or where it was installed
 PACKAGE = Path(__file__).resolve().parent
@@ -43,11 +46,18 @@ def write_private(path: Path, text: str) -> None:
 
 def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
     """Replace a file by one rename. OSError leaves the old one and nothing else."""
+    with whole_file(path, mode) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when it is written; an exception leaves the old one and nothing else."""
     # mkstemp makes it with mode 0600
     descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
         os.chmod(staging, mode)
         os.replace(staging, path)
     finally:

@@ -18,9 +18,10 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from qwen_onnx.artifact.adapter_slots import Slot, Slots
-from qwen_onnx.bounded import open_plain, read_object
+from qwen_onnx.bounded import first_fault, open_plain, read_object
 from qwen_onnx.catalog.training import MOST_RANK, Matrix
 from qwen_onnx.errors import ArtifactError
+from qwen_onnx.files import whole_file
 from qwen_onnx.records import Name, Record, Sha256, Verdict
 
 Floats = npt.NDArray[np.float32]
@@ -105,12 +106,10 @@ def write_adapter_file(file: Path, tensors: Mapping[str, Floats], **record: Any)
     text = json.dumps({"__metadata__": {RECORD: made.model_dump_json()}, **header}, separators=(",", ":"))
     body = text.encode("utf-8")
     body += b" " * (-len(body) % ALIGNMENT)
-    beside = file.with_name(f".{file.name}.part")
-    with beside.open("wb") as out:
+    with whole_file(file) as out:
         out.write(len(body).to_bytes(LENGTH, "little") + body)
         for tensor in tensors.values():
             out.write(np.ascontiguousarray(tensor).data)
-    os.replace(beside, file)
     return made
 
 
@@ -168,9 +167,7 @@ def _read_header(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Ent
         record = AdapterRecord.model_validate_json(told)
         return record, {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in header.items()}
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"its header is damaged: {place}: {first['msg']}", where=where, hint=HINT) from error
+        raise ArtifactError(f"its header is damaged: {first_fault(error)}", where=where, hint=HINT) from error
 
 
 def _check_base(record: AdapterRecord, slots: Slots, weights: str, where: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
-from qwen_onnx.bounded import read_json
+from qwen_onnx.bounded import first_fault, read_json
 from qwen_onnx.catalog.training import MOST_RANK, Matrix
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.records import Record
@@ -92,9 +92,7 @@ def read_slots(metadata: Mapping[str, str], where: str) -> Slots:
     try:
         return Slots.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"the list of slots is damaged: {place}: {first['msg']}", where=where, hint=HINT) from error
+        raise ArtifactError(f"the list of slots is damaged: {first_fault(error)}", where=where, hint=HINT) from error
 
 
 def slots_of_graph(file: Path) -> Slots:

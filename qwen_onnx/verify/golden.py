@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError
 
-from qwen_onnx.bounded import read_bytes, read_object
+from qwen_onnx.bounded import first_fault, read_bytes, read_object
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.records import Record, Sha256
 from qwen_onnx.verify.scoring import Positions, compare, compared, require_logits
@@ -214,8 +214,7 @@ class Golden:
         try:
             about = About.model_validate_json(told)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise _damaged(path, first_fault(error)) from error
         return cls(about, tuple(_split(about, arrays, path)))
 
 

@@ -16,23 +16,19 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import adapted, make_plan
 from qwen_onnx.catalog.training import load_training
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError, UnsupportedModelError
-from qwen_onnx.files import file_checksums
 from qwen_onnx.records import Verdict
 from qwen_onnx.sources.adapter import (
     CONFIG,
-    MANIFEST,
     WEIGHTS,
-    AdapterBase,
-    AdapterData,
-    AdapterManifest,
     adapter_name,
     open_adapter,
 )
 from qwen_onnx.sources.checkpoint import check_checkpoint
 from qwen_onnx.sources.fetch import fetch, folder_checksums, importers, weights_digest
 from tests.conftest import REPOSITORY, rewrite_json
+from tests.fixtures.adapters import RANK, sign_adapter
 
-RANK, HIDDEN, NARROW, LAYERS = 4, 64, 32, 2
+HIDDEN, NARROW, LAYERS = 64, 32, 2
 NAME = "base_model.model.model.layers.{layer}.self_attn.{matrix}.lora_{part}.weight"
 
 
@@ -56,26 +52,6 @@ def adapter(tmp_path: Path) -> Path:
     (folder / CONFIG).write_text(json.dumps(config))
     save_file(_tensors(), folder / WEIGHTS)
     return folder
-
-
-def _signed(folder: Path, weights: str, **changes: Any) -> None:
-    """Give the adapter a manifest of ours."""
-    training = load_training(REPOSITORY, overrides=[f"rank={RANK}"])
-    manifest = AdapterManifest(
-        name="faq",
-        verdict=Verdict.PASS,
-        base=AdapterBase(model="starter", origin="a test", revision="1", weights=weights),
-        data=AdapterData(sha256="d" * 64, examples=9, held_out=1),
-        training=training,
-        loss_before=2.0,
-        loss_after=1.0,
-        steps=1,
-        tokens=1,
-        seconds=1.0,
-        packages={},
-        files=file_checksums(folder, without=MANIFEST),
-    )
-    (folder / MANIFEST).write_text(manifest.model_copy(update=changes).model_dump_json())
 
 
 def _fetched(base: Path, folder: Path, cache: Path, given: Path | None) -> Any:
@@ -119,7 +95,7 @@ def test_what_was_merged_is_float32_and_what_was_not_stays(
 
 def test_a_plan_names_base_adapter_and_data(tiny_checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     weights = weights_digest(folder_checksums(tiny_checkpoint))
-    _signed(adapter, weights)
+    sign_adapter(adapter, weights)
     plain = make_plan(load_catalog(REPOSITORY), "starter", "cpu")
     plan = adapted(plain, open_adapter(adapter).adapted())
     assert plan.adapter is not None
@@ -137,7 +113,7 @@ def test_a_plan_names_base_adapter_and_data(tiny_checkpoint: Path, adapter: Path
 
 
 def test_an_adapter_of_another_base_is_refused(tiny_checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
-    _signed(adapter, "0" * 64)
+    sign_adapter(adapter, "0" * 64)
     with pytest.raises(UnsupportedModelError, match="trained on other weights"):
         _fetched(tiny_checkpoint, adapter, tmp_path / "cache", adapter)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
@@ -228,9 +204,9 @@ def test_a_broken_or_hostile_adapter_is_refused(adapter: Path, fault: str) -> No
 def test_a_manifest_that_speaks_against_its_adapter_is_believed(
     adapter: Path, changes: dict[str, Any], told: str
 ) -> None:
-    _signed(adapter, "0" * 64)
+    sign_adapter(adapter, "0" * 64)
     assert open_adapter(adapter).name == "faq"
-    _signed(adapter, "0" * 64, **changes)
+    sign_adapter(adapter, "0" * 64, **changes)
     with pytest.raises(QwenOnnxError, match=told):
         open_adapter(adapter)
 

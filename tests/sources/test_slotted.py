@@ -12,38 +12,16 @@ from safetensors.torch import load_file, save_file
 from qwen_onnx.artifact.adapter_file import read_adapter_file
 from qwen_onnx.artifact.adapter_slots import slots_of_graph
 from qwen_onnx.artifact.manifest import read_manifest
-from qwen_onnx.catalog.training import load_training
 from qwen_onnx.errors import ArtifactError, QwenOnnxError, SourceError, UnsupportedModelError
-from qwen_onnx.files import file_checksums
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.model import BatchModel
-from qwen_onnx.sources.adapter import MANIFEST, WEIGHTS, AdapterBase, AdapterData, AdapterManifest, open_adapter
+from qwen_onnx.sources.adapter import WEIGHTS, open_adapter
 from qwen_onnx.sources.fetch import weights_digest
 from qwen_onnx.sources.slotted import convert_adapter
-from tests.conftest import REPOSITORY
-from tests.fixtures.adapters import RANK, make_adapter
+from tests.fixtures.adapters import RANK, make_adapter, sign_adapter
 
 A = "base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight"
-
-
-def signed(folder: Path, weights: str) -> None:
-    """Give the adapter a manifest of ours."""
-    manifest = AdapterManifest(
-        name="faq",
-        verdict=Verdict.PASS,
-        base=AdapterBase(model="starter", origin="a test", revision="1", weights=weights),
-        data=AdapterData(sha256="d" * 64, examples=9, held_out=1),
-        training=load_training(REPOSITORY, overrides=[f"rank={RANK}"]),
-        loss_before=2.0,
-        loss_after=1.0,
-        steps=1,
-        tokens=1,
-        seconds=1.0,
-        packages={},
-        files=file_checksums(folder, without=MANIFEST),
-    )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
 
 
 def test_the_record_says_what_is_known(slotted_artifact: Path, tmp_path: Path) -> None:
@@ -54,7 +32,7 @@ def test_the_record_says_what_is_known(slotted_artifact: Path, tmp_path: Path) -
     assert (stranger.rank, stranger.targets, stranger.base.weights) == (RANK, ("up_proj", "v_proj"), weights)
     with pytest.raises(SourceError, match="there is a file already"):
         convert_adapter(open_adapter(peft), slotted_artifact, file)
-    signed(peft, weights)
+    sign_adapter(peft, weights)
     own = convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "own")
     assert (own.name, own.verdict, own.data, own.content) == ("faq", Verdict.PASS, "d" * 64, stranger.content)
     slots = slots_of_graph(slotted_artifact / "model.onnx")
@@ -96,7 +74,7 @@ def test_onnxruntime_genai_answers_as_the_engine_does(slotted_artifact: Path, tm
 
 def test_an_adapter_of_other_weights_is_refused(slotted_artifact: Path, tmp_path: Path) -> None:
     peft = make_adapter(tmp_path / "faq")
-    signed(peft, "0" * 64)
+    sign_adapter(peft, "0" * 64)
     with pytest.raises(UnsupportedModelError, match="trained on other weights, those of starter"):
         convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "file")
     assert not (tmp_path / "file").exists()
