@@ -141,7 +141,10 @@ def print_estimate(plan: Plan, source: Path | None, console: Console) -> None:
     for name, meaning in MEANINGS.items():
         table.add_row(meaning, f"{getattr(found, name) / 1e9:.2f}")
     console.print(table)
-    console.print("estimates: within 20 % of what builds for CPUs took; for NPUs disk and memory were measured once")
+    console.print(
+        "estimates: within 20 % of what builds for CPUs took; of the verification's memory, a bound; "
+        "for NPUs disk and memory were measured once"
+    )
     if not found.exact:
         console.print("upper bounds: the row does not say how large every matrix is; --source CHECKPOINT does")
     print(json.dumps(asdict(found)))
