@@ -26,7 +26,7 @@ class TextPart(Strict):
 
 
 class ImageUrl(Strict):
-    """A picture: ``url`` is a data URI in base64, since nothing is fetched."""
+    """A picture: ``url`` is a data URI in base64, or of a host that is fetched from."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = Field(default=None, description=NO_CHANGE)

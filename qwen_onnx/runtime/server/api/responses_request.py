@@ -46,7 +46,7 @@ class InputText(Strict):
 
 
 class InputImage(Strict):
-    """A picture in what the user says: ``image_url`` is a data URI in base64, since nothing is fetched."""
+    """A picture in what the user says: ``image_url`` is a data URI in base64, or of a host that is fetched from."""
 
     type: Literal["input_image"]
     image_url: str
