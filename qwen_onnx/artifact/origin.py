@@ -5,6 +5,7 @@ What is known besides stands in a hidden file beside the artifact, ``.<name>.ori
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -63,33 +64,71 @@ def recorded_origin(artifact: Path, manifest: Manifest) -> str | None:
     return None if unknown else origin_of(plan, None, None)
 
 
-def require_same(target: Path, plan: Plan, origin: str, revisions: Collection[str]) -> None:
-    """Refuse to replace what was made of other weights, at a place that both have by their name alone.
+def require_replaceable(
+    target: Path, plan: Plan, origin: str, revisions: Collection[str], *, by_name: bool, force: bool
+) -> None:
+    """Refuse to replace anything but an earlier artifact of the same model, target, precision and weights.
 
     Args:
-        target: the artifact's; what was rejected there counts, too.
+        target: where the artifact goes; what was rejected there counts, too.
         revisions: any of these identifies the weights of ``plan``.
+        by_name: the place is ours by its name, so that a damaged manifest is an artifact's.
+        force: other weights of the same name give way.
 
     Raises:
-        ArtifactError: names both origins.
+        ArtifactError: says what is there.
     """
     for place in (target, rejected_place(target)):
-        if not (place / MANIFEST).exists():
+        manifest = _standing(place, by_name=by_name)
+        if manifest is None:
             continue
-        try:
-            manifest = read_manifest(place)
-        except ArtifactError:
-            # damaged: nothing is lost
-            continue
+        if manifest.plan.name != plan.name:
+            raise ArtifactError(
+                f"an artifact of another build is there: {manifest.plan.name}; now asked for: {plan.name}",
+                where=str(place),
+                hint=f"another --output keeps both; to replace it, remove {place}",
+            )
         there = recorded_origin(place, manifest)
         same = manifest.source.revision in revisions and manifest.plan.adapter == plan.adapter
-        if there != origin and not same:
+        if there != origin and not same and not force:
             told = there or f"{manifest.source.origin}, wherever that was"
             raise ArtifactError(
                 f"an artifact of the same name is there, made of other weights: {told}; now asked for: {origin}",
                 where=str(place),
-                hint="--output FOLDER keeps both; --force replaces it",
+                hint=f"{'' if by_name else 'another '}--output FOLDER keeps both; --force replaces it",
             )
+
+
+def _standing(place: Path, *, by_name: bool) -> Manifest | None:
+    """The manifest of the artifact at a place; None where nothing would be lost.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
+        return None
+    hint = f"give another --output, or move away what is there: {place}"
+    if not (place / MANIFEST).is_file():
+        what = "the folder is not empty and holds no artifact" if place.is_dir() else "a file is there, not a folder"
+        raise ArtifactError(f"{what}: it is not replaced", where=str(place), hint=hint)
+    try:
+        manifest = read_manifest(place)
+    except ArtifactError as error:
+        if by_name:
+            # damaged: nothing is lost
+            return None
+        raise ArtifactError(
+            f"what is there may not be an artifact: {error.what}", where=str(place), hint=hint
+        ) from error
+    found = {path.relative_to(place) for path in place.rglob("*") if path.is_file()}
+    visible = {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
+    if added := sorted(visible - {MANIFEST, *manifest.files}):
+        raise ArtifactError(
+            f"an artifact is there with files that are not its own: {', '.join(added[:3])}",
+            where=str(place),
+            hint="move them away, or give another --output",
+        )
+    return manifest
 
 
 def is_of_folder(artifact: Path, folder: Path, revision: Callable[[], str]) -> bool:

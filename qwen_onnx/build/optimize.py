@@ -24,7 +24,7 @@ from qwen_onnx.artifact.manifest import (
     replace_verdict,
     staged_manifest,
 )
-from qwen_onnx.artifact.origin import origin_of, record_origin, recorded_origin, require_same
+from qwen_onnx.artifact.origin import origin_of, record_origin, recorded_origin, require_replaceable
 from qwen_onnx.artifact.store import build_lock, kept_folder, rejected_place, staging_folder
 from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.build.toolchain import Toolchain
@@ -104,13 +104,13 @@ def optimize(job: Job) -> Outcome:
     be looked at and the last good artifact stays.
 
     Raises:
-        ArtifactError: another model's artifact has the place that goes by the name of this one.
+        ArtifactError: something else is in its place.
         QwenOnnxError: any stage failed; nothing was published.
     """
     outcome = _built_or_found(job)
     built = outcome.artifact
     # of the same bytes in two folders the first is the artifact's
-    if job.by_name and not (outcome.hit and recorded_origin(built.path, built.manifest)):
+    if not (outcome.hit and recorded_origin(built.path, built.manifest)):
         record_origin(built.path, built.manifest.key, job.origin)
     if outcome.hit and job.verify and job.depth != "quick":
         from qwen_onnx.verify.report import load_report
@@ -137,8 +137,7 @@ def _built_or_found(job: Job) -> Outcome:
         hit = None if job.force else cached(job.target, keys)
         if hit and (hit.manifest.verdict is not Verdict.UNVERIFIED or not job.verify):
             return Outcome(hit, hit=True)
-        if job.by_name and not job.force:
-            require_same(job.target, job.plan, job.origin, pins)
+        require_replaceable(job.target, job.plan, job.origin, pins, by_name=job.by_name, force=job.force)
         require_room(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, adapter=job.adapter, progress=progress)
         key = build_key(job.plan, checkpoint.revision, packages, exporter)

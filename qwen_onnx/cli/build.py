@@ -71,7 +71,9 @@ def optimize(
     target: Target = "cpu",
     precision: Precision = None,
     source: SourceOption = None,
-    output: Path | None = typer.Option(None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION"),
+    output: Path | None = typer.Option(
+        None, help="artifact folder; default artifacts/MODEL/TARGET-PRECISION; what else is there stays"
+    ),
     verify: bool = typer.Option(True, help="measure against PyTorch before publishing"),
     wait: bool = typer.Option(True, help="wait while another build of the same artifact runs"),
     force: bool = typer.Option(False, help="rebuild even if the same artifact exists; replace one of other weights"),

@@ -28,8 +28,8 @@ def optimize(source: Path, target: Path, *more: str, **options: object) -> subpr
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What lies beside an artifact; the empty lock file may stay."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+    """What lies beside an artifact; the empty lock file and the note of its origin may stay."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith((".lock", ".origin.json")))
 
 
 def test_the_built_artifact(tiny_build: Path) -> None:

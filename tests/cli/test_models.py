@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from qwen_onnx.artifact.manifest import Manifest, read_manifest
-from qwen_onnx.artifact.origin import origin_of, record_origin, require_same
+from qwen_onnx.artifact.origin import origin_of, record_origin, require_replaceable
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.catalog.plan import UNCATALOGUED, Adapted, adapted, make_plan
+from qwen_onnx.catalog.plan import UNCATALOGUED, Adapted, Plan, adapted, make_plan
 from qwen_onnx.catalog.schema import FolderSource, HubSource
 from qwen_onnx.cli.app import app
 from qwen_onnx.cli.options import artifact_at, wanted
@@ -119,9 +120,11 @@ def test_bad_input_is_one_clear_message(folder: Path, arguments: list[str], code
     assert words in str(error)
 
 
-def made(artifact: Path, source: Path, target: str = "cpu", origin: Path | None = None) -> Path:
+def made(
+    artifact: Path, source: Path, target: str = "cpu", origin: Path | None = None, precision: str = "int4"
+) -> Path:
     """The manifest of an artifact of ``source``, and where that was when ``origin`` says so; nothing is built."""
-    plan = json.loads(run("plan", source, "--target", target, "--full").stdout)
+    plan = json.loads(run("plan", source, "--target", target, "--precision", precision, "--full").stdout)
     files = folder_checksums(source)
     manifest = Manifest.model_validate(
         {
@@ -238,19 +241,74 @@ def test_who_may_build_at_a_place(two: Path) -> None:
     place = made(two / "artifacts/ft/cpu-int4", two / "a/ft", origin=two / "a/ft")
     manifest = read_manifest(place)
     plan, weights = manifest.plan, manifest.source.revision
-    require_same(place, plan, str(two / "a/ft"), ["other"])
-    require_same(place, plan, str(two / "b/ft"), ["other", weights])
+
+    def require(plan: Plan, folder: str, revision: str = "other", *, by_name: bool = True, force: bool = False) -> None:
+        origin = origin_of(plan, two / folder, two / "x" if plan.adapter else None)
+        require_replaceable(place, plan, origin, [revision], by_name=by_name, force=force)
+
+    require(plan, "a/ft")
+    require(plan, "b/ft", weights)
+    require(plan, "b/ft", force=True)
     with pytest.raises(ArtifactError, match="made of other weights"):
-        require_same(place, plan, str(two / "b/ft"), ["other"])
+        require(plan, "b/ft")
     merged = adapted(plan, Adapted(name="x", digest="0" * 64, rank=1))
     with pytest.raises(ArtifactError, match="with the adapter"):
-        require_same(place, merged, origin_of(merged, two / "a/ft", two / "x"), [weights])
+        require(merged.model_copy(update={"model": plan.model}), "a/ft", weights)
     # what is written of another artifact says nothing
     record_origin(place, "another key", str(two / "a/ft"))
     with pytest.raises(ArtifactError, match="folder ft, wherever that was"):
-        require_same(place, plan, str(two / "a/ft"), ["other"])
+        require(plan, "a/ft")
     (place / "manifest.json").write_text("{}")
-    require_same(place, plan, str(two / "b/ft"), ["other"])
+    require(plan, "b/ft")
+    with pytest.raises(ArtifactError, match="may not be an artifact"):
+        require(plan, "b/ft", by_name=False, force=True)
+
+
+def _of_another_precision(place: Path, folder: Path) -> str:
+    made(place, folder, precision="int8")
+    return "an artifact of another build is there: ft/cpu-int8; now asked for: ft/cpu-int4"
+
+
+def _of_another_model(place: Path, folder: Path) -> str:
+    made(place, Path(shutil.copytree(folder, folder.with_name("other"))))
+    return "an artifact of another build is there: other/cpu-int4; now asked for: ft/cpu-int4"
+
+
+def _a_folder_of_somebodys(place: Path, folder: Path) -> str:
+    place.mkdir()
+    (place / "thesis.md").write_text("years of work")
+    return "the folder is not empty and holds no artifact"
+
+
+def _a_file(place: Path, folder: Path) -> str:
+    place.write_text("years of work")
+    return "a file is there, not a folder"
+
+
+def _notes_beside_the_artifact(place: Path, folder: Path) -> str:
+    made(place, folder, origin=folder)
+    (place / "thesis.md").write_text("years of work")
+    return "an artifact is there with files that are not its own: thesis.md"
+
+
+@pytest.mark.parametrize(("suffix", "force"), [("", False), (".rejected", True)], ids=["out", "rejected, --force"])
+@pytest.mark.parametrize(
+    "there",
+    [_of_another_precision, _of_another_model, _a_folder_of_somebodys, _a_file, _notes_beside_the_artifact],
+)
+def test_an_output_that_holds_something_else_stays(
+    two: Path, there: Callable[[Path, Path], str], suffix: str, force: bool
+) -> None:
+    place = two / f"out{suffix}"
+    expected = there(place, two / "a/ft")
+    before = {path: path.stat().st_mtime_ns for path in [place, *place.rglob("*")]}
+    options = ["--precision", "int4", "--no-verify", *(["--force"] if force else [])]
+    error = run("optimize", "./a/ft", "--output", "out", *options).exception
+    assert isinstance(error, ArtifactError)
+    assert expected in error.what
+    assert error.where == str(place)
+    assert "another --output" in (error.hint or "")
+    assert {path: path.stat().st_mtime_ns for path in [place, *place.rglob("*")]} == before
 
 
 def test_a_repository_and_a_recipe_are_known_by_the_manifest(two: Path, repository: Path) -> None:
@@ -263,9 +321,9 @@ def test_a_repository_and_a_recipe_are_known_by_the_manifest(two: Path, reposito
     place = made(two / "artifacts/org--name/cpu-int4", two / "a/ft")
     manifest = read_manifest(place).model_copy(update={"plan": plan})
     (place / "manifest.json").write_text(manifest.model_dump_json())
-    require_same(place, plan, "modelscope:org/name", [])
+    require_replaceable(place, plan, "modelscope:org/name", [], by_name=True, force=False)
     with pytest.raises(ArtifactError, match="modelscope:org/name; now asked for: huggingface:org/name"):
-        require_same(place, plan, "huggingface:org/name", [])
+        require_replaceable(place, plan, "huggingface:org/name", [], by_name=True, force=False)
 
 
 @pytest.mark.slow
