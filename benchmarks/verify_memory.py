@@ -1,7 +1,7 @@
 """How much memory and disk a verification takes: ``python -m benchmarks.verify_memory FOLDER``.
 
-Makes a random checkpoint and its int4 artifact, then proves the artifact in a child process as ``optimize`` does, but
-for the speed, whose check loads PyTorch. Samples the child's anonymous memory (RssAnon of proc(5): pages of mapped
+Makes a random checkpoint and its int4 artifact, then proves the artifact in a child process as ``optimize`` does; the
+speed, whose check loads a layer of PyTorch, with ``--latency`` alone. Samples the child's anonymous memory (RssAnon of proc(5): pages of mapped
 files do not count, since they can be dropped and read again) and its scratch files. Prints a table, then one line of
 JSON. Exits 1 when either went over its bound: of memory the artifact and 2.5 GB, of disk 3 GB.
 """
@@ -25,6 +25,8 @@ from qwen_onnx.files import folder_bytes
 
 MEMORY, DISK = 2_500_000_000, 3_000_000_000  # bytes; of memory besides the artifact
 CHECKS = ("graph_parity", "drift", "kv_decode", "batched", "greedy", "size")
+# one short round beside them: its memory is that of a long one
+LATENCY = {"rounds": 1, "new_tokens": 17, "prefill_pairs": 0, "pytorch": "layerwise"}
 # random weights have nearly uniform predictions, whatever is done to them: what is judged here is the memory
 LIMITS = Limits(kld_mean=10, kld_p99=100, top1=1e-6, ppl_ratio=100)
 
@@ -103,12 +105,15 @@ def main() -> int:
     parser.add_argument("--layers-at-once", type=int, help="of the artifact, which is then run in slices")
     parser.add_argument("--windows", type=int, default=1, help="texts of each domain")
     parser.add_argument("--decode-tokens", type=int, default=96, help="tokens of a text that go through the KV cache")
+    parser.add_argument("--latency", action="store_true", help="the speed, too")
     for item in fields(Size):
         parser.add_argument(f"--{item.name.replace('_', '-')}", type=int, default=item.default)
     given = vars(parser.parse_args())
     folder, layers = given.pop("folder").resolve(), given.pop("layers_at_once")
-    options = {"window": given.pop("window"), "windows_per_domain": given.pop("windows"), "layers_at_once": layers}
+    options: dict[str, Any] = {"window": given.pop("window"), "windows_per_domain": given.pop("windows"), "layers_at_once": layers}
     options["decode_tokens"] = given.pop("decode_tokens")
+    if given.pop("latency"):
+        options |= LATENCY | {"checks": (*CHECKS, "latency")}
     size = replace(Size(), **given)
     checkpoint, made = folder / "checkpoint", folder / "artifact"
     if not checkpoint.exists():

@@ -150,7 +150,7 @@ def test_an_answer_that_takes_too_long_is_given_up(service: QwenService) -> None
     with pytest.raises(DeadlineError):
         asyncio.run(ask())
     assert [measured.fault for measured in ended] == ["DeadlineError"] * 2
-    assert guarded.generate("hello", GenerationConfig(max_new_tokens=1)).completion_tokens == 1
+    assert service.generate("hello", GenerationConfig(max_new_tokens=1)).completion_tokens == 1
 
 
 def test_a_full_queue_is_told_before_a_stream_begins(tiny_artifact: Path) -> None:
