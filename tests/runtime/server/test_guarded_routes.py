@@ -25,9 +25,9 @@ def test_an_answer_that_takes_too_long_ends(tiny_artifact: Path, route: str, bod
     settings = ServerSettings(allowed_hosts=("*",), max_tokens=100_000, request_seconds=0.05)
     service = QwenService(tiny_artifact, threads=1)
     with TestClient(create_app(service, "tiny", settings)) as client:
-        if service.template:
-            # rendering may take longer than that on a busy machine, which would be another fault: the template's
-            service.template.seconds = None
+        assert service.template
+        # rendering may take longer than that on a busy machine, which would be another fault: the template's
+        service.template.seconds = None
         asked = {"model": "tiny", **body}
         assert client.post(f"/v1/{route}", json=asked).status_code == 504
         streamed = client.post(f"/v1/{route}", json={**asked, "stream": True})
