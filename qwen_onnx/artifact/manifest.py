@@ -23,6 +23,7 @@ from qwen_onnx.bounded import read_description
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import About
 from qwen_onnx.errors import ArtifactError, EnvironmentFault, PackageError
+from qwen_onnx.files import write_whole
 from qwen_onnx.git import Checkout
 from qwen_onnx.records import Record, Verdict, digest_of
 
@@ -188,6 +189,15 @@ def cached(folder: Path, keys: Collection[str]) -> Artifact | None:
         return open_artifact(folder) if read_manifest(folder).key in keys else None
     except ArtifactError:
         return None
+
+
+def about_anew(artifact: Artifact, about: About | None) -> Artifact:
+    """The artifact whose manifest says ``about`` of its model: no step of a build reads that, so no other file changes."""
+    if artifact.manifest.about == about:
+        return artifact
+    manifest = artifact.manifest.model_copy(update={"about": about})
+    write_whole(artifact.path / MANIFEST, manifest.model_dump_json(indent=1))
+    return Artifact(path=artifact.path, manifest=manifest)
 
 
 def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_onnx.artifact.manifest import (
     Artifact,
     SourceRecord,
+    about_anew,
     build_key,
     cached,
     open_artifact,
@@ -136,7 +137,7 @@ def _built_or_found(job: Job) -> Outcome:
         keys = [build_key(job.plan, pin, packages, exporter) for pin in pins]
         hit = None if job.force else cached(job.target, keys)
         if hit and (hit.manifest.verdict is not Verdict.UNVERIFIED or not job.verify):
-            return Outcome(hit, hit=True)
+            return Outcome(about_anew(hit, job.plan.about), hit=True)
         require_replaceable(job.target, job.plan, job.origin, pins, by_name=job.by_name, force=job.force)
         require_room(job)
         checkpoint = fetch(job.plan, job.cache, local=job.source, adapter=job.adapter, progress=progress)

@@ -49,6 +49,22 @@ def test_the_same_job_again_is_a_cache_hit(tiny_build: Path, tiny_checkpoint: Pa
     assert (tiny_build / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_found_artifact_says_what_the_recipe_says_now(
+    tiny_build: Path, tiny_checkpoint: Path, checkout: Path, tmp_path: Path
+) -> None:
+    """What a model is for changes no step of its build, but manifest, package and card state it."""
+    target = Path(shutil.copytree(tiny_build, tmp_path / "int4"))
+    before = open_artifact(target).manifest
+    edit_yaml(checkout / "recipes/starter.yaml", lambda recipe: recipe["sizes"][0].update(languages=["tlh"]))
+    again = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
+    assert again.returncode == 0, again.stderr
+    assert "already built" in again.stderr
+    after = open_artifact(target).manifest
+    assert after.about
+    assert after.about.languages == ("tlh",)
+    assert after == before.model_copy(update={"about": after.about})
+
+
 @pytest.mark.slow
 def test_an_altered_artifact_is_refused_then_built_again(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
