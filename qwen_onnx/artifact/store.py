@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qwen_onnx.errors import BuildLockedError, full_disk
+from qwen_onnx.errors import ArtifactError, BuildLockedError, full_disk
 from qwen_onnx.files import RECORD_SUFFIX
 from qwen_onnx.records import digest_of
 
@@ -37,8 +37,14 @@ def build_lock(target: Path, *, wait: bool, waiting: Any = None) -> Iterator[Non
 
     Raises:
         BuildLockedError: another process holds it and ``wait`` is false.
+        ArtifactError: the folder that it goes into cannot be made.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"the folder cannot be made: {error.strerror}", where=str(target.parent), hint="give another --output"
+        ) from error
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
         lock.acquire(timeout=0)

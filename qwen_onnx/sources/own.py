@@ -227,6 +227,13 @@ def _scaling(config: dict[str, Any], architecture: str, where: str) -> Literal["
     """
     text = config.get("text_config") or config
     kind = rope_type(text)
+    # the first as transformers 5 writes it, the second as people add it by hand
+    said = {key: rope_type({key: text[key]}) for key in ("rope_parameters", "rope_scaling") if text.get(key)}
+    if len(set(said.values())) > 1:
+        told = ", ".join(f"{key} {value}" for key, value in said.items())
+        raise UnsupportedModelError(
+            f"{CONFIG} scales its RoPE in two ways: {told}", where=where, hint="remove the one that is wrong"
+        )
     if kind == "default":
         return None
     if kind != "yarn" or architecture == QWEN1 or architecture in HYBRIDS | SEEING:

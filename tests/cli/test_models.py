@@ -236,6 +236,13 @@ def test_optimize_never_replaces_another_folders_artifact(two: Path, rejected: b
     assert "--output FOLDER keeps both; --force replaces it" in (error.hint or "")
 
 
+def test_an_output_below_a_file_is_told(two: Path) -> None:
+    (two / "notes").write_text("mine")
+    error = run("optimize", "./a/ft", "--output", "notes/out", "--no-verify").exception
+    assert isinstance(error, ArtifactError)
+    assert error.where == str(two / "notes")
+
+
 def test_who_may_build_at_a_place(two: Path) -> None:
     """The same folder with other weights, the same weights in another folder, whoever finds a damaged manifest."""
     place = made(two / "artifacts/ft/cpu-int4", two / "a/ft", origin=two / "a/ft")

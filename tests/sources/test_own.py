@@ -166,6 +166,11 @@ def test_yarn_is_part_of_the_model(catalog: Catalog, folder: Path) -> None:
         ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0", ""),
         ({"rope_scaling": YARN | {"beta_fast": -1}}, "beta_fast is -1", ""),
         ({"rope_parameters": {"rope_type": "dynamic"}}, r"its RoPE is scaled \(dynamic\)", "config.json"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN},
+            "scales its RoPE in two ways: rope_parameters default, rope_scaling yarn",
+            "remove the one",
+        ),
         ({"use_sliding_window": True, "sliding_window": 4096}, "sliding window", "config.json"),
         ({"max_position_embeddings": None}, "max_position_embeddings is missing", "config.json"),
         (
