@@ -13,6 +13,7 @@ QwenOnnxError                      exit 1
 │   └── VerdictError                        the verdict is FAIL or INCONCLUSIVE
 ├── RequestError                   exit 8   the runtime refuses this input (HTTP 400)
 │   ├── PromptTooLongError                  prompt plus answer do not fit the context
+│   ├── ConflictError                       it contradicts what the server holds now (HTTP 409)
 │   └── TemplateError                       the chat template refuses these messages
 ├── PackageError                   exit 10  a package breaks a rule, was altered, or may not be made
 ├── PublishError                   exit 11  a place to publish to or pull from fails, or holds what cannot be trusted
@@ -153,6 +154,10 @@ class RequestError(QwenOnnxError):
 
 class PromptTooLongError(RequestError):
     """Prompt plus answer do not fit into the model's context."""
+
+
+class ConflictError(RequestError):
+    """What is asked for contradicts what the server holds now; the server answers 409."""
 
 
 class TemplateError(RequestError):

@@ -150,7 +150,9 @@ def read_adapter_file(file: Path, slots: Slots, weights: str) -> SlotAdapter:
 
 
 def _read_header(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Entry]]:
-    header = read_object(body, most_bytes=LARGEST_HEADER, error=ArtifactError, what=f"the header of {where}", hint=HINT)
+    header = read_object(
+        body, most_bytes=LARGEST_HEADER, error=ArtifactError, what=f"the header of {Path(where).name}", hint=HINT
+    )
     metadata = header.pop("__metadata__", None)
     told = metadata.get(RECORD) if isinstance(metadata, dict) else None
     if not isinstance(told, str):
@@ -161,7 +163,11 @@ def _read_header(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Ent
         )
     # its strings may hold what the header's JSON only escapes
     read_object(
-        told.encode("utf-8"), most_bytes=LARGEST_HEADER, error=ArtifactError, what=f"the record in {where}", hint=HINT
+        told.encode("utf-8"),
+        most_bytes=LARGEST_HEADER,
+        error=ArtifactError,
+        what=f"the record in {Path(where).name}",
+        hint=HINT,
     )
     try:
         record = AdapterRecord.model_validate_json(told)

@@ -1,4 +1,4 @@
-"""Adapters that an engine is given, and how they reach the slots of its graph."""
+"""Adapters that an engine is given, from the start or while it runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime as ort
-
-from qwen_onnx.artifact.adapter_file import HINT, NAME_PATTERN, SlotAdapter, read_adapter_file
-from qwen_onnx.artifact.adapter_slots import Slots, read_slots
-from qwen_onnx.artifact.manifest import read_manifest
+from qwen_onnx.artifact.adapter_file import HINT, NAME_PATTERN
 from qwen_onnx.bounded import open_plain
 from qwen_onnx.errors import ArtifactError, ConfigError
 
@@ -43,6 +39,37 @@ class AdapterSource:
             return cls(name, file.resolve(), hashlib.file_digest(opened, "sha256").hexdigest())
 
 
+@dataclass(frozen=True)
+class Swapping:
+    """Adapters that come and go while an engine runs.
+
+    Args:
+        budget: bytes that they have together; the least recently used ones make room.
+        sources: to begin with; one that cannot be loaded is left out. An engine that died had them.
+    """
+
+    budget: int
+    sources: tuple[AdapterSource, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter that an engine holds.
+
+    Args:
+        bytes: in memory.
+        fixed: it was given at the start and stays.
+    """
+
+    name: str
+    digest: str
+    bytes: int
+    rank: int
+    targets: tuple[str, ...]
+    verdict: str
+    fixed: bool
+
+
 def parse_adapters(given: Sequence[str]) -> dict[str, Path]:
     """Files by name, of ``NAME=FILE`` each.
 
@@ -62,46 +89,3 @@ def parse_adapters(given: Sequence[str]) -> dict[str, Path]:
     if faults:
         raise ConfigError(faults, hint="qwen-onnx serve ARTIFACT --adapter faq=faq.safetensors")
     return found
-
-
-def load_adapters(
-    folder: Path, session: ort.InferenceSession, sources: Sequence[AdapterSource]
-) -> dict[str, SlotAdapter]:
-    """The adapters by their names.
-
-    Args:
-        folder: of the artifact.
-        session: with its graph.
-
-    Raises:
-        ArtifactError: the graph has no slots, an adapter does not fit, or is another file than it was.
-    """
-    # not for those who serve none
-    from qwen_onnx.sources.fetch import weights_digest
-
-    if not sources:
-        return {}
-    slots = read_slots(session.get_modelmeta().custom_metadata_map, str(folder))
-    _require_slots(slots, session, folder)
-    weights = weights_digest(read_manifest(folder).source.files)
-    found = {}
-    for source in sources:
-        found[source.name] = read_adapter_file(source.file, slots, weights)
-        if found[source.name].digest != source.digest:
-            raise ArtifactError(f"the adapter {source.name} has changed", where=str(source.file), hint="start again")
-    return found
-
-
-def _require_slots(slots: Slots, session: ort.InferenceSession, folder: Path) -> None:
-    """ArtifactError where the metadata tells of a slot that the graph has not, or has in another size."""
-    inputs = {entry.name: entry for entry in session.get_overridable_initializers()}
-    for slot in slots.slots:
-        for name, place, size in ((slot.a, 0, slot.inputs), (slot.b, 1, slot.outputs)):
-            entry = inputs.get(name)
-            known = entry is not None and entry.type == "tensor(float)" and len(entry.shape) == 2
-            if entry is None or not known or entry.shape[place] != size:
-                raise ArtifactError(
-                    f"the graph has no input {name} of {size}, of which its metadata tells",
-                    where=str(folder),
-                    hint="get the artifact again, or build it",
-                )

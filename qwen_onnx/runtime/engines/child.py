@@ -16,6 +16,7 @@ from typing import Any
 from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import ArtifactError, QwenOnnxError
 from qwen_onnx.runtime.engines import host
+from qwen_onnx.runtime.engines.adapters import Loaded
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import EngineStats
 from qwen_onnx.runtime.engines.loading import EngineOptions
@@ -68,6 +69,8 @@ class Child:
     features: frozenset[str]
     stats: EngineStats
     seal: Seal | None
+    # those that it holds now
+    adapters: tuple[Loaded, ...]
 
     def __init__(
         self, folder: Path, options: EngineOptions, patience: Patience, given_up: Callable[[], bool] = lambda: False
@@ -84,7 +87,7 @@ class Child:
         self._writer = threading.Thread(target=self._write, name="qwen-onnx writer", daemon=True)
         self._writer.start()
         try:
-            self.shape, self.features, self.stats, self.seal = self._loaded(given_up)
+            self.shape, self.features, self.stats, self.seal, self.adapters = self._loaded(given_up)
         except QwenOnnxError:
             self.end(0)
             raise

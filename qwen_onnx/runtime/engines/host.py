@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.runtime.engines.adapters import Loaded
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.interface import EngineStats, TokenEvent, TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
@@ -25,6 +27,8 @@ STATS_EVERY = 0.25
 # the longest honest step is a whole prompt on a device that genai drives
 STUCK_AFTER = 600.0
 EXIT_FAILED = 70
+# messages that change the adapters
+LOAD, UNLOAD = "load_adapter", "unload_adapter"
 
 
 def main(pipe: Connection, folder: Path, options: EngineOptions) -> None:
@@ -39,6 +43,14 @@ def main(pipe: Connection, folder: Path, options: EngineOptions) -> None:
     Host(pipe, engine, seal).run()
 
 
+@dataclass(frozen=True)
+class Changed:
+    """What became of a change of the adapters: all that are held now, or why there was none."""
+
+    number: int
+    outcome: tuple[Loaded, ...] | QwenOnnxError
+
+
 class Host:
     """The child's side of the pipe: numbered requests come in, lists of (number, event) go out, one for each step."""
 
@@ -51,7 +63,7 @@ class Host:
         # when the engine last got on, and since when a message is being handled
         self._stepped, self._busy_since = time.monotonic(), float("inf")
         engine.after_step = self._flush
-        pipe.send((engine.shape, engine.features, engine.stats(), seal))
+        pipe.send((engine.shape, engine.features, engine.stats(), seal, engine.adapters))
 
     def run(self) -> None:
         """Until the pipe ends or ``close`` comes."""
@@ -91,7 +103,16 @@ class Host:
             self._submit(number, content)
         elif kind == "cancel" and number in self._handles:
             self._handles[number].cancel()
+        elif kind in (LOAD, UNLOAD):
+            self._send(Changed(number, self._change(kind, content)))
         return kind == "close"
+
+    def _change(self, kind: str, content: Any) -> tuple[Loaded, ...] | QwenOnnxError:
+        try:
+            self._engine.load_adapter(content) if kind == LOAD else self._engine.unload_adapter(content)
+        except QwenOnnxError as error:
+            return error
+        return self._engine.adapters
 
     def _submit(self, number: int, request: TokenRequest) -> None:
         ended = False

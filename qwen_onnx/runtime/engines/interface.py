@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qwen_onnx.errors import QwenOnnxError
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.pictures import Picture
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
@@ -61,11 +62,6 @@ class TokenRequest:
     cache_scope: str = ""
     pictures: tuple[Picture, ...] = ()
     adapter: str | None = None
-
-    @property
-    def kept_under(self) -> str:
-        """Whose prefixes it may find: keys and values are those of its adapter, too."""
-        return self.cache_scope if self.adapter is None else f"{self.cache_scope}:{self.adapter}"
 
     @property
     def scored(self) -> bool:
@@ -152,6 +148,25 @@ class TokenEngine(Protocol):
     shape: Shape
     # which of ``sampling.ALL_FEATURES`` it honours; a service refuses the others
     features: frozenset[str]
+
+    @property
+    def adapters(self) -> tuple[Loaded, ...]:
+        """Those that requests may name now."""
+
+    def load_adapter(self, source: AdapterSource) -> None:
+        """Hold an adapter; others that are not in use may be dropped for it. One that is held already is kept.
+
+        Raises:
+            RequestError: it exceeds the budget alone, or the engine takes none. ConflictError: another has its name.
+            ArtifactError: it does not fit. OverloadedError: what fills the budget is in use.
+        """
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter.
+
+        Raises:
+            RequestError: it is not held. ConflictError: it is in use, or was given at the start.
+        """
 
     def submit(self, request: TokenRequest, listener: Listener) -> Handle:
         """Queue a request. ``listener`` is called from a thread of the engine and must not block.

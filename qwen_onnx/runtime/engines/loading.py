@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen_onnx.artifact.seal import Seal, verify_runnable
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
-from qwen_onnx.runtime.engines.adapters import AdapterSource
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.serial import SerialEngine
@@ -34,6 +34,7 @@ class EngineOptions:
     expect: str | None = None
     speculate: Speculate = "ngram"
     adapters: tuple[AdapterSource, ...] = ()
+    swapping: Swapping | None = None
 
 
 def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEngine:
@@ -51,10 +52,11 @@ def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEng
             threads=options.threads,
             speculate=options.speculate,
             adapters=options.adapters,
+            swapping=options.swapping,
         )
     except UnsupportedGraphError as error:
-        if options.adapters:
-            hint = "leave --adapter out, or merge it: qwen-onnx optimize MODEL --adapter FOLDER"
+        if options.adapters or options.swapping:
+            hint = "leave --adapter and --adapter-folder out, or merge it: qwen-onnx optimize MODEL --adapter FOLDER"
             what = f"adapters are served in batches alone, and this graph allows none: {error.what}"
             raise ArtifactError(what, where=str(folder), hint=hint) from error
         log.warning("one request at a time: %s", error.what)

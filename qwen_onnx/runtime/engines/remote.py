@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, WorkerDiedError
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded
 from qwen_onnx.runtime.engines.child import Child, Patience
 from qwen_onnx.runtime.engines.genai import Shape
+from qwen_onnx.runtime.engines.host import LOAD, UNLOAD, Changed
 from qwen_onnx.runtime.engines.interface import EngineStats, Listener, TokenEvent, TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions
 
@@ -43,6 +46,8 @@ class RemoteEngine:
         self._folder, self._options, self._patience = folder, options or EngineOptions(), patience or Patience()
         self._lock = threading.Lock()
         self._listeners: dict[int, Listener] = {}
+        # of those who wait for a change of the adapters, with what is to be loaded
+        self._waiting: dict[int, tuple[queue.SimpleQueue[QwenOnnxError | None], AdapterSource | None]] = {}
         self._number, self._restarts, self._deaths = 0, 0, 0
         self._closing = threading.Event()
         self._failed = False
@@ -78,6 +83,46 @@ class RemoteEngine:
             self._listeners[number] = listener
         child.send("submit", number, request)
         return RemoteHandle(number, child)
+
+    @property
+    def adapters(self) -> tuple[Loaded, ...]:
+        """See ``interface.TokenEngine``."""
+        with self._lock:
+            return self._child.adapters
+
+    def load_adapter(self, source: AdapterSource) -> None:
+        """See ``interface.TokenEngine``; WorkerDiedError when the process dies meanwhile."""
+        self._change(LOAD, source, source)
+
+    def unload_adapter(self, name: str) -> None:
+        """See ``interface.TokenEngine``; WorkerDiedError when the process dies meanwhile."""
+        self._change(UNLOAD, name, None)
+
+    def _change(self, kind: str, content: AdapterSource | str, source: AdapterSource | None) -> None:
+        answer: queue.SimpleQueue[QwenOnnxError | None] = queue.SimpleQueue()
+        with self._lock:
+            self._check_life()
+            self._number += 1
+            number, child = self._number, self._child
+            self._waiting[number] = answer, source
+        child.send(kind, number, content)
+        error = answer.get()
+        if error is not None:
+            raise error
+
+    def _heard(self, child: Child, change: Changed) -> None:
+        """Note what the child holds, so that the next one will hold it too."""
+        error = change.outcome if isinstance(change.outcome, QwenOnnxError) else None
+        with self._lock:
+            answer, source = self._waiting.pop(change.number)
+            swapping = self._options.swapping
+            if not isinstance(change.outcome, QwenOnnxError) and swapping:
+                child.adapters = change.outcome
+                held = {each.name for each in change.outcome if not each.fixed}
+                sources = {each.name: each for each in (*swapping.sources, *([source] if source else []))}
+                kept = tuple(each for name, each in sources.items() if name in held)
+                self._options = replace(self._options, swapping=replace(swapping, sources=kept))
+        answer.put(error)
 
     def _check_life(self) -> None:
         if self._failed:
@@ -122,6 +167,8 @@ class RemoteEngine:
                 message = child.receive()
                 if isinstance(message, EngineStats):
                     child.stats = message
+                elif isinstance(message, Changed):
+                    self._heard(child, message)
                 elif message is not None:
                     for number, event in message:
                         self._tell(number, event)
@@ -180,6 +227,11 @@ class RemoteEngine:
     def _tell_all(self, error: WorkerDiedError) -> None:
         for number in list(self._listeners):
             self._tell(number, TokenEvent(error=error))
+        with self._lock:
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+        for answer, _ in waiting:
+            answer.put(error)
 
     def close(self) -> None:
         """End the child process; what still runs hears of it."""

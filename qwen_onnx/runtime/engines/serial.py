@@ -13,6 +13,7 @@ import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
 from qwen_onnx.runtime.engines import QUEUE_SIZE
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import (
     CLOSED,
@@ -26,6 +27,7 @@ from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, GENAI_FEATURES, GRE
 log = logging.getLogger(__name__)
 # genai keeps seeds in 32 bits
 MOST_SEED = 2**31 - 1
+NO_ADAPTERS = "this model's engine takes no adapters"
 
 
 @dataclass(eq=False)
@@ -59,12 +61,25 @@ class SerialEngine:
         self._thread = threading.Thread(target=self._run, name="qwen-onnx engine", daemon=True)
         self._thread.start()
 
+    @property
+    def adapters(self) -> tuple[Loaded, ...]:
+        """None."""
+        return ()
+
+    def load_adapter(self, source: AdapterSource) -> None:
+        """See ``requests.TokenEngine``."""
+        raise RequestError(NO_ADAPTERS, where="name")
+
+    def unload_adapter(self, name: str) -> None:
+        """See ``requests.TokenEngine``."""
+        raise RequestError(NO_ADAPTERS, where="name")
+
     def submit(self, request: TokenRequest, listener: Listener) -> Turn:
         """See ``requests.TokenEngine``."""
         request.check(self.shape)
         _check_features(request)
         if request.adapter is not None:
-            raise RequestError("this model's engine takes no adapters", where="model")
+            raise RequestError(NO_ADAPTERS, where="model")
         if request.pictures:
             raise RequestError("this model's engine takes no pictures", where="messages", hint="send text alone")
         turn = Turn(request, listener)

@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 from qwen_onnx import __version__
 from qwen_onnx.errors import EnvironmentFault, WorkerDiedError
 from qwen_onnx.runtime.server import logs
+from qwen_onnx.runtime.server.adapter_folder import AdapterFolder
 from qwen_onnx.runtime.server.admission import Gate, Watch
 from qwen_onnx.runtime.server.api import CLAMPED, make_router
 from qwen_onnx.runtime.server.faults import handle_errors
@@ -62,11 +63,15 @@ def create_app(
     Args:
         settings: None: the defaults, under any Host, for a server that somebody else's program runs.
         keys: None: no keys are asked for.
+
+    Raises:
+        ConfigError: clients may load adapters, and there are no keys or no such folder.
     """
     settings = settings or ServerSettings(allowed_hosts=("*",))
     monitor = QwenMonitor(service)
     metrics = Metrics(service.stats, lambda: int(psutil.Process().memory_info().rss))
     keys = keys or KeyRing({})
+    settings.check_adapters(keyed=len(keys) > 0)
     policy = settings.policy(keyed=len(keys) > 0)
     if policy.max_concurrent is None and len(keys) > 1:
         # one of several must not keep all the others out
@@ -91,7 +96,8 @@ def create_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     fetcher = Fetcher(settings.fetch_images) if settings.fetch_images else None
-    app.include_router(make_router(guarded, model_name, fetcher))
+    folder = AdapterFolder(settings.adapter_folder, settings.adapter_budget) if settings.adapter_folder else None
+    app.include_router(make_router(guarded, model_name, fetcher, folder))
     app.include_router(make_web_router(model_name, _picture_limits(settings) if service.sees else None))
     paths = app.openapi()["paths"]
     app.include_router(make_docs_router(app.openapi()))
@@ -165,6 +171,7 @@ def load_service(
         verify=True,
         expect=expect,
         adapters=adapters,
+        adapter_budget=settings.adapter_budget if settings.adapter_folder else None,
     )
     service.generate("Hello", GenerationConfig(max_new_tokens=1))
     return service
@@ -193,6 +200,7 @@ def serve(
     """
     keys = KeyRing.load(settings.keys, os.environ)
     settings.check_exposure(keyed=bool(keys))
+    settings.check_adapters(keyed=bool(keys))
     logs.configure()
     tracer = make_tracer(settings.otlp, model_name) if settings.otlp else None
     service = load_service(folder, settings, threads, expect, adapters)

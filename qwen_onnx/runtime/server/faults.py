@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from qwen_onnx.errors import (
+    ConflictError,
     DeadlineError,
     OverloadedError,
     PromptTooLongError,
@@ -55,7 +56,7 @@ def handle_errors(app: FastAPI) -> None:
         _note("invalid")
         code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
         body = error_body(printable(error.what), kind="invalid_request_error", param=error.where, code=code)
-        return JSONResponse(body, 400)
+        return JSONResponse(body, 409 if isinstance(error, ConflictError) else 400)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.errors import EnvironmentFault, WorkerDiedError, run
+from qwen_onnx.errors import ConfigError, EnvironmentFault, WorkerDiedError, run
 from qwen_onnx.runtime.server.app import create_app, load_service
 from qwen_onnx.runtime.server.keys import KeyRing
 from qwen_onnx.runtime.server.settings import ServerSettings
@@ -74,8 +74,11 @@ def deployment(
         settings, keys: those of ``create_app``. Each replica counts the requests of a key by itself.
 
     Raises:
-        EnvironmentFault: Ray is not installed.
+        EnvironmentFault: Ray is not installed. ConfigError: adapters are to be loaded while it runs.
     """
+    if settings is not None and settings.adapter_folder is not None:
+        fault = "adapter_folder: a request reaches one of the replicas, and the others would lack its adapter"
+        raise ConfigError([fault], hint="serve without replicas: qwen-onnx serve ARTIFACT --adapter-folder FOLDER")
     serve = _ray_serve()
 
     def build() -> Named:

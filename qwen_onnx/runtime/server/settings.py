@@ -78,6 +78,12 @@ class ServerSettings(BaseModel):
     )
     sanitise: bool = Field(default=False, description="remove scripts, frames and executable URLs")
     otlp: str | None = Field(default=None, description="send traces there, e.g. http://localhost:4318/v1/traces")
+    adapter_folder: Path | None = Field(
+        default=None, description="folder of adapters, NAME.safetensors, that whoever has an API key may load by name"
+    )
+    adapter_budget: int = Field(
+        default=1 << 30, ge=1, description="bytes of them in memory; the least recently used ones make room"
+    )
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_buffered_bytes: int = Field(default=64 << 20, ge=1024)
     max_connections: int = Field(default=4096, ge=1)
@@ -152,6 +158,18 @@ class ServerSettings(BaseModel):
         own = self.loopback and not keyed and not self.allowed_hosts
         given = {field.name: getattr(self, field.name) for field in fields(Policy)}
         return replace(OPEN if own else STRICT, **{name: value for name, value in given.items() if value is not None})
+
+    def check_adapters(self, keyed: bool) -> None:
+        """ConfigError when clients could load adapters without a key, or there is no folder of them."""
+        if self.adapter_folder is None:
+            return
+        if not keyed:
+            raise ConfigError(
+                ["--adapter-folder: clients would load adapters, and there are no API keys"],
+                hint="qwen-onnx keys new NAME --file keys.json, then --keys keys.json",
+            )
+        if not self.adapter_folder.is_dir():
+            raise ConfigError([f"--adapter-folder {self.adapter_folder}: there is no such folder"])
 
     def check_exposure(self, keyed: bool) -> None:
         """ConfigError when strangers could use the server without a key and nobody said that they may."""

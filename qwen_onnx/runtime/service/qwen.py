@@ -12,7 +12,7 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
-from qwen_onnx.runtime.engines.adapters import AdapterSource
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
 from qwen_onnx.runtime.engines.pictures import Picture
@@ -41,6 +41,7 @@ class QwenService(TextService):
         context: tokens of one conversation; None: the model's, or what the memory allows.
         speculate: ``off`` gives one token a step also where a text repeats itself.
         adapters: files of `qwen-onnx adapter convert`, by the names that a config's ``adapter`` may have.
+        adapter_budget: bytes of others that ``load_adapter`` may load; None: it loads none.
         verify: check every byte before it is loaded, and again whenever an isolated engine is started anew.
         expect: verify, and refuse what has another digest; see ``artifact.seal.runnable_digest``.
 
@@ -62,12 +63,13 @@ class QwenService(TextService):
         expect: str | None = None,
         speculate: Speculate = "ngram",
         adapters: Mapping[str, Path] | None = None,
+        adapter_budget: int | None = None,
     ) -> None:
         folder = Path(folder)
         sources = tuple(AdapterSource.of(name, file) for name, file in (adapters or {}).items())
         verified = verify or expect is not None
-        options = EngineOptions(streams, queue_size, context, threads, verified, expect, speculate, sources)
-        self.adapters = tuple(source.name for source in sources)
+        swapping = Swapping(adapter_budget) if adapter_budget is not None else None
+        options = EngineOptions(streams, queue_size, context, threads, verified, expect, speculate, sources, swapping)
         # before anything else is read: it is the engine that verifies
         self.engine, seal = _engine(folder, options, isolated)
         try:

@@ -47,7 +47,7 @@ class GuardedService(TextService):
     def __init__(self, inner: TextService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
         self._inner = inner
         self.tokenizer, self.template, self.engine = inner.tokenizer, inner.template, inner.engine
-        self.sees, self.fingerprint, self.adapters = inner.sees, inner.fingerprint, inner.adapters
+        self.sees, self.fingerprint = inner.sees, inner.fingerprint
         self.policy, self._observers = policy, tuple(observers)
         if self.template:
             self.template.seconds = policy.request_seconds

@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any, Self
 
 from qwen_onnx.errors import QwenOnnxError, TemplateError
+from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.genai import Cancelled
 from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEngine, TokenEvent
 from qwen_onnx.runtime.engines.pictures import Picture
@@ -45,8 +47,6 @@ class TextService(ABC):
     engine: TokenEngine
     # whether it takes pictures
     sees: bool
-    # names of those that a config may ask for
-    adapters: tuple[str, ...] = ()
     # changes with the artifact: OpenAI's ``system_fingerprint``
     fingerprint: str
 
@@ -57,6 +57,24 @@ class TextService(ABC):
     @abstractmethod
     def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """Begin an answer; see ``QwenService.submit``."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of those that a config may ask for now."""
+        return tuple(adapter.name for adapter in self.engine.adapters)
+
+    def load_adapter(self, name: str, file: Path) -> None:
+        """Load an adapter; see ``TokenEngine.load_adapter``.
+
+        Raises:
+            ConfigError: it cannot be called so. ArtifactError: the file cannot be read, or does not fit.
+            RequestError, OverloadedError, WorkerDiedError: it cannot be loaded, or not now.
+        """
+        self.engine.load_adapter(AdapterSource.of(name, file))
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter; see ``TokenEngine.unload_adapter``."""
+        self.engine.unload_adapter(name)
 
     def room(self, ids: Sequence[int]) -> int:
         """How many tokens the context leaves for an answer."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,13 +16,14 @@ import psutil
 
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
-from qwen_onnx.runtime.engines.adapters import AdapterSource
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded, Swapping
 from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
 from qwen_onnx.runtime.engines.batch.rows import Rows
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
 from qwen_onnx.runtime.engines.batch.sight import Looked
 from qwen_onnx.runtime.engines.batch.speculation import Costs, Speculator
+from qwen_onnx.runtime.engines.batch.stream import Stream
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.interface import (
     CLOSED,
@@ -41,42 +42,6 @@ log = logging.getLogger(__name__)
 PREFILL_CHUNK = 64
 
 
-@dataclass(eq=False)
-class Stream:
-    """A request on its way: ``filled`` of its prompt's tokens are in its row; ``token`` waits to go in.
-
-    ``rest`` is how many steps of others it owes for wider ones of its own.
-    """
-
-    request: TokenRequest
-    listener: Listener
-    sampler: Sampler
-    looked: Looked
-    speculator: Speculator | None = None
-    rest: float = 0
-    row: int = -1
-    filled: int = 0
-    cached: int = 0
-    token: int | None = None
-    drawn: int = 0
-    served: int = 0
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """See ``requests.Handle``."""
-        self.cancelled.set()
-
-    @property
-    def seeded(self) -> bool:
-        """A seed is a promise: rounding depends on who else is in the batch, so such a stream runs alone."""
-        return self.request.sampling.seed is not None
-
-    @property
-    def fresh(self) -> bool:
-        """Whether its whole prompt is computed: cached keys and values do not tell how likely their tokens were."""
-        return self.seeded or self.request.scored
-
-
 class BatchEngine:
     """Continuous batching; see ``requests.TokenEngine``.
 
@@ -87,7 +52,7 @@ class BatchEngine:
         capacity: tokens of a stream, prompt and answer; None: the context, or what the memory allows.
         threads: threads of onnxruntime; None leaves it to onnxruntime.
         speculate: ``ngram`` computes several tokens a step where a text repeats itself, see ``speculation``.
-        adapters: that requests may name.
+        adapters: that requests may name; swapping: others may be loaded and unloaded.
 
     Raises:
         UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
@@ -103,9 +68,16 @@ class BatchEngine:
         threads: int | None = None,
         speculate: Speculate = "ngram",
         adapters: Sequence[AdapterSource] = (),
+        swapping: Swapping | None = None,
     ) -> None:
         self._model = BatchModel(
-            folder, rows=streams, capacity=capacity, chunk=PREFILL_CHUNK, threads=threads, adapters=adapters
+            folder,
+            rows=streams,
+            capacity=capacity,
+            chunk=PREFILL_CHUNK,
+            threads=threads,
+            adapters=adapters,
+            swapping=swapping,
         )
         self.features = BATCH_FEATURES if self._model.tells_every_position else BATCH_FEATURES - {"echo"}
         self.shape = replace(Shape.read(folder), context_length=self._model.capacity)
@@ -132,8 +104,6 @@ class BatchEngine:
         request.check(self.shape)
         if request.echo and "echo" not in self.features:
             raise RequestError("echo is not supported for this model: its graph tells the last position", where="echo")
-        if request.adapter is not None and request.adapter not in self._model.adapters:
-            raise RequestError(f"there is no adapter {request.adapter[:80]!r}", where="model")
         looked = Looked(request, self._model.sight)
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
@@ -147,9 +117,39 @@ class BatchEngine:
             waiting = len(self._waiting) + len(self._active) - len(self._rows.histories)
             if waiting >= self._queue_size:
                 raise OverloadedError(f"{waiting} requests wait already", hint="try again later")
+            stream.scope = self._scope(request)
             self._waiting.append(stream)
             self._changed.notify()
         return stream
+
+    def _scope(self, request: TokenRequest) -> str:
+        """Keys and values are those of an adapter, too; its digest, since another may get its name."""
+        if request.adapter is None:
+            return request.cache_scope
+        if request.adapter not in self._model.adapters:
+            raise RequestError(f"there is no adapter {request.adapter[:80]!r}", where="model")
+        self._model.adapters.touch(request.adapter)
+        return f"{request.cache_scope}:{self._model.adapters[request.adapter].digest}"
+
+    @property
+    def adapters(self) -> tuple[Loaded, ...]:
+        """See ``requests.TokenEngine``."""
+        with self._changed:
+            return self._model.adapters.told()
+
+    def load_adapter(self, source: AdapterSource) -> None:
+        """See ``requests.TokenEngine``."""
+        adapter = self._model.adapters.read(source)
+        with self._changed:
+            self._model.put_adapter(source.name, adapter, self._busy())
+
+    def unload_adapter(self, name: str) -> None:
+        """See ``requests.TokenEngine``."""
+        with self._changed:
+            self._model.drop_adapter(name, self._busy())
+
+    def _busy(self) -> set[str | None]:
+        return {stream.request.adapter for stream in (*self._active, *self._waiting)}
 
     def _speculator(self, request: TokenRequest) -> Speculator | None:
         """How wide a step is shows in how it is rounded, so that times must not decide on the steps of a seed."""
@@ -242,7 +242,7 @@ class BatchEngine:
                     self._waiting.popleft()
                 stream.listener(TokenEvent(finish="cancelled"))
                 continue
-            row = self._rows.admit(stream.looked.keys, stream.request.kept_under, reuse=not stream.fresh)
+            row = self._rows.admit(stream.looked.keys, stream.scope, reuse=not stream.fresh)
             if row is None:
                 return
             stream.row = row

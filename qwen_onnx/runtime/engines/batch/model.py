@@ -9,7 +9,7 @@ own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from qwen_onnx.artifact.adapter_file import SlotAdapter
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.processes.memory import free_memory, return_free_memory
-from qwen_onnx.runtime.engines.adapters import AdapterSource, load_adapters
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 from qwen_onnx.runtime.engines.batch.session import open_session
+from qwen_onnx.runtime.engines.batch.shelf import Shelf
 from qwen_onnx.runtime.engines.batch.sight import Sight, require_width
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.pictures import Positions
@@ -92,6 +94,7 @@ class BatchModel:
         chunk: most tokens that go in at once.
         threads: threads within an operator; None leaves it to onnxruntime.
         adapters: that rows may be computed with.
+        swapping: others may be put beside them later.
 
     Raises:
         UnsupportedGraphError: the graph has other inputs (linear attention), or its rows are not independent.
@@ -108,6 +111,7 @@ class BatchModel:
         chunk: int = 64,
         threads: int | None = None,
         adapters: Sequence[AdapterSource] = (),
+        swapping: Swapping | None = None,
     ) -> None:
         shape = Shape.read(folder)
         if shape.provider != "cpu":
@@ -115,7 +119,7 @@ class BatchModel:
                 f"built for {shape.provider}, which onnxruntime-genai drives", where=str(folder)
             )
         layout = KvLayout.read(folder)
-        self._session = _session(folder, threads, slots=bool(adapters))
+        self._session = _session(folder, threads, slots=bool(adapters) or swapping is not None)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         past = {name for name, _ in layout.names}
         foreign = sorted(
@@ -138,7 +142,7 @@ class BatchModel:
         # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
-        self.adapters = load_adapters(folder, self._session, adapters)
+        self.adapters = Shelf(folder, self._session, adapters, swapping)
         self._bindings: dict[tuple[int, int, str | None], Any] = {}
         self._check_rows()
 
@@ -253,6 +257,21 @@ class BatchModel:
                 binding.bind_input(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
             self._bindings[first, count, adapter] = binding
         return self._bindings[first, count, adapter]
+
+    def put_adapter(self, name: str, adapter: SlotAdapter, busy: Collection[str | None]) -> None:
+        """See ``Shelf.put``; ``busy`` are those that rows are being computed with."""
+        for dropped in self.adapters.put(name, adapter, busy):
+            self._unbind(dropped)
+
+    def drop_adapter(self, name: str, busy: Collection[str | None]) -> None:
+        """See ``Shelf.drop``."""
+        self.adapters.drop(name, busy)
+        self._unbind(name)
+
+    def _unbind(self, name: str) -> None:
+        """Bindings hold addresses of memory that is freed now; rows of others may be computed meanwhile."""
+        for key in [key for key in list(self._bindings) if key[2] == name]:
+            del self._bindings[key]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first ``tokens`` of a row into another."""

@@ -12,6 +12,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qwen_onnx.errors import QwenOnnxError, RequestError
+from qwen_onnx.runtime.server.adapter_folder import AdapterFolder
+from qwen_onnx.runtime.server.api.adapters import add_adapters
 from qwen_onnx.runtime.server.api.asked import Asked, understood
 from qwen_onnx.runtime.server.api.chat_request import ChatRequest
 from qwen_onnx.runtime.server.api.chat_response import DONE, ChatAnswers, ChatCompletion, sse
@@ -66,17 +68,22 @@ def _documented(events: str) -> dict[int | str, dict[str, Any]]:
     return {**REFUSALS, 200: whole}
 
 
-def make_router(service: TextService, model_name: str, fetcher: Fetcher | None = None) -> APIRouter:
+def make_router(
+    service: TextService, model_name: str, fetcher: Fetcher | None = None, folder: AdapterFolder | None = None
+) -> APIRouter:
     """Models, chat completions, completions and responses of one model, and of its adapters.
 
     Args:
         fetcher: gets pictures by their URL; None refuses URLs.
+        folder: of adapters that clients may load; None: there are no such routes.
     """
-    router, served = APIRouter(prefix="/v1", route_class=ParsedRoute), Served(service, model_name)
+    router, served = APIRouter(prefix="/v1", route_class=ParsedRoute), Served(service, model_name, folder)
     _add_models(router, served)
     _add_chat(router, service, served, fetcher)
     _add_completions(router, service, served)
     _add_responses(router, service, served, fetcher)
+    if folder is not None:
+        add_adapters(router, service, served, folder)
     return router
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from qwen_onnx.runtime.server.adapter_folder import AdapterFolder
 from qwen_onnx.runtime.server.api.protocol import Model, ModelList, error_body
 from qwen_onnx.runtime.service.text import TextService
 
@@ -18,14 +19,19 @@ class Served:
 
     Args:
         service: whose adapters those are.
+        folder: of others that can be loaded.
     """
 
-    def __init__(self, service: TextService, model: str) -> None:
-        self.model, self._service, self._since = model, service, int(time.time())
+    def __init__(self, service: TextService, model: str, folder: AdapterFolder | None = None) -> None:
+        self.model, self._service, self._folder, self._since = model, service, folder, int(time.time())
+
+    def name_of(self, adapter: str) -> str:
+        """What requests ask for."""
+        return f"{self.model}{SEPARATOR}{adapter}"
 
     def names(self) -> list[str]:
         """The model first."""
-        return [self.model, *(f"{self.model}{SEPARATOR}{name}" for name in self._service.adapters)]
+        return [self.model, *map(self.name_of, self._service.adapters)]
 
     def models(self) -> ModelList:
         """All of them."""
@@ -41,6 +47,9 @@ class Served:
         if asked in names:
             return None
         text = f"the model {asked!r} does not exist; this server has {', '.join(map(repr, names))}"
+        adapter = asked.removeprefix(self.name_of(""))
+        if self._folder and adapter != asked and self._folder.path(adapter):
+            text = f'the adapter {adapter} is not loaded; first: POST /v1/adapters {{"name": "{adapter}"}}'
         return JSONResponse(error_body(text, kind="invalid_request_error", param="model", code="model_not_found"), 404)
 
     def options(self, asked: str) -> dict[str, Any]:
