@@ -45,6 +45,10 @@ RecipeOption = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of the table")]
+SlotOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="answer with this adapter: a file of `qwen-onnx adapter convert`"),
+]
 ARTIFACT = "artifact folder, e.g. artifacts/starter/cpu-int4; or a model that has one artifact"
 Threads = Annotated[int | None, typer.Option(min=1, help="threads for onnxruntime; default: its own choice")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="maximum number of new tokens")]
