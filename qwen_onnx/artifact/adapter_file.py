@@ -18,11 +18,12 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from qwen_onnx.artifact.adapter_slots import Slot, Slots
+from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.bounded import first_fault, open_plain, read_object
 from qwen_onnx.catalog.training import MOST_RANK, Matrix
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.files import whole_file
-from qwen_onnx.records import Name, Record, Sha256, Verdict
+from qwen_onnx.records import MeasuredVerdict, Name, Record, Sha256, Verdict, digest_of
 
 Floats = npt.NDArray[np.float32]
 # of the header's metadata
@@ -42,10 +43,30 @@ class Base(Record):
     weights: Sha256
 
 
+class AdapterDrift(Record):
+    """What an artifact with the adapter drifts from PyTorch with the adapter merged.
+
+    Attributes:
+        graph: digest of the artifact's graph and weights, see ``graph_digest``.
+        kld_mean: in nats per token; ``kld_upper`` its upper 95 % bound, ``kld_limit`` the artifact's own limit.
+    """
+
+    graph: Sha256
+    precision: str = Field(pattern=r"^[a-z0-9]{1,16}$")
+    verdict: MeasuredVerdict
+    positions: int = Field(ge=1)
+    kld_mean: float
+    kld_upper: float
+    kld_limit: float = Field(gt=0)
+    top1: float = Field(ge=0, le=1)
+    ppl_ratio: float = Field(ge=0)
+
+
 class AdapterRecord(Record):
     """Everything about an adapter but its numbers.
 
     Attributes:
+        drift: of its answers by an artifact, once `adapter verify` has measured it.
         verdict: of its training; UNVERIFIED where nothing tells of one.
         adapter: digest of the adapter that it was made of; ``data`` of what that learnt from, if it says so.
         content: SHA-256 of everything behind the header.
@@ -59,6 +80,7 @@ class AdapterRecord(Record):
     verdict: Verdict
     adapter: Sha256
     data: Sha256 | None = None
+    drift: AdapterDrift | None = None
     content: Sha256
 
 
@@ -111,6 +133,17 @@ def write_adapter_file(file: Path, tensors: Mapping[str, Floats], **record: Any)
         for tensor in tensors.values():
             out.write(np.ascontiguousarray(tensor).data)
     return made
+
+
+def write_drift(file: Path, adapter: SlotAdapter, drift: AdapterDrift) -> AdapterRecord:
+    """Write the adapter that was read from ``file`` anew, with what it drifts."""
+    told = adapter.record.model_dump(mode="json", exclude={"content", "drift"})
+    return write_adapter_file(file, adapter.tensors, **told, drift=drift)
+
+
+def graph_digest(manifest: Manifest, graph: str) -> str:
+    """Of the checksums of an artifact's graph file and the files of its weights."""
+    return digest_of({name: sum for name, sum in manifest.files.items() if name.startswith(graph)})
 
 
 def read_adapter_file(file: Path, slots: Slots, weights: str) -> SlotAdapter:
@@ -192,6 +225,14 @@ def _check_base(record: AdapterRecord, slots: Slots, weights: str, where: str) -
         )
     if record.verdict not in (Verdict.PASS, Verdict.UNVERIFIED):
         raise ArtifactError(f"its training ended with {record.verdict}", where=where, hint="train it again")
+    drift = record.drift
+    if drift and drift.verdict is not Verdict.PASS:
+        raise ArtifactError(
+            f"its answers in {drift.precision} drift too far: {drift.verdict}, mean KLD {drift.kld_mean:.3g}, at most "
+            f"{drift.kld_upper:.3g}, where {drift.kld_limit:.3g} is allowed",
+            where=where,
+            hint="take an artifact of higher precision and convert it again: qwen-onnx adapter convert",
+        )
 
 
 def _check_fit(entries: Mapping[str, _Entry], slots: Slots, rank: int, where: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_onnx.cli.options import ARTIFACT, artifact_at
+from qwen_onnx.cli.options import ARTIFACT, Depth, SourceOption, artifact_at, cache_here
+
+if TYPE_CHECKING:
+    from qwen_onnx.artifact.manifest import Artifact
 
 adapter_app = typer.Typer(help="Adapters that `qwen-onnx serve --adapter` loads.", no_args_is_help=True)
 
@@ -28,6 +31,63 @@ def convert(
 
     made = convert_adapter(open_adapter(adapter), base.resolve(), output, genai)
     print(json.dumps({"file": str(output), "bytes": output.stat().st_size, **made.model_dump(mode="json")}))
+
+
+@adapter_app.command("verify")
+def verify(
+    file: Annotated[Path, typer.Argument(help="file of `qwen-onnx adapter convert`")],
+    base: Annotated[Path, typer.Option(parser=artifact_at, metavar="ARTIFACT", help=ARTIFACT)],
+    adapter: Annotated[Path, typer.Option(help="folder of the adapter that the file was made of")],
+    source: SourceOption = None,
+    depth: Depth = "quick",
+) -> None:
+    """Compare the artifact with the adapter to PyTorch with the adapter merged; the file's record gets the verdict.
+
+    The limits are the artifact's own. Exits non-zero unless the verdict is PASS, and no server loads the file then.
+    """
+    from qwen_onnx.artifact.manifest import open_runnable
+    from qwen_onnx.errors import VerdictError
+    from qwen_onnx.verify.adapters import verify_adapter
+    from qwen_onnx.verify.records import VerifyOptions
+
+    opened = open_runnable(base.resolve())
+    merged = _merged(opened, file, adapter, source)
+    record = verify_adapter(file, opened, merged, VerifyOptions.of(depth), cache_here())
+    print(json.dumps({"file": str(file), **record.model_dump(mode="json")}))
+    if record.drift is None or record.drift.verdict != "PASS":
+        verdict = record.drift.verdict if record.drift else "not measured"
+        raise VerdictError(f"the adapter's drift: {verdict}", where=str(file), hint="an artifact of higher precision")
+
+
+def _merged(opened: Artifact, file: Path, adapter: Path, source: Path | None) -> Path:
+    """The checkpoint of an artifact with an adapter merged, which is the one that ``file`` was made of.
+
+    Raises:
+        ArtifactError: it is not; or the checkpoint is another one.
+    """
+    from qwen_onnx.artifact.adapter_file import read_adapter_file
+    from qwen_onnx.artifact.adapter_slots import slots_of_graph
+    from qwen_onnx.artifact.genai_config import GenaiConfig
+    from qwen_onnx.errors import ArtifactError
+    from qwen_onnx.processes.progress import progress
+    from qwen_onnx.sources.adapter import open_adapter
+    from qwen_onnx.sources.fetch import fetch, weights_digest
+
+    manifest = opened.manifest
+    weights = weights_digest(manifest.source.files)
+    slots = slots_of_graph(opened.path / GenaiConfig.read(opened.path).graph_file)
+    told, read = open_adapter(adapter), read_adapter_file(file, slots, weights)
+    if told.digest != read.record.adapter:
+        raise ArtifactError(
+            f"{file.name} was made of another adapter than {adapter}", where=str(file), hint="give that with --adapter"
+        )
+    checkpoint = fetch(manifest.plan, cache_here(), local=source, progress=progress)
+    if weights_digest(checkpoint.files) != weights:
+        raise ArtifactError(
+            "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
+        )
+    plan = manifest.plan.model_copy(update={"adapter": told.adapted()})
+    return fetch(plan, cache_here(), local=source, adapter=adapter, progress=progress).path
 
 
 @adapter_app.callback()

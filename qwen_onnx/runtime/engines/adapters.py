@@ -58,6 +58,7 @@ class Loaded:
 
     Args:
         bytes: in memory.
+        verdict: of its training; drift: of its answers by an artifact, if that was measured.
         fixed: it was given at the start and stays.
     """
 
@@ -67,6 +68,7 @@ class Loaded:
     rank: int
     targets: tuple[str, ...]
     verdict: str
+    drift: str | None
     fixed: bool
 
 

@@ -73,6 +73,7 @@ class Shelf:
                 adapter.record.rank,
                 adapter.record.targets,
                 adapter.record.verdict,
+                adapter.record.drift.verdict if adapter.record.drift else None,
                 name in self._fixed,
             )
             for name, adapter in sorted(self._held.items())

@@ -33,6 +33,7 @@ class Adapter(Strict):
     """An adapter that this server holds, or can load: of the latter nothing is known but the name.
 
     ``model`` is what requests ask for; ``removable`` ones count into the budget, and DELETE drops them.
+    ``verdict`` is of the training, ``drift`` of answers by an artifact, where that was measured.
     """
 
     object: Literal["adapter"] = "adapter"
@@ -44,6 +45,7 @@ class Adapter(Strict):
     rank: int | None = None
     targets: list[str] | None = None
     verdict: str | None = None
+    drift: str | None = None
     sha256: str | None = None
 
 
@@ -82,6 +84,7 @@ def add_adapters(router: APIRouter, service: TextService, served: Served, folder
             rank=adapter.rank,
             targets=list(adapter.targets),
             verdict=adapter.verdict,
+            drift=adapter.drift,
             sha256=adapter.digest,
         )
 
