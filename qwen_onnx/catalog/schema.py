@@ -98,7 +98,14 @@ class ExpertReadback(Record):
 
     bits: Literal[4, 8]
     block_size: int = Field(gt=0)
+    finer_blocks: tuple[int, ...] = Field(default=(), description="block sizes that a layer may have instead")
     symmetric: bool
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # the digests of plans that do not ask for it stay what they were
+        found: dict[str, Any] = serialize(self)
+        return {name: value for name, value in found.items() if name != "finer_blocks" or value}
 
 
 class Readback(Record):

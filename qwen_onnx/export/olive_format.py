@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.experts import STACKED
 from qwen_onnx.export.skeleton import Skeleton
 from qwen_onnx.sources.checkpoint import INDEX_FILE, read_json
 
@@ -37,11 +38,14 @@ def require_blocks(skeleton: Skeleton, block: int) -> None:
         ExportError: one does not; the message names it.
     """
     for index in range(skeleton.count):
-        for name, module in skeleton.linears(index).items():
-            if block > 0 and module.in_features % block:
+        widths = {name: module.in_features for name, module in skeleton.linears(index).items()}
+        for name, experts in skeleton.experts(index).items():
+            widths |= {f"{name}.{part}": experts.get_parameter(part).shape[2] for part in STACKED}
+        for name, inputs in widths.items():
+            if block > 0 and inputs % block:
                 where = f"model.layers.{index}.{name}"
                 raise ExportError(
-                    f"{where} has {module.in_features} inputs, which is not a multiple of the block size {block}",
+                    f"{where} has {inputs} inputs, which is not a multiple of the block size {block}",
                     hint="set group_size of the quantize step for this model",
                 )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.experts import STACKED, StoredExperts, are_experts
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
 from qwen_onnx.processes.memory import return_free_memory
 
@@ -22,6 +23,8 @@ HEAD = "lm_head.weight"
 NORM = "model.norm"
 # old checkpoints store this table, which every model computes
 COMPUTED = "rotary_emb.inv_freq"
+# linear modules that stay float: what weighs the shared expert, and the gates of linear attention
+GATES = ("shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")
 
 
 class Skeleton:
@@ -35,13 +38,15 @@ class Skeleton:
     def __init__(self, checkpoint: Path, scratch: Scratch) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.weights = CheckpointWeights(checkpoint)
+        self.weights = CheckpointWeights(checkpoint, text=True)
         self.scratch = scratch
         # of a model with a vision tower too, the part that reads text
         self.config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config()
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         self.model.config.use_cache = False
+        # one expert after the other, which needs one of them at a time
+        self.model.config._experts_implementation = "eager"
         self.model.requires_grad_(False)
         inner = self.model.model
         # its buffers are computed, not stored
@@ -54,9 +59,16 @@ class Skeleton:
         return EMBEDDING if self.config.tie_word_embeddings or HEAD not in self.weights else HEAD
 
     def linears(self, index: int) -> dict[str, torch.nn.Linear]:
-        """The linear modules of one layer by name within it; their weights may be on the meta device."""
+        """The matrices of one layer, experts and ``GATES`` apart, by name within it; they may be on the meta device."""
         modules = self.model.model.layers[index].named_modules()
-        return {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
+        return {
+            name: module for name, module in modules if isinstance(module, torch.nn.Linear) and not name.endswith(GATES)
+        }
+
+    def experts(self, index: int) -> dict[str, torch.nn.Module]:
+        """The module of all experts of one layer by its name within it; empty where the layer has none."""
+        modules = self.model.model.layers[index].named_modules()
+        return {name: module for name, module in modules if are_experts(module)}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [.., hidden] of token ids, in float32; only the rows that are asked for are read."""
@@ -115,6 +127,10 @@ class Skeleton:
         wanted = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
         stored = {name.removeprefix(f"{prefix}.") for name in self.weights.names(f"{prefix}.")}
         stored = {name for name in stored if not name.endswith(COMPUTED)}
+        experts = self._experts_one_by_one(module, prefix, stored)
+        for path, found in experts.items():
+            stored -= {name.removeprefix(f"{prefix}.") for names in found.names() for name in names}
+            stored |= {f"{path}.{name}" for name in STACKED}
         if wanted != stored:
             faults = [f"lacks {name}" for name in sorted(wanted - stored)[:3]]
             faults += [f"has {name}" for name in sorted(stored - wanted)[:3]]
@@ -128,9 +144,26 @@ class Skeleton:
         filled = {
             name: self.scratch.float32(f"{kind}.{name}", self.weights.tensor(f"{prefix}.{name}"))
             for name in sorted(wanted)
+            if f"{prefix}.{name}" in self.weights
         }
+        for path, found in experts.items():
+            copies = found.copied(self.scratch, f"{kind}.{path}")
+            filled |= {f"{path}.{name}": tensor for name, tensor in copies.items()}
         module.load_state_dict(filled, assign=True)
         module.requires_grad_(False)
+
+    def _experts_one_by_one(self, module: torch.nn.Module, prefix: str, stored: set[str]) -> dict[str, StoredExperts]:
+        """The experts of ``module`` that the checkpoint does not stack, by name within it."""
+        found = {
+            path: StoredExperts(self.weights, f"{prefix}.{path}", len(part.gate_up_proj))
+            for path, part in module.named_modules()
+            if are_experts(part)
+        }
+        return {
+            path: experts
+            for path, experts in found.items()
+            if stored.issuperset(name.removeprefix(f"{prefix}.") for names in experts.names() for name in names)
+        }
 
 
 def call(layer: torch.nn.Module, state: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

@@ -17,6 +17,8 @@ from qwen_onnx.sources.checkpoint import SINGLE_FILE, weight_map
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 # safetensors wants the header padded so that the data begin aligned
 ALIGNMENT = 64
+# published models with a vision tower name the weights of their language model so, others in the second way
+NESTED = ("model.language_model.", "model.")
 # rows are converted in pieces of this many weights, which bounds what a conversion holds
 PIECE = 1 << 20
 
@@ -24,18 +26,23 @@ PIECE = 1 << 20
 class CheckpointWeights:
     """Weights of a safetensors checkpoint, in one file or in shards with an index; reads by memory map.
 
+    Args:
+        text: name the weights of a language model as they are named where it has no tower beside it.
+
     Raises:
         ExportError: a shard that the index names is missing.
         SourceError: the index cannot be trusted.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, text: bool = False) -> None:
         self.folder = folder
         named = weight_map(folder)
         if named is None:
             with safe_open(folder / SINGLE_FILE, framework="pt") as file:
                 named = dict.fromkeys(file.keys(), SINGLE_FILE)
-        self._files = named
+        # by what a weight is called here, what its file calls it
+        self._stored = {plain_name(name) if text else name: name for name in named}
+        self._files = {name: named[stored] for name, stored in self._stored.items()}
         missing = sorted({name for name in self._files.values() if not (folder / name).exists()})
         if missing:
             raise ExportError(
@@ -64,20 +71,25 @@ class CheckpointWeights:
         Raises:
             ExportError: the checkpoint lacks one of them.
         """
-        by_file: dict[str, list[str]] = {}
+        by_file: dict[str, dict[str, str]] = {}
         for name in names:
             if name not in self:
                 raise ExportError("the checkpoint lacks a weight of its architecture", where=f"{self.folder}: {name}")
-            by_file.setdefault(self._files[name], []).append(name)
+            by_file.setdefault(self._files[name], {})[self._stored[name]] = name
         found: dict[str, torch.Tensor] = {}
         for path, members in by_file.items():
-            found |= mapped_safetensors(self.folder / path, members)
+            found |= {members[name]: tensor for name, tensor in mapped_safetensors(self.folder / path, members).items()}
         return found
 
     def fingerprint(self) -> list[list[Any]]:
         """Name of every tensor with the size and time of its file: what tells two checkpoints apart at no cost."""
         stats = {name: (self.folder / name).stat() for name in set(self._files.values())}
         return [[name, stats[file].st_size, stats[file].st_mtime_ns] for name, file in sorted(self._files.items())]
+
+
+def plain_name(name: str) -> str:
+    """What a weight of a model with a tower is called in one without."""
+    return name.replace(*NESTED, 1) if name.startswith(NESTED[0]) else name
 
 
 def mapped_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -120,15 +132,18 @@ class Scratch:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def empty(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A float32 tensor, to be filled."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return mapped(self.folder / name, shape)
+
     def zeros(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A float32 tensor of zeros."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return mapped(self.folder / name, shape).zero_()
+        return self.empty(name, shape).zero_()
 
     def float32(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A float32 copy of ``tensor``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return mapped(self.folder / name, tuple(tensor.shape)).copy_(tensor)
+        return self.empty(name, tuple(tensor.shape)).copy_(tensor)
 
 
 def create_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:

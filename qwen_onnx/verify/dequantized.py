@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.export.experts import STACKED
 from qwen_onnx.export.skeleton import EMBEDDING, HEAD
 from qwen_onnx.verify.graph import Graph, attributes
 from qwen_onnx.verify.matrices import ExpertMatrices, Made, Matrix, Packed, Part, Picked, StreamedLinear
@@ -34,6 +35,7 @@ MODULES = {
 }
 PLACE = re.compile(r"/layers\.(\d+)/(.+)/[^/]+$")
 GROUPED = "linear_attn.in_proj_qkvz"
+ZERO_POINTS = 11  # input of QMoE, of the first matrix; the second's come next
 
 
 class Dequantized:
@@ -159,13 +161,16 @@ class Dequantized:
             raise self._fault(f"unknown experts {node.name}")
         found, bits = attributes(node), attributes(node).get("expert_weight_bits", 4)
         prefix = f"model.layers.{place[1]}.mlp.experts"
-        for first, name in ((2, "gate_up_proj"), (5, "down_proj")):
-            codes, scales = self._tensor(node.input[first]), self._tensor(node.input[first + 1])
+        for number, name in enumerate(STACKED):
+            codes, scales = (self._tensor(node.input[2 + 3 * number + part]) for part in (0, 1))
+            named = node.input[ZERO_POINTS + number] if len(node.input) > ZERO_POINTS + number else ""
+            zeros = self._tensor(named) if named else None
             columns, rows = codes.shape[-1] * 8 // bits, codes.shape[1]
             order = torch.cat([torch.arange(0, rows, 2), torch.arange(1, rows, 2)])
             experts: list[list[Matrix]] = []
             for expert in range(len(codes)):
-                matrix: Matrix = Packed(codes[expert], scales[expert].reshape(rows, -1), None, bits, columns)
+                middle = None if zeros is None else zeros[expert]
+                matrix: Matrix = Packed(codes[expert], scales[expert].reshape(rows, -1), middle, bits, columns)
                 experts.append([Picked([matrix], order) if name == "gate_up_proj" else matrix])
             self.experts[f"{prefix}.{name}"] = ExpertMatrices(experts)
         if found.get("swiglu_fusion", 1) != 1:

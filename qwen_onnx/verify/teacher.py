@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.export.experts import STACKED
 from qwen_onnx.export.skeleton import COMPUTED, EMBEDDING, HEAD, Skeleton
 from qwen_onnx.export.weights import Scratch
 from qwen_onnx.records import digest_of
@@ -27,9 +28,7 @@ from qwen_onnx.verify.matrices import (
     worst_row,
 )
 
-EXPERTS = ("gate_up_proj", "down_proj")
-STACKED = "stacked_shapes"  # attribute of a module of experts
-NESTED = ("model.", "model.language_model.")  # published models with a vision tower have the second
+SHAPES = "stacked_shapes"  # attribute of a module of experts
 
 
 class Teacher(Skeleton):
@@ -51,8 +50,6 @@ class Teacher(Skeleton):
             super().__init__(checkpoint, Scratch(checkpoint))
         except (OSError, ValueError, KeyError) as error:
             raise VerificationError(f"PyTorch cannot load the checkpoint: {error}", where=str(checkpoint)) from error
-        # one expert after the other, which needs one of them at a time
-        self.model.config._experts_implementation = "eager"
         self.number = torch.float32
         self.replaced_by = ""
         self.replaced: Mapping[str, Matrix] = {}
@@ -76,7 +73,7 @@ class Teacher(Skeleton):
         own = EMBEDDING if self.config.tie_word_embeddings or HEAD not in self.weights else HEAD
         for name, mine in ((EMBEDDING, EMBEDDING), (HEAD, own)):
             if name in self.replaced:
-                stored = Stored(self.weights.tensor(self._stored(mine)), self.number)
+                stored = Stored(self.weights.tensor(mine), self.number)
                 found[name] = worst_row(self.replaced[name], stored)
         return found
 
@@ -90,16 +87,11 @@ class Teacher(Skeleton):
         settings = read_json(self.weights.folder / "config.json")
         return digest_of([settings, self.weights.fingerprint(), str(self.number), self.replaced_by])
 
-    def _stored(self, name: str) -> str:
-        """The checkpoint's name of a parameter."""
-        nested = name.replace(*NESTED, 1)
-        return nested if nested in self.weights else name
-
     def matrix(self, name: str, tensor: torch.Tensor | None = None) -> Matrix:
         """The matrix ``name``, which ``replaced`` may have instead of the checkpoint."""
         if name in self.replaced:
             return self.replaced[name]
-        return Stored(self.weights.tensor(self._stored(name)) if tensor is None else tensor, self.number)
+        return Stored(self.weights.tensor(name) if tensor is None else tensor, self.number)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """See ``Skeleton``."""
@@ -124,14 +116,12 @@ class Teacher(Skeleton):
         for part in module.modules():
             if isinstance(part, StreamedLinear):
                 part.matrix = part.bias = None
-            for name in getattr(part, STACKED, {}):
+            for name in getattr(part, SHAPES, {}):
                 setattr(part, name, None)
         super()._empty(module)
 
     def _fill(self, module: torch.nn.Module, prefix: str) -> None:
         place = f"{prefix}."
-        if not self.weights.names(place):
-            place = place.replace(*NESTED, 1)
         names = [name for name in self.weights.names(place) if not name.endswith(COMPUTED)]
         stored = {name.removeprefix(place): tensor for name, tensor in self.weights.tensors(names).items()}
         lacking: list[str] = []
@@ -166,7 +156,7 @@ class Teacher(Skeleton):
             if weight is not None and part.matrix is not None and self._errors is not None and name in self.replaced:
                 self._errors[name] = worst_row(part.matrix, Stored(weight, self.number))
             return
-        for name, shape in getattr(part, STACKED, {}).items():
+        for name, shape in getattr(part, SHAPES, {}).items():
             full = f"{prefix}.{path}{name}"
             found = self._experts(f"{path}{name}", shape, stored, lacking)
             used = self.replaced_experts.get(full, found)
@@ -207,10 +197,10 @@ def _stream(layer: torch.nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear):
                 setattr(parent, name, StreamedLinear(child))
-        stacked = {name: tensor.shape for name in EXPERTS if (tensor := parent._parameters.get(name)) is not None}
-        if len(stacked) == len(EXPERTS):
-            setattr(parent, STACKED, stacked)
-            for name in EXPERTS:
+        stacked = {name: tensor.shape for name in STACKED if (tensor := parent._parameters.get(name)) is not None}
+        if len(stacked) == len(STACKED):
+            setattr(parent, SHAPES, stacked)
+            for name in STACKED:
                 del parent._parameters[name]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.architectures.stock import Qwen3Model, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
+from qwen_onnx.export.experts import zero_points_of
 
 
 class FloatRouting:
@@ -24,6 +25,14 @@ class FloatRouting:
         self.exclude_node_from_quantization(f"/model/layers.{layer_id}/moe/router/MatMul")
         self.exclude_node_from_quantization(f"/model/layers.{layer_id}/shared_expert_gate/MatMul")
         Qwen35MoETextModel.make_moe_router(self, layer_id, moe, root_input)
+
+    def make_qmoe_op(self: Any, name: str, **inputs: Any) -> None:
+        """genai's own, given the zero points of experts that came in codes."""
+        for number in (1, 2):
+            zeros = zero_points_of(inputs[f"weight{number}"])
+            if zeros in self.model.graph.initializers:
+                inputs[f"zero_points{number}"] = zeros
+        super().make_qmoe_op(name, **inputs)  # type: ignore[misc]
 
 
 class SparseExperts(FloatRouting):

@@ -14,6 +14,7 @@ import torch
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.architectures.moe import FloatRouting, require_sparse_layers
 from qwen_onnx.export.architectures.stock import Qwen35MoEModel, Qwen35MoETextModel
+from qwen_onnx.export.passes.genai_builder.mapped_model import CodedLinear
 
 
 class Qwen3NextTextModel(FloatRouting, Qwen35MoETextModel):  # type: ignore[misc]
@@ -54,25 +55,27 @@ def split_projections(attention: Any) -> Any:
     groups, key_size = attention.num_k_heads, attention.head_k_dim
     values = attention.num_v_heads // groups
     wide = values * attention.head_v_dim
-    query, key, value, gate = _grouped(attention.in_proj_qkvz, groups, [key_size, key_size, wide, wide])
-    beta, decay = _grouped(attention.in_proj_ba, groups, [values, values])
+    query, key, value, gate = _grouped(groups, [key_size, key_size, wide, wide])
+    beta, decay = _grouped(groups, [values, values])
     return SimpleNamespace(
-        in_proj_qkv=_linear(torch.cat([query, key, value])),
-        in_proj_z=_linear(gate),
-        in_proj_b=_linear(beta),
-        in_proj_a=_linear(decay),
+        in_proj_qkv=_picked(attention.in_proj_qkvz, torch.cat([query, key, value])),
+        in_proj_z=_picked(attention.in_proj_qkvz, gate),
+        in_proj_b=_picked(attention.in_proj_ba, beta),
+        in_proj_a=_picked(attention.in_proj_ba, decay),
         conv1d=attention.conv1d,
     )
 
 
-def _grouped(projection: torch.nn.Linear, groups: int, sizes: list[int]) -> list[torch.Tensor]:
-    """Rows of each kind, all groups together: [groups · size, hidden]."""
-    hidden = projection.weight.shape[-1]
-    parts = torch.split(projection.weight.view(groups, sum(sizes), hidden), sizes, dim=1)
-    return [part.reshape(-1, hidden) for part in parts]
+def _grouped(groups: int, sizes: list[int]) -> list[torch.Tensor]:
+    """Places of the rows of each kind, all groups together."""
+    rows = torch.arange(groups * sum(sizes)).view(groups, -1)
+    return [part.flatten() for part in torch.split(rows, sizes, dim=1)]
 
 
-def _linear(weight: torch.Tensor) -> torch.nn.Linear:
+def _picked(projection: Any, rows: torch.Tensor) -> torch.nn.Module:
+    if isinstance(projection, CodedLinear):
+        return projection.picked(rows)
+    weight = projection.weight[rows]
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     return linear

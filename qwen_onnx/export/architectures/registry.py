@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_onnx.catalog.architectures import DENSE
-from qwen_onnx.errors import ExportError, UnsupportedModelError
+from qwen_onnx.errors import UnsupportedModelError
 from qwen_onnx.export.architectures import moe, qwen3_next, vision
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.sources.checkpoint import read_json
@@ -75,7 +74,6 @@ def architecture_of(checkpoint: Path) -> Architecture:
 
     Raises:
         UnsupportedModelError: no entry.
-        ExportError: the checkpoint was quantised by a step that cannot see all of its weights.
     """
     config = read_json(checkpoint / "config.json")
     name = config.get(VISION_ARCHITECTURE) or (config.get("architectures") or ["none"])[0]
@@ -84,12 +82,6 @@ def architecture_of(checkpoint: Path) -> Architecture:
             f"no exporter for {name}; known: {', '.join(sorted(ARCHITECTURES))}",
             where=str(checkpoint / "config.json"),
             hint="choose a model of the catalog: qwen-onnx list",
-        )
-    if "quantization_config" in config and name not in DENSE:
-        raise ExportError(
-            f"a {name} must come unquantised: the quantize step sees only its linear layers",
-            where=str(checkpoint / "config.json"),
-            hint="leave the step out in the recipe's row: set: {steps.quantize: null}",
         )
     return ARCHITECTURES[name]
 

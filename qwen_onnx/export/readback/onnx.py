@@ -149,7 +149,8 @@ def compare(facts: dict[str, Any], asked: Readback) -> dict[str, Any]:
     if asked.experts and not facts["experts"]:
         faults.append("the graph holds no QMoE")
     named = {name: node["bits"] for name, node in facts["nodes"].items()} | facts["floats"]
-    if asked.body_bits not in [bits for name, bits in named.items() if HEAD_NODE not in name]:
+    body = [bits for name, bits in named.items() if HEAD_NODE not in name]
+    if asked.body_bits not in body + [node["bits"] for node in facts["experts"].values()]:
         faults.append(f"no matrix of the body has {asked.body_bits} bits")
     floats = {
         name: bits
@@ -187,8 +188,13 @@ def _kinds(nodes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def _expert_differences(name: str, node: dict[str, Any], asked: Readback) -> list[str]:
     if asked.experts is None:
         return [f"{name} is a mixture of experts, the plan says nothing of one"]
-    wanted = {**asked.experts.model_dump(), "accuracy_level": asked.accuracy_level}
-    return [f"{name}: {key} is {node[key]}, asked {value}" for key, value in wanted.items() if node[key] != value]
+    experts = asked.experts
+    blocks = [experts.block_size, *experts.finer_blocks]
+    wanted = {"bits": experts.bits, "symmetric": experts.symmetric, "accuracy_level": asked.accuracy_level}
+    faults = [f"{name}: {key} is {node[key]}, asked {value}" for key, value in wanted.items() if node[key] != value]
+    if node["block_size"] not in blocks:
+        faults.append(f"{name}: block_size is {node['block_size']}, asked {' or '.join(map(str, blocks))}")
+    return faults
 
 
 def _bits_of(name: str, asked: Readback) -> int:

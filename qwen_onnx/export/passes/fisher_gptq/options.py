@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qwen_onnx.catalog.architectures import DENSE
+from qwen_onnx.catalog.architectures import ARCHITECTURES
 from qwen_onnx.catalog.costs import LOGITS_PIECE, Dimensions, Stored
 from qwen_onnx.catalog.registry import PROCESS_BYTES, PassOptions
 
@@ -29,7 +29,7 @@ class FisherGptqOptions(PassOptions):
     """Options of ``FisherGptq``. One of ``bits_per_weight``, ``max_bytes`` and ``max_kld`` says how small."""
 
     implementation: ClassVar = "quantize.FisherGptq"
-    architectures: ClassVar = DENSE
+    architectures: ClassVar = frozenset(ARCHITECTURES)
 
     kernel: Literal["mixed", "int8"] = Field(
         default="mixed", description="mixed: matrices of 4 or 8 bits; int8: codes of 4 to 8 bits in matrices of 8"

@@ -21,32 +21,36 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
-from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids, own_text
+from qwen_onnx.export.experts import CODED, STACKED
 from qwen_onnx.export.gradients import Gradients, Kept
 from qwen_onnx.export.olive_format import assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.fisher_gptq.allocation import Allocation, Choice, Unreachable, allocate
+from qwen_onnx.export.passes.fisher_gptq.experts import RoutedTokens
 from qwen_onnx.export.passes.fisher_gptq.head import HEAD_STEP, quantize_head
 from qwen_onnx.export.passes.fisher_gptq.kernels import USUAL, Kernel, held, kernel_of, plane_bytes
-from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, LAYER_BYTES, FisherGptqOptions
-from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, nearest, refine, solve, stored_bytes
+from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.sizes import (
+    GRIDS,
+    counted,
+    most_bytes,
+    other_bytes,
+    out_of_reach,
+    require_room,
+)
+from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, on_grids, stored_bytes
 from qwen_onnx.export.passes.fisher_gptq.statistics import Unit, Watch
 from qwen_onnx.export.passes.gptq.sensitivity import ONE_PRECISION, named_as
 from qwen_onnx.export.passes.gptq.solver import Quantized
 from qwen_onnx.export.progress import progress
-from qwen_onnx.export.skeleton import COMPUTED, EMBEDDING, Skeleton
+from qwen_onnx.export.skeleton import COMPUTED, Skeleton
 from qwen_onnx.export.weights import Scratch, mapped_safetensors, write_safetensors
 from qwen_onnx.export.workfolder import KEPT_FOLDER, PREDICTION, WorkFolder
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.checkpoint import read_json
 
-# the best of each size, and what rounding alone does well: docs/lab-log.md
-GRIDS = {
-    "mixed": (Grid(4, BLOCK), Grid(4, BLOCK // 2), Grid(8, BLOCK)),
-    "int8": tuple(Grid(bits, BLOCK) for bits in (4, 5, 6, 7, 8)),
-}
 # numbers of the hidden states that run through a layer at once: of small models, a window alone keeps no core busy
 TOGETHER = 1 << 19
 
@@ -86,7 +90,7 @@ def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Pa
     with work_folder(kept, output) as folder:
         skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
         require_blocks(skeleton, BLOCK)
-        _require_room(skeleton, config)
+        require_room(skeleton, config)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
         own = own_text(config.calibration)
@@ -116,9 +120,13 @@ def _watch(
     skeleton: Skeleton, index: int, config: FisherGptqOptions, tokens: int, work: WorkFolder
 ) -> Callable[[], Kept]:
     watch = Watch(skeleton, index)
+    routed = {
+        name: RoutedTokens(experts, skeleton.scratch, tokens, skeleton.config.num_experts_per_tok)
+        for name, experts in skeleton.experts(index).items()
+    }
 
     def solved() -> Kept:
-        """Every matrix of the layer on every grid, in a file, and what each grid costs."""
+        """Every matrix of the layer on every grid, in files, and what each grid costs."""
         name, units = f"grids-{index:04d}.safetensors", watch.units()
         # the widest first, so that none is left to run alone
         order = sorted(units, key=lambda unit: -len(unit.hessian))
@@ -131,12 +139,20 @@ def _watch(
                 for unit, (grids, costs) in zip(order, done, strict=True):
                     tensors |= grids
                     choices[unit.names[0]] = costs
+                write_safetensors(work.temporary(name), tensors)
+                tensors.clear()
+                for module, experts in routed.items():
+                    place = work.temporary(_experts_file(index))
+                    choices[module] = experts.solved(place, pool, config, f"layer {index + 1}")
         finally:
             torch.set_num_threads(threads)
-        write_safetensors(work.temporary(name), tensors)
-        return choices, [name]
+        return choices, [name, *(_experts_file(index) for _ in routed)]
 
     return solved
+
+
+def _experts_file(index: int) -> str:
+    return f"experts-{index:04d}.safetensors"
 
 
 @torch.no_grad()
@@ -148,13 +164,11 @@ def _solve(
     torch.set_num_threads(1)
     weight = torch.cat([modules[name].weight.detach() for name in unit.names])
     hessian = damped(unit.hessian, config.damp)
-    fine = [grid for grid in GRIDS[config.kernel] if grid.bits < 8]
-    eight = [grid for grid in GRIDS[config.kernel] if grid.bits == 8]
-    found = refine(solve(weight, hessian, fine), weight, hessian, config.refinements)
-    found += [nearest(weight, hessian.diagonal(), grid) for grid in eight]
+    grids = GRIDS[config.kernel]
+    found = on_grids(weight, hessian, grids, config.refinements)
     tensors: dict[str, torch.Tensor] = {}
     costs: list[dict[str, Any]] = []
-    for grid, one in zip([*fine, *eight], found, strict=True):
+    for grid, one in zip(grids, found, strict=True):
         harm = damage(one, weight, unit.hessian, unit.shares, tokens)
         planes = len(unit.names) * plane_bytes(grid, kernel_of(grid, config))
         costs.append({"option": grid.name, "bytes": stored_bytes(weight, grid), "planes": planes, "damage": harm})
@@ -177,20 +191,20 @@ def _allocation(
     planes = {(unit, cost["option"]): cost["planes"] for unit, costs in known.items() for cost in costs}
     choices = {
         unit: [
-            Choice(cost["bytes"] + _counted(cost["planes"], config), cost["damage"], cost["option"]) for cost in costs
+            Choice(cost["bytes"] + counted(cost["planes"], config), cost["damage"], cost["option"]) for cost in costs
         ]
         for unit, costs in known.items()
     }
-    other = head["bytes"] + _other_bytes(skeleton, config)
+    other = head["bytes"] + other_bytes(skeleton, config)
     try:
         if config.max_kld is not None:
             found = allocate(choices, most_damage=config.max_kld - head["damage"])
         else:
-            found = allocate(choices, most_bytes=_most_bytes(skeleton, config) - other)
+            found = allocate(choices, most_bytes=most_bytes(skeleton, config) - other)
     except Unreachable as fault:
         kld = f"a predicted KLD of {fault.least + head['damage']:.4g}"
         size = f"{(fault.least + other) / 1e6:.1f} MB of files"
-        raise _out_of_reach(skeleton, config, size if config.max_kld is None else kld) from fault
+        raise out_of_reach(skeleton, config, size if config.max_kld is None else kld) from fault
     total, kld = found.bytes + other, found.damage + head["damage"]
     if config.bits_per_weight is not None:
         total += sum(planes[choice] for choice in found.options.items())
@@ -198,77 +212,30 @@ def _allocation(
     return found, {"bytes": total, "kld": float(f"{kld:.4g}")}
 
 
-def _counted(planes: int, config: FisherGptqOptions) -> int:
-    """Bytes of nodes, of which a bound for files knows and one for weights does not."""
-    return planes if config.bits_per_weight is None else 0
-
-
-def _out_of_reach(skeleton: Skeleton, config: FisherGptqOptions, least: str) -> ExportError:
-    return ExportError(
-        f"no choice of {', '.join(grid.name for grid in GRIDS[config.kernel])} keeps to the bound; least: {least}",
-        where=str(skeleton.weights.folder),
-        hint="give a larger --max-size or --max-kld",
-    )
-
-
-def _require_room(skeleton: Skeleton, config: FisherGptqOptions) -> None:
-    """The smallest grids keep to the size that is asked for; known before anything is computed."""
-    if config.max_kld is not None:
-        return
-    least = stored_bytes(skeleton.weights.tensor(skeleton.head_name), Grid(config.head_bits, BLOCK))
-    least += _other_bytes(skeleton, config) + sum(
-        min(
-            stored_bytes(module.weight, grid) + _counted(plane_bytes(grid, kernel_of(grid, config)), config)
-            for grid in GRIDS[config.kernel]
-        )
-        for index in range(skeleton.count)
-        for module in skeleton.linears(index).values()
-    )
-    if least > _most_bytes(skeleton, config):
-        raise _out_of_reach(skeleton, config, f"{least / 1e6:.1f} MB of files")
-
-
-def _most_bytes(skeleton: Skeleton, config: FisherGptqOptions) -> int:
-    """Bytes that the model's files may have."""
-    if config.max_bytes is not None:
-        return config.max_bytes
-    assert config.bits_per_weight is not None, "the options have one bound"
-    weights = skeleton.weights.tensor(skeleton.head_name).numel() + sum(
-        module.weight.numel() for index in range(skeleton.count) for module in skeleton.linears(index).values()
-    )
-    return int(weights * config.bits_per_weight / 8) + _other_bytes(skeleton, config)
-
-
-def _other_bytes(skeleton: Skeleton, config: FisherGptqOptions) -> int:
-    """Bytes of the model's files besides its matrices: sines and cosines, an embedding of its own, norms, the graph."""
-    sizes = skeleton.config
-    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    rotary: int = 4 * head_dim * sizes.max_position_embeddings
-    own = 0 if skeleton.head_name == EMBEDDING else 4 * sizes.vocab_size * sizes.hidden_size
-    norms = sum(parameter.numel() for name, parameter in skeleton.model.named_parameters() if parameter.dim() == 1)
-    head = plane_bytes(Grid(config.head_bits, BLOCK), Kernel(8, BLOCK))
-    return rotary + int(own + 4 * norms) + LAYER_BYTES * (skeleton.count + 1) + head
-
-
 def _write_layer(
     skeleton: Skeleton, index: int, allocation: Allocation, config: FisherGptqOptions, work: WorkFolder
 ) -> None:
     """The layer's file of the result: its matrices on the chosen grids, the rest as it is, in float32."""
     step, prefix = f"layer-{index:04d}", f"model.layers.{index}"
-    options = {name: allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"] for name in skeleton.linears(index)}
+    linears, experts = skeleton.linears(index), skeleton.experts(index)
+    options = {name: allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"] for name in (*linears, *experts)}
     if work.finished(step) == {"options": options}:
         return
     grids = mapped_safetensors(work.required(f"backward-{index:04d}", f"grids-{index:04d}.safetensors"))
     tensors: dict[str, torch.Tensor] = {}
-    for name, option in options.items():
-        packed = {part: grids[f"{option}|{name}.{part}"] for part in ("qweight", "scales", "qzeros")}
-        grid = Grid.of(option)
+    for name in linears:
+        grid = Grid.of(options[name])
+        packed = {part: grids[f"{grid.name}|{name}.{part}"] for part in CODED}
         tensors |= {
             f"{prefix}.{name}.{part}": value for part, value in held(packed, grid, kernel_of(grid, config)).items()
         }
-    matrices = {f"{prefix}.{name}.weight" for name in options}
+    for name in experts:
+        grids = mapped_safetensors(work.required(f"backward-{index:04d}", _experts_file(index)))
+        for part in (f"{matrix}.{part}" for matrix in STACKED for part in CODED):
+            tensors[f"{prefix}.{name}.{part}"] = grids[f"{options[name]}|{part}"]
+    replaced = (*(f"{prefix}.{name}.weight" for name in linears), *(f"{prefix}.{name}." for name in experts))
     for name in skeleton.weights.names(f"{prefix}."):
-        if name not in matrices and not name.endswith(COMPUTED):
+        if not name.startswith(replaced) and not name.endswith(COMPUTED):
             tensors[name] = skeleton.weights.tensor(name).float()
     write_safetensors(work.temporary(f"{step}.safetensors"), tensors)
     work.commit(step, [f"{step}.safetensors"], {"options": options})

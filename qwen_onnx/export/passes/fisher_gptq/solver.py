@@ -133,6 +133,18 @@ def refine(found: Sequence[Quantized], weight: torch.Tensor, hessian: torch.Tens
     return _moved(found, weight, hessian) if rounds else list(found)
 
 
+def on_grids(weight: torch.Tensor, hessian: torch.Tensor, grids: Sequence[Grid], rounds: int) -> list[Quantized]:
+    """A matrix on each of the grids: solved and refined, and rounded where 8 bits do not need it.
+
+    Args:
+        grids: those of 8 bits last.
+        rounds: of refinement.
+    """
+    fine = [grid for grid in grids if grid.bits < 8]
+    found = refine(solve(weight, hessian, fine), weight, hessian, rounds)
+    return found + [nearest(weight, hessian.diagonal(), grid) for grid in grids if grid.bits == 8]
+
+
 def _moved(found: Sequence[Quantized], weight: torch.Tensor, hessian: torch.Tensor) -> list[Quantized]:
     """Every code at its best place; the columns of all grids move in one step, as in ``solve``."""
     rows, inputs = weight.shape

@@ -75,7 +75,7 @@ class Watch:
             return
         counts = torch.stack(waiting).sum(0).sqrt_()
         self._counts[group] += float(counts.double().sum())
-        _add_products(self.hessians[group], x.reshape(-1, x.shape[-1]), counts)
+        add_products(self.hessians[group], x.reshape(-1, x.shape[-1]), counts)
         waiting.clear()
 
     def units(self) -> list[Unit]:
@@ -85,8 +85,7 @@ class Watch:
         for group, hessian in self.hessians.items():
             # a group that no token reached has nothing to scale
             hessian.mul_(float(self._total(group)) / (self._counts[group] or 1.0))
-            for rows in _row_blocks(len(hessian)):
-                hessian[rows.stop :, rows] = hessian[rows, rows.stop :].T
+            mirror(hessian)
         units: dict[str, list[str]] = {}
         for name in self.modules:
             units.setdefault(named_as(name, ONE_PRECISION), []).append(name)
@@ -106,7 +105,13 @@ def _row_blocks(size: int) -> Iterator[slice]:
     yield from (slice(begin, min(begin + ROWS, size)) for begin in range(0, size, ROWS))
 
 
-def _add_products(hessian: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+def mirror(hessian: torch.Tensor) -> None:
+    """Fill in what ``add_products`` leaves out."""
+    for rows in _row_blocks(len(hessian)):
+        hessian[rows.stop :, rows] = hessian[rows, rows.stop :].T
+
+
+def add_products(hessian: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
     """Add Σ w·x·xᵀ, save what lies left of the blocks on the diagonal.
 
     Args:

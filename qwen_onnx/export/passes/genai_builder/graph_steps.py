@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qwen_onnx.export.passes.genai_builder.mapped_model import StoredExperts
+from qwen_onnx.export.experts import StoredExperts, Triple, zero_points_of
 from qwen_onnx.export.passes.genai_builder.options import MATRIX_PIECE
 from qwen_onnx.export.progress import Steps
 from qwen_onnx.export.weights import create_safetensors, mapped_safetensors
@@ -25,8 +25,8 @@ from qwen_onnx.processes.memory import return_free_memory
 
 QUANTIZED = ("MatMul", "Gather")
 LAYER = re.compile(r"/model/layers\.(\d+)/")
-# what the builder's quantiser of experts notes for the operator's attributes
-BLOCK = "block_size"
+# what the builder's quantiser of experts notes for the operator's attributes, and what the operator reads
+BLOCK, BITS = "block_size", "expert_weight_bits"
 
 
 class ExpertSteps:
@@ -44,25 +44,31 @@ class ExpertSteps:
         file, names = f"{step}.safetensors", builder.make_moe_expert_names(layer)
         facts = self.work.finished(step)
         if facts is None:
-            self._write(builder, layer, stored, file)
-            facts = {BLOCK: builder.moe_attrs.get(BLOCK)}
+            self._write(builder, stored, file)
+            facts = {name: builder.moe_attrs.get(name) for name in (BLOCK, BITS)}
             self.work.commit(step, [file], facts)
             return_free_memory()
             self.steps.step(layer + 1)
         # quantising sets it, for whole channels it takes it away
         builder.moe_attrs.pop(BLOCK, None)
-        builder.moe_attrs |= {BLOCK: facts[BLOCK]} if facts[BLOCK] is not None else {}
+        builder.moe_attrs |= {name: value for name, value in facts.items() if value is not None}
         found = mapped_safetensors(self.work.path / file)
         for part in ("gate_up_weight", "down_weight"):
             builder.make_initializer(found[part], names[part])
         for part in ("gate_up_scales", "down_scales"):
             if part in found:
                 builder.make_initializer(found[part], names[part], to=builder.io_dtype)
+        for part in ("gate_up_zeros", "down_zeros"):
+            if part in found:
+                builder.make_initializer(found[part], zero_points_of(names[part.replace("zeros", "weight")]))
 
-    def _write(self, builder: Any, layer: int, stored: StoredExperts, file: str) -> None:
+    def _write(self, builder: Any, stored: StoredExperts, file: str) -> None:
         rows: dict[str, torch.Tensor] = {}
-        for index, pair in enumerate(stored.matrices()):
-            packed = _packed(builder, *pair)
+        if stored.quantized:
+            each = (_coded(builder, *pair) for pair in stored.codes())
+        else:
+            each = (_packed(builder, *pair) for pair in stored.matrices())
+        for index, packed in enumerate(each):
             if not rows:
                 layout = {name: (part.dtype, (stored.count, *part.shape)) for name, part in packed.items()}
                 rows = create_safetensors(self.work.temporary(file), layout)
@@ -82,6 +88,21 @@ def _packed(builder: Any, gate_up: torch.Tensor, down: torch.Tensor) -> dict[str
         "gate_up_scales": one_scales,
         "down_weight": two.to(torch.uint8),
         "down_scales": two_scales,
+    }
+
+
+def _coded(builder: Any, gate_up: Triple, down: Triple) -> dict[str, torch.Tensor]:
+    """One expert that came in codes, which stay as they are."""
+    (one, one_scales, one_zeros), (two, two_scales, two_zeros) = gate_up, down
+    inputs = len(two)
+    builder.moe_attrs |= {BLOCK: inputs // one_scales.shape[1], BITS: 8 * one.shape[1] // inputs}
+    return {
+        "gate_up_weight": one,
+        "gate_up_scales": one_scales,
+        "gate_up_zeros": one_zeros,
+        "down_weight": two,
+        "down_scales": two_scales,
+        "down_zeros": two_zeros,
     }
 
 

@@ -1,66 +1,53 @@
-"""A mixture of experts for genai's builder as views of the mapped checkpoint.
+"""A model whose weights are not all plain matrices, for genai's builder, as views of the mapped checkpoint.
 
 ``from_pretrained`` of transformers 5 stacks every layer's experts in anonymous memory: most of a checkpoint. Here the
 model is made on the meta device, its other weights are views of the mapped shards, and its experts stay where they are
-until the builder comes to their layer.
+until the builder comes to their layer. Codes of a quantised checkpoint stand in the place of its matrices, in the form
+in which genai's own reader hands over those of dense models; it does not know linear attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.export.experts import CODED, StoredExperts, are_experts
+from qwen_onnx.export.weights import CheckpointWeights, plain_name
 
-STACKED = ("gate_up_proj", "down_proj")
 # the text export reads nothing of it
 UNUSED = "model.visual."
 
 
-class StoredExperts:
-    """The experts of one layer, read one at a time.
-
-    A checkpoint has either three matrices per expert or, as Qwen3.5 is published, two tensors of all experts.
+class CodedLinear(torch.nn.Module):
+    """Stands in a model for a ``torch.nn.Linear`` that a pass quantised: what genai's builder looks for in one.
 
     Args:
-        weights: the checkpoint.
-        prefix: name of the module of the experts.
-        count: number of experts.
-        dtype: type that transformers would give them; None keeps the stored one.
+        codes, scales, zeros: uint8 [outputs, bytes], [outputs, blocks], uint8 [outputs, bytes], mapped.
+        inputs: columns of the matrix.
+        bias: of the linear module; may be on the meta device.
     """
 
-    def __init__(self, weights: CheckpointWeights, prefix: str, count: int, dtype: torch.dtype | None) -> None:
-        self.weights, self.prefix, self.count, self.dtype = weights, prefix, count, dtype
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        inputs: int,
+        bias: torch.nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, len(codes)
+        self.bits, self.group_size = 8 * codes.shape[1] // inputs, inputs // scales.shape[1]
+        self.qweight, self.scales, self.qzeros = codes.reshape(*scales.shape, -1), scales, zeros
+        self.g_idx = None
+        self.bias = bias
 
-    def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Per expert: rows of gate and up in turns [2 · inner, hidden], as fused SwiGLU has them; down [hidden, inner].
-
-        Raises:
-            ExportError: the checkpoint lacks one.
-        """
-        if f"{self.prefix}.{STACKED[0]}" in self.weights:
-            stacked = self.weights.tensors(f"{self.prefix}.{name}" for name in STACKED)
-            both, downs = stacked.values()
-            for index in range(self.count):
-                gate, up = both[index].chunk(2)
-                yield self._pair(gate, up, downs[index])
-            return
-        parts = [
-            [f"{self.prefix}.{index}.{name}_proj.weight" for name in ("gate", "up", "down")]
-            for index in range(self.count)
-        ]
-        found = self.weights.tensors(name for names in parts for name in names)
-        for names in parts:
-            gate, up, down = (found.pop(name) for name in names)
-            yield self._pair(gate, up, down)
-
-    def _pair(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.stack([gate, up], dim=1).flatten(0, 1)
-        return both.to(self.dtype or both.dtype), down.to(self.dtype or down.dtype)
+    def picked(self, rows: torch.Tensor) -> CodedLinear:
+        """Some of its outputs, in another order."""
+        return CodedLinear(self.qweight.flatten(1)[rows], self.scales[rows], self.qzeros[rows], self.in_features)
 
 
 def mapped_model(checkpoint: Path) -> Any:
@@ -69,32 +56,57 @@ def mapped_model(checkpoint: Path) -> Any:
     Each module of experts has no weights but the attribute ``stored``, a ``StoredExperts``.
 
     Raises:
-        ExportError: the checkpoint lacks a weight of its architecture.
+        ExportError: the checkpoint lacks a weight of its architecture, or says that it is quantised and is not.
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
-    weights = CheckpointWeights(checkpoint)
+    weights = CheckpointWeights(checkpoint, text=True)
+    quantized = _put_codes(model, weights)
     prefixes = []
     for prefix, module in model.named_modules():
-        own = {name for name, _ in module.named_parameters(recurse=False)}
-        if own.issuperset(STACKED):
-            module.stored = StoredExperts(weights, prefix, len(module.gate_up_proj), config.dtype)
+        if are_experts(module):
+            module.stored = StoredExperts(weights, plain_name(prefix), len(module.gate_up_proj), config.dtype)
             prefixes.append(f"{prefix}.")
+            quantized |= module.stored.quantized
+    if hasattr(config, "quantization_config") and not quantized:
+        raise ExportError(
+            "config.json says that the checkpoint is quantised, but it has no codes that this exporter reads",
+            where=str(checkpoint),
+            hint="build from the checkpoint in float",
+        )
     tied = model.all_tied_weights_keys
     wanted = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
         if name not in tied and not name.startswith((*prefixes, UNUSED))
     ]
-    _require_shapes(model, found := weights.tensors(wanted), checkpoint)
+    stored = weights.tensors(map(plain_name, wanted))
+    found = {name: stored[plain_name(name)] for name in wanted}
+    _require_shapes(model, found, checkpoint)
     # the type is that of the config, as from_pretrained does it
     found = {name: tensor.to(config.dtype or tensor.dtype) for name, tensor in found.items()}
     model.load_state_dict(found, strict=False, assign=True)
-    model.tie_weights()
+    if not isinstance(model.lm_head, CodedLinear):
+        model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _put_codes(model: Any, weights: CheckpointWeights) -> bool:
+    """Replace the linear modules that the checkpoint has codes of; whether there are any."""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and f"{plain_name(name)}.{CODED[0]}" in weights
+    }
+    for name, module in linears.items():
+        codes, scales, zeros = weights.tensors(f"{plain_name(name)}.{part}" for part in CODED).values()
+        parent, _, own = name.rpartition(".")
+        coded = CodedLinear(codes, scales, zeros, module.in_features, module.bias)
+        setattr(model.get_submodule(parent), own, coded)
+    return bool(linears)
 
 
 def _require_shapes(model: Any, found: dict[str, torch.Tensor], checkpoint: Path) -> None:

@@ -18,10 +18,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from qwen_onnx.catalog.architectures import DENSE
 from qwen_onnx.export.passes.genai_builder.graph_steps import ExpertSteps, external, quantize_matrices
 from qwen_onnx.export.passes.genai_builder.mapped_model import mapped_model
 from qwen_onnx.export.weights import mapped
 from qwen_onnx.export.workfolder import WorkFolder
+from qwen_onnx.sources.checkpoint import read_json
 
 # smaller tensors cost more as files than they free
 SMALLEST = 1 << 16  # bytes
@@ -62,7 +64,8 @@ def _replacements(model: Any, spill: _Spill, work: WorkFolder) -> dict[str, Any]
         spill.move(self.model.graph.initializers[name])
 
     def loaded(self: Any, input_path: str) -> Any:
-        return mapped_model(Path(input_path)) if self.moe_attrs["num_experts"] > 0 else load_weights(self, input_path)
+        [architecture] = read_json(Path(input_path, "config.json"))["architectures"]
+        return load_weights(self, input_path) if architecture in DENSE else mapped_model(Path(input_path))
 
     def packed(self: Any, layer_id: int, moe: Any) -> None:
         experts.make(self, layer_id, moe.experts.stored)

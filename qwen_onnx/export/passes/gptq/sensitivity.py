@@ -18,7 +18,7 @@ from qwen_onnx.export.weights import row_pieces
 from qwen_onnx.export.workfolder import WorkFolder
 
 # matrices with the same input share a Hessian
-LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+LEADER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj", "in_proj_z": "in_proj_qkv"}
 # genai fuses q, k and v, so these share their bits
 ONE_PRECISION = {"k_proj": "q_proj", "v_proj": "q_proj"}
 STEP = "sensitivity"

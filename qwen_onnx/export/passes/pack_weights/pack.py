@@ -27,6 +27,7 @@ from qwen_onnx.export.progress import progress
 
 # BitwiseAnd and BitwiseOr came with it
 OPSET = 18
+EXPERT_SCALES = (3, 6)  # inputs of QMoE
 
 
 class PackWeights(Pass):  # type: ignore[misc]
@@ -91,10 +92,13 @@ def _check(model: Any, source: Path) -> None:
 
 
 def _roles(graph: Any) -> dict[str, str]:
-    """What each constant is to the MatMulNBits that read it: ``codes`` (zero points too) of 8 bits, or ``scales``."""
+    """What each constant is to the operators that read it: ``codes`` (zero points too) of 8 bits, or ``scales``."""
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     found: dict[str, str] = {}
     for node in graph.node:
+        if node.op_type == "QMoE":
+            floats = [node.input[place] for place in EXPERT_SCALES if kinds.get(node.input[place]) == FLOAT]
+            found |= dict.fromkeys(floats, "scales")
         if node.op_type != "MatMulNBits":
             continue
         bits = next(item.i for item in node.attribute if item.name == "bits")
