@@ -19,6 +19,7 @@ class Dimensions:
         stored: bytes of a weight in the checkpoint.
         context: tokens that the artifact accepts.
         experts: weights of one layer's experts, ``expert`` of one; ``router`` of what chooses among them.
+        chosen: experts that a token goes to.
         exact: whether the matrices are known, not only the number of all weights.
     """
 
@@ -37,6 +38,7 @@ class Dimensions:
     experts: int
     expert: int
     router: int
+    chosen: int
     exact: bool
 
     @property

@@ -86,6 +86,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
             tied=config.get("tie_word_embeddings", False),
             # a dense model may say that it has none; transformers 5 writes Qwen3-MoE's under another name
             experts=text.get("num_experts") or text.get("num_local_experts") or None,
+            experts_per_token=text.get("num_experts_per_tok") or None,
             moe_intermediate_size=text.get("moe_intermediate_size") or None,
             shared_expert_intermediate_size=text.get("shared_expert_intermediate_size") or None,
         )
@@ -114,6 +115,8 @@ def _dimensions(plan: Plan, shape: Shape, number: int, tokenizer: int) -> Dimens
     experts, router = (count * expert, hidden * (count + (1 if shared else 0))) if width else (0, 0)
     common = {"layers": layers, "hidden": hidden, "vocabulary": vocabulary, "stored": number, "tokenizer": tokenizer}
     common |= {"experts": experts, "expert": expert, "router": router, "context": plan.context}
+    # where nobody says how many, each token goes to all: what is kept of it grows with them
+    common["chosen"] = shape.experts_per_token or count
     tied = bool(shape.tied)
     if heads and kv_heads and ((inner and plan.architecture in DENSE) or (experts and plan.architecture in MIXTURES)):
         head_dim = shape.head_dim or hidden // heads

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.architectures.linear_attention import CodedProjections
 from qwen_onnx.export.architectures.stock import Qwen3Model, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
 from qwen_onnx.export.experts import zero_points_of
 
@@ -94,8 +95,8 @@ class Qwen3MoEModel(SparseExperts, Qwen3Model):  # type: ignore[misc]
         self.layernorm_attrs["skip_input"] = f"{operator}/output_0"
 
 
-class Qwen35MoETextFloatRouting(FloatRouting, Qwen35MoETextModel):  # type: ignore[misc]
-    """The stock decoder of Qwen3.5-MoE but for the precision of its routers."""
+class Qwen35MoETextFloatRouting(FloatRouting, CodedProjections, Qwen35MoETextModel):  # type: ignore[misc]
+    """The stock decoder of Qwen3.5-MoE but for the precision of its routers and the names of its projections."""
 
 
 class Qwen35MoEFloatRouting(Qwen35MoEModel):  # type: ignore[misc]

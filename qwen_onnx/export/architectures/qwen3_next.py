@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.architectures.linear_attention import CodedProjections
 from qwen_onnx.export.architectures.moe import FloatRouting, require_sparse_layers
 from qwen_onnx.export.architectures.stock import Qwen35MoEModel, Qwen35MoETextModel
 from qwen_onnx.export.passes.genai_builder.mapped_model import CodedLinear
 
 
-class Qwen3NextTextModel(FloatRouting, Qwen35MoETextModel):  # type: ignore[misc]
+class Qwen3NextTextModel(FloatRouting, CodedProjections, Qwen35MoETextModel):  # type: ignore[misc]
     """The decoder.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.errors import UnsupportedModelError
-from qwen_onnx.export.architectures import moe, qwen3_next, vision
+from qwen_onnx.export.architectures import linear_attention, moe, qwen3_next, vision
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, VISION_ARCHITECTURE
@@ -60,8 +60,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3NextForCausalLM": Architecture(
         "Qwen3_5MoeForConditionalGeneration", "Qwen35MoEModel", qwen3_next.Qwen3NextModel, NO_DRAFT
     ),
-    # right
-    "Qwen3_5ForConditionalGeneration": Architecture("Qwen3_5ForConditionalGeneration", options=NO_DRAFT),
+    # right, but for projections that come in codes
+    "Qwen3_5ForConditionalGeneration": Architecture(
+        "Qwen3_5ForConditionalGeneration", "Qwen35Model", linear_attention.Qwen35CodedProjections, NO_DRAFT
+    ),
     # right, but rounds the routers to int4 and lets the experts' accuracy level be
     "Qwen3_5MoeForConditionalGeneration": Architecture(
         "Qwen3_5MoeForConditionalGeneration", "Qwen35MoEModel", moe.Qwen35MoEFloatRouting, NO_DRAFT

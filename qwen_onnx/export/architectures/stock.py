@@ -6,7 +6,16 @@ the same files would be other classes.
 
 from onnxruntime_genai.models import builder  # isort: skip
 from builders.base import Model
-from builders.qwen import Qwen3Model, Qwen3VLTextModel, Qwen25VLTextModel, Qwen35MoEModel, Qwen35MoETextModel, QwenModel
+from builders.qwen import (
+    Qwen3Model,
+    Qwen3VLTextModel,
+    Qwen25VLTextModel,
+    Qwen35Model,
+    Qwen35MoEModel,
+    Qwen35MoETextModel,
+    Qwen35TextModel,
+    QwenModel,
+)
 
 __all__ = [
     "Model",
@@ -15,6 +24,8 @@ __all__ = [
     "Qwen25VLTextModel",
     "Qwen35MoEModel",
     "Qwen35MoETextModel",
+    "Qwen35Model",
+    "Qwen35TextModel",
     "QwenModel",
     "builder",
 ]

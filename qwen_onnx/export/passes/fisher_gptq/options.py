@@ -12,6 +12,8 @@ from qwen_onnx.catalog.registry import PROCESS_BYTES, PassOptions
 
 # every matrix is divided into blocks of so many weights of a row, or into half of that
 BLOCK = 64
+# what most experts have, whose grids are of one block, half of it and a quarter
+EXPERT_BLOCK = 32
 # blocks of the matrices that hold codes of ``kernel: int8``; every block above is a multiple
 KERNEL_BLOCK = 16
 # float32 copies at once: of a Hessian (damped, factor, inverse, its factor), of the layer's largest matrix on one grid
@@ -58,39 +60,61 @@ class FisherGptqOptions(PassOptions):
 
     def written(self, model: Dimensions, before: Stored) -> Stored:
         """Codes with float32 scales; the embedding stays, in float32."""
-        weights, bits = model.body + model.tables, self.bits_per_weight or 6
+        floats = model.layers * model.router
+        weights, bits = model.body - floats + model.tables, self.bits_per_weight or 6
         if self.kernel == "int8":
             body, head = (self._coded(part, 8, KERNEL_BLOCK) for part in (model.body, model.tables))
             scales, planes = weights // KERNEL_BLOCK, int(weights * bits / 8)
             return Stored(body, head, 4 * model.tables, scales=scales, planes=planes)
-        blocks = weights // BLOCK
+        routed = model.layers * model.experts
+        plain, blocks = model.body - floats - routed, (weights - routed) // BLOCK + routed // EXPERT_BLOCK
         head = self._coded(model.tables, 8)
         # scales of two bytes count in bits_per_weight, and are stored in four
         body = int(weights * bits / 8 - model.tables * self.head_bits / 8) + 2 * blocks
-        return Stored(max(body, self._coded(model.body, 4)), head, 4 * model.tables, scales=blocks)
+        most = self._coded(plain, 8) + self._coded(routed, 4, BLOCK // 4)
+        body = min(max(body, self._coded(plain + routed, 4)), most)
+        return Stored(body + 4 * floats, head, 4 * model.tables, scales=blocks)
 
     @staticmethod
     def _coded(weights: int, bits: int, block: int = BLOCK) -> int:
         return int(weights * bits / 8 + weights / block * (4 + bits / 8))
 
     def scratch(self, model: Dimensions, before: Stored) -> int:
-        """Inputs of every layer for every window, weights and Hessians of a layer, and every matrix on every grid."""
+        """Inputs of every layer for every window, weights and Hessians of a layer, and every matrix on every grid.
+
+        Of a layer with experts, also what these read.
+        """
         states = 4 * self.windows * self.window * model.hidden * (model.layers + 2)
+        states += 4 * self.windows * self.window * self._routed(model)
         layer = 4 * (model.layer + 3 * model.hidden**2 + model.widest**2 + model.tables)
         return states + layer + self._candidates(model)
 
     def _candidates(self, model: Dimensions) -> int:
-        return sum(self._coded(model.body, bits) for bits in ((8,) * 5 if self.kernel == "int8" else (4, 4, 8)))
+        routed = model.layers * model.experts
+        experts = sum(self._coded(routed, 4, BLOCK // finer) for finer in (1, 2, 4))
+        kinds = (8,) * 5 if self.kernel == "int8" else (4, 4, 8)
+        return experts + sum(self._coded(model.body - routed, bits) for bits in kinds)
+
+    @staticmethod
+    def _routed(model: Dimensions) -> int:
+        """Numbers that the experts of one token read."""
+        return model.hidden + model.chosen * model.expert // (3 * model.hidden) if model.experts else 0
 
     def kept(self, model: Dimensions, before: Stored) -> int:
         """Every finished layer: the output links to it."""
         return self.written(model, before).total
 
     def memory(self, model: Dimensions, before: Stored) -> int:
-        """The largest of calibration text, a Hessian with its matrix on all grids, and logits."""
+        """The largest of calibration text, a Hessian with its matrix on all grids, an expert's, and logits."""
         stages = [
             CALIBRATION_BYTES,
             4 * (HESSIANS * model.widest**2 + TOGETHER[self.kernel] * MATRICES * 3 * model.largest),
             4 * LOGITS * min(self.window * model.vocabulary, LOGITS_PIECE),
+            self._expert(model) if model.experts else 0,
         ]
         return PROCESS_BYTES + max(stages)
+
+    def _expert(self, model: Dimensions) -> int:
+        """An expert on all its grids, and the tokens of one that gets twice its part."""
+        tokens = self.windows * self.window * min(2 * model.chosen * model.expert / model.experts, 1)
+        return 4 * int(HESSIANS * model.hidden**2 + 3 * MATRICES * model.expert + 2 * tokens * model.hidden)

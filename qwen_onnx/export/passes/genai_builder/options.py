@@ -104,9 +104,10 @@ class GenAIModelBuilderOptions(PassOptions):
         return fused + self.kept(model, before)
 
     def kept(self, model: Dimensions, before: Stored) -> int:
-        """The layers that the builder quantised itself; scales of experts in half precision."""
-        own = self.precision == "int4" and not before.scales
-        return self._quantized(model, 2).total if own else 0
+        """The layers that the builder quantised itself, with half scales for experts; or experts that came in codes."""
+        if before.scales:
+            return before.body * model.layers * model.experts // max(model.body, 1)
+        return self._quantized(model, 2).total if self.precision == "int4" else 0
 
     def memory(self, model: Dimensions, before: Stored) -> int:
         """The largest matrix, or the head and the embedding, which are converted whole; or one expert."""

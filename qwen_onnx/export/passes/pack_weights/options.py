@@ -15,7 +15,7 @@ PLANE_BYTES = 1_100
 # codes that are in memory at once, and how often while a plane is made of them
 PIECE, COPIES = 1 << 22, 4
 # bytes of scales in both types, and of zero points, of the smallest block
-SCALES, BLOCK = 12, 32
+SCALES, BLOCK, EXPERT_BLOCK = 12, 32, 16
 
 
 class PackWeightsOptions(PassOptions):
@@ -39,5 +39,6 @@ class PackWeightsOptions(PassOptions):
         return replace(before, body=before.body - 2 * before.scales, scales=0)
 
     def memory(self, model: Dimensions, before: Stored) -> int:
-        """Some rows of a matrix, and all of its scales."""
-        return PROCESS_BYTES + PIECE * COPIES + SCALES * max(model.largest, model.tables) // BLOCK
+        """Some rows of a matrix, and all of its scales, or those of a layer's experts."""
+        scales = max(max(model.largest, model.tables) // BLOCK, 2 * model.experts // 3 // EXPERT_BLOCK)
+        return PROCESS_BYTES + PIECE * COPIES + SCALES * scales
