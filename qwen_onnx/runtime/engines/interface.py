@@ -106,6 +106,7 @@ class EngineStats:
     Args:
         streams: how many requests it runs at once at most; ``queue_size``: how many more may wait.
         kv_tokens: tokens in the KV cache, those that are kept for their prefix included; ``kv_capacity``: at most.
+        kv_token_bytes: memory of one of them; 0 where the engine does not tell.
         drafted_tokens: guessed ones that were computed; accepted_tokens: those of them that were right.
         restarts: how often the engine's process was started again.
         resident_bytes: memory of the process that holds the model.
@@ -128,6 +129,7 @@ class EngineStats:
     failed: bool = False
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    kv_token_bytes: int = 0
 
     @property
     def full(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen_onnx.artifact.seal import Seal, verify_runnable
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, KvCache, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
@@ -23,6 +23,7 @@ class EngineOptions:
 
     Args:
         speculate: see ``BatchEngine``; genai's engine has none.
+        kv_cache: see ``BatchEngine``; genai's engine has the graph's own alone.
         verify: check every byte before it is loaded, each time that it is; expect: its digest, see ``verify_runnable``.
     """
 
@@ -35,13 +36,14 @@ class EngineOptions:
     speculate: Speculate = "ngram"
     adapters: tuple[AdapterSource, ...] = ()
     swapping: Swapping | None = None
+    kv_cache: KvCache = "float"
 
 
 def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEngine:
     """The engine that suits the artifact: continuous batching where the graph allows it, else genai.
 
     Raises:
-        ArtifactError: neither loads it; or an adapter does not fit.
+        ArtifactError: neither loads it; an adapter does not fit; or there is no int8 KV cache for it.
     """
     try:
         return BatchEngine(
@@ -53,12 +55,16 @@ def load_engine(folder: Path, options: EngineOptions) -> BatchEngine | SerialEng
             speculate=options.speculate,
             adapters=options.adapters,
             swapping=options.swapping,
+            kv_cache=options.kv_cache,
         )
     except UnsupportedGraphError as error:
         if options.adapters or options.swapping:
             hint = "leave --adapter and --adapter-folder out, or merge it: qwen-onnx optimize MODEL --adapter FOLDER"
             what = f"adapters are served in batches alone, and this graph allows none: {error.what}"
             raise ArtifactError(what, where=str(folder), hint=hint) from error
+        if options.kv_cache != "float":
+            what = f"an int8 KV cache is served in batches alone, and this graph allows none: {error.what}"
+            raise ArtifactError(what, where=str(folder), hint="leave --kv-cache out") from error
         log.warning("one request at a time: %s", error.what)
         return SerialEngine(folder, queue_size=options.queue_size, threads=options.threads)
 

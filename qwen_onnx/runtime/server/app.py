@@ -172,6 +172,7 @@ def load_service(
         expect=expect,
         adapters=adapters,
         adapter_budget=settings.adapter_budget if settings.adapter_folder else None,
+        kv_cache=settings.kv_cache,
     )
     service.generate("Hello", GenerationConfig(max_new_tokens=1))
     return service

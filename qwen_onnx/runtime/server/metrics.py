@@ -27,6 +27,7 @@ GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "streams": ("requests that can be answered at once", lambda stats: stats.streams),
     "kv_tokens": ("tokens in the KV cache, those kept for their prefix included", lambda stats: stats.kv_tokens),
     "kv_capacity_tokens": ("tokens that the KV cache holds at most", lambda stats: stats.kv_capacity),
+    "kv_token_bytes": ("memory of one such token, 0: not known", lambda stats: stats.kv_token_bytes),
     "worker_alive": ("1 while the engine's process lives", lambda stats: float(stats.alive)),
 }
 COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {

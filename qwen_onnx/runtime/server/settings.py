@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.network import is_loopback
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, KvCache, Speculate
 from qwen_onnx.runtime.server.keys import KEYS_FILE_VARIABLE, KEYS_VARIABLE
 from qwen_onnx.runtime.service.policy import OPEN, STRICT, Policy
 
@@ -68,6 +68,9 @@ class ServerSettings(BaseModel):
     queue_size: int = Field(default=QUEUE_SIZE, ge=0, description="requests that may wait beyond them")
     speculate: Speculate = Field(
         default="ngram", description="how tokens are guessed where a text repeats itself, for a request that runs alone"
+    )
+    kv_cache: KvCache = Field(
+        default="float", description="int8 keeps a conversation in a quarter of the memory, if verification allows it"
     )
     allowed_hosts: tuple[str, ...] = Field(
         default=(), description="a host name of this server, say behind a proxy; * allows any; repeatable"

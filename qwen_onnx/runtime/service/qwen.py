@@ -11,7 +11,7 @@ from typing import cast
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.seal import Seal
 from qwen_onnx.errors import PromptTooLongError, RequestError
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, KvCache, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
@@ -42,11 +42,13 @@ class QwenService(TextService):
         speculate: ``off`` gives one token a step also where a text repeats itself.
         adapters: files of `qwen-onnx adapter convert`, by the names that a config's ``adapter`` may have.
         adapter_budget: bytes of others that ``load_adapter`` may load; None: it loads none.
+        kv_cache: ``int8`` keeps keys and values in a quarter of the memory, where verification found that it may.
         verify: check every byte before it is loaded, and again whenever an isolated engine is started anew.
         expect: verify, and refuse what has another digest; see ``artifact.seal.runnable_digest``.
 
     Raises:
-        ArtifactError: the folder holds no model that loads, or not the verified one; an adapter does not fit it.
+        ArtifactError: the folder holds no model that loads, or not the verified one; an adapter does not fit it,
+            or there is no int8 KV cache for it.
         ConfigError: an adapter cannot be called so.
     """
 
@@ -64,12 +66,15 @@ class QwenService(TextService):
         speculate: Speculate = "ngram",
         adapters: Mapping[str, Path] | None = None,
         adapter_budget: int | None = None,
+        kv_cache: KvCache = "float",
     ) -> None:
         folder = Path(folder)
         sources = tuple(AdapterSource.of(name, file) for name, file in (adapters or {}).items())
         verified = verify or expect is not None
         swapping = Swapping(adapter_budget) if adapter_budget is not None else None
-        options = EngineOptions(streams, queue_size, context, threads, verified, expect, speculate, sources, swapping)
+        options = EngineOptions(
+            streams, queue_size, context, threads, verified, expect, speculate, sources, swapping, kv_cache
+        )
         # before anything else is read: it is the engine that verifies
         self.engine, seal = _engine(folder, options, isolated)
         try:

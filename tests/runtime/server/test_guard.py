@@ -197,6 +197,7 @@ def test_the_metrics_follow(plain: Guarded) -> None:
     until(lambda: value("qwen_onnx_generated_tokens_total") > tokens)
     assert value('qwen_onnx_resident_bytes{process="worker"}') > 10e6
     assert value("qwen_onnx_kv_capacity_tokens") > 0
+    assert value("qwen_onnx_kv_token_bytes") == 512
 
 
 def test_readiness_tells_its_checks(plain: Guarded) -> None:

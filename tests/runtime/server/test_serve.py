@@ -80,6 +80,15 @@ def test_beyond_loopback_it_wants_keys(tiny_build: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_artifact_without_scales_is_not_served_with_keys_and_values_in_int8(tiny_build: Path) -> None:
+    done = run_cli("serve", tiny_build, "--kv-cache", "int8", "--port", 0)
+    assert done.returncode == 6
+    assert "no scales for an int8 KV cache" in done.stderr
+    assert f"qwen-onnx verify {tiny_build}" in "".join(done.stderr.splitlines())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_told(running: Process, tiny_build: Path) -> None:
     done = run_cli("serve", tiny_build, "--port", running.port)
     assert done.returncode == 3

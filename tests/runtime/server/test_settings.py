@@ -95,6 +95,17 @@ def test_only_loopback_goes_without_keys(host: str, loopback: bool) -> None:
             settings.check_exposure(keyed=False)
 
 
+def test_keys_and_values_can_be_kept_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = MagicMock()
+    monkeypatch.setattr("qwen_onnx.runtime.server.app.QwenService", service)
+    for asked, expected in (({}, "float"), ({"QWEN_ONNX_KV_CACHE": "int8"}, "int8")):
+        load_service(Path("folder"), ServerSettings.read(asked), threads=1)
+        assert service.call_args.kwargs["kv_cache"] == expected
+    done = CliRunner().invoke(app, ["serve", "folder", "--kv-cache", "int4"])
+    assert done.exit_code == 2
+    assert "--kv-cache" in done.output
+
+
 def test_guessing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     service = MagicMock()
     monkeypatch.setattr("qwen_onnx.runtime.server.app.QwenService", service)

@@ -8,14 +8,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import psutil
 
+from qwen_onnx.artifact.kv_scales import read_kv_scales
 from qwen_onnx.errors import OverloadedError, QwenOnnxError, RequestError, ServiceError
-from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
+from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, KvCache, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded, Swapping
 from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
@@ -53,9 +55,10 @@ class BatchEngine:
         threads: threads of onnxruntime; None leaves it to onnxruntime.
         speculate: ``ngram`` computes several tokens a step where a text repeats itself, see ``speculation``.
         adapters: that requests may name; swapping: others may be loaded and unloaded.
+        kv_cache: ``int8`` keeps keys and values in a quarter of the memory, by the scales in the folder.
 
     Raises:
-        UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel``.
+        UnsupportedGraphError, ArtifactError, EnvironmentFault: see ``BatchModel`` and ``read_kv_scales``.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class BatchEngine:
         speculate: Speculate = "ngram",
         adapters: Sequence[AdapterSource] = (),
         swapping: Swapping | None = None,
+        kv_cache: KvCache = "float",
     ) -> None:
         self._model = BatchModel(
             folder,
@@ -78,6 +82,7 @@ class BatchEngine:
             threads=threads,
             adapters=adapters,
             swapping=swapping,
+            kv_scales=partial(read_kv_scales, folder) if kv_cache == "int8" else None,
         )
         self.features = BATCH_FEATURES if self._model.tells_every_position else BATCH_FEATURES - {"echo"}
         self.shape = replace(Shape.read(folder), context_length=self._model.capacity)
@@ -168,6 +173,7 @@ class BatchEngine:
             queue_size=self._queue_size,
             kv_tokens=sum(map(len, self._rows.histories)),
             kv_capacity=len(self._rows.histories) * self._model.capacity,
+            kv_token_bytes=self._model.kv_bytes_per_token,
             restarts=0,
             resident_bytes=psutil.Process().memory_info().rss,
             alive=not self._failed,

@@ -23,6 +23,7 @@ from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.processes.memory import free_memory, return_free_memory
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
+from qwen_onnx.runtime.engines.batch.int8_cache import Scales, with_int8_cache
 from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
@@ -34,6 +35,7 @@ from qwen_onnx.runtime.engines.pictures import Positions
 EMBEDDED = "inputs_embeds"
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+INT8: dict[str, type[np.generic]] = {"tensor(int8)": np.int8}
 # of the free memory, for the KV cache; pages are taken only when a conversation reaches them
 KV_SHARE = 0.5
 LEAST_TOKENS = 256
@@ -79,6 +81,11 @@ class KvLayout:
                 names.append((past % layer, present % layer))
         return cls(layers, heads, size, tuple(names))
 
+    @property
+    def scales(self) -> tuple[int, int, int, int]:
+        """Sizes of the scales of an int8 cache, see ``kv_scales``."""
+        return self.layers, 2, self.heads, self.head_size
+
     def bytes_per_token(self, item: int) -> int:
         """Of one row."""
         return len(self.names) * self.heads * self.head_size * item
@@ -95,11 +102,13 @@ class BatchModel:
         threads: threads within an operator; None leaves it to onnxruntime.
         adapters: that rows may be computed with.
         swapping: others may be put beside them later.
+        kv_scales: keeps keys and values in int8 by the scales that this gives; None: in the graph's own type.
 
     Raises:
-        UnsupportedGraphError: the graph has other inputs (linear attention), or its rows are not independent.
+        UnsupportedGraphError: the graph has other inputs (linear attention), its rows are not independent, or it has no
+            int8 cache.
         ArtifactError: the graph does not load, or an adapter does not fit it. EnvironmentFault: too little memory for
-            the rows.
+            the rows. Whatever ``kv_scales`` raises.
     """
 
     def __init__(
@@ -112,14 +121,20 @@ class BatchModel:
         threads: int | None = None,
         adapters: Sequence[AdapterSource] = (),
         swapping: Swapping | None = None,
+        kv_scales: Scales | None = None,
     ) -> None:
+        if (adapters or swapping) and kv_scales is not None:
+            what = "an int8 KV cache has the scales of the model without adapters"
+            raise ArtifactError(
+                what, where=str(folder), hint="leave --adapter and --adapter-folder out, or --kv-cache int8"
+            )
         shape = Shape.read(folder)
         if shape.provider != "cpu":
             raise UnsupportedGraphError(
                 f"built for {shape.provider}, which onnxruntime-genai drives", where=str(folder)
             )
         layout = KvLayout.read(folder)
-        self._session = _session(folder, threads, slots=bool(adapters) or swapping is not None)
+        self._session = _session(folder, threads, layout, kv_scales, slots=bool(adapters) or swapping is not None)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         past = {name for name, _ in layout.names}
         foreign = sorted(
@@ -132,8 +147,9 @@ class BatchModel:
         self.sight = Sight(folder, threads) if EMBEDDED in self._inputs else None
         if self.sight is not None:
             require_width(self._inputs[EMBEDDED], self.sight.width, folder)
-        logits = _logits_of(self._session, layout, shape, folder)
-        self._type = TYPES[self._inputs[layout.names[0][0]].type]
+        types = TYPES if kv_scales is None else INT8
+        logits = _logits_of(self._session, layout, shape, folder, types)
+        self._type = types[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
         self.capacity = _capacity(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
         self.rows, self._layout = rows, layout
@@ -273,6 +289,11 @@ class BatchModel:
         for key in [key for key in list(self._bindings) if key[2] == name]:
             del self._bindings[key]
 
+    def held(self, row: int, tokens: int) -> np.ndarray[Any, Any]:
+        """Keys and values of a row's first ``tokens``, [layers, 2, heads, tokens, head size]."""
+        found = np.stack([buffer[row, :, :tokens] for buffer in self._kv])
+        return found.reshape(self._layout.layers, 2, *found.shape[1:])
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first ``tokens`` of a row into another."""
         for buffer in self._kv:
@@ -295,19 +316,22 @@ class BatchModel:
                 raise UnsupportedGraphError(f"the rows of a batch are not independent (cosine {cosine:.3f})")
 
 
-def _logits_of(session: ort.InferenceSession, layout: KvLayout, shape: Shape, folder: Path) -> Any:
-    """The graph's logits, once it and the configuration agree on the sizes of the memory that is handed to it.
+def _logits_of(
+    session: ort.InferenceSession, layout: KvLayout, shape: Shape, folder: Path, cached: dict[str, type[np.generic]]
+) -> Any:
+    """The graph's logits, once it and the configuration agree on the memory that is handed to it, its type and sizes.
 
     Raises:
         ArtifactError: they do not; names the first place.
     """
     entries = {entry.name: entry for entry in [*session.get_inputs(), *session.get_outputs()]}
-    wanted = {"logits": (3, 2, shape.vocab_size)}
-    cache = {name: (4, 1, layout.heads) for pair in layout.names for name in pair}
-    for name, (dimensions, place, size) in (wanted | cache).items():
+    wanted = {"logits": (3, 2, shape.vocab_size, TYPES)}
+    cache = {name: (4, 1, layout.heads, cached) for pair in layout.names for name in pair}
+    for name, (dimensions, place, size, types) in (wanted | cache).items():
         entry = entries.get(name)
-        if entry is None or entry.type not in TYPES or len(entry.shape) != dimensions:
-            raise ArtifactError(f"the graph has no {name} of floats in {dimensions} dimensions", where=str(folder))
+        if entry is None or entry.type not in types or len(entry.shape) != dimensions:
+            kinds = " or ".join(types)
+            raise ArtifactError(f"the graph has no {name}, a {kinds} of {dimensions} dimensions", where=str(folder))
         # a dimension with a name is found when it runs
         if isinstance(entry.shape[place], int) and entry.shape[place] != size:
             raise ArtifactError(
@@ -333,8 +357,19 @@ def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, An
     return np.frombuffer(memory, kind).reshape(sizes)
 
 
-def _session(folder: Path, threads: int | None, *, slots: bool) -> ort.InferenceSession:
-    changes = [with_positions] if slots else [with_positions, without_slots]
+def _session(
+    folder: Path, threads: int | None, layout: KvLayout, kv_scales: Scales | None, *, slots: bool
+) -> ort.InferenceSession:
+    def int8(graph: Any) -> bool:
+        if kv_scales is None:
+            return False
+        if EMBEDDED in {entry.name for entry in graph.input}:
+            raise UnsupportedGraphError("an int8 KV cache has the scales of text, and this model sees pictures")
+        if not with_int8_cache(graph, layout.names, lambda: kv_scales(layout.scales)):
+            raise UnsupportedGraphError("not every layer keeps its keys and values in GroupQueryAttention")
+        return True
+
+    changes = [with_positions, int8] if slots else [with_positions, int8, without_slots]
     graph = folder / GenaiConfig.read(folder).graph_file
     session = open_session(graph, threads, lambda file: rewritten(file, changes))
     # what it folded meanwhile

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from qwen_onnx.errors import ArtifactError
+from qwen_onnx.errors import ArtifactError, QwenOnnxError
 
 
 def open_session(
@@ -25,7 +25,7 @@ def open_session(
         called: what messages call it.
 
     Raises:
-        ArtifactError: it does not load.
+        ArtifactError: it does not load. Whatever ``rewritten`` raises.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -37,6 +37,8 @@ def open_session(
             # where the graph's weights are
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
+    except QwenOnnxError:
+        raise
     # neither onnxruntime's exceptions nor protobuf's have a common class but Exception
     except Exception as error:
         raise ArtifactError(
