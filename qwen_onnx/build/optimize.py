@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_onnx.artifact.kv_scales import KV_SCALES
 from qwen_onnx.artifact.manifest import (
     Artifact,
     SourceRecord,
@@ -259,7 +260,7 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, op
         tools = Toolchain.of(artifact.manifest.plan, cache)
         folder = staging / "artifact"
         shutil.copytree(artifact.path, folder, copy_function=os.link)
-        for name in ("report.json", "report.html", "golden.npz", "manifest.json"):
+        for name in ("report.json", "report.html", "golden.npz", KV_SCALES, "manifest.json"):
             # a hard link: writing through it would alter the published file
             (folder / name).unlink(missing_ok=True)
         report = _measured(tools, artifact.path, checkpoint, staging, options, folder)

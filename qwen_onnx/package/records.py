@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from qwen_onnx.artifact.kv_scales import KV_SCALES
 from qwen_onnx.bounded import read_description
 from qwen_onnx.catalog.schema import Kind, Precision, Task
 from qwen_onnx.errors import PackageError
@@ -26,6 +27,7 @@ MEASURED = (
     "report.json",
     "report.html",
     "golden.npz",
+    KV_SCALES,
     "README.md",
     "drift.svg",
     "drift-by-text.svg",

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen_onnx.artifact.kv_scales import write_kv_scales
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.records import Verdict
-from qwen_onnx.verify import speed  # noqa: F401 - registers its checks
+from qwen_onnx.verify import kv_cache, speed  # noqa: F401 - register their checks
 from qwen_onnx.verify.checks import ASKED, CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
 from qwen_onnx.verify.keeping import Keep
@@ -54,7 +55,8 @@ def verify_artifact(
         simulator: what runs the artifact as the device would, much more slowly.
         cache: keeps what a killed verification had computed, for the next one of the same checkpoint; None keeps
             nothing.
-        keep: where to write the golden file, by which other devices prove the artifact; None: nowhere.
+        keep: where to write the golden file, by which other devices prove the artifact, and the scales of an int8 KV
+            cache; None: nowhere.
 
     Raises:
         VerificationError: a folder is missing, a check has no such name, or the level cannot make it. Checks that
@@ -85,6 +87,8 @@ def verify_artifact(
         context.release()
     if keep and context.golden:
         context.golden.save(keep.folder)
+    if keep and context.kv_scales is not None:
+        write_kv_scales(keep.folder, context.kv_scales)
     verdict = worst(item.verdict for item in results)
     return Report(
         verdict=verdict,

@@ -23,7 +23,7 @@ from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
 from qwen_onnx.verify.records import Drift, Latency, TaskResult, VerifyOptions
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.slices import SlicedScorer
-from qwen_onnx.verify.softmax import Logits
+from qwen_onnx.verify.softmax import Floats, Logits
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.genai import Engine
@@ -57,7 +57,10 @@ class Runner(Protocol):
 
 
 class Context:
-    """One verification. ``drift``, ``latency``, ``tasks`` and ``golden`` are filled in by the checks that find them."""
+    """One verification.
+
+    ``drift``, ``latency``, ``tasks``, ``golden`` and ``kv_scales`` are filled in by the checks that find them.
+    """
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class Context:
         self.drift: Drift | None = None
         self.latency: Latency | None = None
         self.tasks: tuple[TaskResult, ...] = ()
+        self.kv_scales: Floats | None = None
 
     @cached_property
     def truth(self) -> CheckpointTokenizer:
