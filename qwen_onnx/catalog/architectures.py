@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, Known] = {
     "Qwen2_5_VLForConditionalGeneration": Known("dense", "qwen2_5_vl", sees=True),
     "Qwen3ForCausalLM": Known("dense", "qwen3"),
     "Qwen3VLForConditionalGeneration": Known("dense", "qwen3_vl", sees=True, renamed=True),
+    "Qwen3VLMoeForConditionalGeneration": Known("mixture", "qwen3_vl_moe", sees=True, renamed=True),
     "Qwen3MoeForCausalLM": Known("mixture", "qwen3_moe"),
     "Qwen3NextForCausalLM": Known("hybrid", "qwen3_next"),
     "Qwen3_5ForConditionalGeneration": Known("hybrid", "qwen3_5"),

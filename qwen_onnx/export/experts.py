@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from qwen_onnx.errors import ExportError
 from qwen_onnx.export.weights import CheckpointWeights, Scratch
 
 # parameters of a module of experts in transformers: [experts, 2 · inner, hidden], [experts, hidden, inner]
@@ -29,12 +30,16 @@ class StoredExperts:
     Args:
         weights: the checkpoint.
         prefix: name of the module of the experts.
-        count: number of experts.
+        shape: of gate and up of all of them, [experts, 2 · inner, hidden].
         dtype: type that transformers would give them; None keeps the stored one.
     """
 
-    def __init__(self, weights: CheckpointWeights, prefix: str, count: int, dtype: torch.dtype | None = None) -> None:
-        self.weights, self.prefix, self.count, self.dtype = weights, prefix, count, dtype
+    def __init__(
+        self, weights: CheckpointWeights, prefix: str, shape: Sequence[int], dtype: torch.dtype | None = None
+    ) -> None:
+        self.weights, self.prefix, self.dtype = weights, prefix, dtype
+        self.count, both, self.hidden = shape
+        self.inner = both // 2
 
     @property
     def quantized(self) -> bool:
@@ -55,8 +60,15 @@ class StoredExperts:
         """Gate and up [inner, hidden] and down [hidden, inner] of each expert, as they are stored.
 
         Raises:
-            ExportError: the checkpoint lacks one.
+            ExportError: the checkpoint lacks one, or has it in another shape.
         """
+        for gate, up, down in self._stored():
+            for part in (gate, up):
+                self._require(part, (self.inner, self.hidden))
+            self._require(down, (self.hidden, self.inner))
+            yield gate, up, down
+
+    def _stored(self) -> Iterator[Triple]:
         if self.stacked:
             both, downs = self.weights.tensors(f"{self.prefix}.{name}" for name in STACKED).values()
             for index in range(self.count):
@@ -67,6 +79,14 @@ class StoredExperts:
         for names in self.names():
             gate, up, down = (found.pop(name) for name in names)
             yield gate, up, down
+
+    def _require(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if tensor.shape != shape:
+            raise ExportError(
+                f"experts are {list(tensor.shape)}, their architecture has {list(shape)}",
+                where=f"{self.weights.folder}: {self.prefix}",
+                hint="use a checkpoint that transformers saved for this architecture",
+            )
 
     def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per expert: rows of gate and up in turns [2 · inner, hidden], as fused SwiGLU has them; down [hidden, inner].

@@ -155,7 +155,7 @@ class Skeleton:
     def _experts_one_by_one(self, module: torch.nn.Module, prefix: str, stored: set[str]) -> dict[str, StoredExperts]:
         """The experts of ``module`` that the checkpoint does not stack, by name within it."""
         found = {
-            path: StoredExperts(self.weights, f"{prefix}.{path}", len(part.gate_up_proj))
+            path: StoredExperts(self.weights, f"{prefix}.{path}", part.gate_up_proj.shape)
             for path, part in module.named_modules()
             if are_experts(part)
         }

@@ -1,7 +1,8 @@
-"""Models that see as what they are: a Qwen2 or a Qwen3 that reads text, and a vision tower beside it.
+"""Models that see as what they are: a Qwen2, Qwen3 or Qwen3-MoE that reads text, and a vision tower beside it.
 
 For text the three axes of their positions are equal, and pictures add nothing: the language model of Qwen2-VL and
-Qwen2.5-VL is a Qwen2ForCausalLM, that of Qwen3-VL a Qwen3ForCausalLM, down to the names of the weights within a layer.
+Qwen2.5-VL is a Qwen2ForCausalLM, that of Qwen3-VL a Qwen3ForCausalLM or, as a mixture, a Qwen3MoeForCausalLM, down to
+the names of the weights within a layer; published mixtures have their experts transposed.
 In that form every step and every check for these takes it; the tower's weights stay in the same files under
 ``visual.``, and its config in ``vision_config.json``.
 """
@@ -17,12 +18,14 @@ from typing import Any
 from qwen_onnx import bounded
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, read_json, shards, weight_map
+from qwen_onnx.sources.stacked import Experts, turn_data, turn_header
 from qwen_onnx.sources.vision_config import (
     DEEPSTACK_LAYERS,
     PREPROCESSOR,
     QWEN2_5_VL,
     QWEN2_VL,
     QWEN3_VL,
+    QWEN3_VL_MOE,
     VISION_ARCHITECTURE,
     VISION_CONFIG,
     Tower,
@@ -34,6 +37,7 @@ TEXT = {
     QWEN2_VL: ("Qwen2ForCausalLM", "qwen2"),
     QWEN2_5_VL: ("Qwen2ForCausalLM", "qwen2"),
     QWEN3_VL: ("Qwen3ForCausalLM", "qwen3"),
+    QWEN3_VL_MOE: ("Qwen3MoeForCausalLM", "qwen3_moe"),
 }
 # of text_config, and of the whole config of a published checkpoint, which has no text_config
 KEPT = (
@@ -51,6 +55,10 @@ KEPT = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
 )
 # how published checkpoints begin the names of their weights, and how a text model and its tower do
 NESTED = (("model.language_model.", "model."), ("model.visual.", "visual."))
@@ -61,10 +69,11 @@ LENGTH, ALIGNMENT = 8, 64
 def write_text_form(checkpoint: Path, folder: Path) -> None:
     """Write ``checkpoint`` as a text model with a tower into the empty ``folder``.
 
-    Weights are linked; those with the names of a Qwen3-VL are copied under new names.
+    Weights are linked; those with the names of a Qwen3-VL are copied under new names, stacked experts transposed.
 
     Raises:
-        UnsupportedModelError: weights of other names, a tower of another form, or no preprocessor_config.json.
+        UnsupportedModelError: weights of other names or shapes, a tower of another form, or no
+            preprocessor_config.json.
         SourceError: a file is missing or damaged.
     """
     config = read_json(checkpoint / "config.json")
@@ -77,9 +86,12 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
         )
     names = _names(checkpoint)
     _require_weights(names, tower, checkpoint)
-    weights, nested = shards(checkpoint), _renamed(names) != names
+    weights, nested, experts = shards(checkpoint), _renamed(names) != names, _experts(config, tower, checkpoint)
     for path in weights:
-        (_copied if nested else _linked)(path.resolve(), folder / path.name)
+        if nested or experts:
+            _copied(path.resolve(), folder / path.name, experts)
+        else:
+            _linked(path.resolve(), folder / path.name)
     other = {*(path.name for path in weights), "config.json"}
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in other and path.suffix not in {".safetensors", ".bin"}:
@@ -99,6 +111,9 @@ def text_settings(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
     # a published Qwen2-VL has its end tokens in the whole config
     found |= {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
     architecture, model_type = TEXT[tower.architecture]
+    if count := _expert_count(text):
+        # Qwen3-VL's routers know no other way
+        found |= {"num_experts": count, "norm_topk_prob": True}
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     return {
         **found,
@@ -115,6 +130,30 @@ def text_settings(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
         VISION_ARCHITECTURE: tower.architecture,
         **({DEEPSTACK_LAYERS: len(tower.deepstack)} if tower.deepstack else {}),
     }
+
+
+def _expert_count(text: dict[str, Any]) -> int | None:
+    """Transformers 5 writes it under another name than Qwen does."""
+    return text.get("num_experts") or text.get("num_local_experts") or None
+
+
+def _experts(config: dict[str, Any], tower: Tower, checkpoint: Path) -> Experts | None:
+    """Of a mixture.
+
+    Raises:
+        UnsupportedModelError: its config lacks their sizes.
+    """
+    if tower.architecture != QWEN3_VL_MOE:
+        return None
+    text = config.get("text_config") or config
+    count, inner, chosen = _expert_count(text), text.get("moe_intermediate_size"), text.get("num_experts_per_tok")
+    if not (count and inner and chosen and chosen <= count):
+        raise UnsupportedModelError(
+            f"a mixture needs experts: there are {count}, {chosen} of them for a token, with {inner} inner dimensions",
+            where=str(checkpoint / "config.json"),
+            hint="use the model's own config.json",
+        )
+    return Experts(count, text["hidden_size"], inner)
 
 
 def _names(checkpoint: Path) -> dict[str, str]:
@@ -163,11 +202,12 @@ def _linked(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _copied(source: Path, target: Path) -> None:
-    """A safetensors file under other names: a header of its own before the same bytes.
+def _copied(source: Path, target: Path, experts: Experts | None) -> None:
+    """A safetensors file under other names: a header of its own before the same bytes but for stacked experts.
 
     Raises:
         SourceError: its header is damaged.
+        UnsupportedModelError: experts of another shape.
     """
     with source.open("rb") as read, target.open("wb") as write:
         length = int.from_bytes(read.read(LENGTH), "little")
@@ -178,7 +218,9 @@ def _copied(source: Path, target: Path) -> None:
         )
         if not isinstance(header, dict):
             raise SourceError("the header of the weights is damaged", where=str(source), hint="fetch it again")
+        turned = turn_header(header, experts, str(source)) if experts else []
         text = json.dumps({_plain(name): told for name, told in header.items()}).encode()
         text += b" " * (-(LENGTH + len(text)) % ALIGNMENT)
         write.write(len(text).to_bytes(LENGTH, "little") + text)
         shutil.copyfileobj(read, write, 1 << 24)
+    turn_data(target, LENGTH + len(text), turned)

@@ -16,7 +16,7 @@ VISION_ARCHITECTURE = "vision_architecture"
 # and how many of its layers get features of pictures besides their input
 DEEPSTACK_LAYERS = "deepstack_layers"
 QWEN2_VL, QWEN2_5_VL = "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
-QWEN3_VL = "Qwen3VLForConditionalGeneration"
+QWEN3_VL, QWEN3_VL_MOE = "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"
 MOST = {
     "depth": 256,
     "hidden_size": 1 << 16,
@@ -49,6 +49,7 @@ class Style:
         patch: the side of a patch that is not named there.
         mlp: names of a layer's two matrices; none: it has three, and RMSNorm.
         norm, merger: names of the norm and of the two matrices that make tokens of patches.
+        interleaved: the text model's three axes of positions take turns, instead of one behind another.
     """
 
     width: str
@@ -61,8 +62,21 @@ class Style:
     window: str = ""
     positions: str = ""
     deepstack: str = ""
+    interleaved: bool = False
 
 
+_NEWER = Style(
+    "hidden_size",
+    "out_hidden_size",
+    "gelu_pytorch_tanh",
+    16,
+    norm="norm",
+    merger=("linear_fc1", "linear_fc2"),
+    mlp=("linear_fc1", "linear_fc2"),
+    positions="num_position_embeddings",
+    deepstack="deepstack_visual_indexes",
+    interleaved=True,
+)
 STYLES = {
     QWEN2_VL: Style(
         "embed_dim", "hidden_size", "quick_gelu", 14, norm="ln_q", merger=("mlp.0", "mlp.2"), mlp=("fc1", "fc2")
@@ -70,17 +84,8 @@ STYLES = {
     QWEN2_5_VL: Style(
         "hidden_size", "out_hidden_size", "silu", 14, norm="ln_q", merger=("mlp.0", "mlp.2"), window="window_size"
     ),
-    QWEN3_VL: Style(
-        "hidden_size",
-        "out_hidden_size",
-        "gelu_pytorch_tanh",
-        16,
-        norm="norm",
-        merger=("linear_fc1", "linear_fc2"),
-        mlp=("linear_fc1", "linear_fc2"),
-        positions="num_position_embeddings",
-        deepstack="deepstack_visual_indexes",
-    ),
+    QWEN3_VL: _NEWER,
+    QWEN3_VL_MOE: _NEWER,
 }
 
 
@@ -188,7 +193,7 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
         full=layers("fullatt_block_indexes", [7, 15, 23, 31]) if style.window else (),
         positions=math.isqrt(number(style.positions, POSITIONS)) if style.positions else 0,
         deepstack=layers(style.deepstack, [8, 16, 24]) if style.deepstack else (),
-        sections=_sections(text, architecture, faults),
+        sections=_sections(text, style, faults),
         image_token=token("image_token_id"),
         video_token=token("video_token_id"),
         vision_start=token("vision_start_token_id"),
@@ -220,14 +225,14 @@ def _contradictions(tower: Tower, vision: dict[str, Any], text: dict[str, Any]) 
     return faults
 
 
-def _sections(text: dict[str, Any], architecture: str, faults: list[str]) -> tuple[int, ...]:
+def _sections(text: dict[str, Any], style: Style, faults: list[str]) -> tuple[int, ...]:
     """Of the text model's positions; what is wrong goes to ``faults``."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope"):
         faults.append(f"the text model's RoPE is scaled ({str(kind)[:40]}), which is not built beside a tower")
-    if rope.get("mrope_interleaved", architecture == QWEN3_VL) is not (architecture == QWEN3_VL):
+    if rope.get("mrope_interleaved", style.interleaved) is not style.interleaved:
         faults.append("the text model's mrope_interleaved is not that of the published models")
     sections = rope.get("mrope_section")
     if not (isinstance(sections, list) and len(sections) == 3 and all(type(s) is int and s > 0 for s in sections)):

@@ -19,7 +19,7 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.pictures import Picture, places_of, positions_of
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN3_VL
+from qwen_onnx.sources.vision_config import PREPROCESSOR
 from qwen_onnx.sources.vision_config import Tower as Form
 from qwen_onnx.verify import drawn
 from qwen_onnx.verify.checks import check
@@ -266,7 +266,7 @@ def _mixed(angles: Any, form: Form) -> Any:
     """Angles [tokens, dimensions] of those on each axis, [3, tokens, dimensions]: in turns, or one behind another."""
     import torch
 
-    if form.architecture != QWEN3_VL:
+    if not form.style.interleaved:
         return torch.cat([part[axis] for axis, part in enumerate(angles.split(form.sections, dim=-1))], dim=-1)
     mixed = angles[0].clone()
     for axis in (1, 2):

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.processor_config import ImageSettings
@@ -27,12 +28,13 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.pictures import Picture
 from qwen_onnx.runtime.processing.images import prepare
+from qwen_onnx.sources.checkpoint import SINGLE_FILE
 from qwen_onnx.sources.vision import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
 from tests.fixtures.dequantized import with_weights_of
 from tests.fixtures.pictures import chart, noise
-from tests.fixtures.vision import ARCHITECTURES, STACKED, make_vision_checkpoint
+from tests.fixtures.vision import ARCHITECTURES, MIXTURE, NEWER, STACKED, make_vision_checkpoint
 from tests.runtime.engines.batch.test_engine import Heard
 
 # each builds and loads two exports
@@ -46,6 +48,7 @@ INT4 = GenAIModelBuilderOptions(
     accuracy_level=1,
     algo_config="rtn_last",
     prune_lm_head=True,
+    qmoe_block_size=32,
 )
 EOS, START, END, IMAGE = 1, 258, 259, 260
 CHUNK = 64
@@ -64,7 +67,7 @@ class Case(NamedTuple):
         return getattr(transformers, self.architecture).from_pretrained(self.original, dtype=torch.float32).eval()
 
 
-NEWER = ARCHITECTURES[0]
+WINDOWS = ARCHITECTURES[0]
 
 
 @pytest.fixture(
@@ -187,7 +190,9 @@ def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     matrices = with_weights_of(
         SimpleNamespace(named_parameters=lambda: named, config=model.config), case.int4 / "model.onnx"
     )
-    assert matrices == 7 * model.config.text_config.num_hidden_layers + 1
+    # q, k, v, o, and gate, up, down or the experts' two
+    each = 6 if case.architecture == MIXTURE else 7
+    assert matrices == each * model.config.text_config.num_hidden_layers + 1
     assert np.abs(torch_logits(model, ids, pictures) - before).max() > 0.05
     assert_same(case.int4, model, 1e-4)
 
@@ -212,7 +217,7 @@ def test_the_encoder_equals_pytorch_for_every_shape(case: Case) -> None:
         with torch.inference_mode():
             seen = tower(torch.tensor(pixels), torch.tensor(grid))
         stacked = getattr(seen, "deepstack_features", [])
-        assert len(stacked) == (2 if case.architecture == STACKED else 0)
+        assert len(stacked) == (2 if case.architecture in NEWER else 0)
         wanted = np.concatenate([part.numpy() for part in (seen.pooler_output, *stacked)], axis=-1)
         (found,) = session.run(None, {"pixel_values": pixels, "image_grid_thw": grid})
         assert found.shape == wanted.shape
@@ -232,13 +237,43 @@ def test_every_layer_of_deepstack_reaches_the_answer(case: Case) -> None:
         merger.linear_fc2.weight.data, merger.linear_fc2.bias.data = kept
 
 
+@pytest.mark.parametrize("case", [MIXTURE], indirect=True)
+@pytest.mark.parametrize("kind", ["gate_up_proj", "down_proj"])
+def test_a_transposed_expert_is_refused(case: Case, tmp_path: Path, kind: str) -> None:
+    """Weights that lie as published, in a checkpoint that says it is a Qwen3-MoE."""
+    text = Path(shutil.copytree(case.text, tmp_path / "text"))
+    name = f"model.layers.1.mlp.experts.{kind}"
+    found = load_file(text / SINGLE_FILE)
+    found[name] = found[name].transpose(1, 2).contiguous()
+    save_file(found, text / SINGLE_FILE, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="experts are .*, their architecture has"):
+        build(text, tmp_path / "out", FP32)
+
+
+@pytest.mark.parametrize("case", [MIXTURE], indirect=True)
+def test_each_part_of_the_experts_reaches_the_answer(case: Case) -> None:
+    """Of experts whose gate and up change places, or that are transposed, PyTorch answers otherwise."""
+    model = case.model()
+    ids, pictures = prompts(case.fp32)["two turns"]
+    wanted = torch_logits(model, ids, pictures)
+    experts = model.model.language_model.layers[1].mlp.experts
+    for kind in ("gate_up_proj", "down_proj"):
+        whole = getattr(experts, kind).data
+        turned = whole.transpose(1, 2).reshape(whole.shape)
+        swapped = torch.cat(whole.chunk(2, dim=1)[::-1], dim=1)
+        for other in (turned, swapped):
+            getattr(experts, kind).data = other
+            assert np.abs(torch_logits(model, ids, pictures) - wanted).max() > 0.1
+        getattr(experts, kind).data = whole
+
+
 def test_genai_itself_answers_alike(case: Case) -> None:
     """Its own multimodal layout: it loads the folder, prepares the picture and decodes the same tokens."""
     import onnxruntime_genai as og
 
     path = case.fp32.parent / "picture.png"
     # no resize on either side, whose kernels differ
-    image = noise(128, 64) if case.architecture == STACKED else noise(112, 56)
+    image = noise(128, 64) if case.architecture in NEWER else noise(112, 56)
     image.save(path)
     picture = prepare(image, ImageSettings.read(case.fp32), where="it")
     model = og.Model(str(case.fp32))
@@ -311,7 +346,7 @@ def test_pictures_and_their_places_must_agree(case: Case) -> None:
         ({"vision_config": {"in_channels": 4}}, "three channels"),
     ],
 )
-@pytest.mark.parametrize("case", [NEWER], indirect=True)
+@pytest.mark.parametrize("case", [WINDOWS], indirect=True)
 def test_a_tower_that_cannot_be_right_is_refused(
     case: Case, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
@@ -325,7 +360,7 @@ def test_a_tower_that_cannot_be_right_is_refused(
         write_text_form(broken, tmp_path / "text")
 
 
-@pytest.mark.parametrize("case", [NEWER], indirect=True)
+@pytest.mark.parametrize("case", [WINDOWS], indirect=True)
 def test_a_checkpoint_that_lacks_a_part_is_refused(case: Case, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     broken = Path(shutil.copytree(case.original, tmp_path / "broken"))
@@ -349,7 +384,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(case: Case, tmp_path: Path) -
         write_parts(plain, case.fp32, tmp_path / "out")
 
 
-@pytest.mark.parametrize("case", [NEWER], indirect=True)
+@pytest.mark.parametrize("case", [WINDOWS], indirect=True)
 def test_an_artifact_that_lacks_a_part_does_not_load(case: Case, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(case.fp32, tmp_path / "broken"))
     (broken / VISION_FILE).unlink()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.sources.checkpoint import INDEX_FILE, SINGLE_FILE
 from qwen_onnx.sources.vision import write_text_form
-from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN3_VL, VISION_CONFIG, tower_of
+from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN3_VL, QWEN3_VL_MOE, VISION_CONFIG, tower_of
 
 # Qwen3-VL-2B's, as it is published
 CONFIG: dict[str, Any] = {
@@ -184,3 +184,81 @@ def test_a_shard_with_a_damaged_header_is_refused(tmp_path: Path, head: bytes) -
     (folder := tmp_path / "text").mkdir()
     with pytest.raises(SourceError, match="header"):
         write_text_form(published, folder)
+
+
+MOE: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5, "hidden_size": 8}
+EXPERTS = "model.language_model.layers.0.mlp.experts"
+STACKS = {
+    f"{EXPERTS}.gate_up_proj": np.arange(3 * 10 * 8).reshape(3, 10, 8).astype(np.float16),
+    f"{EXPERTS}.down_proj": np.arange(3 * 8 * 5).reshape(3, 8, 5).astype(np.float16),
+}
+
+
+def make_mixture(folder: Path, stacks: dict[str, Any] = STACKS, **text: Any) -> Path:
+    """As ``make_published``, with three experts of one layer."""
+    make_published(folder, shards=1)
+    config = changed(vision_config__out_hidden_size=8, architectures=[QWEN3_VL_MOE], model_type="qwen3_vl_moe")
+    config["text_config"] |= MOE | text
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(load_file(folder / SINGLE_FILE) | stacks, folder / SINGLE_FILE)
+    return folder
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_stacked_experts_get_the_layout_of_a_qwen3_moe(tmp_path: Path, published: bool) -> None:
+    """From Qwen's own, with inputs before outputs, and from that of transformers."""
+    turned = {name: np.ascontiguousarray(array.transpose(0, 2, 1)) for name, array in STACKS.items()}
+    folder = make_mixture(tmp_path / "published", turned if published else STACKS)
+    (text := tmp_path / "text").mkdir()
+    write_text_form(folder, text)
+    found = load_file(text / SINGLE_FILE)
+    for name, array in STACKS.items():
+        assert np.array_equal(found[name.replace("model.language_model.", "model.")], array)
+    assert np.array_equal(found["lm_head.weight"], np.full((2, 3), 6, np.float32))
+    config = json.loads((text / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["Qwen3MoeForCausalLM"], "qwen3_moe")
+    assert (config["num_experts"], config["moe_intermediate_size"], config["norm_topk_prob"]) == (3, 5, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "stack", "message"),
+    [
+        ({"num_experts": None}, {}, "a mixture needs experts: there are None"),
+        ({"num_experts_per_tok": 4}, {}, "there are 3, 4 of them for a token"),
+        ({"moe_intermediate_size": 4}, {}, r"down_proj is \[3, 8, 5\], its config says \[3, 8, 4\]"),
+        ({"num_experts": 4}, {}, r"is \[3, 8, 5\], its config says \[4, 8, 5\] or \[4, 5, 8\]"),
+        (
+            {"moe_intermediate_size": 8},
+            {"gate_up_proj": (3, 16, 8), "down_proj": (3, 8, 8)},
+            r"down_proj is \[3, 8, 8\], which does not tell inputs from outputs",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_right_are_refused(
+    tmp_path: Path, text: dict[str, Any], stack: dict[str, tuple[int, ...]], message: str
+) -> None:
+    stacks = STACKS | {f"{EXPERTS}.{kind}": np.zeros(shape, np.float16) for kind, shape in stack.items()}
+    folder = make_mixture(tmp_path / "published", stacks, **text)
+    (made := tmp_path / "text").mkdir()
+    with pytest.raises(UnsupportedModelError, match=message):
+        write_text_form(folder, made)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [([-2, 238], "damaged at"), ([0, 2], "damaged at"), ("all", "damaged at"), ([10**12, 10**12 + 480], "too early")],
+)
+def test_experts_that_are_not_where_their_header_says_are_refused(tmp_path: Path, offsets: Any, message: str) -> None:
+    turned = {name: np.ascontiguousarray(array.transpose(0, 2, 1)) for name, array in STACKS.items()}
+    folder = make_mixture(tmp_path / "published", turned)
+    raw = (folder / SINGLE_FILE).read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header[f"{EXPERTS}.gate_up_proj"]["data_offsets"] = offsets
+    (made := tmp_path / "text").mkdir()
+    names = dict.fromkeys(name for name in header if name != "__metadata__")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE_FILE)}))
+    text = json.dumps(header).encode()
+    (folder / SINGLE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    with pytest.raises(SourceError, match=message):
+        write_text_form(folder, made)

@@ -17,7 +17,7 @@ from qwen_onnx.errors import UnsupportedModelError
 from qwen_onnx.export.architectures import linear_attention, moe, qwen3_next, vision
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, VISION_ARCHITECTURE
+from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, VISION_ARCHITECTURE
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     QWEN2_5_VL: SEEING,
     # a decoder without DeepStack, which answers otherwise
     QWEN3_VL: Architecture(QWEN3_VL, "Qwen3VLTextModel", vision.DeepStackDecoder, APART),
+    # "not currently supported"
+    QWEN3_VL_MOE: Architecture(QWEN3_VL, "Qwen3VLTextModel", vision.DeepStackMoEDecoder, APART),
     # "not currently supported". The operators that the export needs are there
     "Qwen2MoeForCausalLM": Architecture("Qwen2ForCausalLM", "QwenModel", moe.Qwen2MoEModel),
     "Qwen3MoeForCausalLM": Architecture("Qwen3ForCausalLM", "Qwen3Model", moe.Qwen3MoEModel),

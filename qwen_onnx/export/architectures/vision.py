@@ -1,4 +1,4 @@
-"""The decoders of models that see for genai's builder, whose weights are those of a Qwen2 or a Qwen3.
+"""The decoders of models that see for genai's builder, whose weights are those of a Qwen2, a Qwen3 or a Qwen3-MoE.
 
 genai 0.18 knows Qwen2.5-VL's and Qwen3-VL's only, and reads them from whole checkpoints; Qwen2-VL's is the former. Of
 Qwen3-VL it leaves out DeepStack: what several layers of the tower say of a picture is added to its tokens behind the
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.architectures.moe import Qwen3MoEModel, SparseExperts
 from qwen_onnx.export.architectures.stock import Model, Qwen3VLTextModel, Qwen25VLTextModel
 from qwen_onnx.sources.vision_config import DEEPSTACK_LAYERS
 
@@ -89,3 +90,10 @@ class DeepStackDecoder(_TextWeights, Qwen3VLTextModel):  # type: ignore[misc]
             )
             self.make_add(name, parts, dtype=self.io_dtype, shape=self.make_hidden_state_shape())
             attributes["skip_input"] = f"{name}/output_0"
+
+
+class DeepStackMoEDecoder(SparseExperts, DeepStackDecoder):  # type: ignore[misc]
+    """The same of a Qwen3-MoE."""
+
+    own_type = "Qwen3MoeForCausalLM"
+    make_moe_subgraph = Qwen3MoEModel.make_moe_subgraph

@@ -68,7 +68,7 @@ def mapped_model(checkpoint: Path) -> Any:
     prefixes = []
     for prefix, module in model.named_modules():
         if are_experts(module):
-            module.stored = StoredExperts(weights, plain_name(prefix), len(module.gate_up_proj), config.dtype)
+            module.stored = StoredExperts(weights, plain_name(prefix), module.gate_up_proj.shape, config.dtype)
             prefixes.append(f"{prefix}.")
             quantized |= module.stored.quantized
     if hasattr(config, "quantization_config") and not quantized:

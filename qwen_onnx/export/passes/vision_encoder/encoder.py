@@ -31,6 +31,7 @@ from qwen_onnx.sources.vision_config import (
     QWEN2_5_VL,
     QWEN2_VL,
     QWEN3_VL,
+    QWEN3_VL_MOE,
     VISION_CONFIG,
     Tower,
     preparation_of,
@@ -42,7 +43,12 @@ VISION_FILE, EMBEDDING_FILE = "vision.onnx", "embedding.onnx"
 IDS, EMBEDDED = "input_ids", "inputs_embeds"
 TABLE = "model.embed_tokens.weight"
 # genai's names; Qwen2-VL's positions of pictures are those of Qwen2.5-VL
-GENAI_TYPES = {QWEN2_VL: "qwen2_5_vl", QWEN2_5_VL: "qwen2_5_vl", QWEN3_VL: "qwen3_vl"}
+GENAI_TYPES = {
+    QWEN2_VL: "qwen2_5_vl",
+    QWEN2_5_VL: "qwen2_5_vl",
+    QWEN3_VL: "qwen3_vl",
+    QWEN3_VL_MOE: "qwen3_vl",
+}
 SECONDS = 2.0
 
 
