@@ -38,7 +38,7 @@ class Skeleton:
     def __init__(self, checkpoint: Path, scratch: Scratch) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.weights = CheckpointWeights(checkpoint, text=True)
+        self.weights = CheckpointWeights(checkpoint, plain=True)
         self.scratch = scratch
         # of a model with a vision tower too, the part that reads text
         self.config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config()

@@ -12,13 +12,11 @@ import torch
 from safetensors import safe_open
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.sources.checkpoint import SINGLE_FILE, weight_map
+from qwen_onnx.sources.checkpoint import SINGLE_FILE, plain_name, weight_map
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 # safetensors wants the header padded so that the data begin aligned
 ALIGNMENT = 64
-# published models with a vision tower name the weights of their language model so, others in the second way
-NESTED = ("model.language_model.", "model.")
 # rows are converted in pieces of this many weights, which bounds what a conversion holds
 PIECE = 1 << 20
 
@@ -27,21 +25,21 @@ class CheckpointWeights:
     """Weights of a safetensors checkpoint, in one file or in shards with an index; reads by memory map.
 
     Args:
-        text: name the weights of a language model as they are named where it has no tower beside it.
+        plain: name weights as they are named where a language model and its tower stand apart.
 
     Raises:
         ExportError: a shard that the index names is missing.
         SourceError: the index cannot be trusted.
     """
 
-    def __init__(self, folder: Path, *, text: bool = False) -> None:
+    def __init__(self, folder: Path, *, plain: bool = False) -> None:
         self.folder = folder
         named = weight_map(folder)
         if named is None:
             with safe_open(folder / SINGLE_FILE, framework="pt") as file:
                 named = dict.fromkeys(file.keys(), SINGLE_FILE)
         # by what a weight is called here, what its file calls it
-        self._stored = {plain_name(name) if text else name: name for name in named}
+        self._stored = {plain_name(name) if plain else name: name for name in named}
         self._files = {name: named[stored] for name, stored in self._stored.items()}
         missing = sorted({name for name in self._files.values() if not (folder / name).exists()})
         if missing:
@@ -85,11 +83,6 @@ class CheckpointWeights:
         """Name of every tensor with the size and time of its file: what tells two checkpoints apart at no cost."""
         stats = {name: (self.folder / name).stat() for name in set(self._files.values())}
         return [[name, stats[file].st_size, stats[file].st_mtime_ns] for name, file in sorted(self._files.items())]
-
-
-def plain_name(name: str) -> str:
-    """What a weight of a model with a tower is called in one without."""
-    return name.replace(*NESTED, 1) if name.startswith(NESTED[0]) else name
 
 
 def mapped_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

@@ -24,6 +24,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = {"QWenLMHeadModel": "qwen.tiktoken"}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# how published models with a tower begin the names of their weights, and how a language model and a tower do alone
+NESTED = (("model.language_model.", "model."), ("model.visual.", "visual."))
 # bare and visible: what a manifest lists
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,240}\.safetensors")
 # bytes; a tokenizer of 150,000 tokens has 11 MB and some 800,000 values
@@ -262,6 +264,14 @@ def read_json(path: Path, most_bytes: int = LARGEST_JSON, most_values: int = MOS
     if not isinstance(value, dict):
         raise SourceError(f"{path.name} is not a JSON object", where=str(path), hint="fetch it again")
     return value
+
+
+def plain_name(name: str) -> str:
+    """What a weight of a published model with a tower is called where language model and tower stand apart."""
+    for nested, own in NESTED:
+        if name.startswith(nested):
+            return own + name.removeprefix(nested)
+    return name
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:

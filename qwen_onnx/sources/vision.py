@@ -2,7 +2,8 @@
 
 For text the three axes of their positions are equal, and pictures add nothing: the language model of Qwen2-VL and
 Qwen2.5-VL is a Qwen2ForCausalLM, that of Qwen3-VL a Qwen3ForCausalLM or, as a mixture, a Qwen3MoeForCausalLM, down to
-the names of the weights within a layer; published mixtures have their experts transposed.
+the names of the weights within a layer; published mixtures have their experts transposed. A Qwen3.5 reads text as it
+is.
 In that form every step and every check for these takes it; the tower's weights stay in the same files under
 ``visual.``, and its config in ``vision_config.json``.
 """
@@ -17,13 +18,15 @@ from typing import Any
 
 from qwen_onnx import bounded
 from qwen_onnx.errors import SourceError, UnsupportedModelError
-from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, read_json, shards, weight_map
+from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, plain_name, read_json, shards, weight_map
 from qwen_onnx.sources.stacked import Experts, turn_data, turn_header
 from qwen_onnx.sources.vision_config import (
     DEEPSTACK_LAYERS,
     PREPROCESSOR,
     QWEN2_5_VL,
     QWEN2_VL,
+    QWEN3_5,
+    QWEN3_5_MOE,
     QWEN3_VL,
     QWEN3_VL_MOE,
     VISION_ARCHITECTURE,
@@ -39,6 +42,8 @@ TEXT = {
     QWEN3_VL: ("Qwen3ForCausalLM", "qwen3"),
     QWEN3_VL_MOE: ("Qwen3MoeForCausalLM", "qwen3_moe"),
 }
+# those that need no other form
+WHOLE = (QWEN3_5, QWEN3_5_MOE)
 # of text_config, and of the whole config of a published checkpoint, which has no text_config
 KEPT = (
     "vocab_size",
@@ -60,8 +65,6 @@ KEPT = (
     "decoder_sparse_step",
     "mlp_only_layers",
 )
-# how published checkpoints begin the names of their weights, and how a text model and its tower do
-NESTED = (("model.language_model.", "model."), ("model.visual.", "visual."))
 # safetensors: bytes of the header's length, and what the data behind the header are aligned to
 LENGTH, ALIGNMENT = 8, 64
 
@@ -86,7 +89,8 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
         )
     names = _names(checkpoint)
     _require_weights(names, tower, checkpoint)
-    weights, nested, experts = shards(checkpoint), _renamed(names) != names, _experts(config, tower, checkpoint)
+    nested = tower.architecture not in WHOLE and _renamed(names) != names
+    weights, experts = shards(checkpoint), _experts(config, tower, checkpoint)
     for path in weights:
         if nested or experts:
             _copied(path.resolve(), folder / path.name, experts)
@@ -97,10 +101,12 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
         if path.is_file() and path.name not in other and path.suffix not in {".safetensors", ".bin"}:
             shutil.copyfile(path, folder / path.name)
     if nested and (folder / INDEX_FILE).exists():
-        told = json.dumps({"metadata": {}, "weight_map": _renamed(names)})
-        (folder / INDEX_FILE).write_text(told, encoding="utf-8")
+        index = json.dumps({"metadata": {}, "weight_map": _renamed(names)})
+        (folder / INDEX_FILE).write_text(index, encoding="utf-8")
     (folder / VISION_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(text_settings(config, tower), indent=2), encoding="utf-8")
+    whole = {**config, VISION_ARCHITECTURE: tower.architecture}
+    told = whole if tower.architecture in WHOLE else text_settings(config, tower)
+    (folder / "config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
 
 
 def text_settings(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
@@ -168,16 +174,8 @@ def _names(checkpoint: Path) -> dict[str, str]:
     return found
 
 
-def _plain(name: str) -> str:
-    """The name of a weight in the text model, or in the tower beside it."""
-    for nested, own in NESTED:
-        if name.startswith(nested):
-            return own + name.removeprefix(nested)
-    return name
-
-
 def _renamed(names: dict[str, str]) -> dict[str, str]:
-    return {_plain(name): file for name, file in names.items()}
+    return {plain_name(name): file for name, file in names.items()}
 
 
 def _require_weights(names: dict[str, str], tower: Tower, checkpoint: Path) -> None:
@@ -219,7 +217,7 @@ def _copied(source: Path, target: Path, experts: Experts | None) -> None:
         if not isinstance(header, dict):
             raise SourceError("the header of the weights is damaged", where=str(source), hint="fetch it again")
         turned = turn_header(header, experts, str(source)) if experts else []
-        text = json.dumps({_plain(name): told for name, told in header.items()}).encode()
+        text = json.dumps({plain_name(name): told for name, told in header.items()}).encode()
         text += b" " * (-(LENGTH + len(text)) % ALIGNMENT)
         write.write(len(text).to_bytes(LENGTH, "little") + text)
         shutil.copyfileobj(read, write, 1 << 24)

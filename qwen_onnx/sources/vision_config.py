@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ VISION_ARCHITECTURE = "vision_architecture"
 DEEPSTACK_LAYERS = "deepstack_layers"
 QWEN2_VL, QWEN2_5_VL = "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
 QWEN3_VL, QWEN3_VL_MOE = "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"
+QWEN3_5, QWEN3_5_MOE = "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"
 MOST = {
     "depth": 256,
     "hidden_size": 1 << 16,
@@ -86,6 +87,8 @@ STYLES = {
     ),
     QWEN3_VL: _NEWER,
     QWEN3_VL_MOE: _NEWER,
+    QWEN3_5: replace(_NEWER, deepstack=""),
+    QWEN3_5_MOE: replace(_NEWER, deepstack=""),
 }
 
 

@@ -13,6 +13,8 @@ from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import VISION_CONFIG, tower_of
 from qwen_onnx.verify.softmax import Logits
 
+TOWER = "visual."
+
 
 class Tower:
     """A vision tower in fp32; features of pictures that were seen stay, since several checks look at the same ones.
@@ -56,10 +58,10 @@ def _loaded(checkpoint: Path, settings: dict[str, Any]) -> Any:
     with torch.device("meta"):
         kind = type(getattr(transformers, settings["architectures"][0])(config).model.visual)
     tower = kind(config.vision_config).eval()
-    weights = CheckpointWeights(checkpoint)
-    stored = weights.tensors(weights.names("visual."))
+    weights = CheckpointWeights(checkpoint, plain=True)
+    stored = weights.tensors(weights.names(TOWER))
     try:
-        tower.load_state_dict({name.removeprefix("visual."): tensor.float() for name, tensor in stored.items()})
+        tower.load_state_dict({name.removeprefix(TOWER): tensor.float() for name, tensor in stored.items()})
     except RuntimeError as error:
         raise VerificationError(f"the tower's weights do not fit: {error}", where=str(checkpoint)) from error
     return tower

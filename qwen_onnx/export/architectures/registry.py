@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ class Architecture:
 # The multi-token-prediction head excludes prune_lm_head, and our runtime does not draft.
 NO_DRAFT = ("exclude_mtp=true",)
 
-# the vision pass writes the embedding, which genai runs apart
+# of a model that sees: the vision pass writes the embedding, which genai runs apart
 APART = ("exclude_embeds=true",)
-SEEING = Architecture(QWEN2_5_VL, "Qwen25VLTextModel", vision.VisionDecoder, APART)
+SEEING = Architecture(QWEN2_5_VL, "Qwen25VLTextModel", vision.VisionDecoder)
 
 # What genai 0.18 makes of each; figures are in tests/export/test_architectures.py.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -53,9 +53,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     QWEN2_VL: SEEING,
     QWEN2_5_VL: SEEING,
     # a decoder without DeepStack, which answers otherwise
-    QWEN3_VL: Architecture(QWEN3_VL, "Qwen3VLTextModel", vision.DeepStackDecoder, APART),
+    QWEN3_VL: Architecture(QWEN3_VL, "Qwen3VLTextModel", vision.DeepStackDecoder),
     # "not currently supported"
-    QWEN3_VL_MOE: Architecture(QWEN3_VL, "Qwen3VLTextModel", vision.DeepStackMoEDecoder, APART),
+    QWEN3_VL_MOE: Architecture(QWEN3_VL, "Qwen3VLTextModel", vision.DeepStackMoEDecoder),
     # "not currently supported". The operators that the export needs are there
     "Qwen2MoeForCausalLM": Architecture("Qwen2ForCausalLM", "QwenModel", moe.Qwen2MoEModel),
     "Qwen3MoeForCausalLM": Architecture("Qwen3ForCausalLM", "Qwen3Model", moe.Qwen3MoEModel),
@@ -80,14 +80,16 @@ def architecture_of(checkpoint: Path) -> Architecture:
         UnsupportedModelError: no entry.
     """
     config = read_json(checkpoint / "config.json")
-    name = config.get(VISION_ARCHITECTURE) or (config.get("architectures") or ["none"])[0]
+    seeing = config.get(VISION_ARCHITECTURE)
+    name = seeing or (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"no exporter for {name}; known: {', '.join(sorted(ARCHITECTURES))}",
             where=str(checkpoint / "config.json"),
             hint="choose a model of the catalog: qwen-onnx list",
         )
-    return ARCHITECTURES[name]
+    found = ARCHITECTURES[name]
+    return replace(found, options=(*found.options, *APART)) if seeing else found
 
 
 @contextlib.contextmanager

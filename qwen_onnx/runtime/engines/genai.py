@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime_genai as og
 
 from qwen_onnx.artifact.genai_config import GenaiConfig, ids_of
-from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
+from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError, ServiceError
 from qwen_onnx.processes.memory import return_free_memory
+from qwen_onnx.runtime.engines.pictures import Picture, places_of
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling, search_options
 
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
@@ -87,6 +88,9 @@ class Engine:
         self.context_length = self.shape.context_length
         self.vocab_size = self.shape.vocab_size
         self.eos_token_ids = self.shape.eos_token_ids
+        model = GenaiConfig.read(folder).model
+        # what stands for a part of a picture; None: it reads text alone
+        self.image_token = model.image_token_id if model.vision is not None else None
         try:
             config = og.Config(str(folder))
             session: dict[str, Any] = {} if threads is None else {"intra_op_num_threads": threads}
@@ -123,6 +127,7 @@ class Engine:
         options: Sampling = GREEDY,
         stop_on_eos: bool = True,
         cancelled: Cancelled | None = None,
+        pictures: Sequence[Picture] = (),
     ) -> Iterator[int]:
         """Yield new token ids one by one; EOS ends it and is not yielded.
 
@@ -132,19 +137,32 @@ class Engine:
             options: how tokens are chosen.
             stop_on_eos: false suppresses EOS, to measure a fixed number of tokens.
             cancelled: asked between tokens and between pieces of the prompt.
+            pictures: in the order in which the prompt has room for them.
 
         Raises:
-            RequestError, PromptTooLongError: see ``Shape.check``; raised at the call, not at the first token.
+            RequestError, PromptTooLongError: see ``Shape.check`` and ``places_of``; raised at the call, not at the
+                first token.
         """
         ids = list(prompt_ids)
         self.shape.check(ids, max_new_tokens)
-        return self._tokens(ids, max_new_tokens, options, stop_on_eos, cancelled or (lambda: False))
+        places_of(ids, pictures, self.image_token)
+        return self._tokens(ids, max_new_tokens, options, stop_on_eos, cancelled or (lambda: False), pictures)
 
     def _tokens(
-        self, ids: list[int], max_new_tokens: int, options: Sampling, stop_on_eos: bool, cancelled: Cancelled
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        options: Sampling,
+        stop_on_eos: bool,
+        cancelled: Cancelled,
+        pictures: Sequence[Picture],
     ) -> Iterator[int]:
         length = len(ids) + max_new_tokens
         generator = self._generator(length, options, 0 if stop_on_eos else length)
+        if pictures:
+            # it takes a prompt with pictures whole
+            generator.set_inputs(_with_pictures(ids, pictures))
+            ids = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             if cancelled():
                 return
@@ -156,11 +174,16 @@ class Engine:
             token = int(generator.get_next_tokens()[0])
             if stop_on_eos and token in self.eos_token_ids:
                 return
+            if token == self.image_token:
+                # genai would put a part of the prompt's pictures there, or fail for want of one
+                raise ServiceError("the model drew the token that stands for a picture", hint="ask again")
             yield token
             if generator.is_done():
                 return
 
-    def forced_logits(self, prompt_ids: Sequence[int], continuation_ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    def forced_logits(
+        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], pictures: Sequence[Picture] = ()
+    ) -> np.ndarray[Any, Any]:
         """Logits after the prompt and after each continuation token, which goes through the KV cache alone.
 
         Returns:
@@ -171,10 +194,23 @@ class Engine:
         generator = self._generator(len(prompt) + len(continuation) + 1, GREEDY, 0)
         rows = []
         for piece in (prompt, *([token] for token in continuation)):
-            generator.append_tokens(np.asarray(piece, dtype=np.int32))
+            if pictures and not rows:
+                generator.set_inputs(_with_pictures(prompt, pictures))
+            else:
+                generator.append_tokens(np.asarray(piece, dtype=np.int32))
             rows.append(np.array(generator.get_logits(), dtype=np.float32).reshape(-1, self.vocab_size)[-1])
         return np.stack(rows)
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards."""
         del self._model
+
+
+def _with_pictures(ids: list[int], pictures: Sequence[Picture]) -> Any:
+    """A prompt and its pictures under the names that genai's own preparation gives them."""
+    given = og.NamedTensors()
+    given["input_ids"] = np.array([ids], np.int32)
+    given["pixel_values"] = np.concatenate([picture.pixels for picture in pictures])
+    given["image_grid_thw"] = np.array([picture.grid for picture in pictures], np.int64)
+    given["num_image_tokens"] = np.array([picture.tokens for picture in pictures], np.int64)
+    return given

@@ -22,6 +22,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenEvent,
     TokenRequest,
 )
+from qwen_onnx.runtime.engines.pictures import places_of
 from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, GENAI_FEATURES, GREEDY
 
 log = logging.getLogger(__name__)
@@ -80,8 +81,7 @@ class SerialEngine:
         _check_features(request)
         if request.adapter is not None:
             raise RequestError(NO_ADAPTERS, where="model")
-        if request.pictures:
-            raise RequestError("this model's engine takes no pictures", where="messages", hint="send text alone")
+        places_of(request.prompt_ids, request.pictures, self._engine.image_token)
         turn = Turn(request, listener)
         with self._changed:
             if self._closing:
@@ -155,6 +155,7 @@ class SerialEngine:
                 options=request.sampling,
                 stop_on_eos=request.stop_on_eos,
                 cancelled=stopped,
+                pictures=request.pictures,
             ):
                 count += 1
                 self._written += 1

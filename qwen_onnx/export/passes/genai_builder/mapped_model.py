@@ -15,7 +15,8 @@ import torch
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.experts import CODED, StoredExperts, are_experts
-from qwen_onnx.export.weights import CheckpointWeights, plain_name
+from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.sources.checkpoint import plain_name
 
 # the text export reads nothing of it
 UNUSED = "model.visual."
@@ -63,7 +64,7 @@ def mapped_model(checkpoint: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
-    weights = CheckpointWeights(checkpoint, text=True)
+    weights = CheckpointWeights(checkpoint, plain=True)
     quantized = _put_codes(model, weights)
     prefixes = []
     for prefix, module in model.named_modules():

@@ -30,6 +30,8 @@ from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import (
     QWEN2_5_VL,
     QWEN2_VL,
+    QWEN3_5,
+    QWEN3_5_MOE,
     QWEN3_VL,
     QWEN3_VL_MOE,
     VISION_CONFIG,
@@ -48,7 +50,11 @@ GENAI_TYPES = {
     QWEN2_5_VL: "qwen2_5_vl",
     QWEN3_VL: "qwen3_vl",
     QWEN3_VL_MOE: "qwen3_vl",
+    QWEN3_5: "qwen3_5",
+    QWEN3_5_MOE: "qwen3_5_moe",
 }
+# and those of the preparation of pictures
+PREPARED_AS = GENAI_TYPES | {QWEN3_5: "qwen3_vl", QWEN3_5_MOE: "qwen3_vl"}
 SECONDS = 2.0
 
 
@@ -81,7 +87,7 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
         raise ExportError("the checkpoint has no vision tower", where=str(checkpoint), hint="qwen-onnx list")
     settings = read_json(checkpoint / VISION_CONFIG)
     tower = tower_of(settings, str(checkpoint / VISION_CONFIG))
-    weights = CheckpointWeights(checkpoint)
+    weights = CheckpointWeights(checkpoint, plain=True)
     output.mkdir(parents=True, exist_ok=True)
     for path in sorted(decoder.iterdir()):
         if path.is_file() and path.name != GENAI_CONFIG:
@@ -92,7 +98,8 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
         draw = Drawing(weights, data)
         draw_tower(draw, tower)
         draw.save(output / VISION_FILE, inputs(tower), outputs(tower))
-    vocabulary = read_json(checkpoint / "config.json")["vocab_size"]
+    config = read_json(checkpoint / "config.json")
+    vocabulary = (config.get("text_config") or config)["vocab_size"]
     with DataFile(output / f"{EMBEDDING_FILE}.data") as data:
         _embedding(Drawing(weights, data), tower, vocabulary, output / EMBEDDING_FILE)
     preparation = preparation_of(checkpoint, tower)
@@ -105,7 +112,7 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
         mean=preparation.mean,
         std=preparation.std,
     )
-    told = json.dumps(images.config(GENAI_TYPES[tower.architecture]), indent=1)
+    told = json.dumps(images.config(PREPARED_AS[tower.architecture]), indent=1)
     (output / PROCESSOR_CONFIG).write_text(told, encoding="utf-8")
     _configure(decoder / GENAI_CONFIG, output / GENAI_CONFIG, tower)
 

@@ -1,0 +1,128 @@
+"""Qwen3.5 with its tower: linear attention, so one request at a time by genai, against PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from qwen_onnx.errors import RequestError
+from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.vision_encoder.encoder import write_parts
+from qwen_onnx.runtime import QwenService
+from qwen_onnx.runtime.engines.genai import Engine
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
+from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
+from qwen_onnx.sources.vision import write_text_form
+from qwen_onnx.verify.tower import Tower
+from tests.export.test_vision import FP32, INT4
+from tests.fixtures.dequantized import with_weights_of
+from tests.fixtures.pictures import as_file, chart
+from tests.fixtures.sight import prompt_of, prompts, seen, torch_greedy, torch_logits, words
+from tests.fixtures.vision import HYBRIDS, make_vision_checkpoint
+from tests.runtime.engines.batch.test_engine import Heard
+
+# each builds and loads two exports
+pytestmark = pytest.mark.slow
+
+
+class Case(NamedTuple):
+    """A tiny checkpoint and its two exports."""
+
+    architecture: str
+    original: Path
+    text: Path
+    fp32: Path
+    int4: Path
+
+    def model(self) -> Any:
+        return getattr(transformers, self.architecture).from_pretrained(self.original, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("hybrid")
+    original = make_vision_checkpoint(folder / "original", request.param)
+    (text := folder / "text").mkdir()
+    write_text_form(original, text)
+    for name, config in (("fp32", FP32), ("int4", INT4)):
+        build(text, folder / f"{name}-decoder", config)
+        write_parts(text, folder / f"{name}-decoder", folder / name)
+    return Case(request.param, original, text, folder / "fp32", folder / "int4")
+
+
+def assert_same(folder: Path, model: Any, limit: float) -> None:
+    """Behind every prompt and, through the states, behind tokens that follow it; then greedily, as it is served."""
+    alone, asked, behind = Engine(folder, threads=1), prompts(folder), words(5, 9)
+    for name, (ids, pictures) in asked.items():
+        wanted = torch_logits(model, [*ids, *behind], pictures)[len(ids) - 1 :]
+        assert 0.5 < wanted.std() < 2, name
+        assert np.abs(alone.forced_logits(ids, behind, pictures) - wanted).max() <= limit, name
+    engine = load_engine(folder, EngineOptions(streams=3, capacity=512, threads=1))
+    assert engine.stats().kind == "serial"
+    heard = {
+        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, pictures=tuple(pictures)))
+        for name, (ids, pictures) in asked.items()
+    }
+    for name, one in heard.items():
+        assert one.tokens() == torch_greedy(model, *asked[name], 4), name
+    engine.close()
+
+
+def test_fp32_equals_pytorch(case: Case) -> None:
+    assert_same(case.fp32, case.model(), 2e-4)
+
+
+def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
+    model = case.model()
+    ids, pictures = prompts(case.int4)["two turns"]
+    before = torch_logits(model, ids, pictures)
+    named = [(name.replace("model.language_model.", "model."), value) for name, value in model.named_parameters()]
+    config = model.config.text_config
+    with_weights_of(SimpleNamespace(named_parameters=lambda: named, config=config), case.int4 / "model.onnx")
+    assert np.abs(torch_logits(model, ids, pictures) - before).max() > 0.05
+    assert_same(case.int4, model, 1e-4)
+
+
+def test_an_answer_depends_on_the_picture(case: Case) -> None:
+    model, engine = case.model(), Engine(case.fp32, threads=1)
+    one, other = seen(case.fp32, (100, 90), (100, 90))
+    ids = prompt_of(words(5, 0), one, words(5, 1))
+    found = [engine.forced_logits(ids, [], [picture])[-1] for picture in (one, other)]
+    assert np.abs(found[0] - found[1]).max() > 0.1
+    assert np.abs(torch_logits(model, ids, [one]) - torch_logits(model, ids, [other]))[-1].max() > 0.1
+
+
+def test_the_tower_is_that_of_the_checkpoint(case: Case) -> None:
+    """What the check ``vision`` compares: of published names, without DeepStack."""
+    (picture,) = seen(case.fp32, (120, 60))
+    with torch.inference_mode():
+        wanted = case.model().model.visual(torch.tensor(picture.pixels), torch.tensor([picture.grid])).pooler_output
+    assert np.abs(Tower(case.text).features(picture) - wanted.numpy()).max() <= 1e-5
+
+
+def test_a_service_answers_about_a_picture(case: Case) -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    prompt = ChatPrompt([{"role": "user", "content": content}], pictures=[Attached(as_file(chart(90, 60)), "it")])
+    with QwenService(case.fp32, threads=1) as service:
+        assert service.sees
+        assert service.generate(prompt, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
+
+
+def test_pictures_and_their_places_must_agree(case: Case) -> None:
+    one, other = seen(case.fp32, (112, 112), (112, 60))
+    engine = load_engine(case.fp32, EngineOptions(streams=1, threads=1))
+    for ids, pictures, message in (
+        (prompt_of(one), [], "room for more than 0 pictures"),
+        (words(9, 0), [one], "no room for picture 1 of 1"),
+        (prompt_of(other), [one], "no room for picture 1 of 1"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            engine.submit(TokenRequest(tuple(ids), 4, pictures=tuple(pictures)), lambda event: None)
+    engine.close()
