@@ -59,6 +59,12 @@ def build_package(job: PackageJob) -> Package:
             where=str(job.artifact.path),
             hint=f"qwen-onnx optimize {manifest.plan.asked} --target {manifest.plan.target} --force",
         )
+    if manifest.plan.sees and job.profile == "cli1":
+        raise PackageError(
+            "Foundry Local before 2.1 was not tried with a model that sees",
+            where=str(job.artifact.path),
+            hint="--profile sdk2",
+        )
     name = package_name(manifest.plan, job.name)
     target = job.folder / f"{name}-{job.version}"
     record = PackageRecord(

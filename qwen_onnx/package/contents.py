@@ -151,12 +151,15 @@ class Contents:
     @cached_property
     def model(self) -> Any:
         """That file, without its external data."""
+        return self._loaded(self.genai.graph_file)
+
+    def _loaded(self, name: str) -> Any:
+        """An ONNX file without its external data."""
         try:
             import onnx
             from google.protobuf.message import DecodeError
         except ImportError as error:
             raise EnvironmentFault("onnx is not installed", hint="pip install 'qwen-onnx[export]'") from error
-        name = self.genai.graph_file
         body = read_bytes(self.path / name, most_bytes=MOST_GRAPH, error=Unreadable)
         try:
             return onnx.load_model_from_string(body)
@@ -165,17 +168,31 @@ class Contents:
 
     @cached_property
     def external(self) -> dict[str, int]:
-        """Bytes that the graph reads from each file beside it, by the name as it stands in the graph."""
-        try:
-            return _read_by(self.model)
-        # an offset that is not a number, a name that is not UTF-8
-        except ValueError as error:
-            raise Unreadable(f"{self.genai.graph_file} is damaged: {error}", where=str(self.path)) from error
+        """Bytes that the graphs read from each file beside them, by the name as it stands in the graph."""
+        ends: dict[str, int] = {}
+        for name in self.graph_files:
+            try:
+                found = _read_by(self.model if name == self.genai.graph_file else self._loaded(name))
+            # an offset that is not a number, a name that is not UTF-8
+            except ValueError as error:
+                raise Unreadable(f"{name} is damaged: {error}", where=str(self.path)) from error
+            ends |= {file: max(end, ends.get(file, 0)) for file, end in found.items()}
+        return ends
+
+    @property
+    def sees(self) -> bool:
+        """Whether it has a vision encoder."""
+        return self.genai.model.vision is not None
+
+    @property
+    def graph_files(self) -> list[str]:
+        """The decoder's ONNX file, and those of encoder and embedding."""
+        return [name for name in self.genai.files if name.endswith(".onnx")]
 
     @cached_property
     def model_files(self) -> list[str]:
-        """The ONNX file and what it reads."""
-        return [self.genai.graph_file, *self.external]
+        """The ONNX files and what they read."""
+        return [*self.graph_files, *self.external]
 
     @cached_property
     def rope_rows(self) -> int | None:

@@ -29,6 +29,7 @@ MARKER_IDS = {
 # first Foundry Local that takes packages of a profile: register_model() came with 2.1
 LEAST_VERSION = {"sdk2": "2.1.0", "cli1": "0.8.0"}
 PUBLISHER = "qwen-onnx"
+SEES = "vision-language-chat"
 UNVERIFIED = "unverified"
 
 
@@ -101,7 +102,7 @@ def display_name(contents: Contents, record: PackageRecord) -> str:
 def _strings(contents: Contents, record: PackageRecord, markers: dict[str, str]) -> dict[str, str]:
     device = DEVICES[record.target]
     found = {
-        "task": task_of(record),
+        "task": task_of(contents, record),
         "display_name": display_name(contents, record),
         "publisher": PUBLISHER,
         "min_fl_version": LEAST_VERSION[record.profile],
@@ -123,8 +124,10 @@ def _ints(contents: Contents, record: PackageRecord, markers: dict[str, str]) ->
     }
 
 
-def task_of(record: PackageRecord) -> str:
-    """Foundry's task: ``coding`` for what is made for code alone."""
+def task_of(contents: Contents, record: PackageRecord) -> str:
+    """Foundry's task: ``coding`` for what is made for code alone, a task of its own for what sees."""
+    if contents.sees:
+        return SEES
     return "coding" if record.tasks == ("coding",) else "chat-completion"
 
 
@@ -141,7 +144,7 @@ def most_output(context: int, record: PackageRecord) -> int:
 
 
 def model_megabytes(contents: Contents) -> int:
-    """Size of the ONNX file and its data in MB of 10^6 bytes, rounded up; files that are missing count nothing."""
+    """Size of the ONNX files and their data in MB of 10^6 bytes, rounded up; files that are missing count nothing."""
     paths = [contents.path / name for name in contents.model_files]
     return math.ceil(sum(path.stat().st_size for path in paths if path.is_file()) / 1e6)
 

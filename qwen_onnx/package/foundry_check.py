@@ -71,10 +71,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All steps up to the first that failed."""
+    """All steps up to the first that failed; ``not_asked``: what the package can do and nothing tried."""
 
     package: Package
     steps: tuple[Step, ...]
+    not_asked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -104,7 +105,9 @@ def check_in_foundry(folder: Path, catalog: Catalog, cache: Path, *, seconds: fl
     progress(f"{package.record.id} in the environment {environment}")
     job = Job(backend, str(folder.resolve()), package.record.id, contents.strings, contents.ints, prompts)
     steps = tuple(run_steps(job, interpreter, seconds))
-    return Outcome(package, (*steps, _assets_kept(folder)))
+    if contents.sees:
+        progress("no picture is sent: Foundry Local is asked with text alone")
+    return Outcome(package, (*steps, _assets_kept(folder)), ("pictures",) if contents.sees else ())
 
 
 def expected_counts(folder: Path, conversations: Any) -> list[int]:
@@ -227,6 +230,7 @@ def report(outcome: Outcome, out: Console) -> None:
         "profile": record.profile,
         "passed": outcome.passed,
         "steps": {step.step: step.ok for step in outcome.steps},
+        **({"not_asked": outcome.not_asked} if outcome.not_asked else {}),
     }
     out.file.write(json.dumps(summary) + "\n")
     for step in outcome.steps:

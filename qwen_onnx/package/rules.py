@@ -14,12 +14,12 @@ from qwen_onnx.errors import PackageError
 from qwen_onnx.package import model_rules  # noqa: F401 - registers its rules
 from qwen_onnx.package.contents import INFERENCE, SIDECAR, Contents, Unreadable
 from qwen_onnx.package.devices import DEVICES, NAME
-from qwen_onnx.package.foundry import UNVERIFIED, model_megabytes
+from qwen_onnx.package.foundry import SEES, UNVERIFIED, model_megabytes
 from qwen_onnx.package.registry import RULES, rule
 
 # a canonical version: no sign, no leading zero; Foundry keeps it in 32 bits
 VERSION = re.compile(r"0|[1-9]\d{0,8}")
-TASKS = ("chat-completion", "coding")
+TASKS = ("chat-completion", "coding", SEES)
 STRINGS = {
     "task",
     "display_name",
@@ -124,6 +124,9 @@ def _folder_name(contents: Contents) -> Iterator[str]:
 def _task(contents: Contents) -> Iterator[str]:
     if contents.strings.get("task") not in TASKS:
         yield f"task is {contents.strings.get('task')!r}, none of {', '.join(TASKS)}"
+    elif (contents.strings["task"] == SEES) != contents.sees:
+        told = "reads" if contents.sees else "has no encoder for"
+        yield f"task is {contents.strings['task']!r}, the model {told} pictures"
 
 
 @rule("properties", "A property of another name or type is ignored or refused.")

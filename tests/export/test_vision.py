@@ -34,7 +34,7 @@ from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
 from tests.fixtures.dequantized import with_weights_of
 from tests.fixtures.pictures import noise
-from tests.fixtures.sight import IMAGE, prompt_of, prompts, seen, torch_greedy, torch_logits, words
+from tests.fixtures.sight import IMAGE, genai_answer, prompt_of, prompts, seen, torch_greedy, torch_logits, words
 from tests.fixtures.vision import ARCHITECTURES, MIXTURE, NEWER, STACKED, make_vision_checkpoint
 from tests.runtime.engines.batch.test_engine import Heard
 
@@ -212,27 +212,11 @@ def test_each_part_of_the_experts_reaches_the_answer(case: Case) -> None:
 
 def test_genai_itself_answers_alike(case: Case) -> None:
     """Its own multimodal layout: it loads the folder, prepares the picture and decodes the same tokens."""
-    import onnxruntime_genai as og
-
-    path = case.fp32.parent / "picture.png"
     # no resize on either side, whose kernels differ
     image = noise(128, 64) if case.architecture in NEWER else noise(112, 56)
-    image.save(path)
     picture = prepare(image, ImageSettings.read(case.fp32), where="it")
-    model = og.Model(str(case.fp32))
-    given = model.create_multimodal_processor()(
-        "ab<|vision_start|><|image_pad|><|vision_end|>cd", images=og.Images.open(str(path))
-    )
-    ids = given["input_ids"].as_numpy().reshape(-1).tolist()
+    ids, found = genai_answer(case.fp32, image, case.fp32.parent / "picture.png", 6)
     assert ids.count(IMAGE) == picture.tokens
-    assert np.abs(given["pixel_values"].as_numpy().reshape(picture.pixels.shape) - picture.pixels).max() <= 1e-4
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(ids) + 6, min_length=len(ids) + 6)
-    generator = og.Generator(model, params)
-    generator.set_inputs(given)
-    for _ in range(6):
-        generator.generate_next_token()
-    found = list(generator.get_sequence(0))[len(ids) :]
     assert found == torch_greedy(case.model(), ids, [picture], 6)
 
 

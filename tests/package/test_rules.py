@@ -133,7 +133,7 @@ BROKEN: dict[str, list[Spoil]] = {
         lambda folder: edit_json(folder / SIDECAR, lambda data: data.update(model_id="other-generic-cpu:1")),
     ],
     "folder-name": [lambda folder: folder.rename(folder.with_name("checkpoint-int4-generic-cpu-2"))],
-    "task": [strings(task="text-generation"), strings(task=None)],
+    "task": [strings(task="text-generation"), strings(task=None), strings(task="vision-language-chat")],
     "properties": [strings(foreign="x"), ints(context=1), strings(parent_uri=3), strings(parent_uri="a\0b")],
     "needed-properties": [strings(display_name=None), strings(min_fl_version=None)],
     "licence": [strings(license=None)],
