@@ -17,7 +17,7 @@ class Known(NamedTuple):
     Attributes:
         kind: of the text weights.
         model_type: as ``config.json`` has it.
-        sees: its vision tower is built, too.
+        sees: its vision tower is built, too; see ``sees`` for those that are published without one as well.
         renamed: its weights are copied under other names before they are read.
     """
 
@@ -38,8 +38,8 @@ ARCHITECTURES: dict[str, Known] = {
     "Qwen3VLMoeForConditionalGeneration": Known("mixture", "qwen3_vl_moe", sees=True, renamed=True),
     "Qwen3MoeForCausalLM": Known("mixture", "qwen3_moe"),
     "Qwen3NextForCausalLM": Known("hybrid", "qwen3_next"),
-    "Qwen3_5ForConditionalGeneration": Known("hybrid", "qwen3_5"),
-    "Qwen3_5MoeForConditionalGeneration": Known("hybrid", "qwen3_5_moe"),
+    "Qwen3_5ForConditionalGeneration": Known("hybrid", "qwen3_5", sees=True),
+    "Qwen3_5MoeForConditionalGeneration": Known("hybrid", "qwen3_5_moe", sees=True),
 }
 
 
@@ -51,3 +51,8 @@ def of_kind(kind: Kind) -> frozenset[str]:
 DENSE, MIXTURES, HYBRIDS = of_kind("dense"), of_kind("mixture"), of_kind("hybrid")
 SEEING = frozenset(name for name, known in ARCHITECTURES.items() if known.sees)
 QWEN1 = "QWenLMHeadModel"
+
+
+def sees(architecture: str, modality: str) -> bool:
+    """Whether a vision tower is built; models with linear attention are made without one, too."""
+    return architecture in SEEING and (architecture not in HYBRIDS or "vision" in modality)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from qwen_onnx.catalog.architectures import SEEING
+from qwen_onnx.catalog.architectures import sees
 from qwen_onnx.catalog.faults import describe, further_faults
 from qwen_onnx.catalog.schema import Family, Override, Pipeline, Precision, Row, Variants
 from qwen_onnx.errors import ConfigError
@@ -161,7 +161,7 @@ def _inheriting(row: Row, family: Family) -> Row:
 
 def _built(row: Row, family: Family, pipelines: Mapping[str, Pipeline]) -> Row:
     """The row without the targets whose pipelines build no vision tower, if it has one."""
-    if family.architecture not in SEEING:
+    if not sees(family.architecture, row.modality):
         return row
     blind = [name for name, pipeline in pipelines.items() if not pipeline.vision]
     targets = {name: Override(excluded="the target's pipeline has no steps for a vision tower") for name in blind}

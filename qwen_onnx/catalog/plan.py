@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from qwen_onnx.catalog.architectures import SEEING
+from qwen_onnx.catalog.architectures import sees
 from qwen_onnx.catalog.faults import describe, find, step_faults
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.registry import options_of, passes
@@ -35,6 +35,8 @@ from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import Name, Record, Sha256, digest_of
 
+# the step that writes a vision tower
+VISION = "VisionEncoder"
 # what every record of a model says that no recipe of ours describes
 UNCATALOGUED = "the model is not in the catalogue"
 # fields that only some plans have: the digests of all others stay what they were
@@ -131,6 +133,11 @@ class Plan(Record):
         hub = "" if source.kind == "huggingface" else f"{source.kind}:"
         return f"{hub}{source.repo}" + (f"@{source.revision}" if source.revision else "")
 
+    @property
+    def sees(self) -> bool:
+        """Whether a step writes a vision tower."""
+        return any(step["type"] == VISION for step in self.olive["passes"].values())
+
     def claim(self, verdict: str) -> str:
         """What a report or manifest may say of an artifact with ``verdict``."""
         return self.verification.claim(verdict) + ("" if self.catalogued else f"; {UNCATALOGUED}")
@@ -204,7 +211,7 @@ def _compose(
     place = pipeline_file or f"pipelines/{pipeline.target}.yaml: precisions.{precision}"
     layers = _layers(build)
     steps: dict[str, dict[str, Any]] = layers["steps"]
-    if family.architecture in SEEING:
+    if sees(family.architecture, row.modality):
         steps |= {step.name: {"type": step.type, **step.config} for step in pipeline.vision}
     _apply_size(layers, row, build, place, faults)
     _apply_override(layers, row, pipeline, precision, file, faults)

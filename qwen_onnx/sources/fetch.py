@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_onnx.artifact.code import code_digest
-from qwen_onnx.catalog.architectures import SEEING
 from qwen_onnx.catalog.plan import Adapted, Plan
 from qwen_onnx.catalog.reference import folder_name
 from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, WheelSource
@@ -147,7 +146,7 @@ def fetch(
         checkpoint = _dequantised(checkpoint, cache, progress)
     if plan.architecture == QWEN1:
         checkpoint = _qwen2_form(checkpoint, cache, progress)
-    if plan.architecture in SEEING:
+    if plan.sees:
         checkpoint = _text_form(checkpoint, cache, progress)
     return _merged(checkpoint, plan.adapter, adapter, cache, progress) if plan.adapter else checkpoint
 
@@ -284,7 +283,7 @@ def _merged(base: Checkpoint, asked: Adapted, folder: Path | None, cache: Path, 
 
 
 def _text_form(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Checkpoint:
-    """A model that sees as a Qwen2 with a tower; what was fetched still names it."""
+    """A model that sees as one that reads text, with a tower; what was fetched still names it."""
     from qwen_onnx.sources.vision import write_text_form
 
     digest = digest_of(checkpoint.files)
@@ -320,7 +319,7 @@ def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
         QWEN1_IMPORTER: plan.architecture == QWEN1,
         FP8_IMPORTER: plan.quantization == "fp8",
         MERGER: plan.adapter is not None,
-        VISION_IMPORTER: plan.architecture in SEEING,
+        VISION_IMPORTER: plan.sees,
     }
     return tuple(name for name, is_used in used.items() if is_used)
 

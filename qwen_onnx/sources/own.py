@@ -28,6 +28,7 @@ from qwen_onnx.sources.fetch import has_recipes_weights
 from qwen_onnx.sources.plain import PICKLES
 from qwen_onnx.sources.quantized import HINT, quantization_of
 from qwen_onnx.sources.transfer import Progress
+from qwen_onnx.sources.vision_config import PREPROCESSOR
 
 # what sentence-transformers adds to a model that gives vectors
 POOLING = "modules.json"
@@ -123,6 +124,8 @@ def own_family(catalog: Catalog, facts: Facts, model: str) -> Family:
         sources=(source,),
         quantization=quantization,
         rope=_scaling(config, architecture, facts.where),
+        # a Qwen3.5 is also published without its tower, which its config.json announces all the same
+        modality="text+vision" if architecture in SEEING and PREPROCESSOR in facts.names else "text",
         read_in={"default": CONFIG, "license": CARD, "kind": "the chat template"},
     )
     known = (family.targets for family in catalog.families.values() if family.architecture == architecture)

@@ -44,6 +44,7 @@ TEXT = {
 }
 # those that need no other form
 WHOLE = (QWEN3_5, QWEN3_5_MOE)
+_HINT_WHOLE = f"of a model that reads text alone take {PREPROCESSOR} away from a local copy: ./FOLDER"
 # of text_config, and of the whole config of a published checkpoint, which has no text_config
 KEPT = (
     "vocab_size",
@@ -188,7 +189,9 @@ def _require_weights(names: dict[str, str], tower: Tower, checkpoint: Path) -> N
         raise UnsupportedModelError(
             f"the checkpoint lacks {missing[0]}" if missing else "two weights of the checkpoint have one name",
             where=str(checkpoint / INDEX_FILE),
-            hint="save it with transformers: model.save_pretrained(FOLDER)",
+            hint=_HINT_WHOLE
+            if tower.architecture in WHOLE
+            else "save it with transformers: model.save_pretrained(FOLDER)",
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel
+from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel, UnsupportedGraphError
 from qwen_onnx.runtime.engines.batch.sight import Looked, Sight, Table
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.pictures import Picture, places_of, positions_of
@@ -131,11 +132,7 @@ def graph_parity_with_pictures(context: Context) -> CheckResult:
     context.release()
     wanted = teacher_logits(student_of(context.checkpoint, graph, threads), context.tower, ids, pictures, token)
     features = np.concatenate([context.tower.features(picture) for picture in pictures])
-    positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
-    given: dict[str, np.ndarray[Any, Any]] = {
-        EMBEDDED: Table(context.artifact, threads).embed(np.array([ids]), features),
-        "position_ids": positions[:, None],
-    }
+    given = _given(Table(context.artifact, threads), ids, pictures, features, token)
     exact = OnnxScorer(context.artifact, threads, in_float32=True)
     found = compare(wanted, exact.logits(ids, given), ids, threads)
     diff, kld = float(found.diff.max()), float(found.kld.mean())
@@ -152,15 +149,10 @@ def drift_with_pictures(context: Context) -> CheckResult:
     wanted = [teacher_logits(teacher, context.tower, ids, pictures, token) for ids, pictures in prompts.values()]
     # one copy of the weights at a time
     context.release()
-    model = BatchModel(
-        context.artifact,
-        rows=1,
-        capacity=max(len(ids) for ids, _ in prompts.values()) + 1,
-        threads=context.options.threads,
-    )
+    student = _student(context, max(len(ids) for ids, _ in prompts.values()) + 1)
     parts = []
     for (ids, pictures), expected in zip(prompts.values(), wanted, strict=True):
-        found = compare(expected, student_logits(model, ids, pictures), ids, context.options.threads)
+        found = compare(expected, student(ids, pictures), ids, context.options.threads)
         # nobody predicts a part of a picture
         spoken = np.array(ids[1:]) != token
         parts.append(Positions(*(column[spoken] for column in vars(found).values())))
@@ -215,6 +207,29 @@ def _file(image: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def _student(context: Context, capacity: int) -> Callable[[Sequence[int], Sequence[Picture]], Logits]:
+    """The artifact's logits about a prompt with pictures: as it is served, or in one run where states are no rows."""
+    artifact, threads = context.artifact, context.options.threads
+    try:
+        return partial(student_logits, BatchModel(artifact, rows=1, capacity=capacity, threads=threads))
+    except UnsupportedGraphError:
+        scorer, sight = OnnxScorer(artifact, threads), Sight(artifact, threads)
+
+    def whole(ids: Sequence[int], pictures: Sequence[Picture]) -> Logits:
+        features = np.concatenate([sight.encode(picture) for picture in pictures])
+        return scorer.logits(ids, _given(sight, ids, pictures, features, sight.token))
+
+    return whole
+
+
+def _given(
+    table: Table, ids: Sequence[int], pictures: Sequence[Picture], features: Logits, token: int | None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of the decoder for a whole prompt."""
+    positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
+    return {EMBEDDED: table.embed(np.array([ids]), features), "position_ids": positions[:, None]}
 
 
 def student_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> Logits:

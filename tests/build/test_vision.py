@@ -9,13 +9,14 @@ import pytest
 from qwen_onnx.artifact.manifest import open_runnable
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
+from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import run_cli
 from tests.fixtures.pictures import as_file, chart
-from tests.fixtures.vision import ARCHITECTURES, MIXTURE, STACKED, make_vision_checkpoint
+from tests.fixtures.vision import ARCHITECTURES, HYBRIDS, MIXTURE, STACKED, make_vision_checkpoint
 
 
 @pytest.mark.release
-@pytest.mark.parametrize("architecture", [ARCHITECTURES[0], STACKED, MIXTURE])
+@pytest.mark.parametrize("architecture", [ARCHITECTURES[0], STACKED, MIXTURE, HYBRIDS[1]])
 def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path, architecture: str) -> None:
     """Through the INT4 pipeline of the CPU: quantised, packed, with encoder and embedding beside the decoder."""
     folder = make_vision_checkpoint(tmp_path / "tiny-vl", architecture)
@@ -23,8 +24,12 @@ def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path, architect
     assert done.returncode == 0, done.stderr
     opened = open_runnable(tmp_path / "artifact")
     steps = [step["type"] for step in opened.manifest.plan.olive["passes"].values()]
-    # experts are quantised by the builder
-    own = ["GenAIModelBuilder"] if architecture == MIXTURE else ["FisherGptq", "GenAIModelBuilder", "PackWeights"]
+    # experts and linear attention are quantised by the builder
+    own = (
+        ["GenAIModelBuilder"]
+        if architecture in (MIXTURE, *HYBRIDS)
+        else ["FisherGptq", "GenAIModelBuilder", "PackWeights"]
+    )
     assert steps == [*own, "VisionEncoder"]
     assert {"vision.onnx", "embedding.onnx", "processor_config.json"} <= opened.manifest.files.keys()
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
@@ -32,6 +37,16 @@ def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path, architect
     with QwenService(tmp_path / "artifact", threads=1, streams=1) as service:
         assert service.sees
         assert service.generate(prompt, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
+
+
+def test_a_hybrid_without_its_preparation_of_pictures_reads_text(tmp_path: Path) -> None:
+    folder = make_vision_checkpoint(tmp_path / "tiny-hybrid", HYBRIDS[0])
+    assert "VisionEncoder" in run_cli("plan", folder).stdout
+    (folder / PREPROCESSOR).unlink()
+    done = run_cli("plan", folder)
+    assert done.returncode == 0, done.stderr
+    assert "GenAIModelBuilder" in done.stdout
+    assert "VisionEncoder" not in done.stdout
 
 
 def test_a_target_without_an_encoder_says_so(tmp_path: Path) -> None:
