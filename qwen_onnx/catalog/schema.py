@@ -21,6 +21,11 @@ Kind = Literal["base", "chat", "thinking", "hybrid"]
 Task = Literal["general", "coding", "math"]
 
 
+def _without(found: dict[str, Any], unset: str) -> dict[str, Any]:
+    """``found`` without a field that is null: the digests of plans that do not ask for it stay what they were."""
+    return {name: value for name, value in found.items() if name != unset or value is not None}
+
+
 class Limits(Record):
     """What an artifact must reach to be called proven.
 
@@ -150,9 +155,7 @@ class Readback(Record):
 
     @model_serializer(mode="wrap")
     def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # the digests of plans that do not ask for it stay what they were
-        found: dict[str, Any] = serialize(self)
-        return {name: value for name, value in found.items() if name != "scale_block" or value is not None}
+        return _without(serialize(self), "scale_block")
 
     @model_validator(mode="after")
     def _says_what_its_form_has(self) -> Readback:
@@ -263,6 +266,13 @@ class HubSource(Record):
         return self.revision is not None and re.fullmatch(COMMIT, self.revision) is not None
 
 
+class TowerFile(Record):
+    """A vision tower of our own, in ``qwen_onnx/sources/towers``, for the model that it was trained with."""
+
+    file: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*\.safetensors$", description="its bare name")
+    sha256: Sha256
+
+
 class WheelSource(Record):
     """A GGUF file inside a wheel of the Python package index."""
 
@@ -271,6 +281,11 @@ class WheelSource(Record):
     version: str = Field(min_length=1)
     file: str = Field(min_length=1, description="path of the GGUF inside the wheel")
     sha256: Sha256
+    tower: TowerFile | None = Field(default=None, description="what it sees with; null: it reads text alone")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(serialize(self), "tower")
 
 
 class FolderSource(Record):

