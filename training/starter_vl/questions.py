@@ -1,0 +1,106 @@
+"""Questions about a scene and their one right answer each; other wordings are kept for the exam."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from training.starter_vl.scenes import COUNTS, PLACES, Scene
+
+KINDS = ("colour", "shape", "count", "position", "digit")
+# {} is a thing's shape or colour; the first list is for training, the second for the exam alone
+WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "colour": (
+        (
+            "What colour is the {}?",
+            "What color is the {}?",
+            "Which colour does the {} have?",
+            "Tell me the color of the {}.",
+            "The {} is of what colour?",
+            "Name the colour of the {}.",
+        ),
+        ("Which color is the {}?", "What is the colour of the {}?"),
+    ),
+    "shape": (
+        (
+            "What shape is {}?",
+            "Which shape is {}?",
+            "What {} shape do you see?",
+            "Name the {} shape.",
+            "The {} thing is what shape?",
+            "What is the shape of the {} thing?",
+        ),
+        ("Which shape is the {} one?", "What {} shape is in the picture?"),
+    ),
+    "count": (
+        (
+            "How many shapes are there?",
+            "How many shapes do you see?",
+            "Count the shapes.",
+            "How many things are in the picture?",
+            "What is the number of shapes?",
+            "How many objects are shown?",
+        ),
+        ("How many shapes are in this picture?", "How many things can you see?"),
+    ),
+    "position": (
+        (
+            "Where is the {}?",
+            "Where do you see the {}?",
+            "In which part of the picture is the {}?",
+            "What is the position of the {}?",
+            "Where in the picture is the {}?",
+            "Tell me where the {} is.",
+        ),
+        ("Where can you see the {}?", "In what part of the image is the {}?"),
+    ),
+    "digit": (
+        (
+            "Which digit is it?",
+            "What digit do you see?",
+            "Read the digit.",
+            "Which number is written here?",
+            "What number is shown?",
+            "Which digit is in the picture?",
+        ),
+        ("What digit is this?", "Which number do you see?"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and its answer, as the model is to give it."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def ask(shown: Scene, chance: random.Random, *, exam: bool = False) -> list[Asked]:
+    """One question of each kind that the scene has one right answer to, in an order by chance."""
+    found = [_asked(kind, slot, answer, chance, exam) for kind, slot, answer in _facts(shown, chance)]
+    chance.shuffle(found)
+    return found
+
+
+def _asked(kind: str, slot: str, answer: str, chance: random.Random, exam: bool) -> Asked:
+    return Asked(kind, chance.choice(WORDINGS[kind][exam]).format(slot), answer.capitalize())
+
+
+def _facts(shown: Scene, chance: random.Random) -> list[tuple[str, str, str]]:
+    if shown.digit:
+        return [("digit", "", shown.digit), ("colour", "digit", shown.colour)]
+    shapes = Counter(thing.shape for thing in shown.things)
+    colours = Counter(thing.colour for thing in shown.things)
+    found = [("count", "", COUNTS[len(shown.things) - 1])]
+    if by_shape := [thing for thing in shown.things if shapes[thing.shape] == 1]:
+        thing = chance.choice(by_shape)
+        found.append(("colour", thing.shape, thing.colour))
+        thing = chance.choice(by_shape)
+        found.append(("position", thing.shape, PLACES[thing.place]))
+    if by_colour := [thing for thing in shown.things if colours[thing.colour] == 1]:
+        thing = chance.choice(by_colour)
+        found.append(("shape", thing.colour, thing.shape))
+    return found
