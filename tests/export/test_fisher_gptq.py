@@ -194,7 +194,7 @@ def test_a_checkpoint_keeps_to_the_size(kernel: str, tiny_checkpoint: Path, tmp_
             if kernel == "int8" or matrix == "lm_head":
                 assert own["bits"] == 8
             block = own["group_size"]
-            if kernel == "int8":
+            if own["bits"] == 8:
                 # four blocks share what one grid has
                 assert block == 16
                 block = 64

@@ -30,14 +30,14 @@ USUAL = {"mixed": Kernel(4, BLOCK), "int8": Kernel(8, KERNEL_BLOCK)}
 
 def kernel_of(grid: Grid, config: FisherGptqOptions) -> Kernel:
     """What holds codes on ``grid``."""
-    if config.kernel == "int8":
-        return USUAL["int8"]
-    return Kernel(4 if grid.bits == 4 else 8, grid.block)
+    if config.kernel == "mixed" and grid.bits == 4:
+        return Kernel(4, grid.block)
+    return Kernel(8, KERNEL_BLOCK)
 
 
 def plane_bytes(grid: Grid, kernel: Kernel) -> int:
-    """What the nodes that put a matrix together from planes add to the graph file."""
-    return PLANE_BYTES * len(WIDTHS.get(grid.bits, ())) if kernel.bits == 8 else 0
+    """What the nodes that put a matrix together, from planes or from scales stored once, add to the graph file."""
+    return PLANE_BYTES * len(WIDTHS.get(grid.bits, (8,))) if kernel.bits == 8 else 0
 
 
 def held(packed: Mapping[str, torch.Tensor], grid: Grid, kernel: Kernel) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.fisher_gptq.allocation import Allocation, Choice, Unreachable, allocate
 from qwen_onnx.export.passes.fisher_gptq.experts import RoutedTokens
 from qwen_onnx.export.passes.fisher_gptq.head import HEAD_STEP, quantize_head
-from qwen_onnx.export.passes.fisher_gptq.kernels import USUAL, Kernel, held, kernel_of, plane_bytes
+from qwen_onnx.export.passes.fisher_gptq.kernels import USUAL, held, kernel_of, plane_bytes
 from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.sizes import (
     GRIDS,
@@ -250,7 +250,7 @@ def _assemble(
     work: WorkFolder,
 ) -> None:
     usual = USUAL[config.kernel]
-    kernels = {"lm_head": Kernel(8, usual.block)}
+    kernels = {"lm_head": kernel_of(Grid(config.head_bits, BLOCK), config)}
     for index in range(skeleton.count):
         for name in skeleton.linears(index):
             grid = Grid.of(allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.experts import STACKED
 from qwen_onnx.export.passes.fisher_gptq import experts
-from qwen_onnx.export.passes.fisher_gptq.kernels import Kernel, kernel_of, plane_bytes
+from qwen_onnx.export.passes.fisher_gptq.kernels import kernel_of, plane_bytes
 from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, LAYER_BYTES, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, stored_bytes
 from qwen_onnx.export.skeleton import EMBEDDING, Skeleton
@@ -82,7 +82,8 @@ def other_bytes(skeleton: Skeleton, config: FisherGptqOptions) -> int:
     own = 0 if skeleton.head_name == EMBEDDING else 4 * table
     layers = sum(parameter.numel() for parameter in skeleton.model.model.layers.parameters())
     floats = layers - _matrices(skeleton) + sizes.hidden_size
-    head = plane_bytes(Grid(config.head_bits, BLOCK), Kernel(8, BLOCK))
+    grid = Grid(config.head_bits, BLOCK)
+    head = plane_bytes(grid, kernel_of(grid, config))
     graph = LAYER_BYTES * (skeleton.count + 1) + head
     total: int = rotary + own + 4 * (floats + _biases(skeleton)) + graph
     return total
