@@ -75,14 +75,18 @@ WINDOWS = ARCHITECTURES[0]
     params=ARCHITECTURES,
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("vision")
-    original = make_vision_checkpoint(folder / "original", request.param)
+    return built(tmp_path_factory.mktemp("vision"), request.param)
+
+
+def built(folder: Path, architecture: str) -> Case:
+    """Below ``folder``."""
+    original = make_vision_checkpoint(folder / "original", architecture)
     (text := folder / "text").mkdir()
     write_text_form(original, text)
     for name, config in (("fp32", FP32), ("int4", INT4)):
         build(text, folder / f"{name}-decoder", config)
         write_parts(text, folder / f"{name}-decoder", folder / name)
-    return Case(request.param, original, text, folder / "fp32", folder / "int4")
+    return Case(architecture, original, text, folder / "fp32", folder / "int4")
 
 
 def onnx_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> np.ndarray:
@@ -110,8 +114,14 @@ def assert_same(folder: Path, model: Any, limit: float) -> None:
         wanted = torch_logits(model, ids, pictures)
         assert 0.5 < wanted.std() < 2, name
         assert np.abs(onnx_logits(rows, ids, pictures) - wanted).max() <= limit, name
+    assert_served(folder, model, "batch")
+
+
+def assert_served(folder: Path, model: Any, kind: str) -> None:
+    """Greedily by the engine of this kind, which is given all prompts at once."""
+    asked = prompts(folder)
     engine = load_engine(folder, EngineOptions(streams=3, capacity=512, threads=1))
-    assert engine.stats().kind == "batch"
+    assert engine.stats().kind == kind
     heard = {
         name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, pictures=tuple(pictures)))
         for name, (ids, pictures) in asked.items()
@@ -125,18 +135,23 @@ def test_fp32_equals_pytorch(case: Case) -> None:
     assert_same(case.fp32, case.model(), 2e-4)
 
 
-def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
-    model = case.model()
+def dequantized(case: Case, model: Any) -> int:
+    """Put the graph's weights into ``model``, which must change; how many matrices there were."""
     ids, pictures = prompts(case.int4)["two turns"]
     before = torch_logits(model, ids, pictures)
     named = [(name.replace("model.language_model.", "model."), value) for name, value in model.named_parameters()]
-    matrices = with_weights_of(
-        SimpleNamespace(named_parameters=lambda: named, config=model.config), case.int4 / "model.onnx"
-    )
+    text = SimpleNamespace(named_parameters=lambda: named, config=model.config.text_config)
+    matrices = with_weights_of(text, case.int4 / "model.onnx")
+    assert np.abs(torch_logits(model, ids, pictures) - before).max() > 0.05
+    return matrices
+
+
+def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
+    model = case.model()
+    matrices = dequantized(case, model)
     # q, k, v, o, and gate, up, down or the experts' two
     each = 6 if case.architecture == MIXTURE else 7
     assert matrices == each * model.config.text_config.num_hidden_layers + 1
-    assert np.abs(torch_logits(model, ids, pictures) - before).max() > 0.05
     assert_same(case.int4, model, 1e-4)
 
 

@@ -3,58 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.export.passes.genai_builder.build import build
-from qwen_onnx.export.passes.vision_encoder.encoder import write_parts
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
-from qwen_onnx.sources.vision import write_text_form
 from qwen_onnx.verify.tower import Tower
-from tests.export.test_vision import FP32, INT4
-from tests.fixtures.dequantized import with_weights_of
+from tests.export.test_vision import Case, assert_served, built, dequantized
 from tests.fixtures.pictures import as_file, chart
-from tests.fixtures.sight import prompt_of, prompts, seen, torch_greedy, torch_logits, words
-from tests.fixtures.vision import HYBRIDS, make_vision_checkpoint
-from tests.runtime.engines.batch.test_engine import Heard
+from tests.fixtures.sight import prompt_of, prompts, seen, torch_logits, words
+from tests.fixtures.vision import HYBRIDS
 
 # each builds and loads two exports
 pytestmark = pytest.mark.slow
 
 
-class Case(NamedTuple):
-    """A tiny checkpoint and its two exports."""
-
-    architecture: str
-    original: Path
-    text: Path
-    fp32: Path
-    int4: Path
-
-    def model(self) -> Any:
-        return getattr(transformers, self.architecture).from_pretrained(self.original, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module", params=HYBRIDS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("hybrid")
-    original = make_vision_checkpoint(folder / "original", request.param)
-    (text := folder / "text").mkdir()
-    write_text_form(original, text)
-    for name, config in (("fp32", FP32), ("int4", INT4)):
-        build(text, folder / f"{name}-decoder", config)
-        write_parts(text, folder / f"{name}-decoder", folder / name)
-    return Case(request.param, original, text, folder / "fp32", folder / "int4")
+    return built(tmp_path_factory.mktemp("hybrid"), request.param)
 
 
 def assert_same(folder: Path, model: Any, limit: float) -> None:
@@ -64,15 +37,7 @@ def assert_same(folder: Path, model: Any, limit: float) -> None:
         wanted = torch_logits(model, [*ids, *behind], pictures)[len(ids) - 1 :]
         assert 0.5 < wanted.std() < 2, name
         assert np.abs(alone.forced_logits(ids, behind, pictures) - wanted).max() <= limit, name
-    engine = load_engine(folder, EngineOptions(streams=3, capacity=512, threads=1))
-    assert engine.stats().kind == "serial"
-    heard = {
-        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, pictures=tuple(pictures)))
-        for name, (ids, pictures) in asked.items()
-    }
-    for name, one in heard.items():
-        assert one.tokens() == torch_greedy(model, *asked[name], 4), name
-    engine.close()
+    assert_served(folder, model, "serial")
 
 
 def test_fp32_equals_pytorch(case: Case) -> None:
@@ -81,12 +46,7 @@ def test_fp32_equals_pytorch(case: Case) -> None:
 
 def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     model = case.model()
-    ids, pictures = prompts(case.int4)["two turns"]
-    before = torch_logits(model, ids, pictures)
-    named = [(name.replace("model.language_model.", "model."), value) for name, value in model.named_parameters()]
-    config = model.config.text_config
-    with_weights_of(SimpleNamespace(named_parameters=lambda: named, config=config), case.int4 / "model.onnx")
-    assert np.abs(torch_logits(model, ids, pictures) - before).max() > 0.05
+    assert dequantized(case, model) > 20
     assert_same(case.int4, model, 1e-4)
 
 
