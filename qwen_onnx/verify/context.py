@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qwen_onnx.artifact.genai_config import GenaiConfig
+from qwen_onnx.artifact.kv_scales import Floats
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.files import folder_bytes
@@ -23,7 +24,7 @@ from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
 from qwen_onnx.verify.records import Drift, Latency, TaskResult, VerifyOptions
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.slices import SlicedScorer
-from qwen_onnx.verify.softmax import Floats, Logits
+from qwen_onnx.verify.softmax import Logits
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.genai import Engine

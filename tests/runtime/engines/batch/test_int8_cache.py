@@ -84,8 +84,7 @@ def pieces(model: BatchModel, row: int, sizes: tuple[int, ...]) -> np.ndarray[An
 
 
 def assert_as_rounded(artifact: Path, checkpoint: Path) -> None:
-    sizes = BatchModel(artifact, rows=1, capacity=64, threads=1)._layout.scales
-    scales = np.frombuffer((artifact / KV_SCALES).read_bytes(), "<f4").reshape(sizes)
+    scales = np.load(artifact / KV_SCALES)
     expected, plain = by_pytorch(checkpoint, scales), by_pytorch(checkpoint, None)
     model = BatchModel(artifact, rows=2, capacity=64, threads=1, kv_scales=lambda _: scales)
     for row, each in enumerate([(48,), (20, 1, 1, 1, 25)]):
@@ -171,10 +170,12 @@ def test_guesses_leave_nothing_behind(scaled: Path, monkeypatch: pytest.MonkeyPa
     ("breaks", "message"),
     [
         (lambda file: file.unlink(), "no scales for an int8 KV cache"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-4]), "bytes, the KV cache needs"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-4]), "not that of a KV cache"),
         (lambda file: file.write_bytes(bytes(1 << 20)), "1,048,576 bytes"),
-        (lambda file: file.write_bytes(bytes(len(file.read_bytes()))), "not a positive number"),
-        (lambda file: file.write_bytes(b"\xff" * len(file.read_bytes())), "not a positive number"),
+        (lambda file: file.write_bytes(bytes(len(file.read_bytes()))), "not that of a KV cache"),
+        (lambda file: np.save(file, np.load(file)[:, ::-1, :, :16]), "not that of a KV cache"),
+        (lambda file: np.save(file, 0 * np.load(file)), "not a positive number"),
+        (lambda file: np.save(file, np.nan * np.load(file)), "not a positive number"),
     ],
 )
 def test_without_sound_scales_there_is_no_such_cache(
