@@ -17,7 +17,7 @@ from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
 from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
-from qwen_onnx.verify.graph import Graph
+from qwen_onnx.verify.graph import QUANTIZED, Graph
 from qwen_onnx.verify.loaded import Loaded
 from qwen_onnx.verify.nibbles import in_nibbles
 from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # bytes that a verification needs besides the artifact; and what a session holds of its weights, prepacked ones included
 BESIDE, SESSION_COPIES = 2_500_000_000, 1.4
+# bytes besides an artifact whose matrices stay mapped: what memory cannot keep is read from the disk for every token
+MAPPED_BESIDE = 800_000_000
 
 
 PLAIN_PROMPTS = ["The capital of France is", "def main():"]
@@ -125,8 +127,10 @@ class Context:
         """Layers of the artifact that are loaded at once; None for all of them."""
         if self.options.layers_at_once or self._runner:
             return self.options.layers_at_once
-        free = free_memory()
-        share = max(free - BESIDE, free / 2) / (SESSION_COPIES * folder_bytes(self.artifact))
+        free, size, graph = free_memory(), folder_bytes(self.artifact), self._graph()
+        if free >= size + MAPPED_BESIDE and not graph.half and any(node.op_type in QUANTIZED for node in graph.nodes):
+            return None
+        share = max(free - BESIDE, free / 2) / (SESSION_COPIES * size)
         layers = GenaiConfig.read(self.artifact, VerificationError).model.decoder.num_hidden_layers
         return None if share >= 1 or layers is None else max(int(share * layers), 1)
 

@@ -111,7 +111,7 @@ class DriftStudy:
 
     def _measure(self, start: int, stop: int, reference: Scorer | None) -> None:
         texts = [window.ids for pool in self.pools.values() for window in take(pool, start, stop)]
-        artifact, threads = self._artifact(), self._options.threads
+        artifact = self._artifact()
         for scorer in (self._baseline, artifact):
             if isinstance(scorer, Prepared):
                 scorer.prepare(texts)
@@ -119,15 +119,18 @@ class DriftStudy:
             chosen = take(pool, start, stop)
             progress(f"drift: {len(chosen)} windows of {name}")
             for index, window in enumerate(chosen):
-                baseline, candidate = self._baseline.logits(window.ids), artifact.logits(window.ids)
-                if self.golden:
-                    found = self.golden.compare(window, baseline, candidate, threads)
-                else:
-                    found = compare(baseline, candidate, window.ids, threads)
-                self.parts[name].append(found)
-                if reference and index == 0:
-                    self.reference_parts.append(compare(baseline, reference.logits(window.ids), window.ids, threads))
+                self.parts[name].append(self._compared(window, artifact, reference if index == 0 else None))
                 self.used.append(window)
+
+    def _compared(self, window: Window, artifact: Scorer, reference: Scorer | None) -> Positions:
+        """Statistics of one window; its logits are gone before the next one's are made."""
+        threads = self._options.threads
+        baseline, candidate = self._baseline.logits(window.ids), artifact.logits(window.ids)
+        if reference:
+            self.reference_parts.append(compare(baseline, reference.logits(window.ids), window.ids, threads))
+        if self.golden:
+            return self.golden.compare(window, baseline, candidate, threads)
+        return compare(baseline, candidate, window.ids, threads)
 
     @property
     def finite(self) -> bool:

@@ -6,6 +6,7 @@ whole matrix float32 anew for every token.
 
 from __future__ import annotations
 
+import math
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 LEAST_OPSET = 18
 CODES, SCALES, ZEROS, BIAS = 1, 2, 3, 5
 MIDDLE = 128  # zero point of 8 bits where a node has none
+# bytes for each weight that ONNX Runtime holds until what is made of codes is loaded (2026-11-29: a head of 156 million
+# weights), and how many it may hold: what is beyond stays, which takes time instead of memory
+FOLDING, MOST_FOLDED = 7.2, 1_500_000_000
 
 
 def in_nibbles(graph: Graph) -> None:
-    """Replace every MatMulNBits of 8 bits by two of 4: (16h + l - 16y - z)·s is (h - y)·16s + (l - z)·s.
+    """Replace MatMulNBits of 8 bits by two of 4: (16h + l - 16y - z)·s is (h - y)·16s + (l - z)·s.
 
-    The weights stay the same. What is made of codes follows from constants: ONNX Runtime computes it when it loads.
+    As many as ``MOST_FOLDED`` allows. The weights stay the same. What is made of codes follows from constants: ONNX
+    Runtime computes it when it loads.
 
     Args:
         graph: computes in float32. Operators older than ``LEAST_OPSET`` and nodes whose zero points are no codes stay.
@@ -34,10 +39,12 @@ def in_nibbles(graph: Graph) -> None:
     model = graph.model
     if max((item.version for item in model.opset_import if not item.domain), default=0) < LEAST_OPSET:
         return
-    builder = _Builder()
+    builder, left = _Builder(), MOST_FOLDED / FOLDING
     for node in model.graph.node:
-        if _has_bytes(graph, node):
+        weights = _weights(node) if _has_bytes(graph, node) else math.inf
+        if weights <= left:
             builder.split(node)
+            left -= weights
         else:
             builder.nodes.append(node)
     del model.graph.node[:]
@@ -49,6 +56,11 @@ def _has_bytes(graph: Graph, node: NodeProto) -> bool:
     if node.op_type != "MatMulNBits" or attributes(node).get("bits", 4) != 8:
         return False
     return all(graph.kind(name) == UINT8 for name in (node.input[CODES], _given(node, ZEROS)) if name)
+
+
+def _weights(node: NodeProto) -> int:
+    told = attributes(node)
+    return int(told["N"] * told["K"])
 
 
 def _given(node: NodeProto, place: int) -> str:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qwen_onnx.verify import nibbles
 from qwen_onnx.verify.graph import Graph, attributes
 from qwen_onnx.verify.nibbles import in_nibbles
 
@@ -86,6 +87,19 @@ def test_the_rest_stays_as_it_is(tmp_path: Path, told: dict[str, Any], change: C
     before = graph.serialized()
     in_nibbles(graph)
     assert graph.serialized() == before
+
+
+def test_a_matrix_that_would_take_too_much_memory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two fits, both do not."""
+    graph = Graph(product(tmp_path))
+    told = attributes(graph.nodes[0])
+    monkeypatch.setattr(nibbles, "MOST_FOLDED", 1.5 * told["N"] * told["K"] * nibbles.FOLDING)
+    second = onnx.NodeProto()
+    second.CopyFrom(graph.model.graph.node[0])
+    second.name, second.output[0] = "second", "more"
+    graph.model.graph.node.extend([second])
+    in_nibbles(graph)
+    assert bits_of(graph) == [4, 4, 8]
 
 
 def test_two_products_with_the_same_codes(tmp_path: Path) -> None:

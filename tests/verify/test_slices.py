@@ -12,7 +12,7 @@ from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
-from qwen_onnx.verify import Verdict, VerifyOptions, verify_artifact
+from qwen_onnx.verify import Verdict, VerifyOptions, context, verify_artifact
 from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.scoring import OnnxScorer
 from qwen_onnx.verify.slices import Cut, SlicedScorer
@@ -93,3 +93,17 @@ def test_a_graph_without_layers_is_refused(tiny_build: Path) -> None:
         node.name = node.name.replace("layers.", "parts.")
     with pytest.raises(VerificationError, match="names no layers"):
         Cut(graph, 1)
+
+
+def test_an_artifact_that_stays_mapped_is_sliced_where_memory_cannot_keep_it(
+    tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layers(free: float) -> int | None:
+        monkeypatch.setattr(context, "folder_bytes", lambda folder: 10_000_000_000)
+        monkeypatch.setattr(context, "free_memory", lambda: int(free))
+        level, options = Verification.RUN, VerifyOptions()
+        one = context.Context(tiny_build, tiny_checkpoint, None, LIMITS, level, options, None, None, tmp_path)
+        return one.slice_layers
+
+    assert layers(10.8e9) is None
+    assert layers(10.7e9) == 1
