@@ -1,9 +1,9 @@
 """How much memory and disk a verification takes: ``python -m benchmarks.verify_memory FOLDER``.
 
 Makes a random checkpoint and its int4 artifact, then proves the artifact in a child process as ``optimize`` does; the
-speed, whose check loads a layer of PyTorch, with ``--latency`` alone. Samples the child's anonymous memory (RssAnon of proc(5): pages of mapped
-files do not count, since they can be dropped and read again) and its scratch files. Prints a table, then one line of
-JSON. Exits 1 when either went over its bound: of memory the artifact and 2.5 GB, of disk 3 GB.
+speed, whose check loads a layer of PyTorch, with ``--latency`` alone. Samples the child's anonymous memory (RssAnon of
+proc(5): pages of mapped files do not count, since they can be dropped and read again) and its scratch files. Prints a
+table, then one line of JSON. Exits 1 when either went over its bound: of memory the artifact and 2.5 GB, of disk 3 GB.
 """
 
 from __future__ import annotations
@@ -110,7 +110,11 @@ def main() -> int:
         parser.add_argument(f"--{item.name.replace('_', '-')}", type=int, default=item.default)
     given = vars(parser.parse_args())
     folder, layers = given.pop("folder").resolve(), given.pop("layers_at_once")
-    options: dict[str, Any] = {"window": given.pop("window"), "windows_per_domain": given.pop("windows"), "layers_at_once": layers}
+    options: dict[str, Any] = {
+        "window": given.pop("window"),
+        "windows_per_domain": given.pop("windows"),
+        "layers_at_once": layers,
+    }
     options["decode_tokens"] = given.pop("decode_tokens")
     if given.pop("latency"):
         options |= LATENCY | {"checks": (*CHECKS, "latency")}

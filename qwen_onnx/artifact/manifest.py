@@ -192,7 +192,7 @@ def cached(folder: Path, keys: Collection[str]) -> Artifact | None:
 
 
 def about_anew(artifact: Artifact, about: About | None) -> Artifact:
-    """The artifact whose manifest says ``about`` of its model: no step of a build reads that, so no other file changes."""
+    """The artifact, its manifest with this ``about``: no step of a build reads it, so that nothing else changes."""
     if artifact.manifest.about == about:
         return artifact
     manifest = artifact.manifest.model_copy(update={"about": about})

@@ -14,23 +14,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_onnx.catalog.architectures import ARCHITECTURES
-from qwen_onnx.catalog.costs import Dimensions
+from qwen_onnx.catalog.costs import Dimensions, Stored
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.catalog.sizes import dimensions, steps_of, stored
 from qwen_onnx.verify.layerwise import HEAD_BYTES
+from qwen_onnx.verify.nibbles import FOLDING, MOST_FOLDED
+from qwen_onnx.verify.roofline import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 GRAPH_BYTES_PER_LAYER = 8_700  # model.onnx: 263 kB for 30 layers, 21 kB for 2
 FILES_BYTES = 25_000  # configs, logs and manifest; the rest of model.onnx
-# verification, from six runs on three models (2026-11-25): its process; the three of the latency check; the tokenizer's
-# file in memory; what a session takes of its weights, prepacked ones included; logits and hidden states of a window
-VERIFIER_BYTES, LATENCY_BYTES, TOKENIZER_COPIES = 300_000_000, 870_000_000, 30
-EXPORT_COPIES, ARTIFACT_COPIES, LATENCY_COPIES = 1.45, 1.4, 1.1
-WINDOW, LOGITS_OF_DRIFT, STATES_OF_DRIFT = 512, 5.1, 22  # the longest of verify.records.DEPTHS
+# Verification, in anonymous memory. Of 2026-11-25, six runs on three models: its process; the tokenizer's file in
+# memory; a session of floats or of another engine; hidden states of a window, by the widest matrix
+VERIFIER_BYTES, TOKENIZER_COPIES = 300_000_000, 30
+EXPORT_COPIES, ARTIFACT_COPIES, STATES_OF_DRIFT = 1.45, 1.4, 22
+# Of 2026-11-29, random models on a processor whose kernels repack codes: what a session holds of matrices of 4 and of
+# 8 bits as they serve, and exactly; of a head, and of one that the embedding reads, likewise. Experts stay mapped.
+# Both sides' logits of a window, and some more
+SERVED, EXACT = {4: 0.8, 8: 1.05}, {4: 0.8, 8: 0.25}
+HEAD_SERVED, SHARED_SERVED, SHARED_EXACT, LOGITS_OF_DRIFT = 1.2, 2.2, 1.0, 2.2
+# bytes a weight until planes of bits are put together (docs/lab-log.md): of the head's, and of all matrices'
+HEAD_IN_PLANES, ALL_IN_PLANES = 5, 9
+# the three processes of the latency check without weights, and who measures memory's speed (the same day)
+LATENCY_BYTES, THREADS = 760_000_000, 2
+# besides an artifact whose matrices stay mapped: with less they would not stay in memory, and it is run in slices
+# (verify/context.py: the process has taken the rest by then)
+MAPPED_BESIDE = 1_500_000_000
+WINDOW, DECODED = 512, 96  # the longest of verify.records.DEPTHS; tokens that go through the KV cache
 # hidden states of eight domains, doubled, at the depth quick: those worked on, those kept, those being kept
 STATES_OF_TEACHER, TOKENS = 3, 2 * 8 * 2 * 384
 
@@ -87,7 +101,7 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
         kept=kept + working,
         disk=disk,
         memory=max(step.memory(found, before) for step, before in places),
-        verification=_verification(found, artifact, plan),
+        verification=_verification(found, states, artifact, plan),
         exact=found.exact,
     )
 
@@ -106,21 +120,44 @@ def _files(found: Dimensions) -> int:
     return found.tokenizer + GRAPH_BYTES_PER_LAYER * found.layers + FILES_BYTES
 
 
-def _verification(found: Dimensions, artifact: int, plan: Plan) -> int:
-    """The larger of drift (the teacher's layer, artifact and texts) and latency (three processes, a layer of PyTorch).
+def _verification(found: Dimensions, states: Sequence[Stored], artifact: int, plan: Plan) -> int:
+    """The largest of the stages, of which each has one copy of the artifact: see ``qwen_onnx.verify.context``.
 
     PyTorch is timed whole where memory holds it, and by a layer where it does not: what is needed is the latter.
     """
-    tokenizers = TOKENIZER_COPIES * found.tokenizer
     texts = 4 * WINDOW * (LOGITS_OF_DRIFT * found.vocabulary + STATES_OF_DRIFT * found.widest)
-    drift = int(VERIFIER_BYTES + ARTIFACT_COPIES * artifact + texts)
-    if plan.needs_reference:
-        drift += int(EXPORT_COPIES * 4 * found.weights)
-    if plan.verification is not Verification.RUN:
-        return tokenizers + drift
-    # of a large head a part is timed
-    loaded = min(4 * found.tables, HEAD_BYTES) + 4 * (found.layer + found.experts)
-    return tokenizers + max(drift, int(LATENCY_BYTES + loaded + LATENCY_COPIES * artifact))
+    if plan.readback.form == "MatMulNBits" and plan.readback.io_bits == 32:
+        # as kernels read it: planes are packed by the last step
+        kernels = states[-2] if states[-2].planes or plan.readback.stored_bits else states[-1]
+        session, stages = _of_codes(found, kernels, plan, texts)
+        stages.append(artifact + MAPPED_BESIDE - VERIFIER_BYTES)
+    else:
+        session = ARTIFACT_COPIES * artifact
+        stages = [session + texts]
+    reference = EXPORT_COPIES * 4 * found.weights if plan.needs_reference else 0
+    needed = VERIFIER_BYTES + reference + max(stages)
+    if plan.verification is Verification.RUN:
+        # of a large head a part is timed
+        loaded = min(4 * found.tables, HEAD_BYTES) + 4 * (found.layer + found.experts)
+        needed = max(needed, LATENCY_BYTES + THREADS * BLOCK_BYTES + loaded + session)
+    return int(TOKENIZER_COPIES * found.tokenizer + needed)
+
+
+def _of_codes(found: Dimensions, kernels: Stored, plan: Plan, texts: float) -> tuple[float, list[float]]:
+    """What a session of the served graph holds, and what the checks that load it take: parity, drift, decoding."""
+    told, shared = plan.readback, not kernels.embedding
+    body = kernels.body * (1 - found.layers * found.experts / max(found.body, 1))
+    session = SERVED[told.body_bits] * body + (SHARED_SERVED if shared else HEAD_SERVED) * kernels.head
+    # exactly, codes of 8 bits become float32 a matrix at a time, or two of 4 bits
+    exact = EXACT[told.body_bits] * body
+    whole = 4 * max(found.tables, found.largest) if told.head_bits == 8 else kernels.head
+    coded = found.tables + min(max(2 * kernels.body - found.body, 0), found.body)
+    decoding = max(whole, min(FOLDING * coded, MOST_FOLDED)) + (SHARED_EXACT * kernels.head if shared else 0)
+    decoding += 4 * LOGITS_OF_DRIFT * DECODED * found.vocabulary
+    planes = 0
+    if min(told.stored_bits, default=8) < 8:
+        planes = ALL_IN_PLANES * (found.body + found.tables) if kernels.planes else HEAD_IN_PLANES * found.tables
+    return session, [exact + whole + texts, session + texts, exact + decoding, session + planes]
 
 
 MEANINGS = {
