@@ -28,7 +28,7 @@ from tests.runtime.engines.batch.test_engine import Heard, endless, prompt
 from tests.runtime.engines.batch.test_speculation import REPEATED
 from tests.runtime.engines.test_adapters import sources
 
-IDS = tuple(random.Random(1).randrange(2, 250) for _ in range(48))
+IDS = tuple(random.Random(1).choices(range(2, 250), k=48))
 
 
 def with_scales(folder: Path, copy: Path, cut: float = 1.0) -> Path:
@@ -171,7 +171,7 @@ def test_guesses_leave_nothing_behind(scaled: Path, monkeypatch: pytest.MonkeyPa
     [
         (lambda file: file.unlink(), "no scales for an int8 KV cache"),
         (lambda file: file.write_bytes(file.read_bytes()[:-4]), "not that of a KV cache"),
-        (lambda file: file.write_bytes(bytes(1 << 20)), "1,048,576 bytes"),
+        (lambda file: file.write_bytes(bytes(1 << 20)), "more than 640 bytes"),
         (lambda file: file.write_bytes(bytes(len(file.read_bytes()))), "not that of a KV cache"),
         (lambda file: np.save(file, np.load(file)[:, ::-1, :, :16]), "not that of a KV cache"),
         (lambda file: np.save(file, 0 * np.load(file)), "not a positive number"),
