@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ KIND, WIDTH = "F32", 4
 # bytes before the header, which say how long it is; and the most that it has
 LENGTH, LARGEST_HEADER = 8, 4 << 20
 ALIGNMENT = 8
+# read at once; whole numbers
+BLOCK = 1 << 20
 HINT = "make it: qwen-onnx adapter convert FOLDER --base ARTIFACT --output FILE"
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,59}"
 
@@ -158,19 +161,14 @@ def read_adapter_file(file: Path, slots: Slots, weights: str) -> SlotAdapter:
     """
     where = str(file)
     with open_plain(file, ArtifactError, hint=HINT) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        begin = opened.read(LENGTH)
-        length = int.from_bytes(begin, "little")
-        if len(begin) < LENGTH or not 2 <= length <= min(LARGEST_HEADER, size - LENGTH):
-            raise ArtifactError(f"{file.name} is not an adapter in safetensors form", where=where, hint=HINT)
-        body = opened.read(length)
-        record, entries = _read_header(body, where)
+        begin, body, size = _read_header(opened, where)
+        record, entries = _parsed(body, where)
         _check_base(record, slots, weights, where)
         _check_fit(entries, slots, record.rank, where)
-        _check_layout(entries, size - LENGTH - length, where)
-        content = opened.read(size - LENGTH - length)
+        _check_layout(entries, size, where)
+        content = opened.read(size)
     if hashlib.sha256(content).hexdigest() != record.content:
-        raise ArtifactError(f"{file.name} is truncated or altered", where=where, hint=HINT)
+        raise _altered(file)
     tensors = {}
     for name, entry in entries.items():
         first, last = entry.data_offsets
@@ -182,7 +180,43 @@ def read_adapter_file(file: Path, slots: Slots, weights: str) -> SlotAdapter:
     return SlotAdapter(record, tensors, digest.hexdigest())
 
 
-def _read_header(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Entry]]:
+def check_adapter_file(file: Path) -> AdapterRecord:
+    """The record of an adapter whose file is whole; whether it fits an artifact is not known.
+
+    Raises:
+        ArtifactError: it is missing, not a plain file or not an adapter; it is damaged, or a number is not finite.
+    """
+    where = str(file)
+    with open_plain(file, ArtifactError, hint=HINT) as opened:
+        _, body, size = _read_header(opened, where)
+        record, entries = _parsed(body, where)
+        _check_layout(entries, size, where)
+        content, finite = hashlib.sha256(), True
+        while block := opened.read(BLOCK):
+            content.update(block)
+            finite = finite and bool(np.isfinite(np.frombuffer(block, "<f4", len(block) // WIDTH)).all())
+    if content.hexdigest() != record.content:
+        raise _altered(file)
+    if not finite:
+        raise ArtifactError(f"{file.name} holds NaN or infinity", where=where, hint="train it again")
+    return record
+
+
+def _altered(file: Path) -> ArtifactError:
+    return ArtifactError(f"{file.name} is truncated or altered", where=str(file), hint=HINT)
+
+
+def _read_header(opened: BufferedReader, where: str) -> tuple[bytes, bytes, int]:
+    """The length of the header as it stands, the header, and how many bytes follow."""
+    size = os.fstat(opened.fileno()).st_size
+    begin = opened.read(LENGTH)
+    length = int.from_bytes(begin, "little")
+    if len(begin) < LENGTH or not 2 <= length <= min(LARGEST_HEADER, size - LENGTH):
+        raise ArtifactError(f"{Path(where).name} is not an adapter in safetensors form", where=where, hint=HINT)
+    return begin, opened.read(length), size - LENGTH - length
+
+
+def _parsed(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Entry]]:
     header = read_object(
         body, most_bytes=LARGEST_HEADER, error=ArtifactError, what=f"the header of {Path(where).name}", hint=HINT
     )

@@ -59,6 +59,23 @@ def verify(
         raise VerdictError(f"the adapter's drift: {verdict}", where=str(file), hint="an artifact of higher precision")
 
 
+@adapter_app.command("package")
+def package(
+    file: Annotated[Path, typer.Argument(help="file of `qwen-onnx adapter convert` that `adapter verify` passed")],
+    output: Annotated[Path | None, typer.Option(help="folder of packages; default artifacts/packages")] = None,
+    version: Annotated[int, typer.Option(min=1, help="version in the id")] = 1,
+) -> None:
+    """Make a package of an adapter for `qwen-onnx publish` and `pull`; prints its folder and one line of JSON."""
+    from qwen_onnx.artifact.checksums import package_digest
+    from qwen_onnx.catalog.load import work_root
+    from qwen_onnx.package.adapters import package_adapter
+
+    made = package_adapter(file, (output or work_root() / "artifacts/packages").resolve(), version)
+    print(made.path)
+    told = {"id": made.record.id, "verdict": made.record.verdict, "path": str(made.path)}
+    print(json.dumps({**told, "digest": package_digest(made.path)}))
+
+
 def _merged(opened: Artifact, file: Path, adapter: Path, source: Path | None) -> Path:
     """The checkpoint of an artifact with an adapter merged, which is the one that ``file`` was made of.
 

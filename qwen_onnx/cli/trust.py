@@ -25,11 +25,11 @@ def verify_package(
 ) -> None:
     """Check every byte and every statement of a package, offline; exits 10 with all faults."""
     from qwen_onnx.artifact.checksums import package_digest
-    from qwen_onnx.package.records import read_package
-    from qwen_onnx.package.verify import examine, require_sound
+    from qwen_onnx.package.adapters import examine_any, read_any
+    from qwen_onnx.package.verify import require_sound
 
-    package = read_package(folder.resolve())
-    checks = examine(package.path, expect)
+    package = read_any(folder.resolve())
+    checks = examine_any(package.path, expect)
     table = Table("check", "", "faults", title=escape(printable(package.record.id)))
     for check in checks:
         mark = "[red]fault[/]" if check.faults else "[green]ok[/]"

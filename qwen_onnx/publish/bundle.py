@@ -11,8 +11,8 @@ from pathlib import Path
 from qwen_onnx.artifact.checksums import SUMS, read_sums
 from qwen_onnx.errors import PublishError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.package.records import Package, PackageRecord, read_package
-from qwen_onnx.package.verify import verify_package
+from qwen_onnx.package.adapters import AdapterPackage, AdapterPackageRecord, read_any, verify_any
+from qwen_onnx.package.records import Package, PackageRecord
 
 BLOCK = 1 << 20
 
@@ -36,7 +36,7 @@ class Bundle:
         digest: SHA-256 of ``SHA256SUMS``: it stands for every byte, and is the same at every destination.
     """
 
-    package: Package
+    package: Package | AdapterPackage
     items: tuple[Item, ...]
     digest: str
 
@@ -46,7 +46,7 @@ class Bundle:
         return sum(item.size for item in self.items)
 
 
-def require_pass(record: PackageRecord, where: str) -> None:
+def require_pass(record: PackageRecord | AdapterPackageRecord, where: str) -> None:
     """Only what passed leaves or enters; there is no option around it.
 
     Raises:
@@ -69,8 +69,8 @@ def open_bundle(folder: Path) -> Bundle:
         PublishError: its verdict is not PASS, or it changed while it was verified.
     """
     # by its own word first: gigabytes need not be hashed to refuse it
-    require_pass(read_package(folder).record, str(folder))
-    package = verify_package(folder)
+    require_pass(read_any(folder).record, str(folder))
+    package = verify_any(folder)
     require_pass(package.record, str(folder))
     sums = read_sums(folder)
     sums[SUMS] = sha256_of(folder / SUMS)

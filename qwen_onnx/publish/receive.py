@@ -15,8 +15,8 @@ from qwen_onnx.artifact.checksums import SUMS, read_sums
 from qwen_onnx.artifact.store import build_lock, put_in_place
 from qwen_onnx.errors import PackageError, PublishError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.package.records import PACKAGE, Package, PackageRecord, read_package
-from qwen_onnx.package.verify import verify_package
+from qwen_onnx.package.adapters import AdapterPackage, AdapterPackageRecord, read_any, verify_any
+from qwen_onnx.package.records import PACKAGE, Package, PackageRecord
 from qwen_onnx.publish.bundle import require_pass
 from qwen_onnx.publish.faults import FAULTS
 from qwen_onnx.records import digest_of
@@ -40,7 +40,7 @@ class PackageSource(Source, Protocol):
 class Received:
     """What came in: the package's digest, bytes that were transferred, and bytes that were here already."""
 
-    package: Package
+    package: Package | AdapterPackage
     digest: str
     moved: int = 0
     present: int = 0
@@ -53,7 +53,7 @@ class _Announced:
     listing: dict[str, RemoteFile]
     sums: dict[str, str]
     digest: str
-    record: PackageRecord
+    record: PackageRecord | AdapterPackageRecord
 
 
 def receive(
@@ -86,7 +86,7 @@ def receive(
                 _complete(job, announced)
                 put_in_place(job.files, target)
         shutil.rmtree(staging)
-    return Received(Package(path=target, record=announced.record), announced.digest, job.moved, job.present)
+    return Received(read_any(target), announced.digest, job.moved, job.present)
 
 
 def _is_there(target: Path, digest: str) -> bool:
@@ -94,7 +94,7 @@ def _is_there(target: Path, digest: str) -> bool:
     if not (target / SUMS).is_file() or sha256_of(target / SUMS) != digest:
         return False
     try:
-        verify_package(target)
+        verify_any(target)
     except PackageError:
         return False
     return True
@@ -127,7 +127,7 @@ def _announced(job: Transfer, source: PackageSource, expect: str | None) -> _Ann
         )
     sums = _believed(read_sums(job.files), listing, job.where)
     job.fetch(listing[PACKAGE], sums[PACKAGE])
-    record = read_package(job.files).record
+    record = read_any(job.files).record
     if not PACKAGE_ID.fullmatch(record.id):
         raise PublishError(f"{record.id!r} is not the id of a package", where=job.where)
     require_pass(record, job.where)
@@ -141,7 +141,7 @@ def _complete(job: Transfer, announced: _Announced) -> None:
     for path in job.files.rglob("*"):
         if path.is_file() and path.relative_to(job.files).as_posix() not in announced.listing:
             path.unlink()
-    require_pass(verify_package(job.files).record, job.where)
+    require_pass(verify_any(job.files).record, job.where)
     if sha256_of(job.files / SUMS) != announced.digest:
         raise PublishError(f"{SUMS} changed while it was verified", where=str(job.files))
 

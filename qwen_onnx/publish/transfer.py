@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from qwen_onnx.errors import PublishError
+from qwen_onnx.package.adapters import AdapterPackage
 from qwen_onnx.publish.addresses import FolderAddress, HubAddress, LayoutAddress, RegistryAddress, parse_address
 from qwen_onnx.publish.bundle import open_bundle
 from qwen_onnx.publish.folder import FolderSource
@@ -29,6 +31,9 @@ def publish_package(
     address = parse_address(destination)
     bundle = open_bundle(folder)
     progress(f"verified {bundle.package.record.id}: {len(bundle.items)} files, {bundle.size / 1e6:,.1f} MB")
+    if isinstance(address, HubAddress) and isinstance(bundle.package, AdapterPackage):
+        hint = "a folder, oci:PATH:TAG or oci://HOST/REPOSITORY:TAG"
+        raise PublishError("packages of adapters do not go to hubs", where=destination, hint=hint)
     if isinstance(address, FolderAddress):
         target = address.path.resolve()
         received = receive(FolderSource(folder), str(folder), target.parent, target, bundle.digest, progress)
