@@ -22,11 +22,14 @@ from qwen_onnx.export.passes.fisher_gptq.options import FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.quantize import quantize
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
+from qwen_onnx.export.passes.pack_weights.pack import pack
 from qwen_onnx.export.readback.onnx import compare, read_graph
 from qwen_onnx.export.weights import CheckpointWeights, Scratch, mapped_safetensors
+from qwen_onnx.verify import Verdict
 from tests.export.test_architectures import PROMPT, assert_same, torch_logits
 from tests.fixtures.architectures import MAKERS, make_checkpoint
 from tests.fixtures.dequantized import with_weights_of
+from tests.verify.test_graph_parity import judged
 
 OPTIONS = FisherGptqOptions(bits_per_weight=5.4, windows=4, window=48, seed=1)
 # level 1 keeps the activations in fp32
@@ -80,9 +83,9 @@ def test_an_expert_is_seen_by_its_own_tokens(routed: RoutedTokens) -> None:
     torch.testing.assert_close(down.counts[:5], gradients.square().sum(1).sqrt())
     torch.testing.assert_close(down.squares, gradients.square().sum(0))
     torch.testing.assert_close(up.counts[:5].square().sum(), up.squares.sum())
-    # 64 inputs and five tokens: the layer's six stand in, and count as these do
+    # 64 inputs and five tokens: the layer's six stand in, and count a quarter of what these do
     assert torch.equal(up.states[5:], routed.inputs)
-    assert up.counts[5:].tolist() == pytest.approx([float(up.counts[:5].mean())] * 6)
+    assert up.counts[5:].tolist() == pytest.approx([float(up.counts[:5].mean()) / 4] * 6)
 
 
 def test_an_expert_that_no_token_chose_is_solved_by_all_and_harms_nobody(
@@ -120,7 +123,8 @@ class Built:
         self.predicted = quantize(self.checkpoint, folder / "quantised", OPTIONS)
         build(folder / "quantised", folder / "graph", BUILD)
         self.codes = CheckpointWeights(folder / "quantised")
-        self.graph = folder / "graph"
+        self.graph, self.packed = folder / "graph", folder / "packed"
+        pack(self.graph / "model.onnx", self.packed)
 
 
 @pytest.fixture(scope="module", params=ROUTED)
@@ -155,14 +159,22 @@ def test_no_matrix_is_rounded_by_the_builder(built: Built) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_stored_is_proven(built: Built) -> None:
+    """Scales in half precision, those of experts too, as ``verify`` reads them."""
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(str(built.packed / "model.onnx")).graph.initializer}
+    scales = [kind for name, kind in kinds.items() if "scales" in name]
+    assert scales
+    assert set(scales) == {onnx.TensorProto.FLOAT16}
+    assert judged(built.packed, built.checkpoint).verdict is Verdict.PASS
+
+
+@pytest.mark.slow
 def test_it_is_read_back_and_not_larger_than_predicted(built: Built) -> None:
     facts = read_graph(built.graph / "model.onnx")
     asked = Readback.model_validate(ASKED | ({"experts": EXPERTS} if facts["experts"] else {}))
     assert compare(facts, asked)["matrices"]
-    files = sum((built.graph / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
-    scales = sum(built.codes.tensor(name).numel() for name in built.codes.names() if name.endswith("scales"))
-    # scales of two bytes are predicted, which PackWeights makes of four
-    assert files - 2 * scales <= built.predicted["bytes"]
+    files = sum((built.packed / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert files <= built.predicted["bytes"]
     if facts["experts"]:
         coarse = Readback.model_validate(ASKED | {"experts": EXPERTS | {"block_size": 128, "finer_blocks": []}})
         with pytest.raises(ExportError, match=r"QMoE: block_size is (64|32|16), asked 128"):

@@ -27,6 +27,8 @@ from qwen_onnx.export.weights import Scratch, create_safetensors
 GRIDS = tuple(Grid(4, block) for block in (BLOCK, BLOCK // 2, BLOCK // 4))
 # an expert that saw fewer tokens than its matrix has inputs, divided by this, is told of
 NEARLY_NONE = 8
+# with fewer tokens for each input GPTQ fits those that it saw at the cost of all others: docs/lab-log.md
+ENOUGH, OTHERS = 4, 0.25
 
 
 class Seen(NamedTuple):
@@ -104,17 +106,17 @@ class RoutedTokens:
     def seen(self, name: str, expert: int) -> Seen:
         """What one matrix of ``STACKED`` saw.
 
-        Where an expert saw fewer tokens than the matrix has inputs, others of the layer, evenly drawn, stand in for
-        what is lacking; such a token counts as much as the expert's own do on average.
+        Where an expert saw fewer than ``ENOUGH`` tokens for each input, others of the layer, evenly drawn, stand in for
+        what is lacking; such a token counts ``OTHERS`` times what the expert's own do on average.
         """
         own = torch.where(self.owner == expert)[0]
         counts, states = self.counts[name][own], self._states(name, own)
-        lacking = min(max(states.shape[1] - len(own), 0), len(self.inputs))
+        lacking = min(max(ENOUGH * states.shape[1] - len(own), 0), len(self.inputs))
         if lacking:
             drawn = self.inputs[torch.arange(lacking) * len(self.inputs) // lacking]
             others = drawn if name == STACKED[0] else self._inner(expert, drawn)[1]
-            mean = float(counts.double().mean()) if len(own) else 0.0
-            states, counts = torch.cat([states, others]), torch.cat([counts, torch.full((lacking,), mean or 1.0)])
+            count = OTHERS * float(counts.double().mean()) if len(own) else 0.0
+            states, counts = torch.cat([states, others]), torch.cat([counts, torch.full((lacking,), count or 1.0)])
         return Seen(states, counts, self.squares[name][expert])
 
     def _states(self, name: str, choices: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,9 @@ class GenAIModelBuilderOptions(PassOptions):
             body = before.body - (4 - number) * before.scales
             own = not shared or not before.head
             head = min(before.head, number * model.tables)
-            return Stored(body, head, number * model.tables if own else 0, rest=rotary, planes=before.planes)
+            scales = before.scales if number == 4 else 0
+            embedding = number * model.tables if own else 0
+            return Stored(body, head, embedding, rest=rotary, scales=scales, planes=before.planes)
         return replace(self._quantized(model, number), embedding=0 if shared else number * model.tables, rest=rotary)
 
     def _quantized(self, model: Dimensions, scale: int) -> Stored:
