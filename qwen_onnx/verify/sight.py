@@ -16,7 +16,7 @@ from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel
 from qwen_onnx.runtime.engines.batch.sight import Looked, Sight, Table
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.pictures import Picture, places_of, positions_of
+from qwen_onnx.runtime.engines.media import Picture, places_of, positions_of
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN3_VL

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import VISION_CONFIG, tower_of
 from qwen_onnx.verify.softmax import Logits

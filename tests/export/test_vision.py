@@ -25,7 +25,7 @@ from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.sight import Looked
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.processing.images import prepare
 from qwen_onnx.sources.vision import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR

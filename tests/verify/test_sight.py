@@ -13,7 +13,7 @@ import pytest
 from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.sight import VISUAL, sees
 from qwen_onnx.verify.tower import Tower

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
 
 CLOSED = "the engine is closed"

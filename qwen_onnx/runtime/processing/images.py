@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 
 # raster formats whose decoders are widely used; SVG is a program, TIFF and the like have decoders of many kinds
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")

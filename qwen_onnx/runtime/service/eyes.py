@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.errors import ArtifactError, EnvironmentFault, PromptTooLongError, RequestError
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.service.generation import Attached
 
 MOST_PICTURES = 16

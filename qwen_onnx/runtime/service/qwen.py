@@ -15,7 +15,7 @@ from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.engines.remote import RemoteEngine
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_template

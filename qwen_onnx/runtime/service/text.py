@@ -12,7 +12,7 @@ from typing import Any, Self
 from qwen_onnx.errors import QwenOnnxError, TemplateError
 from qwen_onnx.runtime.engines.genai import Cancelled
 from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEngine, TokenEvent
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.processing.template import ChatTemplate, Message
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 from qwen_onnx.runtime.service.answers import Answer

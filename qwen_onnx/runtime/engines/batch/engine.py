@@ -33,7 +33,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenRequest,
     Top,
 )
-from qwen_onnx.runtime.engines.pictures import Positions
+from qwen_onnx.runtime.engines.media import Positions
 from qwen_onnx.runtime.engines.sampling import BATCH_FEATURES
 
 log = logging.getLogger(__name__)

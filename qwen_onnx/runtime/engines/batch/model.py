@@ -26,7 +26,7 @@ from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.sight import Sight, require_width
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.engines.pictures import Positions
+from qwen_onnx.runtime.engines.media import Positions
 
 # of a graph that has them made of token ids and pictures
 EMBEDDED = "inputs_embeds"

@@ -13,7 +13,7 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.pictures import Picture, Positions, keys_of, places_of, positions_of
+from qwen_onnx.runtime.engines.media import Picture, Positions, keys_of, places_of, positions_of
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 # of encoded pictures that are kept: those of some megapixels each

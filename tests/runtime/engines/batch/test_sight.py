@@ -14,7 +14,7 @@ from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.sight import Floats, Sight
 from qwen_onnx.runtime.engines.interface import TokenEvent, TokenRequest
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
 from qwen_onnx.runtime.processing.images import prepare
 from tests.fixtures.pictures import SETTINGS, chart, noise
