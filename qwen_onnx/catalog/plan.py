@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from qwen_onnx.catalog.architectures import SEEING
 from qwen_onnx.catalog.faults import describe, find, step_faults
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.registry import options_of, passes
@@ -204,8 +203,7 @@ def _compose(
     place = pipeline_file or f"pipelines/{pipeline.target}.yaml: precisions.{precision}"
     layers = _layers(build)
     steps: dict[str, dict[str, Any]] = layers["steps"]
-    if family.architecture in SEEING:
-        steps |= {step.name: {"type": step.type, **step.config} for step in pipeline.vision}
+    steps |= {step.name: {"type": step.type, **step.config} for step in pipeline.tower(family.architecture)}
     _apply_size(layers, row, build, place, faults)
     _apply_override(layers, row, pipeline, precision, file, faults)
     _check_steps(steps, pipeline.execution_provider, place, faults)

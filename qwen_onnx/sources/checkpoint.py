@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_onnx import bounded
 from qwen_onnx.bounded import MOST_VALUES
-from qwen_onnx.catalog.architectures import ARCHITECTURES
+from qwen_onnx.catalog.architectures import ARCHITECTURES, text_config
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.records import REPOSITORY
 from qwen_onnx.sources.plain import require_plain
@@ -131,7 +131,7 @@ def check_checkpoint(
         )
     if tokenizer == TOKENIZER_FILE:
         read_json(folder / tokenizer, most_bytes=LARGEST_TOKENIZER, most_values=MOST_TOKENIZER_VALUES)
-    settings = config.get("text_config") or config
+    settings = text_config(config)
     for shard in shards(folder):
         _check_shard(shard, (settings["vocab_size"], settings["hidden_size"]))
 
@@ -158,7 +158,7 @@ def check_config(config: dict[str, Any], architecture: str, where: str) -> None:
 
 
 def _config_faults(config: dict[str, Any], architecture: str) -> list[str]:
-    faults, settings = [], config.get("text_config") or config
+    faults, settings = [], text_config(config)
     if not isinstance(settings, dict):
         return ["text_config is not an object"]
     known = ARCHITECTURES[architecture].model_type if architecture in ARCHITECTURES else None
@@ -229,7 +229,7 @@ def _keys_of(value: Any) -> set[str]:
 
 def contradictions(config: dict[str, Any], shape: Shape, rope: str | None = None) -> list[str]:
     """What ``config.json`` says otherwise than the recipe; facts that either side lacks are not compared."""
-    settings = config.get("text_config") or config
+    settings = text_config(config)
     known = {name: value for name, value in shape.model_dump().items() if value is not None and name in CONFIG_KEYS}
     faults = [
         f"{CONFIG_KEYS[name]} is {settings[CONFIG_KEYS[name]]}, the recipe says {value}"

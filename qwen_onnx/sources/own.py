@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_onnx.bounded import read_object
-from qwen_onnx.catalog.architectures import ARCHITECTURES, HYBRIDS, QWEN1, SEEING
+from qwen_onnx.catalog.architectures import ARCHITECTURES, HYBRIDS, QWEN1, SENSING, text_config
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.reference import HubName, folder_name, id_of, parse, row_of
@@ -204,7 +204,7 @@ def _context(config: dict[str, Any], architecture: str, where: str) -> int:
     Raises:
         UnsupportedModelError: the config does not say, or asks for attention that exports do not support.
     """
-    text = config.get("text_config") or config
+    text = text_config(config)
     key = "seq_length" if architecture == QWEN1 else "max_position_embeddings"
     most, faults = text.get(key), []
     if most is None:
@@ -225,11 +225,11 @@ def _scaling(config: dict[str, Any], architecture: str, where: str) -> Literal["
     Raises:
         UnsupportedModelError: in a way that exports do not support, or that makes no sense.
     """
-    text = config.get("text_config") or config
+    text = text_config(config)
     kind = rope_type(text)
     if kind == "default":
         return None
-    if kind != "yarn" or architecture == QWEN1 or architecture in HYBRIDS | SEEING:
+    if kind != "yarn" or architecture == QWEN1 or architecture in HYBRIDS | SENSING:
         raise UnsupportedModelError(
             f"its RoPE is scaled ({kind}), which the export of a {architecture} does not support",
             where=where,

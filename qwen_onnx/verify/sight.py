@@ -184,10 +184,10 @@ def _token(context: Context) -> int | None:
 
 def _prompts(context: Context) -> dict[str, tuple[list[int], tuple[Picture, ...]]]:
     """By kind of picture: a conversation about it, its last turn about all of them."""
-    from qwen_onnx.runtime.service.eyes import Eyes
     from qwen_onnx.runtime.service.generation import Attached
+    from qwen_onnx.runtime.service.senses import sense_of
 
-    eyes = Eyes.of(context.artifact)
+    eyes = sense_of(context.artifact)
     if eyes is None:
         raise VerificationError("the artifact reads no pictures", where=str(context.artifact))
     template, images = ChatTemplate(context.artifact), drawn.pictures()
@@ -203,7 +203,7 @@ def _prompts(context: Context) -> dict[str, tuple[list[int], tuple[Picture, ...]
             ]
             ids = template.encode(messages, context.tokenizer, context_length)
             attached = [Attached(_file(images[kind]), kind) for kind in kinds]
-            found[name] = eyes.look(ids, attached, context_length)
+            found[name] = eyes.take(ids, attached, context_length)
     finally:
         template.close()
     return found
@@ -219,7 +219,7 @@ def _file(image: Any) -> bytes:
 
 def student_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> Logits:
     """Of the artifact as it is served, piece by piece, [tokens, vocabulary]."""
-    looked = Looked(TokenRequest(tuple(ids), 1, pictures=tuple(pictures)), model.sight)
+    looked = Looked(TokenRequest(tuple(ids), 1, media=tuple(pictures)), model.sense)
     found = []
     for begin in range(0, len(ids), PIECE):
         end = min(begin + PIECE, len(ids))

@@ -27,7 +27,7 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.processing.images import prepare
-from qwen_onnx.sources.vision import write_text_form
+from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
 from tests.fixtures.dequantized import with_weights_of
@@ -131,7 +131,7 @@ def torch_logits(model: Any, ids: Sequence[int], pictures: Sequence[Picture]) ->
 
 def onnx_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> np.ndarray:
     """The same by pieces, as the engine gives them to the graph."""
-    looked = Looked(TokenRequest(tuple(ids), 1, pictures=tuple(pictures)), model.sight)
+    looked = Looked(TokenRequest(tuple(ids), 1, media=tuple(pictures)), model.sense)
     found = []
     for begin in range(0, len(ids), CHUNK):
         end = min(begin + CHUNK, len(ids))
@@ -167,7 +167,7 @@ def assert_same(folder: Path, model: Any, limit: float) -> None:
     engine = load_engine(folder, EngineOptions(streams=3, capacity=512, threads=1))
     assert engine.stats().kind == "batch"
     heard = {
-        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, pictures=tuple(pictures)))
+        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, media=tuple(pictures)))
         for name, (ids, pictures) in asked.items()
     }
     for name, one in heard.items():
@@ -264,7 +264,7 @@ def test_the_prefix_cache_tells_pictures_apart(case: Case, monkeypatch: pytest.M
     ids = tuple(prompt_of(words(40, 0), one, words(6, 1)))
     follow = (*ids, *words(9, 2))
     engine = load_engine(case.fp32, EngineOptions(streams=1, capacity=512, threads=1))
-    sight = engine._model.sight  # type: ignore[union-attr]
+    sight = engine._model.sense  # type: ignore[union-attr]
     encoded: list[str] = []
     encode = sight.encode
 
@@ -275,7 +275,7 @@ def test_the_prefix_cache_tells_pictures_apart(case: Case, monkeypatch: pytest.M
     monkeypatch.setattr(sight, "encode", counted)
     model = case.model()
     for prompt, picture, cached in ((ids, one, 0), (follow, one, len(ids)), (ids, other, 40)):
-        heard = Heard(engine, TokenRequest(prompt, 4, stop_on_eos=False, pictures=(picture,)))
+        heard = Heard(engine, TokenRequest(prompt, 4, stop_on_eos=False, media=(picture,)))
         assert heard.tokens() == torch_greedy(model, prompt, [picture], 4)
         # the token before the picture is common, too
         assert cached <= heard.all[-1].cached_tokens <= cached + 1
@@ -294,7 +294,7 @@ def test_pictures_and_their_places_must_agree(case: Case) -> None:
         (prompt_of(one, other), [other, one], "no room for picture 2 of 2|no room for picture 1 of 2"),
     ):
         with pytest.raises(RequestError, match=message):
-            engine.submit(TokenRequest(tuple(ids), 4, pictures=tuple(pictures)), lambda event: None)
+            engine.submit(TokenRequest(tuple(ids), 4, media=tuple(pictures)), lambda event: None)
     engine.close()
 
 

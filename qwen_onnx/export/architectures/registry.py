@@ -17,8 +17,10 @@ from qwen_onnx.catalog.architectures import DENSE
 from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.architectures import moe, qwen3_next, vision
 from qwen_onnx.export.architectures.stock import builder
+from qwen_onnx.sources.audio_tower import QWEN2_AUDIO
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, VISION_ARCHITECTURE
+from qwen_onnx.sources.text_form import WHOLE_ARCHITECTURE
+from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Architecture:
 # The multi-token-prediction head excludes prune_lm_head, and our runtime does not draft.
 NO_DRAFT = ("exclude_mtp=true",)
 
-# the vision pass writes the embedding, which genai runs apart
+# the pass for the tower writes the embedding, which genai runs apart
 APART = ("exclude_embeds=true",)
 SEEING = Architecture(QWEN2_5_VL, "Qwen25VLTextModel", vision.VisionDecoder, APART)
 
@@ -50,6 +52,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     # right. A Qwen 1.0 arrives as one: sources.py converts it, since PyTorch and the quantiser have to read it, too
     "Qwen2ForCausalLM": Architecture("Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": Architecture("Qwen3ForCausalLM"),
+    # a Qwen2 beside its tower
+    QWEN2_AUDIO: Architecture("Qwen2ForCausalLM", options=APART),
     # a decoder without tower or embedding; of Qwen2-VL "not currently supported"
     QWEN2_VL: SEEING,
     QWEN2_5_VL: SEEING,
@@ -78,7 +82,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
         ExportError: the checkpoint was quantised by a step that cannot see all of its weights.
     """
     config = read_json(checkpoint / "config.json")
-    name = config.get(VISION_ARCHITECTURE) or (config.get("architectures") or ["none"])[0]
+    name = config.get(WHOLE_ARCHITECTURE) or (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"no exporter for {name}; known: {', '.join(sorted(ARCHITECTURES))}",

@@ -21,6 +21,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenEvent,
     TokenRequest,
 )
+from qwen_onnx.runtime.engines.media import called
 from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, GENAI_FEATURES, GREEDY
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,9 @@ class SerialEngine:
         _check_features(request)
         if request.adapter is not None:
             raise RequestError("this model's engine takes no adapters", where="model")
-        if request.pictures:
-            raise RequestError("this model's engine takes no pictures", where="messages", hint="send text alone")
+        if request.media:
+            told = f"this model's engine takes no {called(request.media)}s"
+            raise RequestError(told, where="messages", hint="send text alone")
         turn = Turn(request, listener)
         with self._changed:
             if self._closing:

@@ -47,7 +47,8 @@ class GuardedService(TextService):
     def __init__(self, inner: TextService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
         self._inner = inner
         self.tokenizer, self.template, self.engine = inner.tokenizer, inner.template, inner.engine
-        self.sees, self.fingerprint, self.adapters = inner.sees, inner.fingerprint, inner.adapters
+        self.sees, self.hears = inner.sees, inner.hears
+        self.fingerprint, self.adapters = inner.fingerprint, inner.adapters
         self.policy, self._observers = policy, tuple(observers)
         if self.template:
             self.template.seconds = policy.request_seconds
@@ -71,7 +72,7 @@ class GuardedService(TextService):
         begin = time.monotonic()
         prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
         prepared = self._inner.prepare(prompt, config)
-        return Prepared(prepared, time.monotonic() - begin, prepared.pictures)
+        return Prepared(prepared, time.monotonic() - begin, prepared.media)
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""

@@ -94,4 +94,4 @@ def test_the_cpu_artifact_is_batched(tiny_artifact: Path) -> None:
 def test_pictures_are_refused_not_overlooked(engine: SerialEngine) -> None:
     picture = Picture(np.zeros((4, 8), np.float32), (1, 2, 2), 2, "a1")
     with pytest.raises(RequestError, match="takes no pictures"):
-        engine.submit(TokenRequest((1, 2), 4, pictures=(picture,)), lambda event: None)
+        engine.submit(TokenRequest((1, 2), 4, media=(picture,)), lambda event: None)

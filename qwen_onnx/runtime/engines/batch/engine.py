@@ -134,12 +134,12 @@ class BatchEngine:
             raise RequestError("echo is not supported for this model: its graph tells the last position", where="echo")
         if request.adapter is not None and request.adapter not in self._model.adapters:
             raise RequestError(f"there is no adapter {request.adapter[:80]!r}", where="model")
-        looked = Looked(request, self._model.sight)
+        looked = Looked(request, self._model.sense)
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
-        if self._model.sight is not None:
-            # in an answer it would stand for a picture that nobody sent, and the embedding fails for want of it
-            forbidden += (self._model.sight.token,)
+        if self._model.sense is not None:
+            # in an answer it would stand for a medium that nobody sent, and the embedding fails for want of it
+            forbidden += (self._model.sense.token,)
         stream = Stream(request, listener, Sampler(request, matcher, forbidden), looked, self._speculator(request))
         with self._changed:
             if self._closing or self._failed:
@@ -156,7 +156,7 @@ class BatchEngine:
         if not self._speculates:
             return None
         costs = self._costs if request.sampling.seed is None else Costs()
-        return Speculator(request.prompt_ids, costs, self._model.sight.token if self._model.sight else None)
+        return Speculator(request.prompt_ids, costs, self._model.sense.token if self._model.sense else None)
 
     def stats(self) -> EngineStats:
         """See ``requests.TokenEngine``."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.processing.data_uri import picture_bytes
 from qwen_onnx.runtime.server.fetching import Fetcher
-from qwen_onnx.runtime.service.eyes import MOST_PICTURES
 from qwen_onnx.runtime.service.generation import Attached
+from qwen_onnx.runtime.service.senses import MOST_PICTURES
 
 REMOTE = ("http:", "https:")
 
