@@ -330,7 +330,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(case: Case, tmp_path: Path) -
     (tmp_path / "text").mkdir()
     broken = Path(shutil.copytree(case.original, tmp_path / "broken"))
     (broken / PREPROCESSOR).unlink()
-    with pytest.raises(UnsupportedModelError, match="how pictures are prepared"):
+    with pytest.raises(UnsupportedModelError, match="how pictures or sounds are prepared"):
         write_text_form(broken, tmp_path / "text")
     for change, message in (
         ({"patch_size": 16}, "patch_size is 16, the tower has 14"),

@@ -18,6 +18,7 @@ import numpy as np
 from qwen_onnx.artifact.audio_config import AudioSettings
 from qwen_onnx.errors import EnvironmentFault, RequestError
 from qwen_onnx.runtime.engines.media import Sound
+from qwen_onnx.runtime.processing.data_uri import MOST_BYTES
 from qwen_onnx.runtime.processing.resample import Samples, resample
 
 Format = Literal["wav", "flac", "mp3"]
@@ -39,7 +40,7 @@ FEWEST_FRAMES = 3
 class SoundLimits:
     """What one sound may cost; how long it may be is the model's."""
 
-    most_bytes: int = 20 << 20
+    most_bytes: int = MOST_BYTES
 
 
 def require_decoder() -> None:

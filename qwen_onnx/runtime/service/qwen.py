@@ -22,6 +22,7 @@ from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_tem
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
 from qwen_onnx.runtime.service.answers import Answer, Assembler
 from qwen_onnx.runtime.service.generation import (
+    Attached,
     ChatPrompt,
     GenerationConfig,
     Prompt,
@@ -122,6 +123,12 @@ class QwenService(TextService):
             raise RequestError("this model hears no sounds", where=chat.sounds[0].where, hint="leave them out")
         # a model has one sense
         return self._sense.take(ids, chat.pictures or chat.sounds, context) if self._sense else (ids, ())
+
+    def check(self, one: Attached) -> None:
+        """RequestError for a picture or a sound that no prompt could have; a model of text alone takes none."""
+        if self._sense is None:
+            raise RequestError("this model reads text alone", where=one.where)
+        self._sense.check(one)
 
     def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """Begin an answer; ``listener`` gets the engine's events, which the assembler makes pieces of.

@@ -40,6 +40,11 @@ class Sense(ABC):
     def _open(self, one: Attached) -> tuple[int, Callable[[], Medium]]:
         """How many tokens it takes, known before all work is done, and what does the rest."""
 
+    def check(self, one: Attached) -> None:
+        """RequestError for one that cannot be taken."""
+        with self._one_at_a_time:
+            self._open(one)
+
     def take(
         self, ids: Sequence[int], attached: Sequence[Attached], most_tokens: int
     ) -> tuple[list[int], tuple[Medium, ...]]:
