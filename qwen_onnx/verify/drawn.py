@@ -61,6 +61,7 @@ def _drawing() -> Image:
 def sounds() -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """By kind, at ``RATE``; of different lengths, with silence, with hard edges and without."""
     time = np.arange(3 * RATE) / RATE
+    within = time % 0.25
     noise = np.random.default_rng(SEED).normal(0, 0.1, len(time))
     drawn = {
         # with its octave, as a string has it
@@ -68,8 +69,6 @@ def sounds() -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         "sweep": 0.5 * np.sin(2 * np.pi * (80 + 1000 * time) * time),
         "noise": (noise * np.exp(-time))[: 2 * RATE],
         # short ones, four a second, each rising
-        "chirps": np.where(
-            time % 0.25 < 0.1, 0.5 * np.sin(2 * np.pi * (1500 + 6000 * (time % 0.25)) * (time % 0.25)), 0
-        ),
+        "chirps": np.where(within < 0.1, 0.5 * np.sin(2 * np.pi * (1500 + 6000 * within) * within), 0),
     }
     return {kind: samples.astype(np.float32) for kind, samples in drawn.items()}

@@ -66,16 +66,14 @@ def asked_of(
     sense = sense_of(context.artifact)
     if sense is None:
         raise VerificationError("the artifact reads text alone", where=str(context.artifact))
-    part = {"type": "image"} if sense.kind == "picture" else {"type": "audio", "audio_url": ""}
+    pictures = sense.kind == "picture"
+    part = {"type": "image"} if pictures else {"type": "audio", "audio_url": ""}
+    question = {"type": "text", "text": "What does this show?" if pictures else "What do you hear?"}
     template = ChatTemplate(context.artifact)
     context_length = GenaiConfig.read(context.artifact, VerificationError).model.context_length
     found = {}
     try:
         for name, kinds in turns.items():
-            question = {
-                "type": "text",
-                "text": f"What does this {'show' if sense.kind == 'picture' else 'sound like'}?",
-            }
             messages: list[dict[str, Any]] = [
                 {"role": "user", "content": [*(dict(part) for _ in kinds), question]},
                 {"role": "assistant", "content": words},
@@ -124,9 +122,8 @@ def graph_parity(context: Context, name: str, asked: Asked) -> CheckResult:
     context.release()
     wanted = teacher_logits(student_of(context.checkpoint, graph, threads), context.tower, ids, media, token)
     features = np.concatenate([context.tower.features(medium) for medium in media])
-    given: dict[str, np.ndarray[Any, Any]] = {
-        EMBEDDED: Table(context.artifact, threads).embed(np.array([ids]), features)
-    }
+    embedded = Table(context.artifact, threads).embed(np.array([ids]), features)
+    given: dict[str, np.ndarray[Any, Any]] = {EMBEDDED: embedded}
     if pictures := _pictures(media):
         given["position_ids"] = positions_of(len(ids), pictures, places_of(ids, media, token))[0][:, None]
     exact = OnnxScorer(context.artifact, threads, in_float32=True)

@@ -71,9 +71,8 @@ def encoder_parity(context: Context) -> CheckResult:
     """The encoder gives the features that PyTorch's tower gives in fp32, and what DeepStack adds."""
     sight = Sight(context.artifact, context.options.threads)
     pictures = list(_prepared(context.artifact).values())
-    return senses.encoder_parity(
-        context, "vision", sight, pictures, context.tower.form.features // context.tower.form.output
-    )
+    form = context.tower.form
+    return senses.encoder_parity(context, "vision", sight, pictures, form.features // form.output)
 
 
 @check("sight_parity", RUN)

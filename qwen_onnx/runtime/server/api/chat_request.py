@@ -43,7 +43,8 @@ class InputAudio(Strict):
     """A sound: ``data`` is a file in base64, of the format that ``format`` says."""
 
     data: str
-    format: Literal["wav", "mp3", "flac"]
+    # any other is refused beside the sound's own, naming the part
+    format: Annotated[str, Field(max_length=16, description="wav, mp3 or flac.")]
 
 
 class AudioPart(Strict):
