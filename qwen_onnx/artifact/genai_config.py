@@ -176,7 +176,8 @@ class EmbeddingInputs(Part):
     """Names of the embedding's inputs."""
 
     input_ids: Tensor
-    image_features: Tensor
+    image_features: Tensor | None = None
+    audio_features: Tensor | None = None
 
 
 class EmbeddingOutputs(Part):
@@ -186,7 +187,7 @@ class EmbeddingOutputs(Part):
 
 
 class Embedding(Part):
-    """The graph that puts the features of pictures between the embeddings of tokens."""
+    """The graph that puts the features of pictures or sounds between the embeddings of tokens."""
 
     filename: OnnxFile
     inputs: EmbeddingInputs
@@ -219,6 +220,28 @@ class Vision(Part):
     outputs: VisionOutputs
 
 
+class SpeechInputs(Part):
+    """Names of the encoder's inputs."""
+
+    audio_embeds: Tensor
+    audio_lengths: Tensor
+
+
+class SpeechOutputs(Part):
+    """Names of its outputs."""
+
+    audio_features: Tensor
+
+
+class Speech(Part):
+    """The encoder of one sound, and the file that says how sounds are prepared, which genai has none for."""
+
+    filename: OnnxFile
+    config_filename: Literal["audio_config.json"]
+    inputs: SpeechInputs
+    outputs: SpeechOutputs
+
+
 class Model(Part):
     """Sizes and special tokens; ``bot`` and the others are the markers of tool calls and of reasoning."""
 
@@ -235,15 +258,24 @@ class Model(Part):
     image_token_id: TokenId | None = None
     video_token_id: TokenId | None = None
     vision_start_token_id: TokenId | None = None
+    audio_token_id: TokenId | None = None
     decoder: Decoder
     embedding: Embedding | None = None
     vision: Vision | None = None
+    speech: Speech | None = None
 
     @model_validator(mode="after")
-    def _sees_whole_or_not_at_all(self) -> Self:
-        parts = (self.embedding, self.vision, self.image_token_id)
-        if any(part is not None for part in parts) and None in parts:
-            raise ValueError("embedding, vision and image_token_id go together")
+    def _sees_or_hears_whole_or_not_at_all(self) -> Self:
+        inputs = self.embedding.inputs if self.embedding else None
+        sight = (self.vision, self.image_token_id, inputs and inputs.image_features)
+        hearing = (self.speech, self.audio_token_id, inputs and inputs.audio_features)
+        told = [parts for parts in (sight, hearing) if any(part is not None for part in parts)]
+        if told and None in told[0]:
+            raise ValueError(
+                "embedding, vision and image_token_id go together, or embedding, speech and audio_token_id"
+            )
+        if len(told) > 1 or (inputs and not told):
+            raise ValueError("an embedding has a place for pictures or one for sounds")
         return self
 
 
@@ -295,10 +327,10 @@ class GenaiConfig(Record):
     @property
     def files(self) -> tuple[str, ...]:
         """Names of every file that it has loaded."""
-        vision, embedding = self.model.vision, self.model.embedding
-        if vision is None or embedding is None:
+        encoder, embedding = self.model.vision or self.model.speech, self.model.embedding
+        if encoder is None or embedding is None:
             return (self.graph_file,)
-        return (self.graph_file, embedding.filename, vision.filename, vision.config_filename)
+        return (self.graph_file, embedding.filename, encoder.filename, encoder.config_filename)
 
 
 def ids_of(value: TokenIds | None) -> list[int]:

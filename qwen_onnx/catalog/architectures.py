@@ -5,7 +5,8 @@ What each needs of the exporter is in ``qwen_onnx/export/architectures/registry.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 # dense: all weights are linear layers; mixture: attention and experts; hybrid: linear attention besides
 Kind = Literal["dense", "mixture", "hybrid"]
@@ -17,18 +18,21 @@ class Known(NamedTuple):
     Attributes:
         kind: of the text weights.
         model_type: as ``config.json`` has it.
-        sees: its vision tower is built, too; see ``sees`` for those that are published without one as well.
+        sees, hears: its vision or audio tower is built, too; see ``senses`` for those that are published without one as
+            well.
         renamed: its weights are copied under other names before they are read.
     """
 
     kind: Kind
     model_type: str
     sees: bool = False
+    hears: bool = False
     renamed: bool = False
 
 
 ARCHITECTURES: dict[str, Known] = {
     "QWenLMHeadModel": Known("dense", "qwen"),
+    "Qwen2AudioForConditionalGeneration": Known("dense", "qwen2_audio", hears=True, renamed=True),
     "Qwen2ForCausalLM": Known("dense", "qwen2"),
     "Qwen2MoeForCausalLM": Known("mixture", "qwen2_moe"),
     "Qwen2VLForConditionalGeneration": Known("dense", "qwen2_vl", sees=True),
@@ -50,9 +54,28 @@ def of_kind(kind: Kind) -> frozenset[str]:
 
 DENSE, MIXTURES, HYBRIDS = of_kind("dense"), of_kind("mixture"), of_kind("hybrid")
 SEEING = frozenset(name for name, known in ARCHITECTURES.items() if known.sees)
+HEARING = frozenset(name for name, known in ARCHITECTURES.items() if known.hears)
+# with a tower beside the text model
+SENSING = SEEING | HEARING
 QWEN1 = "QWenLMHeadModel"
+# what published configs of Qwen2-Audio leave to transformers
+UNSAID = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rope_theta": 1e4,
+}
 
 
-def sees(architecture: str, modality: str) -> bool:
-    """Whether a vision tower is built; models with linear attention are made without one, too."""
-    return architecture in SEEING and (architecture not in HYBRIDS or "vision" in modality)
+def text_config(config: Mapping[str, Any]) -> Any:
+    """The part of a ``config.json`` that is about text, which may not be an object: it is checked later."""
+    text = config.get("text_config") or config
+    if config.get("model_type") == "qwen2_audio" and isinstance(text, Mapping):
+        return {**UNSAID, **text}
+    return text
+
+
+def senses(architecture: str, modality: str) -> bool:
+    """Whether a tower is built; models with linear attention are made without one, too."""
+    return architecture in SENSING and (architecture not in HYBRIDS or "vision" in modality)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from qwen_onnx.catalog.architectures import sees
+from qwen_onnx.catalog.architectures import SEEING, senses
 from qwen_onnx.catalog.faults import describe, further_faults
 from qwen_onnx.catalog.schema import Family, Override, Pipeline, Precision, Row, Variants
 from qwen_onnx.errors import ConfigError
@@ -160,11 +160,12 @@ def _inheriting(row: Row, family: Family) -> Row:
 
 
 def _built(row: Row, family: Family, pipelines: Mapping[str, Pipeline]) -> Row:
-    """The row without the targets whose pipelines build no vision tower, if it has one."""
-    if not sees(family.architecture, row.modality):
+    """The row without the targets whose pipelines do not build its tower, if it has one."""
+    if not senses(family.architecture, row.modality):
         return row
-    blind = [name for name, pipeline in pipelines.items() if not pipeline.vision]
-    targets = {name: Override(excluded="the target's pipeline has no steps for a vision tower") for name in blind}
+    blind = [name for name, pipeline in pipelines.items() if not pipeline.tower(family.architecture)]
+    kind = "a vision" if family.architecture in SEEING else "an audio"
+    targets = {name: Override(excluded=f"the target's pipeline has no steps for {kind} tower") for name in blind}
     # a reason of the recipe's own says more
     own = {name: override for name, override in row.targets.items() if name not in blind or override.excluded}
     return row.model_copy(update={"targets": targets | own})

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from qwen_onnx.catalog.architectures import sees
+from qwen_onnx.catalog.architectures import senses
 from qwen_onnx.catalog.faults import describe, find, step_faults
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.registry import options_of, passes
@@ -36,7 +36,7 @@ from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import Name, Record, Sha256, digest_of
 
 # the step that writes a vision tower
-VISION = "VisionEncoder"
+VISION, AUDIO = "VisionEncoder", "AudioEncoder"
 # what every record of a model says that no recipe of ours describes
 UNCATALOGUED = "the model is not in the catalogue"
 # fields that only some plans have: the digests of all others stay what they were
@@ -136,7 +136,15 @@ class Plan(Record):
     @property
     def sees(self) -> bool:
         """Whether a step writes a vision tower."""
-        return any(step["type"] == VISION for step in self.olive["passes"].values())
+        return self._has(VISION)
+
+    @property
+    def senses(self) -> bool:
+        """Whether a step writes a tower."""
+        return self._has(VISION, AUDIO)
+
+    def _has(self, *types: str) -> bool:
+        return any(step["type"] in types for step in self.olive["passes"].values())
 
     def claim(self, verdict: str) -> str:
         """What a report or manifest may say of an artifact with ``verdict``."""
@@ -211,8 +219,8 @@ def _compose(
     place = pipeline_file or f"pipelines/{pipeline.target}.yaml: precisions.{precision}"
     layers = _layers(build)
     steps: dict[str, dict[str, Any]] = layers["steps"]
-    if sees(family.architecture, row.modality):
-        steps |= {step.name: {"type": step.type, **step.config} for step in pipeline.vision}
+    if senses(family.architecture, row.modality):
+        steps |= {step.name: {"type": step.type, **step.config} for step in pipeline.tower(family.architecture)}
     _apply_size(layers, row, build, place, faults)
     _apply_override(layers, row, pipeline, precision, file, faults)
     _check_steps(steps, pipeline.execution_provider, place, faults)

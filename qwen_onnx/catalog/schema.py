@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from qwen_onnx.catalog.architectures import ARCHITECTURES
+from qwen_onnx.catalog.architectures import ARCHITECTURES, HEARING, SEEING
 from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import COMMIT, Name, Reason, Record, Sha256
 
@@ -217,6 +217,13 @@ class Pipeline(Record):
     vision: tuple[Step, ...] = Field(
         default=(), description="steps that follow for an architecture with a vision tower; none: it is not built"
     )
+    audio: tuple[Step, ...] = Field(default=(), description="likewise for one with an audio tower")
+
+    def tower(self, architecture: str) -> tuple[Step, ...]:
+        """The steps that follow for the tower of an architecture."""
+        if architecture in SEEING:
+            return self.vision
+        return self.audio if architecture in HEARING else ()
 
     @model_validator(mode="after")
     def _every_precision_is_built_or_says_why_not(self) -> Pipeline:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwen_onnx.bounded import read_object
-from qwen_onnx.catalog.architectures import DENSE, MIXTURES, QWEN1
+from qwen_onnx.catalog.architectures import DENSE, MIXTURES, QWEN1, text_config
 from qwen_onnx.catalog.costs import Dimensions, Stored, as_floats
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions, options_of
@@ -73,7 +73,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     Raises:
         SourceError: a size is missing, is not a number or is one that no model has.
     """
-    text = config.get("text_config", config)
+    text = text_config(config)
     try:
         shape = Shape(
             layers=text["num_hidden_layers"],

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_onnx.catalog.architectures import HYBRIDS, QWEN1
+from qwen_onnx.catalog.architectures import HYBRIDS, QWEN1, text_config
 from qwen_onnx.catalog.schema import Shape
 
 # with biases at q, k and v; Qwen3 and later have norms of q and k instead
 BIASED = {
     "QWenLMHeadModel",
+    "Qwen2AudioForConditionalGeneration",
     "Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM",
     "Qwen2VLForConditionalGeneration",
@@ -28,7 +29,7 @@ def count_weights(config: dict[str, Any], architecture: str, shape: Shape) -> in
         config: that of a whole checkpoint; a multimodal one has its ``text_config``.
         shape: of the same config.
     """
-    text = config.get("text_config") or config
+    text = text_config(config)
     hidden, vocabulary, layers = shape.hidden_size or 0, shape.vocab_size or 0, shape.layers or 0
     total = vocabulary * hidden * (1 if shape.tied else 2) + hidden
     sparse = _sparse_layers(text, layers) if shape.experts else 0

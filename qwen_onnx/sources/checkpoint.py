@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_onnx import bounded
 from qwen_onnx.bounded import MOST_VALUES
-from qwen_onnx.catalog.architectures import ARCHITECTURES
+from qwen_onnx.catalog.architectures import ARCHITECTURES, text_config
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.records import REPOSITORY
 from qwen_onnx.sources.plain import require_plain
@@ -25,7 +25,14 @@ TOKENIZER_FILES = {"QWenLMHeadModel": "qwen.tiktoken"}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # how published models with a tower begin the names of their weights, and how a language model and a tower do alone
-NESTED = (("model.language_model.", "model."), ("model.visual.", "visual."))
+NESTED = (
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.audio_tower.", "audio_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 # bare and visible: what a manifest lists
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,240}\.safetensors")
 # bytes; a tokenizer of 150,000 tokens has 11 MB and some 800,000 values
@@ -133,7 +140,7 @@ def check_checkpoint(
         )
     if tokenizer == TOKENIZER_FILE:
         read_json(folder / tokenizer, most_bytes=LARGEST_TOKENIZER, most_values=MOST_TOKENIZER_VALUES)
-    settings = config.get("text_config") or config
+    settings = text_config(config)
     for shard in shards(folder):
         _check_shard(shard, (settings["vocab_size"], settings["hidden_size"]))
 
@@ -160,7 +167,7 @@ def check_config(config: dict[str, Any], architecture: str, where: str) -> None:
 
 
 def _config_faults(config: dict[str, Any], architecture: str) -> list[str]:
-    faults, settings = [], config.get("text_config") or config
+    faults, settings = [], text_config(config)
     if not isinstance(settings, dict):
         return ["text_config is not an object"]
     known = ARCHITECTURES[architecture].model_type if architecture in ARCHITECTURES else None
@@ -231,7 +238,7 @@ def _keys_of(value: Any) -> set[str]:
 
 def contradictions(config: dict[str, Any], shape: Shape, rope: str | None = None) -> list[str]:
     """What ``config.json`` says otherwise than the recipe; facts that either side lacks are not compared."""
-    settings = config.get("text_config") or config
+    settings = text_config(config)
     known = {name: value for name, value in shape.model_dump().items() if value is not None and name in CONFIG_KEYS}
     faults = [
         f"{CONFIG_KEYS[name]} is {settings[CONFIG_KEYS[name]]}, the recipe says {value}"

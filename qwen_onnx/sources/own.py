@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_onnx.bounded import read_object
-from qwen_onnx.catalog.architectures import ARCHITECTURES, HYBRIDS, QWEN1, SEEING
+from qwen_onnx.catalog.architectures import ARCHITECTURES, HEARING, HYBRIDS, QWEN1, SEEING, SENSING, text_config
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.reference import HubName, folder_name, id_of, parse, row_of
@@ -125,11 +125,17 @@ def own_family(catalog: Catalog, facts: Facts, model: str) -> Family:
         quantization=quantization,
         rope=_scaling(config, architecture, facts.where),
         # a Qwen3.5 is also published without its tower, which its config.json announces all the same
-        modality="text+vision" if architecture in SEEING and PREPROCESSOR in facts.names else "text",
+        modality=_modality(architecture) if PREPROCESSOR in facts.names else "text",
         read_in={"default": CONFIG, "license": CARD, "kind": "the chat template"},
     )
     known = (family.targets for family in catalog.families.values() if family.architecture == architecture)
     return Family(family=model, architecture=architecture, targets=next(known, {}), sizes=(row,))
+
+
+def _modality(architecture: str) -> str:
+    if architecture in HEARING:
+        return "text+audio"
+    return "text+vision" if architecture in SEEING else "text"
 
 
 def _require_weights(facts: Facts) -> None:
@@ -207,7 +213,7 @@ def _context(config: dict[str, Any], architecture: str, where: str) -> int:
     Raises:
         UnsupportedModelError: the config does not say, or asks for attention that exports do not support.
     """
-    text = config.get("text_config") or config
+    text = text_config(config)
     key = "seq_length" if architecture == QWEN1 else "max_position_embeddings"
     most, faults = text.get(key), []
     if most is None:
@@ -228,7 +234,7 @@ def _scaling(config: dict[str, Any], architecture: str, where: str) -> Literal["
     Raises:
         UnsupportedModelError: in a way that exports do not support, or that makes no sense.
     """
-    text = config.get("text_config") or config
+    text = text_config(config)
     kind = rope_type(text)
     # the first as transformers 5 writes it, the second as people add it by hand
     said = {key: rope_type({key: text[key]}) for key in ("rope_parameters", "rope_scaling") if text.get(key)}
@@ -239,7 +245,7 @@ def _scaling(config: dict[str, Any], architecture: str, where: str) -> Literal["
         )
     if kind == "default":
         return None
-    if kind != "yarn" or architecture == QWEN1 or architecture in HYBRIDS | SEEING:
+    if kind != "yarn" or architecture == QWEN1 or architecture in HYBRIDS | SENSING:
         raise UnsupportedModelError(
             f"its RoPE is scaled ({kind}), which the export of a {architecture} does not support",
             where=where,

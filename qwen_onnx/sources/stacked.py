@@ -23,20 +23,20 @@ BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 class Experts(NamedTuple):
     """How many there are, and their sides."""
 
-    count: int
+    number: int
     hidden: int
     inner: int
 
     def shape(self, kind: str) -> list[int]:
         """Of the experts in a Qwen3-MoE."""
-        return [self.count, *((2 * self.inner, self.hidden) if kind == "gate_up_proj" else (self.hidden, self.inner))]
+        return [self.number, *((2 * self.inner, self.hidden) if kind == "gate_up_proj" else (self.hidden, self.inner))]
 
 
 class Turned(NamedTuple):
     """Matrices that lie one behind another in a file's data and are transposed there."""
 
     begin: int
-    count: int
+    number: int
     rows: int
     columns: int
     size: int
@@ -74,7 +74,12 @@ def turn_header(header: dict[str, Any], experts: Experts, where: str) -> list[Tu
         size = BYTES.get(str(told.get("dtype")), 0)
         offsets = told.get("data_offsets")
         whole = isinstance(offsets, list) and len(offsets) == 2 and all(type(place) is int for place in offsets)
-        if not whole or offsets[0] < 0 or offsets[1] - offsets[0] != size * math.prod(wanted):
+        if (
+            not isinstance(offsets, list)
+            or not whole
+            or offsets[0] < 0
+            or offsets[1] - offsets[0] != size * math.prod(wanted)
+        ):
             raise SourceError(f"the header of the weights is damaged at {name}", where=where, hint="fetch it again")
         found.append(Turned(offsets[0], count, inputs, outputs, size))
         told["shape"] = wanted
@@ -90,7 +95,7 @@ def turn_data(path: Path, start: int, found: list[Turned]) -> None:
     with path.open("r+b") as file:
         for item in found:
             length = item.rows * item.columns * item.size
-            for index in range(item.count):
+            for index in range(item.number):
                 place = start + item.begin + index * length
                 file.seek(place)
                 raw = file.read(length)

@@ -11,9 +11,7 @@ from qwen_onnx.errors import UnsupportedModelError
 from qwen_onnx.sources.checkpoint import read_json
 
 PREPROCESSOR, VISION_CONFIG = "preprocessor_config.json", "vision_config.json"
-# key of the text model's config.json: the architecture of the whole
-VISION_ARCHITECTURE = "vision_architecture"
-# and how many of its layers get features of pictures besides their input
+# key of the text model's config.json: how many of its layers get features of pictures besides their input
 DEEPSTACK_LAYERS = "deepstack_layers"
 QWEN2_VL, QWEN2_5_VL = "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
 QWEN3_VL, QWEN3_VL_MOE = "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"
@@ -125,10 +123,26 @@ class Tower:
     video_token: int
     vision_start: int
 
+    config_name = VISION_CONFIG
+
     @property
     def style(self) -> Style:
         """Of its architecture."""
         return STYLES[self.architecture]
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Modules that a checkpoint must have weights of."""
+        parts = ("patch_embed.proj", "blocks.0.attn.qkv", *(f"merger.{name}" for name in self.style.merger))
+        return tuple(f"visual.{part}" for part in parts)
+
+    def text_extras(self) -> dict[str, Any]:
+        """What the text model's config says besides."""
+        return {DEEPSTACK_LAYERS: len(self.deepstack)} if self.deepstack else {}
+
+    def rope_extras(self) -> dict[str, Any]:
+        """And its RoPE."""
+        return {"mrope_section": list(self.sections)}
 
     @property
     def features(self) -> int:

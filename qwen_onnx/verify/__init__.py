@@ -16,6 +16,7 @@ from qwen_onnx.records import Verdict
 from qwen_onnx.verify import kv_cache, speed  # noqa: F401 - register their checks
 from qwen_onnx.verify.checks import ASKED, CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
+from qwen_onnx.verify.hearing import AUDIBLE, hears
 from qwen_onnx.verify.keeping import Keep
 from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
 from qwen_onnx.verify.report import Report, environment, print_report
@@ -64,11 +65,12 @@ def verify_artifact(
     """
     asked = {name for name, asks in ASKED.items() if asks(options)}
     # what no text model could have is not missed in one
-    blind = frozenset() if sees(artifact) else VISUAL - set(options.checks)
+    lacking = (frozenset() if sees(artifact) else VISUAL) | (frozenset() if hears(artifact) else AUDIBLE)
+    lacking -= set(options.checks)
     left_out = {
         name: reason
         for name, reason in beyond(level).items()
-        if (name not in ASKED or name in asked) and name not in blind
+        if (name not in ASKED or name in asked) and name not in lacking
     }
     impossible = sorted((set(options.checks) | asked) & set(left_out))
     if impossible:
@@ -82,7 +84,7 @@ def verify_artifact(
     started = time.perf_counter()
     with scratch_folder(cache, checkpoint) as scratch:
         context = Context(artifact, checkpoint, reference, limits, level, options, runner, simulator, scratch, keep)
-        made = [name for name in CHECKS if name not in {*left_out, *blind} and (name not in ASKED or name in asked)]
+        made = [name for name in CHECKS if name not in {*left_out, *lacking} and (name not in ASKED or name in asked)]
         results = tuple(run_check(name, context) for name in made)
         context.release()
     if keep and context.golden:

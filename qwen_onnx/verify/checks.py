@@ -50,7 +50,18 @@ ROW_ERROR = 0.7
 SIMULATOR_KLD = 4e-2
 SIMULATOR_TOP1 = 0.9
 # by engines that load the whole artifact
-WHOLE = {"kv_decode", "kv_int8", "batched", "greedy", "latency", "memory", "sight", "sight_parity"}
+WHOLE = {
+    "kv_decode",
+    "kv_int8",
+    "batched",
+    "greedy",
+    "latency",
+    "memory",
+    "sight",
+    "sight_parity",
+    "hearing",
+    "hearing_parity",
+}
 
 
 def check(

@@ -144,10 +144,10 @@ class Context:
 
     @cached_property
     def tower(self) -> Tower:
-        """The checkpoint's vision tower in PyTorch fp32."""
-        from qwen_onnx.verify.tower import Tower
+        """The checkpoint's tower in PyTorch fp32."""
+        from qwen_onnx.verify.tower import tower_beside
 
-        return Tower(self.checkpoint)
+        return tower_beside(self.checkpoint)
 
     @cached_property
     def study(self) -> DriftStudy:

@@ -1,15 +1,15 @@
-"""Pictures of four kinds, drawn by code: the same on every machine, nobody's property."""
+"""Pictures and sounds of four kinds, drawn by code: the same on every machine, nobody's property."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEED = 20261128
+SEED, RATE = 20261128, 16_000
 
 
 def pictures() -> dict[str, Image]:
@@ -56,3 +56,19 @@ def _drawing() -> Image:
     draw.ellipse((10, 10, 50, 50), fill="gold", outline="black")
     draw.polygon([(45, 80), (85, 80), (65, 40)], fill="brown")
     return image
+
+
+def sounds() -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """By kind, at ``RATE``; of different lengths, with silence, with hard edges and without."""
+    time = np.arange(3 * RATE) / RATE
+    within = time % 0.25
+    noise = np.random.default_rng(SEED).normal(0, 0.1, len(time))
+    drawn = {
+        # with its octave, as a string has it
+        "tone": 0.4 * np.sin(2 * np.pi * 330 * time[: RATE // 2]) + 0.2 * np.sin(2 * np.pi * 660 * time[: RATE // 2]),
+        "sweep": 0.5 * np.sin(2 * np.pi * (80 + 1000 * time) * time),
+        "noise": (noise * np.exp(-time))[: 2 * RATE],
+        # short ones, four a second, each rising
+        "chirps": np.where(within < 0.1, 0.5 * np.sin(2 * np.pi * (1500 + 6000 * within) * within), 0),
+    }
+    return {kind: samples.astype(np.float32) for kind, samples in drawn.items()}

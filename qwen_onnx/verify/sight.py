@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.catalog.schema import Verification
-from qwen_onnx.errors import VerificationError
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel, UnsupportedGraphError
-from qwen_onnx.runtime.engines.batch.sight import Looked, Sight, Table
-from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.pictures import Picture, places_of, positions_of
-from qwen_onnx.runtime.processing.template import ChatTemplate
+from qwen_onnx.runtime.engines.batch.sight import Sight
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import PREPROCESSOR
-from qwen_onnx.sources.vision_config import Tower as Form
-from qwen_onnx.verify import drawn
+from qwen_onnx.verify import drawn, senses
 from qwen_onnx.verify.checks import check
 from qwen_onnx.verify.context import Context
-from qwen_onnx.verify.records import CheckResult, worst
+from qwen_onnx.verify.records import CheckResult
 from qwen_onnx.verify.results import certain
-from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
-from qwen_onnx.verify.softmax import Logits
-from qwen_onnx.verify.statistics import at_least, at_most
-
-if TYPE_CHECKING:
-    from qwen_onnx.verify.teacher import Teacher
-    from qwen_onnx.verify.tower import Tower
+from qwen_onnx.verify.statistics import at_most
 
 # made of artifacts that see alone
 VISUAL = frozenset({"processing", "vision", "sight_parity", "sight"})
 RUN = frozenset({Verification.RUN})
-# fp32 on both sides: the order of additions is all that differs
-ENCODER_DIFF, ENCODER_COSINE = 2e-3, 0.99999
 PATCH_DIFF = 1e-5
-PIECE = 64
 SEVERAL = "several"
 WORDS = "The picture shows several things. From left to right they differ in colour, in size and in what they mean."
 
 
 def sees(artifact: Path) -> bool:
-    """Whether an artifact has an encoder; one whose configuration cannot be read has none that other checks miss."""
-    if not (artifact / GENAI_CONFIG).exists():
-        return False
-    try:
-        return GenaiConfig.read(artifact, VerificationError).model.vision is not None
-    except VerificationError:
-        return False
+    """Whether an artifact has an encoder of pictures."""
+    model = senses.model_of(artifact)
+    return model is not None and model.vision is not None
 
 
 def _prepared(artifact: Path) -> dict[str, Picture]:
@@ -89,28 +68,11 @@ def processing_parity(context: Context) -> CheckResult:
 
 @check("vision", RUN)
 def encoder_parity(context: Context) -> CheckResult:
-    """The encoder gives the features that PyTorch's tower gives in fp32."""
-    sight, tower = Sight(context.artifact, context.options.threads), context.tower
-    diffs, cosines, pictures = [], [], _prepared(context.artifact)
-    for picture in pictures.values():
-        both = tower.features(picture), sight.encode(picture)
-        if both[0].shape != both[1].shape:
-            detail = f"the encoder gives {list(both[1].shape)}, PyTorch {list(both[0].shape)}"
-            return CheckResult(name="vision", verdict=Verdict.FAIL, detail=detail)
-        # what DeepStack adds has deviations of its own
-        parts = (np.split(side, 1 + len(tower.form.deepstack), axis=-1) for side in both)
-        for wanted, found in zip(*parts, strict=True):
-            diffs.append(float(np.abs(found - wanted).max() / wanted.std()))
-            norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
-            cosines.append(float(((found * wanted).sum(-1) / np.maximum(norms, 1e-30)).min()))
-    verdicts = [at_most(certain(max(diffs)), ENCODER_DIFF), at_least(certain(min(cosines)), ENCODER_COSINE)]
-    return CheckResult(
-        name="vision",
-        verdict=worst(verdicts),
-        measured={"pictures": len(pictures), "max_diff": max(diffs), "cosine": min(cosines)},
-        limit={"max_diff": ENCODER_DIFF, "cosine": ENCODER_COSINE},
-        detail="differences in deviations of the features",
-    )
+    """The encoder gives the features that PyTorch's tower gives in fp32, and what DeepStack adds."""
+    sight = Sight(context.artifact, context.options.threads)
+    pictures = list(_prepared(context.artifact).values())
+    form = context.tower.form
+    return senses.encoder_parity(context, "vision", sight, pictures, form.features // form.output)
 
 
 @check("sight_parity", RUN)
@@ -119,86 +81,20 @@ def graph_parity_with_pictures(context: Context) -> CheckResult:
 
     Where pictures stand and what each layer gets of them is then right whatever the quantisation costs.
     """
-    limits, graph = context.limits, context.graph
-    limit: dict[str, float | str] = {"max_diff": limits.fp32_max_diff, "kld_mean": limits.fp32_kld}
-    if graph is None:
-        detail = "another engine runs the artifact"
-        return CheckResult(name="sight_parity", verdict=Verdict.INCONCLUSIVE, limit=limit, detail=detail)
-    from qwen_onnx.verify.teacher import student_of
-
-    token, threads = _token(context), context.options.threads
-    ids, pictures = _prompts(context)[SEVERAL]
-    # one copy of the weights at a time
-    context.release()
-    wanted = teacher_logits(student_of(context.checkpoint, graph, threads), context.tower, ids, pictures, token)
-    features = np.concatenate([context.tower.features(picture) for picture in pictures])
-    given = _given(Table(context.artifact, threads), ids, pictures, features, token)
-    exact = OnnxScorer(context.artifact, threads, in_float32=True)
-    found = compare(wanted, exact.logits(ids, given), ids, threads)
-    diff, kld = float(found.diff.max()), float(found.kld.mean())
-    verdicts = [at_most(certain(diff), limits.fp32_max_diff), at_most(certain(kld), limits.fp32_kld)]
-    measured: dict[str, float | str] = {"max_diff": diff, "kld_mean": kld, "positions": len(found.kld)}
-    return CheckResult(name="sight_parity", verdict=worst(verdicts), measured=measured, limit=limit)
+    return senses.graph_parity(context, "sight_parity", _prompts(context)[SEVERAL])
 
 
 @check("sight", RUN)
 def drift_with_pictures(context: Context) -> CheckResult:
     """Teacher-forced on conversations with pictures, the artifact predicts what PyTorch predicts."""
-    limits = context.limits
-    token, prompts, teacher = _token(context), _prompts(context), context.teacher.teacher
-    wanted = [teacher_logits(teacher, context.tower, ids, pictures, token) for ids, pictures in prompts.values()]
-    # one copy of the weights at a time
-    context.release()
-    student = _student(context, max(len(ids) for ids, _ in prompts.values()) + 1)
-    parts = []
-    for (ids, pictures), expected in zip(prompts.values(), wanted, strict=True):
-        found = compare(expected, student(ids, pictures), ids, context.options.threads)
-        # nobody predicts a part of a picture
-        spoken = np.array(ids[1:]) != token
-        parts.append(Positions(*(column[spoken] for column in vars(found).values())))
-    every = Positions.join(parts)
-    kinds = {f"kld_{kind}": float(part.kld.mean()) for kind, part in zip(prompts, parts, strict=True)}
-    kld, top1 = float(every.kld.mean()), float(every.agree.mean())
-    verdicts = [at_most(certain(kld), limits.kld_mean), at_least(certain(top1), limits.top1)]
-    verdicts += [at_most(certain(value), limits.kld_mean * limits.domain_factor) for value in kinds.values()]
-    return CheckResult(
-        name="sight",
-        verdict=worst(verdicts),
-        measured={"kld_mean": kld, "top1": top1, "positions": len(every.kld), **kinds},
-        limit={"kld_mean": limits.kld_mean, "top1": limits.top1},
-    )
+    return senses.drift(context, "sight", _prompts(context))
 
 
-def _token(context: Context) -> int | None:
-    """What stands for a part of a picture."""
-    return GenaiConfig.read(context.artifact, VerificationError).model.image_token_id
-
-
-def _prompts(context: Context) -> dict[str, tuple[list[int], tuple[Picture, ...]]]:
+def _prompts(context: Context) -> dict[str, senses.Asked]:
     """By kind of picture: a conversation about it, its last turn about all of them."""
-    from qwen_onnx.runtime.service.eyes import Eyes
-    from qwen_onnx.runtime.service.generation import Attached
-
-    eyes = Eyes.of(context.artifact)
-    if eyes is None:
-        raise VerificationError("the artifact reads no pictures", where=str(context.artifact))
-    template, images = ChatTemplate(context.artifact), drawn.pictures()
-    chosen = {**{kind: [kind] for kind in images}, SEVERAL: list(images)[:2]}
-    context_length = GenaiConfig.read(context.artifact, VerificationError).model.context_length
-    found = {}
-    try:
-        for name, kinds in chosen.items():
-            content = [*({"type": "image"} for _ in kinds), {"type": "text", "text": "What does this show?"}]
-            messages: list[dict[str, Any]] = [
-                {"role": "user", "content": content},
-                {"role": "assistant", "content": WORDS},
-            ]
-            ids = template.encode(messages, context.tokenizer, context_length)
-            attached = [Attached(_file(images[kind]), kind) for kind in kinds]
-            found[name] = eyes.look(ids, attached, context_length)
-    finally:
-        template.close()
-    return found
+    images = drawn.pictures()
+    turns = {**{kind: [kind] for kind in images}, SEVERAL: list(images)[:2]}
+    return senses.asked_of(context, turns, {kind: _file(image) for kind, image in images.items()}, WORDS)
 
 
 def _file(image: Any) -> bytes:
@@ -207,84 +103,3 @@ def _file(image: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def _student(context: Context, capacity: int) -> Callable[[Sequence[int], Sequence[Picture]], Logits]:
-    """The artifact's logits about a prompt with pictures: as it is served, or in one run where states are no rows."""
-    artifact, threads = context.artifact, context.options.threads
-    try:
-        return partial(student_logits, BatchModel(artifact, rows=1, capacity=capacity, threads=threads))
-    except UnsupportedGraphError:
-        scorer, sight = OnnxScorer(artifact, threads), Sight(artifact, threads)
-
-    def whole(ids: Sequence[int], pictures: Sequence[Picture]) -> Logits:
-        features = np.concatenate([sight.encode(picture) for picture in pictures])
-        return scorer.logits(ids, _given(sight, ids, pictures, features, sight.token))
-
-    return whole
-
-
-def _given(
-    table: Table, ids: Sequence[int], pictures: Sequence[Picture], features: Logits, token: int | None
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of the decoder for a whole prompt."""
-    positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
-    return {EMBEDDED: table.embed(np.array([ids]), features), "position_ids": positions[:, None]}
-
-
-def student_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> Logits:
-    """Of the artifact as it is served, piece by piece, [tokens, vocabulary]."""
-    looked = Looked(TokenRequest(tuple(ids), 1, pictures=tuple(pictures)), model.sight)
-    found = []
-    for begin in range(0, len(ids), PIECE):
-        end = min(begin + PIECE, len(ids))
-        positions, features = looked.positions(begin, end), looked.features(begin, end)
-        piece = np.array(ids[begin:end], np.int64)
-        found.append(model.every_position(0, piece, begin, positions=positions, features=features).copy())
-    return np.concatenate(found)
-
-
-def teacher_logits(
-    teacher: Teacher, tower: Tower, ids: Sequence[int], pictures: Sequence[Picture], token: int | None
-) -> Logits:
-    """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary], with positions on three axes and DeepStack."""
-    import torch
-
-    from qwen_onnx.export.skeleton import call
-    from qwen_onnx.verify.matrices import linear
-
-    form = tower.form
-    positions, _ = positions_of(len(ids), pictures, places_of(ids, pictures, token))
-    with torch.inference_mode():
-        state = teacher.embed(torch.tensor([list(ids)])).clone()
-        features = torch.tensor(np.concatenate([tower.features(picture) for picture in pictures]))
-        shown, *stacked = features.chunk(1 + len(form.deepstack), dim=-1)
-        places = torch.tensor(list(ids)) == token
-        state[0, places] = shown
-        arguments = teacher.arguments(state)
-        angles = torch.tensor(positions)[:, :, None].float() * teacher.model.model.rotary_emb.inv_freq
-        mixed = _mixed(angles, form)
-        turned = torch.cat([mixed, mixed], dim=-1)[None]
-        for index in range(teacher.count):
-            with teacher.layer(index) as layer:
-                given = {**arguments[index], "position_embeddings": (turned.cos(), turned.sin())}
-                state = call(layer, state, given)
-            if index < len(stacked):
-                state[0, places] += stacked[index]
-        with teacher.norm() as norm:
-            state = norm(state)
-        found: Logits = linear(state[0], teacher.head()).numpy()
-    return found
-
-
-def _mixed(angles: Any, form: Form) -> Any:
-    """Angles [tokens, dimensions] of those on each axis, [3, tokens, dimensions]: in turns, or one behind another."""
-    import torch
-
-    if not form.style.interleaved:
-        return torch.cat([part[axis] for axis, part in enumerate(angles.split(form.sections, dim=-1))], dim=-1)
-    mixed = angles[0].clone()
-    for axis in (1, 2):
-        turns = slice(axis, 3 * form.sections[axis], 3)
-        mixed[:, turns] = angles[axis][:, turns]
-    return mixed

@@ -1,67 +1,116 @@
-"""The checkpoint's vision tower in PyTorch: what an artifact's encoder is measured against."""
+"""The checkpoint's tower in PyTorch: what an artifact's encoder is measured against."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Medium, Picture, Sound
+from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, audio_tower_of
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import VISION_CONFIG, tower_of
 from qwen_onnx.verify.softmax import Logits
 
-TOWER = "visual."
 
-
-class Tower:
-    """A vision tower in fp32; features of pictures that were seen stay, since several checks look at the same ones.
-
-    Args:
-        checkpoint: Hugging Face folder.
+class Tower(ABC):
+    """A tower in fp32; features of media that were encoded stay, since several checks take the same ones.
 
     Attributes:
         form: what the checkpoint's config says of it.
+    """
+
+    form: Any
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Logits] = {}
+
+    def features(self, medium: Medium) -> Logits:
+        """Of one medium, float32 [tokens, features]: what stands in the text, then what DeepStack adds."""
+        import torch
+
+        if medium.digest not in self._kept:
+            with torch.inference_mode():
+                self._kept[medium.digest] = self._encoded(medium)
+        return self._kept[medium.digest]
+
+    @abstractmethod
+    def _encoded(self, medium: Any) -> Logits:
+        """Without a look at what is kept."""
+
+
+class VisionTower(Tower):
+    """Of a model that sees.
 
     Raises:
         VerificationError: its weights do not fit.
     """
 
     def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
         settings = read_json(checkpoint / VISION_CONFIG)
         self.form = tower_of(settings, str(checkpoint / VISION_CONFIG))
-        self._module = _loaded(checkpoint, settings)
-        self._seen: dict[str, Logits] = {}
+        whole, config = _empty(settings)
+        self._module = _filled(type(whole.visual)(config.vision_config), checkpoint, "visual.")
 
-    def features(self, picture: Picture) -> Logits:
-        """Of one picture, float32 [tokens, features]: what stands in the text, then what DeepStack adds."""
+    def _encoded(self, medium: Picture) -> Logits:
         import torch
 
-        if picture.digest not in self._seen:
-            with torch.inference_mode():
-                found = self._module(torch.tensor(picture.pixels), torch.tensor([picture.grid]))
-            stacked = found.deepstack_features if self.form.deepstack else []
-            parts = [part.numpy() for part in (found.pooler_output, *stacked)]
-            self._seen[picture.digest] = np.concatenate(parts, axis=-1)
-        return self._seen[picture.digest]
+        found = self._module(torch.tensor(medium.pixels), torch.tensor([medium.grid]))
+        stacked = found.deepstack_features if self.form.deepstack else []
+        return np.concatenate([part.numpy() for part in (found.pooler_output, *stacked)], axis=-1)
 
 
-def _loaded(checkpoint: Path, settings: dict[str, Any]) -> Any:
+class AudioTower(Tower):
+    """Of a model that hears, with its projection. Raises VerificationError like ``VisionTower``."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        settings = read_json(checkpoint / AUDIO_TOWER_CONFIG)
+        self.form = audio_tower_of(settings, str(checkpoint / AUDIO_TOWER_CONFIG))
+        whole, config = _empty(settings)
+        self._module = _filled(type(whole.audio_tower)(config.audio_config), checkpoint, "audio_tower.")
+        projector = type(whole.multi_modal_projector)(config)
+        self._projector = _filled(projector, checkpoint, "multi_modal_projector.")
+
+    def _encoded(self, medium: Sound) -> Logits:
+        """As transformers computes it: all seconds that fit, and a mask over what is behind the sound."""
+        import torch
+
+        steps = self.form.positions
+        mel = torch.zeros(1, self.form.bands, 2 * steps)
+        mel[0, :, : medium.mel.shape[1]] = torch.tensor(medium.mel)
+        there = torch.arange(steps) < (medium.frames + 1) // 2
+        mask = torch.where(there, 0.0, -torch.inf)[None, None, None]
+        state = self._module(mel, attention_mask=mask).last_hidden_state
+        return np.asarray(self._projector(state)[0, : medium.tokens].numpy())
+
+
+def tower_beside(checkpoint: Path) -> Tower:
+    """Of a checkpoint as ``write_text_form`` writes it."""
+    return AudioTower(checkpoint) if (checkpoint / AUDIO_TOWER_CONFIG).exists() else VisionTower(checkpoint)
+
+
+def _empty(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """The model without weights, and its config."""
     import torch
     import transformers
 
-    from qwen_onnx.export.weights import CheckpointWeights
-
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     with torch.device("meta"):
-        kind = type(getattr(transformers, settings["architectures"][0])(config).model.visual)
-    tower = kind(config.vision_config).eval()
+        return getattr(transformers, settings["architectures"][0])(config).model, config
+
+
+def _filled(module: Any, checkpoint: Path, prefix: str) -> Any:
+    from qwen_onnx.export.weights import CheckpointWeights
+
     weights = CheckpointWeights(checkpoint, plain=True)
-    stored = weights.tensors(weights.names(TOWER))
+    stored = weights.tensors(weights.names(prefix))
     try:
-        tower.load_state_dict({name.removeprefix(TOWER): tensor.float() for name, tensor in stored.items()})
+        module.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in stored.items()})
     except RuntimeError as error:
         raise VerificationError(f"the tower's weights do not fit: {error}", where=str(checkpoint)) from error
-    return tower
+    return module.eval()

@@ -52,8 +52,8 @@ def test_the_lock_names_every_row(repository: Path) -> None:
 
 
 def test_a_planned_row_is_refused_with_its_reason(repository: Path) -> None:
-    with pytest.raises(ConfigError, match="vision and audio encoders are not exported yet"):
-        make_plan(load_catalog(repository), "qwen2-audio-7b-instruct", "cpu")
+    with pytest.raises(ConfigError, match="audio encoder attends within chunks of two seconds"):
+        make_plan(load_catalog(repository), "qwen2.5-omni-7b", "cpu")
 
 
 def test_each_fact_has_a_source(repository: Path) -> None:

@@ -26,10 +26,10 @@ from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.sight import Looked
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.processing.images import prepare
 from qwen_onnx.sources.checkpoint import SINGLE_FILE
-from qwen_onnx.sources.vision import write_text_form
+from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
 from tests.fixtures.dequantized import with_weights_of
@@ -91,7 +91,7 @@ def built(folder: Path, architecture: str) -> Case:
 
 def onnx_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> np.ndarray:
     """The same by pieces, as the engine gives them to the graph."""
-    looked = Looked(TokenRequest(tuple(ids), 1, pictures=tuple(pictures)), model.sight)
+    looked = Looked(TokenRequest(tuple(ids), 1, media=tuple(pictures)), model.sense)
     found = []
     for begin in range(0, len(ids), CHUNK):
         end = min(begin + CHUNK, len(ids))
@@ -123,7 +123,7 @@ def assert_served(folder: Path, model: Any, kind: str) -> None:
     engine = load_engine(folder, EngineOptions(streams=3, capacity=512, threads=1))
     assert engine.stats().kind == kind
     heard = {
-        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, pictures=tuple(pictures)))
+        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, media=tuple(pictures)))
         for name, (ids, pictures) in asked.items()
     }
     for name, one in heard.items():
@@ -241,7 +241,7 @@ def test_the_prefix_cache_tells_pictures_apart(case: Case, monkeypatch: pytest.M
     ids = tuple(prompt_of(words(40, 0), one, words(6, 1)))
     follow = (*ids, *words(9, 2))
     engine = load_engine(case.fp32, EngineOptions(streams=1, capacity=512, threads=1))
-    sight = engine._model.sight  # type: ignore[union-attr]
+    sight = engine._model.sense  # type: ignore[union-attr]
     encoded: list[str] = []
     encode = sight.encode
 
@@ -252,7 +252,7 @@ def test_the_prefix_cache_tells_pictures_apart(case: Case, monkeypatch: pytest.M
     monkeypatch.setattr(sight, "encode", counted)
     model = case.model()
     for prompt, picture, cached in ((ids, one, 0), (follow, one, len(ids)), (ids, other, 40)):
-        heard = Heard(engine, TokenRequest(prompt, 4, stop_on_eos=False, pictures=(picture,)))
+        heard = Heard(engine, TokenRequest(prompt, 4, stop_on_eos=False, media=(picture,)))
         assert heard.tokens() == torch_greedy(model, prompt, [picture], 4)
         # the token before the picture is common, too
         assert cached <= heard.all[-1].cached_tokens <= cached + 1
@@ -271,7 +271,7 @@ def test_pictures_and_their_places_must_agree(case: Case) -> None:
         (prompt_of(one, other), [other, one], "no room for picture 2 of 2|no room for picture 1 of 2"),
     ):
         with pytest.raises(RequestError, match=message):
-            engine.submit(TokenRequest(tuple(ids), 4, pictures=tuple(pictures)), lambda event: None)
+            engine.submit(TokenRequest(tuple(ids), 4, media=tuple(pictures)), lambda event: None)
     engine.close()
 
 
@@ -307,7 +307,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(case: Case, tmp_path: Path) -
     (tmp_path / "text").mkdir()
     broken = Path(shutil.copytree(case.original, tmp_path / "broken"))
     (broken / PREPROCESSOR).unlink()
-    with pytest.raises(UnsupportedModelError, match="how pictures are prepared"):
+    with pytest.raises(UnsupportedModelError, match="how pictures or sounds are prepared"):
         write_text_form(broken, tmp_path / "text")
     for change, message in (
         ({"patch_size": 16}, "patch_size is 16, the tower has 14"),

@@ -84,5 +84,5 @@ def test_pictures_and_their_places_must_agree(case: Case) -> None:
         (prompt_of(other), [one], "no room for picture 1 of 1"),
     ):
         with pytest.raises(RequestError, match=message):
-            engine.submit(TokenRequest(tuple(ids), 4, pictures=tuple(pictures)), lambda event: None)
+            engine.submit(TokenRequest(tuple(ids), 4, media=tuple(pictures)), lambda event: None)
     engine.close()

@@ -56,7 +56,7 @@ def test_genai_answers_as_our_engine_does(package: Path, tmp_path: Path) -> None
     picture = prepare(image, ImageSettings.read(package), where="it")
     assert ids.count(IMAGE) == picture.tokens
     engine = load_engine(package, EngineOptions(streams=1, capacity=128, threads=1))
-    heard = Heard(engine, TokenRequest(tuple(ids), 6, stop_on_eos=False, pictures=(picture,)))
+    heard = Heard(engine, TokenRequest(tuple(ids), 6, stop_on_eos=False, media=(picture,)))
     assert heard.tokens() == found
     engine.close()
 

@@ -18,7 +18,7 @@ from qwen_onnx.sources import fetch as fetching
 from qwen_onnx.sources import joined
 from qwen_onnx.sources.checkpoint import INDEX_FILE, SINGLE_FILE, check_checkpoint
 from qwen_onnx.sources.joined import TEMPLATE, TOLD, write_joined
-from qwen_onnx.sources.vision import write_text_form
+from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import QWEN2_5_VL, preparation_of, tower_of
 
 MARKERS = {"<|vision_start|>": 258, "<|image_pad|>": 259, "<|vision_end|>": 260, "<|video_pad|>": 261}

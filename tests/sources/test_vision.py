@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.sources.checkpoint import INDEX_FILE, SINGLE_FILE
-from qwen_onnx.sources.vision import write_text_form
+from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN3_VL, QWEN3_VL_MOE, VISION_CONFIG, tower_of
 
 # Qwen3-VL-2B's, as it is published

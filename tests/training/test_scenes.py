@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from training.starter_vl.exam import is_right, items, wilson
 from training.starter_vl.pixels import SETTINGS, one_frame
 from training.starter_vl.questions import KINDS, WORDINGS, Asked, ask
-from training.starter_vl.scenes import COLOURS, COUNTS, DIGITS, GRID, PLACES, draw, scene, side_of
+from training.starter_vl.scenes import COLOURS, COUNTS, GRID, PLACES, draw, scene, side_of
 from training.starter_vl.tower import SIDE
 from training.starter_vl.words import PARTS, SAID, said, truth
 

@@ -13,10 +13,10 @@ import pytest
 from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.sight import VISUAL, sees
-from qwen_onnx.verify.tower import Tower
+from qwen_onnx.verify.tower import VisionTower
 from tests.fixtures.vision import seeing_artifact, seeing_checkpoint, stacked_artifact, stacked_checkpoint
 
 __all__ = ["seeing_artifact", "seeing_checkpoint", "stacked_artifact", "stacked_checkpoint"]
@@ -51,12 +51,12 @@ def other_mean(folder: Path) -> None:
 def test_the_tower_looks_at_a_picture_once(seeing_checkpoint: Path) -> None:
     pixels = np.random.default_rng(3).standard_normal((16, 3 * 2 * 14 * 14)).astype(np.float32)
     pictures = [Picture(scale * pixels, (1, 4, 4), 2, str(scale)) for scale in (1, 2)]
-    tower = Tower(seeing_checkpoint)
+    tower = VisionTower(seeing_checkpoint)
     first, second = map(tower.features, pictures)
     assert first.shape == (4, 64)
     assert not np.allclose(first, second)
     assert tower.features(pictures[0]) is first
-    assert np.array_equal(Tower(seeing_checkpoint).features(pictures[1]), second)
+    assert np.array_equal(VisionTower(seeing_checkpoint).features(pictures[1]), second)
 
 
 @pytest.mark.slow

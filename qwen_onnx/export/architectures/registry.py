@@ -16,8 +16,10 @@ from typing import Any
 from qwen_onnx.errors import UnsupportedModelError
 from qwen_onnx.export.architectures import linear_attention, moe, qwen3_next, vision
 from qwen_onnx.export.architectures.stock import builder
+from qwen_onnx.sources.audio_tower import QWEN2_AUDIO
 from qwen_onnx.sources.checkpoint import read_json
-from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, VISION_ARCHITECTURE
+from qwen_onnx.sources.text_form import WHOLE_ARCHITECTURE
+from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Architecture:
 # The multi-token-prediction head excludes prune_lm_head, and our runtime does not draft.
 NO_DRAFT = ("exclude_mtp=true",)
 
-# of a model that sees: the vision pass writes the embedding, which genai runs apart
+# of a model with a tower: its pass writes the embedding, which genai runs apart
 APART = ("exclude_embeds=true",)
 SEEING = Architecture(QWEN2_5_VL, "Qwen25VLTextModel", vision.VisionDecoder)
 
@@ -49,6 +51,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     # right. A Qwen 1.0 arrives as one: sources.py converts it, since PyTorch and the quantiser have to read it, too
     "Qwen2ForCausalLM": Architecture("Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": Architecture("Qwen3ForCausalLM"),
+    # a Qwen2 beside its tower
+    QWEN2_AUDIO: Architecture("Qwen2ForCausalLM", options=APART),
     # a decoder without tower or embedding; of Qwen2-VL "not currently supported"
     QWEN2_VL: SEEING,
     QWEN2_5_VL: SEEING,
@@ -80,8 +84,8 @@ def architecture_of(checkpoint: Path) -> Architecture:
         UnsupportedModelError: no entry.
     """
     config = read_json(checkpoint / "config.json")
-    seeing = config.get(VISION_ARCHITECTURE)
-    name = seeing or (config.get("architectures") or ["none"])[0]
+    whole = config.get(WHOLE_ARCHITECTURE)
+    name = whole or (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"no exporter for {name}; known: {', '.join(sorted(ARCHITECTURES))}",
@@ -89,7 +93,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
             hint="choose a model of the catalog: qwen-onnx list",
         )
     found = ARCHITECTURES[name]
-    return replace(found, options=(*found.options, *APART)) if seeing else found
+    return replace(found, options=(*found.options, *APART)) if whole else found
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class DeepStackDecoder(_TextWeights, Qwen3VLTextModel):  # type: ignore[misc]
             attributes["skip_input"] = f"{name}/output_0"
 
 
-class DeepStackMoEDecoder(SparseExperts, DeepStackDecoder):  # type: ignore[misc]
+class DeepStackMoEDecoder(SparseExperts, DeepStackDecoder):
     """The same of a Qwen3-MoE."""
 
     own_type = "Qwen3MoeForCausalLM"

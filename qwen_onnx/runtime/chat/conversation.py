@@ -14,6 +14,7 @@ from qwen_onnx.bounded import read_bytes
 from qwen_onnx.errors import ConfigError, PromptTooLongError, RequestError, TemplateError
 from qwen_onnx.files import write_private
 from qwen_onnx.records import Record
+from qwen_onnx.runtime.processing.data_uri import MOST_BYTES
 from qwen_onnx.runtime.processing.reasoning import Kind, ThinkingSplitter, is_open
 from qwen_onnx.runtime.processing.template import Message
 from qwen_onnx.runtime.service.generation import PARAMETERS, Attached, ChatPrompt, Delta, GenerationConfig
@@ -23,7 +24,7 @@ from qwen_onnx.runtime.service.qwen import QwenService
 SETTINGS = tuple(name for name in PARAMETERS if name != "logprobs")
 # an answer that is cut after some words helps nobody: so much of the context is kept free for it
 ROOM = 0.25
-IMAGE = "/image"
+IMAGE, AUDIO = "/image", "/audio"
 
 
 class SavedMessage(Record):
@@ -31,7 +32,7 @@ class SavedMessage(Record):
 
     Attributes:
         stopped: the user stopped this answer, the text is what had come.
-        pictures: that stand before a question's text, as base64 of their files.
+        pictures, sounds: that stand before a question's text, as base64 of their files.
     """
 
     role: Literal["user", "assistant"]
@@ -39,11 +40,14 @@ class SavedMessage(Record):
     reasoning_content: str | None = None
     stopped: bool = False
     pictures: tuple[Base64Bytes, ...] = ()
+    sounds: tuple[Base64Bytes, ...] = ()
 
     def plain(self) -> Message:
         """For the chat template, which decides itself what to do with earlier reasoning."""
-        if self.pictures:
-            parts: list[dict[str, str]] = [{"type": "image"} for _ in self.pictures]
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in self.pictures]
+        # templates look for one or the other key
+        parts += [{"type": "audio", "audio_url": ""} for _ in self.sounds]
+        if parts:
             return {"role": self.role, "content": [*parts, {"type": "text", "text": self.content}]}
         return self.model_dump(include={"role", "content", "reasoning_content"}, exclude_none=True)
 
@@ -106,27 +110,30 @@ class Conversation:
         """All that is said so far."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         pictures = [Attached(content, IMAGE) for message in self.messages for content in message.pictures]
+        sounds = [Attached(content, AUDIO) for message in self.messages for content in message.sounds]
         plain = [message.plain() for message in self.messages]
-        return ChatPrompt([*system, *plain], thinking=self.thinking, pictures=pictures)
+        return ChatPrompt([*system, *plain], thinking=self.thinking, pictures=pictures, sounds=sounds)
 
-    def attach(self, path: Path) -> None:
-        """Show the model a picture with the next question.
+    def attach(self, path: Path, command: str = IMAGE) -> None:
+        """Show the model a picture with the next question, or play it a sound with ``AUDIO``.
 
         Raises:
-            RequestError: the model reads no pictures, or the file is not a sound one.
+            RequestError: the model does not take one, or the file is not whole.
         """
-        if not self.service.sees:
+        if command == IMAGE and not self.service.sees:
             raise RequestError(f"the model {self.model} reads no pictures", where=IMAGE)
-        from qwen_onnx.runtime.processing.images import ImageLimits, decode_image
-
-        content = read_bytes(path.resolve(), most_bytes=ImageLimits().most_bytes, error=RequestError)
-        decode_image(content, where=str(path))
+        if command == AUDIO and not self.service.hears:
+            raise RequestError(f"the model {self.model} hears no sounds", where=AUDIO)
+        content = read_bytes(path.resolve(), most_bytes=MOST_BYTES, error=RequestError)
+        self.service.check(Attached(content, str(path)))
         self.attached.append(content)
 
     def ask(self, text: str) -> None:
-        """Add a question, with the pictures that were attached."""
+        """Add a question, with the pictures or sounds that were attached."""
+        # a model takes one of the two
+        field = "sounds" if self.service.hears else "pictures"
         # validation would decode them from base64
-        asked = SavedMessage(role="user", content=text).model_copy(update={"pictures": tuple(self.attached)})
+        asked = SavedMessage(role="user", content=text).model_copy(update={field: tuple(self.attached)})
         self.messages.append(asked)
         self.attached.clear()
 
@@ -165,10 +172,10 @@ class Conversation:
     def _tokens(self) -> int:
         try:
             prompt = self.prompt()
-            # what pictures take is known once they are looked at
-            return len(
-                self.service.prepare(prompt, self.config) if prompt.pictures else self.service.encode_chat(prompt)
-            )
+            if prompt.pictures or prompt.sounds:
+                # what they take is known once they are opened
+                return len(self.service.prepare(prompt, self.config))
+            return len(self.service.encode_chat(prompt))
         except PromptTooLongError:
             # longer than is worth counting: at least a token more than fits
             if len(self.messages) == 1:

@@ -10,10 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from qwen_onnx.errors import ConfigError, QwenOnnxError
-from qwen_onnx.runtime.chat.conversation import IMAGE, SETTINGS, Conversation, Outcome
+from qwen_onnx.runtime.chat.conversation import AUDIO, IMAGE, SETTINGS, Conversation, Outcome
 from qwen_onnx.runtime.chat.line_input import piped, terminal_reader
 from qwen_onnx.runtime.processing.reasoning import Kind
 
@@ -41,7 +42,8 @@ class Terminal:
             "/help": ("", "this list", self._help),
             "/system": ("TEXT", "set the system message; - removes it; without TEXT show it", self._system),
             "/think": ("on|off", "have the model think before it answers", self._think),
-            IMAGE: ("FILE", "show a picture with the next question", self._image),
+            IMAGE: ("FILE", "show a picture with the next question", partial(self._attach, IMAGE)),
+            AUDIO: ("FILE", "play a sound with the next question", partial(self._attach, AUDIO)),
             "/set": ("NAME VALUE", "change a setting, e.g. temperature 0.7; alone: show all", self._set),
             "/regenerate": ("", "answer the last question anew", self._regenerate),
             "/reset": ("", "forget the conversation, keep system message and settings", self._reset),
@@ -152,9 +154,9 @@ class Terminal:
         self.conversation.set_thinking(text == "on")
         self._note(f"thinking is {text}")
 
-    def _image(self, text: str) -> None:
-        path = _path(IMAGE, text)
-        self.conversation.attach(path)
+    def _attach(self, command: str, text: str) -> None:
+        path = _path(command, text)
+        self.conversation.attach(path, command)
         self._note(f"attached {path.name}: it goes with the next question")
 
     def _set(self, text: str) -> None:

@@ -18,7 +18,7 @@ import onnxruntime_genai as og
 from qwen_onnx.artifact.genai_config import GenaiConfig, ids_of
 from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError, ServiceError
 from qwen_onnx.processes.memory import return_free_memory
-from qwen_onnx.runtime.engines.pictures import Picture, places_of
+from qwen_onnx.runtime.engines.media import Medium, Picture, places_of
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling, search_options
 
 # a prompt goes in by pieces, so that a cancelled request stops within one of them; genai keeps the logits of a
@@ -127,7 +127,7 @@ class Engine:
         options: Sampling = GREEDY,
         stop_on_eos: bool = True,
         cancelled: Cancelled | None = None,
-        pictures: Sequence[Picture] = (),
+        media: Sequence[Medium] = (),
     ) -> Iterator[int]:
         """Yield new token ids one by one; EOS ends it and is not yielded.
 
@@ -137,7 +137,7 @@ class Engine:
             options: how tokens are chosen.
             stop_on_eos: false suppresses EOS, to measure a fixed number of tokens.
             cancelled: asked between tokens and between pieces of the prompt.
-            pictures: in the order in which the prompt has room for them.
+            media: pictures, in the order in which the prompt has room for them.
 
         Raises:
             RequestError, PromptTooLongError: see ``Shape.check`` and ``places_of``; raised at the call, not at the
@@ -145,8 +145,8 @@ class Engine:
         """
         ids = list(prompt_ids)
         self.shape.check(ids, max_new_tokens)
-        places_of(ids, pictures, self.image_token)
-        return self._tokens(ids, max_new_tokens, options, stop_on_eos, cancelled or (lambda: False), pictures)
+        places_of(ids, media, self.image_token)
+        return self._tokens(ids, max_new_tokens, options, stop_on_eos, cancelled or (lambda: False), media)
 
     def _tokens(
         self,
@@ -155,13 +155,13 @@ class Engine:
         options: Sampling,
         stop_on_eos: bool,
         cancelled: Cancelled,
-        pictures: Sequence[Picture],
+        media: Sequence[Medium],
     ) -> Iterator[int]:
         length = len(ids) + max_new_tokens
         generator = self._generator(length, options, 0 if stop_on_eos else length)
-        if pictures:
+        if media:
             # it takes a prompt with pictures whole
-            generator.set_inputs(_with_pictures(ids, pictures))
+            generator.set_inputs(_with_pictures(ids, media))
             ids = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             if cancelled():
@@ -182,7 +182,7 @@ class Engine:
                 return
 
     def forced_logits(
-        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], pictures: Sequence[Picture] = ()
+        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], media: Sequence[Medium] = ()
     ) -> np.ndarray[Any, Any]:
         """Logits after the prompt and after each continuation token, which goes through the KV cache alone.
 
@@ -192,10 +192,10 @@ class Engine:
         prompt, continuation = list(prompt_ids), list(continuation_ids)
         self.shape.check([*prompt, *continuation], 1)
         generator = self._generator(len(prompt) + len(continuation) + 1, GREEDY, 0)
-        rows = []
+        rows: list[np.ndarray[Any, Any]] = []
         for piece in (prompt, *([token] for token in continuation)):
-            if pictures and not rows:
-                generator.set_inputs(_with_pictures(prompt, pictures))
+            if media and not rows:
+                generator.set_inputs(_with_pictures(prompt, media))
             else:
                 generator.append_tokens(np.asarray(piece, dtype=np.int32))
             rows.append(np.array(generator.get_logits(), dtype=np.float32).reshape(-1, self.vocab_size)[-1])
@@ -206,8 +206,9 @@ class Engine:
         del self._model
 
 
-def _with_pictures(ids: list[int], pictures: Sequence[Picture]) -> Any:
+def _with_pictures(ids: list[int], media: Sequence[Medium]) -> Any:
     """A prompt and its pictures under the names that genai's own preparation gives them."""
+    pictures = [medium for medium in media if isinstance(medium, Picture)]
     given = og.NamedTensors()
     given["input_ids"] = np.array([ids], np.int32)
     given["pixel_values"] = np.concatenate([picture.pixels for picture in pictures])

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Medium
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
 
 CLOSED = "the engine is closed"
@@ -48,7 +48,7 @@ class TokenRequest:
         echo: with ``logprobs``, those of the prompt are told too, and that of the EOS that ends the answer. Then
             ``max_new_tokens`` may be 0.
         cache_scope: prefixes that another scope left in the cache are not used.
-        pictures: in the order in which the prompt has room for them, see ``pictures.places_of``.
+        media: in the order in which the prompt has room for them, see ``media.places_of``.
         adapter: name of one that the engine was given; None: the model alone.
     """
 
@@ -60,7 +60,7 @@ class TokenRequest:
     grammar: str | None = None
     echo: bool = False
     cache_scope: str = ""
-    pictures: tuple[Picture, ...] = ()
+    media: tuple[Medium, ...] = ()
     adapter: str | None = None
 
     @property

@@ -22,7 +22,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenEvent,
     TokenRequest,
 )
-from qwen_onnx.runtime.engines.pictures import places_of
+from qwen_onnx.runtime.engines.media import places_of
 from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, GENAI_FEATURES, GREEDY
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class SerialEngine:
         _check_features(request)
         if request.adapter is not None:
             raise RequestError(NO_ADAPTERS, where="model")
-        places_of(request.prompt_ids, request.pictures, self._engine.image_token)
+        places_of(request.prompt_ids, request.media, self._engine.image_token)
         turn = Turn(request, listener)
         with self._changed:
             if self._closing:
@@ -155,7 +155,7 @@ class SerialEngine:
                 options=request.sampling,
                 stop_on_eos=request.stop_on_eos,
                 cancelled=stopped,
-                pictures=request.pictures,
+                media=request.media,
             ):
                 count += 1
                 self._written += 1

@@ -17,7 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
+from qwen_onnx.runtime.processing.data_uri import MOST_BYTES
 
 # raster formats whose decoders are widely used; SVG is a program, TIFF and the like have decoders of many kinds
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -40,7 +41,7 @@ SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 class ImageLimits:
     """What one picture may cost. ``most_pixels`` are those that the file declares."""
 
-    most_bytes: int = 20 << 20
+    most_bytes: int = MOST_BYTES
     most_pixels: int = 40_000_000
 
 

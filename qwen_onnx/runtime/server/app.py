@@ -31,11 +31,11 @@ from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.server.tracing import Tracer, make_tracer
 from qwen_onnx.runtime.server.web import PictureLimits, make_web_router
 from qwen_onnx.runtime.server.web.docs import make_docs_router
-from qwen_onnx.runtime.service.eyes import MOST_PICTURES
 from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.monitor import QwenMonitor
 from qwen_onnx.runtime.service.qwen import QwenService
 from qwen_onnx.runtime.service.secure import GuardedService
+from qwen_onnx.runtime.service.senses import MOST_PICTURES
 
 SNIPPET = """\
 {model} at {url}

@@ -68,10 +68,15 @@ DEFAULT = GenerationConfig()
 
 @dataclass(frozen=True)
 class Attached:
-    """A picture as a client sent it: the bytes of a file, and where the request has it, for messages."""
+    """A picture or a sound as a client sent it: the bytes of a file, and where the request has it, for messages.
+
+    Args:
+        form: the format that a request says of a sound; None: whatever it is.
+    """
 
     content: bytes
     where: str
+    form: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class ChatPrompt:
         tools: declarations in OpenAI's form, ``{"type": "function", "function": {...}}``.
         thinking: None leaves it to the template; else the template's ``enable_thinking``.
         schema: JSON schema that the answer is held to; the template is not told, but its characters are input too.
-        pictures: in the order of the parts ``{"type": "image"}`` of the messages.
+        pictures, sounds: in the order of the parts ``{"type": "image"}`` and ``{"type": "audio"}`` of the messages.
     """
 
     messages: Sequence[Message]
@@ -91,6 +96,7 @@ class ChatPrompt:
     thinking: bool | None = None
     schema: Mapping[str, Any] | None = None
     pictures: Sequence[Attached] = ()
+    sounds: Sequence[Attached] = ()
 
 
 # text to continue, token ids to continue, or a conversation to answer

@@ -15,18 +15,19 @@ from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, KvCache, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.interface import Handle, Listener, TokenEngine, TokenRequest, cache_scope
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_verified
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Medium
 from qwen_onnx.runtime.engines.remote import RemoteEngine
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.processing.template import ChatTemplate, Message, has_template
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
 from qwen_onnx.runtime.service.answers import Answer, Assembler
-from qwen_onnx.runtime.service.eyes import Eyes
 from qwen_onnx.runtime.service.generation import (
+    Attached,
     ChatPrompt,
     GenerationConfig,
     Prompt,
 )
+from qwen_onnx.runtime.service.senses import Ears, Eyes, sense_of
 from qwen_onnx.runtime.service.text import Prepared, TextService, as_chat, is_ids
 
 
@@ -81,8 +82,8 @@ class QwenService(TextService):
             self.tokenizer = TextTokenizer(folder)
             # a base model has no template and continues plain text all the same: the fault is told when a chat comes
             self.template = ChatTemplate(folder) if has_template(folder) else None
-            self._eyes = Eyes.of(folder)
-            self.sees = self._eyes is not None
+            self._sense = sense_of(folder)
+            self.sees, self.hears = isinstance(self._sense, Eyes), isinstance(self._sense, Ears)
             self.fingerprint = _fingerprint(folder)
             if seal:
                 seal.require_untouched()
@@ -105,7 +106,7 @@ class QwenService(TextService):
 
     def _encoded(self, prompt: Prompt, least: int) -> Prepared:
         context = self.engine.shape.context_length
-        pictures: tuple[Picture, ...] = ()
+        media: tuple[Medium, ...] = ()
         if isinstance(prompt, str):
             check_size(len(prompt), context)
             ids = self.tokenizer.encode(prompt)
@@ -113,21 +114,28 @@ class QwenService(TextService):
             ids = list(cast("Sequence[int]", prompt))
         else:
             chat = as_chat(cast("Sequence[Message] | ChatPrompt", prompt))
-            ids, pictures = self._looked(self.encode_chat(chat), chat, context)
+            ids, media = self._perceived(self.encode_chat(chat), chat, context)
         if self.room(ids) < least:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the context holds {context}", where="prompt", hint="shorten it"
             )
         self.engine.shape.check(ids, least, least=least)
-        return Prepared(ids, pictures=pictures)
+        return Prepared(ids, media=media)
 
-    def _looked(self, ids: list[int], chat: ChatPrompt, context: int) -> tuple[list[int], tuple[Picture, ...]]:
-        """See ``Eyes.look``."""
-        if self._eyes is not None:
-            return self._eyes.look(ids, chat.pictures, context)
-        if chat.pictures:
-            raise RequestError("this model reads no pictures", where=chat.pictures[0].where, hint="send text alone")
-        return ids, ()
+    def _perceived(self, ids: list[int], chat: ChatPrompt, context: int) -> tuple[list[int], tuple[Medium, ...]]:
+        """See ``Sense.take``."""
+        if chat.pictures and not self.sees:
+            raise RequestError("this model reads no pictures", where=chat.pictures[0].where, hint="leave them out")
+        if chat.sounds and not self.hears:
+            raise RequestError("this model hears no sounds", where=chat.sounds[0].where, hint="leave them out")
+        # a model has one sense
+        return self._sense.take(ids, chat.pictures or chat.sounds, context) if self._sense else (ids, ())
+
+    def check(self, one: Attached) -> None:
+        """RequestError for a picture or a sound that no prompt could have; a model of text alone takes none."""
+        if self._sense is None:
+            raise RequestError("this model reads text alone", where=one.where)
+        self._sense.check(one)
 
     def submit(self, prompt: Prompt, config: GenerationConfig, listener: Listener) -> tuple[Handle, Answer]:
         """Begin an answer; ``listener`` gets the engine's events, which the assembler makes pieces of.
@@ -147,7 +155,7 @@ class QwenService(TextService):
             grammar=config.grammar,
             echo=config.echo,
             cache_scope=cache_scope.get(),
-            pictures=ids.pictures,
+            media=ids.media,
             adapter=config.adapter,
         )
         return self.engine.submit(request, listener), Assembler(self.tokenizer, config, ids)

@@ -47,7 +47,7 @@ class GuardedService(TextService):
     def __init__(self, inner: TextService, policy: Policy, observers: Sequence[Observer] = ()) -> None:
         self._inner = inner
         self.tokenizer, self.template, self.engine = inner.tokenizer, inner.template, inner.engine
-        self.sees, self.fingerprint = inner.sees, inner.fingerprint
+        self.sees, self.hears, self.fingerprint = inner.sees, inner.hears, inner.fingerprint
         self.policy, self._observers = policy, tuple(observers)
         if self.template:
             self.template.seconds = policy.request_seconds
@@ -71,7 +71,7 @@ class GuardedService(TextService):
         begin = time.monotonic()
         prompt = _sanitised_prompt(prompt) if self.policy.sanitise else prompt
         prepared = self._inner.prepare(prompt, config)
-        return Prepared(prepared, time.monotonic() - begin, prepared.pictures)
+        return Prepared(prepared, time.monotonic() - begin, prepared.media)
 
     def _check_load(self) -> None:
         """What cannot be served now is refused before a stream has begun: afterwards there is no status to tell it."""

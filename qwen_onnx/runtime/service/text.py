@@ -14,7 +14,7 @@ from qwen_onnx.errors import QwenOnnxError, TemplateError
 from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.genai import Cancelled
 from qwen_onnx.runtime.engines.interface import EngineStats, Handle, Listener, TokenEngine, TokenEvent
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Medium
 from qwen_onnx.runtime.processing.template import ChatTemplate, Message
 from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 from qwen_onnx.runtime.service.answers import Answer
@@ -30,12 +30,12 @@ class Prepared(list[int]):
 
     Args:
         seconds: that it took to prepare them; they count into the time for the answer.
-        pictures: that the ids have room for.
+        media: that the ids have room for.
     """
 
-    def __init__(self, ids: Sequence[int], seconds: float = 0.0, pictures: tuple[Picture, ...] = ()) -> None:
+    def __init__(self, ids: Sequence[int], seconds: float = 0.0, media: tuple[Medium, ...] = ()) -> None:
         super().__init__(ids)
-        self.seconds, self.pictures = seconds, pictures
+        self.seconds, self.media = seconds, media
 
 
 class TextService(ABC):
@@ -45,8 +45,9 @@ class TextService(ABC):
     # None: a base model, which continues plain text all the same; the fault is told when a chat comes
     template: ChatTemplate | None
     engine: TokenEngine
-    # whether it takes pictures
+    # whether it takes pictures, and sounds
     sees: bool
+    hears: bool
     # changes with the artifact: OpenAI's ``system_fingerprint``
     fingerprint: str
 

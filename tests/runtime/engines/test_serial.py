@@ -16,7 +16,7 @@ from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.engines.serial import SerialEngine
 from tests.runtime.engines.batch.test_engine import Heard, alone, endless
@@ -93,5 +93,5 @@ def test_the_cpu_artifact_is_batched(tiny_artifact: Path) -> None:
 
 def test_pictures_are_refused_not_overlooked(engine: SerialEngine) -> None:
     picture = Picture(np.zeros((4, 8), np.float32), (1, 2, 2), 2, "a1")
-    with pytest.raises(RequestError, match="reads no pictures"):
-        engine.submit(TokenRequest((1, 2), 4, pictures=(picture,)), lambda event: None)
+    with pytest.raises(RequestError, match="takes no pictures"):
+        engine.submit(TokenRequest((1, 2), 4, media=(picture,)), lambda event: None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_onnx.export.passes.vision_encoder.drawing import FLOAT, INT64, MICROSOFT, Drawing
+from qwen_onnx.export.drawing import FLOAT, INT64, MICROSOFT, Drawing
 from qwen_onnx.sources.vision_config import THETA, Tower
 
 PIXELS, GRID, FEATURES = "pixel_values", "image_grid_thw", "image_features"

@@ -36,7 +36,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenRequest,
     Top,
 )
-from qwen_onnx.runtime.engines.pictures import Positions
+from qwen_onnx.runtime.engines.media import Positions
 from qwen_onnx.runtime.engines.sampling import BATCH_FEATURES
 
 log = logging.getLogger(__name__)
@@ -109,12 +109,12 @@ class BatchEngine:
         request.check(self.shape)
         if request.echo and "echo" not in self.features:
             raise RequestError("echo is not supported for this model: its graph tells the last position", where="echo")
-        looked = Looked(request, self._model.sight)
+        looked = Looked(request, self._model.sense)
         matcher = self._grammars.matcher(request.grammar) if request.grammar is not None else None
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
-        if self._model.sight is not None:
-            # in an answer it would stand for a picture that nobody sent, and the embedding fails for want of it
-            forbidden += (self._model.sight.token,)
+        if self._model.sense is not None:
+            # in an answer it would stand for a medium that nobody sent, and the embedding fails for want of it
+            forbidden += (self._model.sense.token,)
         stream = Stream(request, listener, Sampler(request, matcher, forbidden), looked, self._speculator(request))
         with self._changed:
             if self._closing or self._failed:
@@ -161,7 +161,7 @@ class BatchEngine:
         if not self._speculates:
             return None
         costs = self._costs if request.sampling.seed is None else Costs()
-        return Speculator(request.prompt_ids, costs, self._model.sight.token if self._model.sight else None)
+        return Speculator(request.prompt_ids, costs, self._model.sense.token if self._model.sense else None)
 
     def stats(self) -> EngineStats:
         """See ``requests.TokenEngine``."""

@@ -27,11 +27,11 @@ from qwen_onnx.runtime.engines.batch.int8_cache import Scales, with_int8_cache
 from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
-from qwen_onnx.runtime.engines.batch.sight import Sight, require_width
+from qwen_onnx.runtime.engines.batch.sight import require_width, sense_of
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.runtime.engines.pictures import Positions
+from qwen_onnx.runtime.engines.media import Positions
 
-# of a graph that has them made of token ids and pictures
+# of a graph that has them made of token ids and media
 EMBEDDED = "inputs_embeds"
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -144,9 +144,9 @@ class BatchModel:
             raise UnsupportedGraphError(
                 f"the graph keeps other state than keys and values: {foreign}", where=str(folder)
             )
-        self.sight = Sight(folder, threads) if EMBEDDED in self._inputs else None
-        if self.sight is not None:
-            require_width(self._inputs[EMBEDDED], self.sight.width, folder)
+        self.sense = sense_of(folder, threads) if EMBEDDED in self._inputs else None
+        if self.sense is not None:
+            require_width(self._inputs[EMBEDDED], self.sense.width, folder)
         types = TYPES if kv_scales is None else INT8
         logits = _logits_of(self._session, layout, shape, folder, types)
         self._type = types[self._inputs[layout.names[0][0]].type]
@@ -189,7 +189,7 @@ class BatchModel:
             tokens: int64 [n, t]; row ``first + i`` gets ``tokens[i]``.
             past: tokens that each row holds, n numbers.
             positions: int64 [3, n, t], of a model that sees; None: those of text, one after the other.
-            features: of the pictures' tokens among ``tokens``, [such tokens, width]; see ``Table``.
+            features: of the media's tokens among ``tokens``, [such tokens, width]; see ``Table``.
             adapter: one of ``adapters``, for all of these rows; None: the model alone.
 
         Returns:
@@ -238,14 +238,14 @@ class BatchModel:
         for row, length in enumerate(past):
             mask[row, : length + new] = 1
         binding = self._binding(first, count, adapter)
-        if self.sight is None:
+        if self.sense is None:
             binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
         else:
-            binding.bind_cpu_input(EMBEDDED, self.sight.embed(np.ascontiguousarray(tokens), features))
+            binding.bind_cpu_input(EMBEDDED, self.sense.embed(np.ascontiguousarray(tokens), features))
         binding.bind_cpu_input("attention_mask", mask)
         if "position_ids" in self._inputs:
             plain = np.asarray(past, np.int64)[:, None] + np.arange(new, dtype=np.int64)
-            if self.sight is not None:
+            if len(self._inputs["position_ids"].shape) > plain.ndim:
                 # for text the three axes are equal
                 plain = np.broadcast_to(plain, (3, *plain.shape)) if positions is None else positions
             binding.bind_cpu_input("position_ids", np.ascontiguousarray(plain))

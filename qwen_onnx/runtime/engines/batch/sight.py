@@ -1,7 +1,8 @@
-"""The parts of an artifact that see: encoder and embedding, and a prompt with pictures on its way through them."""
+"""The parts of an artifact that see or hear: encoder and embedding, and a prompt with media on its way through them."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.interface import TokenRequest
-from qwen_onnx.runtime.engines.pictures import Picture, Positions, keys_of, places_of, positions_of
+from qwen_onnx.runtime.engines.media import Medium, Picture, Positions, Sound, keys_of, places_of, positions_of
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-# of encoded pictures that are kept: those of some megapixels each
+# of encoded media that are kept: pictures of some megapixels each
 KEPT_BYTES = 64 << 20
 
 
@@ -39,52 +40,50 @@ class Table:
         if found is None:
             raise _lacking(folder)
         self._embedding = found
-        self._table = _session(folder / found.filename, threads, found.inputs.model_dump())
+        self._table = _session(folder / found.filename, threads, found.inputs.model_dump(exclude_none=True))
         self.width = _width(self._table.get_outputs()[0])
         self._none: Floats = np.zeros((0, self.width), np.float32)
 
     def embed(self, tokens: np.ndarray[Any, Any], features: Floats | None = None) -> Floats:
-        """Embeddings of ids [rows, tokens], float32 [rows, tokens, width]; ``features`` are those of its pictures."""
+        """Embeddings of ids [rows, tokens], float32 [rows, tokens, width]; ``features`` are those of its media."""
         names = self._embedding.inputs
-        given = {names.input_ids: tokens, names.image_features: self._none if features is None else features}
+        place = names.image_features or names.audio_features or ""
+        given = {names.input_ids: tokens, place: self._none if features is None else features}
         (embedded,) = self._table.run([self._embedding.outputs.inputs_embeds], given)
         return np.asarray(embedded, np.float32)
 
 
-class Sight(Table):
-    """``vision.onnx`` beside it. Raises ArtifactError like ``Table``.
+class Sense(Table):
+    """An encoder beside it. Raises ArtifactError like ``Table``.
 
-    Encoded pictures are kept: rows remember a prompt from its beginning alone, and not for requests with a seed, while
+    Encoded media are kept: rows remember a prompt from its beginning alone, and not for requests with a seed, while
     a picture is the same wherever it stands. Nobody finds what another scope left. For one thread.
 
     Args:
-        kept_bytes: of pictures that are kept; the one that was used last stays longest.
+        file: of the encoder, whose inputs and output ``genai_config.json`` names.
+        token: that stands for a part of a medium.
+        kept_bytes: of media that are kept; the one that was used last stays longest.
     """
 
-    def __init__(self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(
+        self, folder: Path, threads: int | None, file: str, inputs: dict[str, str], token: int, kept_bytes: int
+    ) -> None:
         super().__init__(folder, threads)
+        self.token, self._kept_bytes = token, kept_bytes
         self._kept: OrderedDict[tuple[str, str], Floats] = OrderedDict()
-        self._kept_bytes = kept_bytes
-        model = GenaiConfig.read(folder).model
-        if model.vision is None or model.image_token_id is None:
-            raise _lacking(folder)
-        self.token, self._vision = model.image_token_id, model.vision
-        self._encoder = _session(folder / model.vision.filename, threads, model.vision.inputs.model_dump())
-        require_width(self._encoder.get_outputs()[0], self.width, folder / model.vision.filename)
+        self._encoder = _session(folder / file, threads, inputs)
+        require_width(self._encoder.get_outputs()[0], self.width, folder / file)
 
-    def encode(self, picture: Picture) -> Floats:
-        """Features of a picture, float32 [tokens, width]."""
-        names = self._vision.inputs
-        given = {names.pixel_values: picture.pixels, names.image_grid_thw: np.array([picture.grid], np.int64)}
-        (features,) = self._encoder.run([self._vision.outputs.image_features], given)
-        return np.asarray(features, np.float32)
+    @abstractmethod
+    def encode(self, medium: Any) -> Floats:
+        """Features of a medium, float32 [tokens, width]."""
 
-    def seen(self, picture: Picture, scope: str) -> Floats:
+    def known(self, medium: Medium, scope: str) -> Floats:
         """Those features, computed unless ``scope`` has left them here."""
-        key = scope, picture.digest
+        key = scope, medium.digest
         features = self._kept.pop(key, None)
         if features is None:
-            features = self.encode(picture)
+            features = self.encode(medium)
         if features.nbytes <= self._kept_bytes:
             self._kept[key] = features
         while sum(kept.nbytes for kept in self._kept.values()) > self._kept_bytes:
@@ -92,41 +91,84 @@ class Sight(Table):
         return features
 
 
+class Sight(Sense):
+    """``vision.onnx`` of an artifact."""
+
+    def __init__(self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES) -> None:
+        model = GenaiConfig.read(folder).model
+        if model.vision is None or model.image_token_id is None:
+            raise _lacking(folder)
+        self._vision, inputs = model.vision, model.vision.inputs.model_dump()
+        super().__init__(folder, threads, model.vision.filename, inputs, model.image_token_id, kept_bytes)
+
+    def encode(self, medium: Picture) -> Floats:
+        """See ``Sense``."""
+        names = self._vision.inputs
+        given = {names.pixel_values: medium.pixels, names.image_grid_thw: np.array([medium.grid], np.int64)}
+        (features,) = self._encoder.run([self._vision.outputs.image_features], given)
+        return np.asarray(features, np.float32)
+
+
+class Hearing(Sense):
+    """``audio.onnx`` of an artifact."""
+
+    def __init__(self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES) -> None:
+        model = GenaiConfig.read(folder).model
+        if model.speech is None or model.audio_token_id is None:
+            raise _lacking(folder)
+        self._speech, inputs = model.speech, model.speech.inputs.model_dump()
+        super().__init__(folder, threads, model.speech.filename, inputs, model.audio_token_id, kept_bytes)
+
+    def encode(self, medium: Sound) -> Floats:
+        """See ``Sense``."""
+        names = self._speech.inputs
+        given = {names.audio_embeds: medium.mel[None], names.audio_lengths: np.array([medium.frames], np.int64)}
+        (features,) = self._encoder.run([self._speech.outputs.audio_features], given)
+        return np.asarray(features, np.float32)
+
+
+def sense_of(folder: Path, threads: int | None) -> Sense:
+    """Of an artifact whose decoder takes embeddings. Raises ArtifactError like ``Table``."""
+    hears = GenaiConfig.read(folder).model.speech is not None
+    return Hearing(folder, threads) if hears else Sight(folder, threads)
+
+
 class Looked:
-    """A prompt and its pictures, which are looked at when their tokens are due and not found in the prefix cache.
+    """A prompt and its media, which are encoded when their tokens are due and not found in the prefix cache.
 
     Args:
         request: whose prompt it is.
-        sight: None for a model that reads text alone.
+        sense: None for a model that reads text alone.
 
     Raises:
         RequestError: see ``places_of``.
     """
 
-    def __init__(self, request: TokenRequest, sight: Sight | None) -> None:
-        self._pictures, self._sight, self._scope = request.pictures, sight, request.cache_scope
-        self._begins = places_of(request.prompt_ids, request.pictures, None if sight is None else sight.token)
+    def __init__(self, request: TokenRequest, sense: Sense | None) -> None:
+        self._media, self._sense, self._scope = request.media, sense, request.cache_scope
+        self._begins = places_of(request.prompt_ids, request.media, None if sense is None else sense.token)
         self._features: dict[int, Floats] = {}
-        self.keys = keys_of(request.prompt_ids, request.pictures, self._begins)
+        self.keys = keys_of(request.prompt_ids, request.media, self._begins)
         self.moved = 0
         self._positions: Positions | None = None
-        if request.pictures:
-            self._positions, self.moved = positions_of(len(request.prompt_ids), request.pictures, self._begins)
+        pictures = [medium for medium in request.media if isinstance(medium, Picture)]
+        if pictures:
+            self._positions, self.moved = positions_of(len(request.prompt_ids), pictures, self._begins)
 
     def positions(self, begin: int, end: int) -> Positions | None:
         """Of a piece of the prompt, int64 [3, 1, tokens]; None: those of text."""
         return None if self._positions is None else self._positions[:, None, begin:end]
 
     def features(self, begin: int, end: int) -> Floats | None:
-        """Those of the pictures' tokens in a piece of the prompt, [tokens, width]; None when it has no such token."""
+        """Those of the media's tokens in a piece of the prompt, [tokens, width]; None when it has no such token."""
         parts = []
-        for index, (picture, place) in enumerate(zip(self._pictures, self._begins, strict=True)):
-            first, last = max(begin, place), min(end, place + picture.tokens)
-            if first < last and self._sight is not None:
+        for index, (medium, place) in enumerate(zip(self._media, self._begins, strict=True)):
+            first, last = max(begin, place), min(end, place + medium.tokens)
+            if first < last and self._sense is not None:
                 if index not in self._features:
-                    self._features[index] = self._sight.seen(picture, self._scope)
+                    self._features[index] = self._sense.known(medium, self._scope)
                 parts.append(self._features[index][first - place : last - place])
-            if end >= place + picture.tokens:
+            if end >= place + medium.tokens:
                 # read to its end
                 self._features.pop(index, None)
         return np.concatenate(parts) if parts else None
@@ -139,7 +181,7 @@ def _width(entry: Any) -> int:
 
 
 def require_width(entry: Any, width: int, file: Path) -> None:
-    """What one graph of a model that sees hands to another has the width that the other expects.
+    """What one graph of a model that sees or hears hands to another has the width that the other expects.
 
     Raises:
         ArtifactError: it has not, as when one was built with DeepStack and the other without.

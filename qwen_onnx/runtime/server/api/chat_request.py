@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,14 +12,14 @@ from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 from qwen_onnx.runtime.server.api.asked import Asked, Tool
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, SamplingFields, Schema, Strict
-from qwen_onnx.runtime.server.api.shown import Shown, bounded
+from qwen_onnx.runtime.server.api.shown import Played, Shown, bounded, bounded_sounds
 from qwen_onnx.runtime.service.budget import BUDGET
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class TextPart(Strict):
-    """A text part of a message; audio is refused by its type."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -39,15 +39,33 @@ class ImagePart(Strict):
     image_url: ImageUrl
 
 
+class InputAudio(Strict):
+    """A sound: ``data`` is a file in base64, of the format that ``format`` says."""
+
+    data: str
+    # any other is refused beside the sound's own, naming the part
+    format: Annotated[str, Field(max_length=16, description="wav, mp3 or flac.")]
+
+
+class AudioPart(Strict):
+    """A sound in what the user says."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
 Content = str | Annotated[list[TextPart], FIRST_FAULT]
 Name = Annotated[str | None, Field(description="Handed to the chat template, which may not use it.")]
-UserContent = str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], FIRST_FAULT]
+UserPart = TextPart | ImagePart | AudioPart
+UserContent = str | Annotated[list[Annotated[UserPart, Field(discriminator="type")]], FIRST_FAULT]
+# templates look for one or the other key
+STANDS_FOR = {"image_url": {"type": "image"}, "input_audio": {"type": "audio", "audio_url": ""}}
 # lm-eval says it of whole messages
 Type = Annotated[Literal["text"] | None, Field(description=NO_CHANGE)]
 
 
 def joined(content: str | Sequence[Any] | None) -> str:
-    """Texts of the parts as one; pictures have none."""
+    """Texts of the parts as one; pictures and sounds have none."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(getattr(part, "text", "") for part in content)
@@ -75,23 +93,33 @@ class UserMessage(Strict):
     type: Type = None
 
     def plain(self) -> dict[str, Any]:
-        """For the chat template, which is told where pictures stand and not what they show."""
-        if isinstance(self.content, str) or not any(isinstance(part, ImagePart) for part in self.content):
+        """For the chat template, which is told where pictures and sounds stand and not what they are."""
+        if isinstance(self.content, str) or all(isinstance(part, TextPart) for part in self.content):
             return {"role": "user", "content": joined(self.content)}
         parts = [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else dict(STANDS_FOR[part.type])
             for part in self.content
         ]
         return {"role": "user", "content": parts}
 
     def pictures(self, where: str) -> list[Shown]:
-        """What was sent with it."""
-        parts = enumerate(self.content if not isinstance(self.content, str) else ())
+        """What was shown with it."""
         return [
             Shown(part.image_url.url, f"{where}.content.{index}.image_url")
-            for index, part in parts
+            for index, part in self._parts()
             if isinstance(part, ImagePart)
         ]
+
+    def sounds(self, where: str) -> list[Played]:
+        """What was played with it."""
+        return [
+            Played(part.input_audio.data, part.input_audio.format, f"{where}.content.{index}.input_audio")
+            for index, part in self._parts()
+            if isinstance(part, AudioPart)
+        ]
+
+    def _parts(self) -> Iterator[tuple[int, UserPart]]:
+        return enumerate(self.content if not isinstance(self.content, str) else ())
 
 
 class FunctionCall(Strict):
@@ -209,6 +237,12 @@ def pictures_of(messages: Sequence[Any]) -> list[Shown]:
     return bounded((one for index, message in said for one in message.pictures(f"messages.{index}")), "messages")
 
 
+def sounds_of(messages: Sequence[Any]) -> list[Played]:
+    """Of all messages, in their order; RequestError like ``pictures_of``."""
+    said = [(index, message) for index, message in enumerate(messages) if isinstance(message, UserMessage)]
+    return bounded_sounds((one for index, message in said for one in message.sounds(f"messages.{index}")), "messages")
+
+
 class Function(Strict):
     """A function; ``parameters`` is a JSON schema, absent: it has none."""
 
@@ -286,6 +320,7 @@ class Conversing(Strict):
         schema: Mapping[str, Any] | None,
         schema_field: str,
         pictures: Sequence[Shown] = (),
+        sounds: Sequence[Played] = (),
     ) -> Asked:
         named = choice.name if isinstance(choice, FunctionRef) else None
         return Asked(
@@ -298,6 +333,7 @@ class Conversing(Strict):
             schema_field=schema_field,
             thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
             pictures=pictures,
+            sounds=sounds,
         )
 
 
@@ -348,4 +384,4 @@ class ChatRequest(SamplingFields, Conversing):
         functions = [tool.function for tool in self.tools or ()]
         named = choice.function if isinstance(choice, NamedChoice) else choice
         messages, pictures = plain_messages(self.messages), pictures_of(self.messages)
-        return self._asked(messages, functions, named, schema, "response_format", pictures)
+        return self._asked(messages, functions, named, schema, "response_format", pictures, sounds_of(self.messages))

@@ -90,16 +90,19 @@ class ChatAnswers:
 
     Args:
         count: answers; with_logprobs, with_usage: whether they were asked for.
+        audio: tokens of the prompt that stand for sounds.
     """
 
-    def __init__(self, model: str, fingerprint: str, count: int, *, with_logprobs: bool, with_usage: bool) -> None:
+    def __init__(
+        self, model: str, fingerprint: str, count: int, *, with_logprobs: bool, with_usage: bool, audio: int = 0
+    ) -> None:
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": fingerprint,
         }
-        self._count, self._with_logprobs, self._with_usage = count, with_logprobs, with_usage
+        self._count, self._with_logprobs, self._with_usage, self._audio = count, with_logprobs, with_usage, audio
 
     def whole(self, answers: list[Answer]) -> bytes:
         """A ``chat.completion``, as JSON."""
@@ -108,7 +111,7 @@ class ChatAnswers:
                 **self._head,
                 "object": "chat.completion",
                 "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
-                "usage": usage({index: answer.end for index, answer in enumerate(answers) if answer.end}),
+                "usage": usage({index: answer.end for index, answer in enumerate(answers) if answer.end}, self._audio),
             }
         )
         return body.model_dump_json(exclude_unset=True).encode()
@@ -160,16 +163,17 @@ class ChatAnswers:
 
     def usage_chunks(self, ends: dict[int, End]) -> list[str]:
         """The chunk that carries the usage and no choice, when it was asked for."""
-        return [self._event([], {"usage": usage(ends).model_dump()})] if self._with_usage else []
+        told = usage(ends, self._audio).model_dump(exclude_unset=True)
+        return [self._event([], {"usage": told})] if self._with_usage else []
 
     def _event(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
         return sse({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
 
 
-def usage(ends: dict[int, End]) -> Usage:
-    """Of n answers to one prompt."""
+def usage(ends: dict[int, End], audio: int = 0) -> Usage:
+    """Of n answers to one prompt, of which ``audio`` tokens stand for sounds."""
     last: dict[int, Delta] = {index: end.last for index, end in sorted(ends.items())}
-    return Usage.of(last, len(last), sum(end.reasoning_tokens for end in ends.values()))
+    return Usage.of(last, len(last), sum(end.reasoning_tokens for end in ends.values()), audio)
 
 
 def told(entry: TokenLogprob) -> dict[str, Any]:

@@ -145,9 +145,10 @@ def configs(options: dict[str, Any], count: int, features: frozenset[str]) -> li
 
 
 class PromptDetails(Strict):
-    """``cached_tokens`` were found in the prefix cache."""
+    """``cached_tokens`` were found in the prefix cache, ``audio_tokens`` stand for sounds: told where there are any."""
 
     cached_tokens: int
+    audio_tokens: int = 0
 
 
 class CompletionDetails(Strict):
@@ -166,7 +167,7 @@ class Usage(Strict):
     completion_tokens_details: CompletionDetails
 
     @classmethod
-    def of(cls, last: dict[int, Delta], choices: int, reasoning: int = 0) -> Usage:
+    def of(cls, last: dict[int, Delta], choices: int, reasoning: int = 0, audio: int = 0) -> Usage:
         """Sum over answers by their index, ``choices`` of them to each prompt."""
         firsts = [delta for index, delta in last.items() if index % choices == 0]
         prompt = sum(delta.prompt_tokens for delta in firsts)
@@ -175,7 +176,9 @@ class Usage(Strict):
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=PromptDetails(cached_tokens=sum(delta.cached_tokens for delta in firsts)),
+            prompt_tokens_details=PromptDetails(
+                cached_tokens=sum(delta.cached_tokens for delta in firsts), **({"audio_tokens": audio} if audio else {})
+            ),
             completion_tokens_details=CompletionDetails(reasoning_tokens=reasoning),
         )
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qwen_onnx.errors import QwenOnnxError, RequestError
+from qwen_onnx.runtime.engines.media import Sound
 from qwen_onnx.runtime.server.adapter_folder import AdapterFolder
 from qwen_onnx.runtime.server.api.adapters import add_adapters
 from qwen_onnx.runtime.server.api.asked import Asked, understood
@@ -100,9 +101,11 @@ def _add_models(router: APIRouter, served: Served) -> None:
 
 
 def _readable(asked: Asked, service: TextService, model_name: str) -> Asked:
-    """RequestError when there are pictures and the model reads text alone."""
+    """RequestError when there are pictures or sounds that the model does not take."""
     if asked.pictures and not service.sees:
         raise RequestError(f"the model {model_name!r} reads no pictures", where=asked.pictures[0].where)
+    if asked.sounds and not service.hears:
+        raise RequestError(f"the model {model_name!r} hears no sounds", where=asked.sounds[0].where)
     return asked
 
 
@@ -144,7 +147,12 @@ def _add_chat(router: APIRouter, service: TextService, served: Served, fetcher: 
         jobs: list[Job] = [(ids, config) for config in configs(options, body.choices, service.engine.features)]
         running = await Generations.begin(service, jobs)
         bodies = ChatAnswers(
-            body.model, service.fingerprint, len(jobs), with_logprobs=bool(body.logprobs), with_usage=body.with_usage
+            body.model,
+            service.fingerprint,
+            len(jobs),
+            with_logprobs=bool(body.logprobs),
+            with_usage=body.with_usage,
+            audio=sum(medium.tokens for medium in ids.media if isinstance(medium, Sound)),
         )
         return await _answered(
             request,

@@ -1,16 +1,18 @@
-"""Pictures as requests show them: each by a URL, in a part that has a place."""
+"""Pictures and sounds as requests have them: by a URL or in base64, in a part that has a place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.processing.data_uri import picture_bytes
+from qwen_onnx.runtime.processing.data_uri import from_base64, picture_bytes
 from qwen_onnx.runtime.server.fetching import Fetcher
-from qwen_onnx.runtime.service.eyes import MOST_PICTURES
 from qwen_onnx.runtime.service.generation import Attached
+from qwen_onnx.runtime.service.senses import MOST_PICTURES, MOST_SOUNDS
 
+T = TypeVar("T")
 REMOTE = ("http:", "https:")
 
 
@@ -19,6 +21,15 @@ class Shown:
     """A picture's URL, and where the request has it."""
 
     url: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Played:
+    """A sound in base64, the format that the request says, and where the request has it."""
+
+    data: str
+    form: str
     where: str
 
 
@@ -40,13 +51,26 @@ def attached(pictures: Sequence[Shown], fetcher: Fetcher | None) -> list[Attache
     ]
 
 
+def played(sounds: Sequence[Played]) -> list[Attached]:
+    """The bytes of sounds; RequestError for what is not base64, naming the part."""
+    return [Attached(from_base64(one.data, "sound", where=one.where), one.where, one.form) for one in sounds]
+
+
 def bounded(pictures: Iterable[Shown], field: str) -> list[Shown]:
     """All pictures of a request.
 
     Raises:
         RequestError: more than ``MOST_PICTURES``; names ``field``, which has them.
     """
-    found = list(pictures)
-    if len(found) > MOST_PICTURES:
-        raise RequestError(f"{len(found)} pictures, the most are {MOST_PICTURES}", where=field, hint="send fewer")
+    return _at_most(MOST_PICTURES, list(pictures), "pictures", field)
+
+
+def bounded_sounds(sounds: Iterable[Played], field: str) -> list[Played]:
+    """All sounds of a request; RequestError like ``bounded``."""
+    return _at_most(MOST_SOUNDS, list(sounds), "sounds", field)
+
+
+def _at_most(most: int, found: list[T], kind: str, field: str) -> list[T]:
+    if len(found) > most:
+        raise RequestError(f"{len(found)} {kind}, the most are {most}", where=field, hint="send fewer")
     return found

@@ -14,7 +14,7 @@ from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.sight import Floats, Sight
 from qwen_onnx.runtime.engines.interface import TokenEvent, TokenRequest
-from qwen_onnx.runtime.engines.pictures import Picture
+from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
 from qwen_onnx.runtime.processing.images import prepare
 from tests.fixtures.pictures import SETTINGS, chart, noise
@@ -52,7 +52,7 @@ def begun(
     pictures = tuple(part for part in parts if isinstance(part, Picture))
     ids = [token for part in parts for token in ([part] if isinstance(part, int) else [image] * part.tokens)]
     events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-    engine.submit(TokenRequest(tuple(ids), 3, sampling, cache_scope=scope, pictures=pictures), events.put)
+    engine.submit(TokenRequest(tuple(ids), 3, sampling, cache_scope=scope, media=pictures), events.put)
     return events
 
 
@@ -132,12 +132,12 @@ def test_what_is_kept_is_bounded(seeing_artifact: Path, encoded: list[str]) -> N
     encoded.clear()
     sight = Sight(seeing_artifact, 1, kept_bytes=size * 3 // 2)
     for picture in (ONE, ONE, OTHER, OTHER, ONE):
-        assert np.array_equal(sight.seen(picture, ""), sight.seen(picture, ""))
+        assert np.array_equal(sight.known(picture, ""), sight.known(picture, ""))
     assert encoded == [ONE.digest, OTHER.digest, ONE.digest]
     encoded.clear()
     none = Sight(seeing_artifact, 1, kept_bytes=size - 1)
-    none.seen(ONE, "")
-    none.seen(ONE, "")
+    none.known(ONE, "")
+    none.known(ONE, "")
     assert encoded == [ONE.digest] * 2
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.engines.pictures import Picture, keys_of, places_of, positions_of
+from qwen_onnx.runtime.engines.media import Picture, keys_of, places_of, positions_of
 
 IMAGE = 9
 
@@ -70,5 +70,5 @@ def test_other_pictures_than_there_is_room_for_are_refused(
 
 def test_a_model_that_reads_text_alone_takes_any_token_and_no_picture() -> None:
     assert places_of([1, IMAGE], [], None) == []
-    with pytest.raises(RequestError, match="reads no pictures"):
+    with pytest.raises(RequestError, match="takes no pictures"):
         places_of([1], [picture(1, 1)], None)

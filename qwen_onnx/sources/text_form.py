@@ -1,11 +1,11 @@
-"""Models that see as what they are: a Qwen2, Qwen3 or Qwen3-MoE that reads text, and a vision tower beside it.
+"""Models that see or hear as what they are: a Qwen2, Qwen3 or Qwen3-MoE that reads text, and a tower beside it.
 
 For text the three axes of their positions are equal, and pictures add nothing: the language model of Qwen2-VL and
 Qwen2.5-VL is a Qwen2ForCausalLM, that of Qwen3-VL a Qwen3ForCausalLM or, as a mixture, a Qwen3MoeForCausalLM, down to
 the names of the weights within a layer; published mixtures have their experts transposed. A Qwen3.5 reads text as it
-is.
+is, and the language model of Qwen2-Audio is a Qwen2ForCausalLM anyway.
 In that form every step and every check for these takes it; the tower's weights stay in the same files under
-``visual.``, and its config in ``vision_config.json``.
+``visual.`` or ``audio_tower.``, and its config in a file of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx import bounded
+from qwen_onnx.catalog.architectures import text_config
 from qwen_onnx.errors import SourceError, UnsupportedModelError
+from qwen_onnx.sources.audio_tower import QWEN2_AUDIO, AudioTower, audio_tower_of
 from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, plain_name, read_json, shards, weight_map
 from qwen_onnx.sources.stacked import Experts, turn_data, turn_header
 from qwen_onnx.sources.vision_config import (
-    DEEPSTACK_LAYERS,
     PREPROCESSOR,
     QWEN2_5_VL,
     QWEN2_VL,
@@ -29,14 +30,15 @@ from qwen_onnx.sources.vision_config import (
     QWEN3_5_MOE,
     QWEN3_VL,
     QWEN3_VL_MOE,
-    VISION_ARCHITECTURE,
-    VISION_CONFIG,
     Tower,
     tower_of,
 )
 
+# key of the text model's config.json: the architecture of the whole
+WHOLE_ARCHITECTURE = "whole_architecture"
 # architecture and model_type of the text model
 TEXT = {
+    QWEN2_AUDIO: ("Qwen2ForCausalLM", "qwen2"),
     QWEN2_VL: ("Qwen2ForCausalLM", "qwen2"),
     QWEN2_5_VL: ("Qwen2ForCausalLM", "qwen2"),
     QWEN3_VL: ("Qwen3ForCausalLM", "qwen3"),
@@ -73,7 +75,8 @@ LENGTH, ALIGNMENT = 8, 64
 def write_text_form(checkpoint: Path, folder: Path) -> None:
     """Write ``checkpoint`` as a text model with a tower into the empty ``folder``.
 
-    Weights are linked; those with the names of a Qwen3-VL are copied under new names, stacked experts transposed.
+    Weights are linked; those with the names of a Qwen3-VL or a Qwen2-Audio are copied under new ones, stacked experts
+    transposed.
 
     Raises:
         UnsupportedModelError: weights of other names or shapes, a tower of another form, or no
@@ -81,10 +84,10 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
         SourceError: a file is missing or damaged.
     """
     config = read_json(checkpoint / "config.json")
-    tower = tower_of(config, str(checkpoint / "config.json"))
+    tower = _tower(config, str(checkpoint / "config.json"))
     if not (checkpoint / PREPROCESSOR).exists():
         raise UnsupportedModelError(
-            f"the checkpoint has no {PREPROCESSOR}, which says how pictures are prepared",
+            f"the checkpoint has no {PREPROCESSOR}, which says how pictures or sounds are prepared",
             where=str(checkpoint),
             hint="take it from the model that this one was made of",
         )
@@ -104,15 +107,19 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
     if nested and (folder / INDEX_FILE).exists():
         index = json.dumps({"metadata": {}, "weight_map": _renamed(names)})
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
-    (folder / VISION_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    whole = {**config, VISION_ARCHITECTURE: tower.architecture}
+    (folder / tower.config_name).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    whole = {**config, WHOLE_ARCHITECTURE: tower.architecture}
     told = whole if tower.architecture in WHOLE else text_settings(config, tower)
     (folder / "config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
 
 
-def text_settings(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
+def _tower(config: dict[str, Any], where: str) -> Tower | AudioTower:
+    return (audio_tower_of if config["architectures"][0] == QWEN2_AUDIO else tower_of)(config, where)
+
+
+def text_settings(config: dict[str, Any], tower: Tower | AudioTower) -> dict[str, Any]:
     """``config.json`` of the text model, in its own terms."""
-    text = config.get("text_config") or config
+    text = text_config(config)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     found = {name: text[name] for name in KEPT if text.get(name) is not None}
     # a published Qwen2-VL has its end tokens in the whole config
@@ -132,10 +139,10 @@ def text_settings(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": rope.get("rope_theta") or text.get("rope_theta") or 1e6,
-            "mrope_section": list(tower.sections),
+            **tower.rope_extras(),
         },
-        VISION_ARCHITECTURE: tower.architecture,
-        **({DEEPSTACK_LAYERS: len(tower.deepstack)} if tower.deepstack else {}),
+        WHOLE_ARCHITECTURE: tower.architecture,
+        **tower.text_extras(),
     }
 
 
@@ -144,7 +151,7 @@ def _expert_count(text: dict[str, Any]) -> int | None:
     return text.get("num_experts") or text.get("num_local_experts") or None
 
 
-def _experts(config: dict[str, Any], tower: Tower, checkpoint: Path) -> Experts | None:
+def _experts(config: dict[str, Any], tower: Tower | AudioTower, checkpoint: Path) -> Experts | None:
     """Of a mixture.
 
     Raises:
@@ -179,11 +186,10 @@ def _renamed(names: dict[str, str]) -> dict[str, str]:
     return {plain_name(name): file for name, file in names.items()}
 
 
-def _require_weights(names: dict[str, str], tower: Tower, checkpoint: Path) -> None:
+def _require_weights(names: dict[str, str], tower: Tower | AudioTower, checkpoint: Path) -> None:
     """Names as Qwen publishes them, and as transformers saves them."""
     plain = _renamed(names)
-    parts = ["patch_embed.proj", "blocks.0.attn.qkv", *(f"merger.{name}" for name in tower.style.merger)]
-    wanted = ["model.embed_tokens.weight", *(f"visual.{part}.weight" for part in parts)]
+    wanted = ["model.embed_tokens.weight", *(f"{part}.weight" for part in tower.required)]
     missing = [name for name in wanted if name not in plain]
     if missing or len(plain) != len(names):
         raise UnsupportedModelError(

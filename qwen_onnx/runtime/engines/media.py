@@ -1,4 +1,7 @@
-"""Pictures in a request, ready for the encoder, and where their tokens stand on the three axes of positions."""
+"""Pictures and sounds in a request, ready for the encoder, and where their tokens stand.
+
+A model takes one of the two: pictures on three axes of positions, or sounds, whose tokens follow each other as text's.
+"""
 
 from __future__ import annotations
 
@@ -35,28 +38,55 @@ class Picture:
         return self.grid[0] * self.grid[1] * self.grid[2] // self.merge**2
 
 
-def places_of(prompt: Sequence[int], pictures: Sequence[Picture], token: int | None) -> list[int]:
-    """Where each picture's tokens begin in a prompt that holds one ``token`` for every token of a picture.
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """A sound as the encoder takes it.
+
+    Attributes:
+        mel: float32 [bands, frames], its log-mel spectrogram, and of the silence behind it what convolutions see.
+        frames: that are of the sound itself.
+        digest: SHA-256 of both: equal sounds have equal ones.
+    """
+
+    mel: np.ndarray[Any, np.dtype[np.float32]]
+    frames: int
+    digest: str
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of a prompt it takes: one for two steps of the encoder, which has one for two frames."""
+        return (self.frames + 1) // 2 // 2
+
+
+Medium = Picture | Sound
+
+
+def called(media: Sequence[Medium]) -> str:
+    """What they are, for messages."""
+    return "sound" if media and isinstance(media[0], Sound) else "picture"
+
+
+def places_of(prompt: Sequence[int], media: Sequence[Medium], token: int | None) -> list[int]:
+    """Where each medium's tokens begin in a prompt that holds one ``token`` for every token of one.
 
     Raises:
-        RequestError: the model does not see, or the prompt has room for other pictures than these.
+        RequestError: the model reads text alone, or the prompt has room for other media than these.
     """
+    kind = called(media)
     if token is None:
-        if pictures:
-            raise RequestError("this model reads no pictures", where="messages", hint="serve a model that sees")
+        if media:
+            raise RequestError(f"this model takes no {kind}s", where="messages", hint="serve one that does")
         return []
     begins: list[int] = []
     at = 0
-    for picture in pictures:
+    for medium in media:
         begin = next((index for index in range(at, len(prompt)) if prompt[index] == token), None)
-        at = len(prompt) if begin is None else begin + picture.tokens
+        at = len(prompt) if begin is None else begin + medium.tokens
         if begin is None or at > len(prompt) or any(each != token for each in prompt[begin:at]):
-            raise RequestError(
-                f"the prompt has no room for picture {len(begins) + 1} of {len(pictures)}", where="messages"
-            )
+            raise RequestError(f"the prompt has no room for {kind} {len(begins) + 1} of {len(media)}", where="messages")
         begins.append(begin)
     if token in prompt[at:]:
-        raise RequestError(f"the prompt has room for more than {len(pictures)} pictures", where="messages")
+        raise RequestError(f"the prompt has room for more than {len(media)} {kind}s", where="messages")
     return begins
 
 
@@ -85,10 +115,10 @@ def positions_of(length: int, pictures: Sequence[Picture], begins: Sequence[int]
     return found, next_position + length - at - length
 
 
-def keys_of(prompt: Sequence[int], pictures: Sequence[Picture], begins: Sequence[int]) -> list[int]:
-    """The prompt with a number of its own for each picture: beginnings are equal when their pictures are, too."""
+def keys_of(prompt: Sequence[int], media: Sequence[Medium], begins: Sequence[int]) -> list[int]:
+    """The prompt with a number of its own for each medium: beginnings are equal when their media are, too."""
     keys = list(prompt)
-    for picture, begin in zip(pictures, begins, strict=True):
+    for medium, begin in zip(media, begins, strict=True):
         # below every token id
-        keys[begin : begin + picture.tokens] = [-1 - int(picture.digest[:30], 16)] * picture.tokens
+        keys[begin : begin + medium.tokens] = [-1 - int(medium.digest[:30], 16)] * medium.tokens
     return keys

@@ -1,0 +1,79 @@
+"""Our Olive pass ``AudioEncoder``: the parts of a model that hears, beside its decoder.
+
+``audio.onnx`` makes features of one sound, ``embedding.onnx`` puts them between the embeddings of the tokens,
+``audio_config.json`` says how a sound becomes a spectrogram. Their weights are the checkpoint's, in its own type.
+onnxruntime-genai 0.18 has no model type with an audio encoder alone: the folder is laid out as its others are, and
+our engine alone runs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from olive.hardware.accelerator import AcceleratorSpec
+from olive.model import ONNXModelHandler
+from olive.passes import Pass
+from olive.passes.pass_config import BasePassConfig, PassConfigParam
+
+from qwen_onnx.artifact.audio_config import AUDIO_CONFIG
+from qwen_onnx.errors import ExportError
+from qwen_onnx.export.drawing import Drawing
+from qwen_onnx.export.embedding import CHECKPOINT, configure, copy_decoder, write_embedding
+from qwen_onnx.export.options import parameters
+from qwen_onnx.export.passes.audio_encoder.options import AudioEncoderOptions
+from qwen_onnx.export.passes.audio_encoder.tower import FEATURES, FRAMES, MEL, draw_tower, inputs, outputs
+from qwen_onnx.export.passes.pack_weights.data_file import DataFile
+from qwen_onnx.export.progress import progress
+from qwen_onnx.export.weights import CheckpointWeights
+from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, audio_settings_of, audio_tower_of
+from qwen_onnx.sources.checkpoint import read_json
+
+AUDIO_FILE = "audio.onnx"
+
+
+class AudioEncoder(Pass):  # type: ignore[misc]
+    """Write encoder, embedding and preparation of sounds beside a decoder."""
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
+        return parameters(AudioEncoderOptions)
+
+    def _run_for_config(
+        self, model: ONNXModelHandler, config: BasePassConfig, output_model_path: str
+    ) -> ONNXModelHandler:
+        source = Path(model.model_path)
+        write_parts(Path(CHECKPOINT).resolve(), source.parent, Path(output_model_path))
+        return ONNXModelHandler(output_model_path, onnx_file_name=source.name)
+
+
+def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
+    """The files of ``decoder`` and the parts that hear, in ``output``.
+
+    Args:
+        checkpoint: as ``write_text_form`` writes it.
+
+    Raises:
+        ExportError: there is no tower, a weight is missing or has another shape, or the decoder takes token ids.
+        UnsupportedModelError: see ``audio_tower_of`` and ``audio_settings_of``.
+    """
+    where = checkpoint / AUDIO_TOWER_CONFIG
+    if not where.exists():
+        raise ExportError("the checkpoint has no audio tower", where=str(checkpoint), hint="qwen-onnx list")
+    tower = audio_tower_of(read_json(where), str(where))
+    settings = audio_settings_of(checkpoint, tower)
+    copy_decoder(decoder, output)
+    progress(f"writing the audio encoder: {tower.depth} layers of {tower.width}")
+    with DataFile(output / f"{AUDIO_FILE}.data") as data:
+        draw = Drawing(CheckpointWeights(checkpoint), data)
+        draw_tower(draw, tower)
+        draw.save(output / AUDIO_FILE, inputs(tower), outputs(tower))
+    write_embedding(checkpoint, output, features=FEATURES, token=tower.token, hidden=tower.output, width=tower.output)
+    (output / AUDIO_CONFIG).write_text(settings.model_dump_json(indent=1), encoding="utf-8")
+    speech = {
+        "filename": AUDIO_FILE,
+        "config_filename": AUDIO_CONFIG,
+        "inputs": {MEL: MEL, FRAMES: FRAMES},
+        "outputs": {FEATURES: FEATURES},
+    }
+    told = {"type": "qwen2_audio", "audio_token_id": tower.token, "speech": speech}
+    configure(decoder, output, features=FEATURES, width=tower.output, told=told)

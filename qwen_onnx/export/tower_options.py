@@ -1,0 +1,38 @@
+"""What the passes for towers have in common of their options. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Self
+
+from qwen_onnx.catalog.costs import Dimensions, Stored
+from qwen_onnx.catalog.registry import PassOptions
+
+
+class TowerOptions(PassOptions):
+    """Such a pass has no options: encoder and embedding keep the type of the checkpoint's weights.
+
+    Attributes:
+        weights: the most that a tower of the published models has.
+    """
+
+    weights: ClassVar[int]
+
+    def faults(self, execution_provider: str) -> list[str]:
+        """Its operators were tried on the CPU alone."""
+        fits = execution_provider == "CPUExecutionProvider"
+        told = f"type: {self.pass_name()} is for CPUExecutionProvider, the target's is {execution_provider}"
+        return [] if fits else [told]
+
+    def reference(self) -> Self:
+        """Itself: nothing is quantised."""
+        return self
+
+    def written(self, model: Dimensions, before: Stored) -> Stored:
+        """The tower, and a table of embeddings beside the head."""
+        embedding = model.stored * model.tables
+        return replace(before, embedding=embedding, rest=before.rest + model.stored * self.weights)
+
+    def scratch(self, model: Dimensions, before: Stored) -> int:
+        """The decoder's files are there twice for a moment."""
+        return before.total

@@ -1,0 +1,247 @@
+"""What the checks of artifacts that see and of those that hear have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
+from qwen_onnx.errors import VerificationError
+from qwen_onnx.records import Verdict
+from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel, UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.sight import Looked, Sense, Table
+from qwen_onnx.runtime.engines.batch.sight import sense_of as encoder_of
+from qwen_onnx.runtime.engines.interface import TokenRequest
+from qwen_onnx.runtime.engines.media import Medium, Picture, places_of, positions_of
+from qwen_onnx.sources.vision_config import Tower as Form
+from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.records import CheckResult, worst
+from qwen_onnx.verify.results import certain
+from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
+from qwen_onnx.verify.softmax import Logits
+from qwen_onnx.verify.statistics import at_least, at_most
+
+if TYPE_CHECKING:
+    from qwen_onnx.verify.teacher import Teacher
+    from qwen_onnx.verify.tower import Tower
+
+# fp32 on both sides: the order of additions is all that differs
+ENCODER_DIFF, ENCODER_COSINE = 2e-3, 0.99999
+PIECE = 64
+# ids with room for media, and these
+Asked = tuple[list[int], tuple[Medium, ...]]
+
+
+def model_of(artifact: Path) -> Any:
+    """What ``genai_config.json`` says of the model; None: nothing that can be read, which other checks tell."""
+    if not (artifact / GENAI_CONFIG).exists():
+        return None
+    try:
+        return GenaiConfig.read(artifact, VerificationError).model
+    except VerificationError:
+        return None
+
+
+def token_of(context: Context) -> int | None:
+    """What stands for a part of a medium."""
+    model = GenaiConfig.read(context.artifact, VerificationError).model
+    return model.audio_token_id if model.speech else model.image_token_id
+
+
+def asked_of(
+    context: Context, turns: Mapping[str, Sequence[str]], files: Mapping[str, bytes], words: str
+) -> dict[str, Asked]:
+    """By name: a conversation about the media of these kinds, answered with ``words``.
+
+    Args:
+        turns: kinds of media in each; files: by kind.
+    """
+    from qwen_onnx.runtime.processing.template import ChatTemplate
+    from qwen_onnx.runtime.service.generation import Attached
+    from qwen_onnx.runtime.service.senses import sense_of
+
+    sense = sense_of(context.artifact)
+    if sense is None:
+        raise VerificationError("the artifact reads text alone", where=str(context.artifact))
+    pictures = sense.kind == "picture"
+    part = {"type": "image"} if pictures else {"type": "audio", "audio_url": ""}
+    question = {"type": "text", "text": "What does this show?" if pictures else "What do you hear?"}
+    template = ChatTemplate(context.artifact)
+    context_length = GenaiConfig.read(context.artifact, VerificationError).model.context_length
+    found = {}
+    try:
+        for name, kinds in turns.items():
+            messages: list[dict[str, Any]] = [
+                {"role": "user", "content": [*(dict(part) for _ in kinds), question]},
+                {"role": "assistant", "content": words},
+            ]
+            ids = template.encode(messages, context.tokenizer, context_length)
+            found[name] = sense.take(ids, [Attached(files[kind], kind) for kind in kinds], context_length)
+    finally:
+        template.close()
+    return found
+
+
+def encoder_parity(context: Context, name: str, sense: Sense, media: Sequence[Medium], parts: int = 1) -> CheckResult:
+    """The encoder gives the features that PyTorch's tower gives in fp32; a row has ``parts`` of its own deviations."""
+    diffs, cosines = [], []
+    for medium in media:
+        both = context.tower.features(medium), sense.encode(medium)
+        if both[0].shape != both[1].shape:
+            detail = f"the encoder gives {list(both[1].shape)}, PyTorch {list(both[0].shape)}"
+            return CheckResult(name=name, verdict=Verdict.FAIL, detail=detail)
+        for wanted, found in zip(*(np.split(side, parts, axis=-1) for side in both), strict=True):
+            diffs.append(float(np.abs(found - wanted).max() / wanted.std()))
+            norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
+            cosines.append(float(((found * wanted).sum(-1) / np.maximum(norms, 1e-30)).min()))
+    verdicts = [at_most(certain(max(diffs)), ENCODER_DIFF), at_least(certain(min(cosines)), ENCODER_COSINE)]
+    return CheckResult(
+        name=name,
+        verdict=worst(verdicts),
+        measured={"media": len(media), "max_diff": max(diffs), "cosine": min(cosines)},
+        limit={"max_diff": ENCODER_DIFF, "cosine": ENCODER_COSINE},
+        detail="differences in deviations of the features",
+    )
+
+
+def graph_parity(context: Context, name: str, asked: Asked) -> CheckResult:
+    """With a medium's features the graph computes what PyTorch computes with the same matrices, both in fp32."""
+    limits, graph = context.limits, context.graph
+    limit: dict[str, float | str] = {"max_diff": limits.fp32_max_diff, "kld_mean": limits.fp32_kld}
+    if graph is None:
+        detail = "another engine runs the artifact"
+        return CheckResult(name=name, verdict=Verdict.INCONCLUSIVE, limit=limit, detail=detail)
+    from qwen_onnx.verify.teacher import student_of
+
+    token, threads = token_of(context), context.options.threads
+    ids, media = asked
+    # one copy of the weights at a time
+    context.release()
+    wanted = teacher_logits(student_of(context.checkpoint, graph, threads), context.tower, ids, media, token)
+    features = np.concatenate([context.tower.features(medium) for medium in media])
+    given = _given(Table(context.artifact, threads), ids, media, features, token)
+    exact = OnnxScorer(context.artifact, threads, in_float32=True)
+    found = compare(wanted, exact.logits(ids, given), ids, threads)
+    diff, kld = float(found.diff.max()), float(found.kld.mean())
+    verdicts = [at_most(certain(diff), limits.fp32_max_diff), at_most(certain(kld), limits.fp32_kld)]
+    measured: dict[str, float | str] = {"max_diff": diff, "kld_mean": kld, "positions": len(found.kld)}
+    return CheckResult(name=name, verdict=worst(verdicts), measured=measured, limit=limit)
+
+
+def drift(context: Context, name: str, prompts: Mapping[str, Asked]) -> CheckResult:
+    """Teacher-forced on conversations with media, the artifact predicts what PyTorch predicts."""
+    limits = context.limits
+    token, teacher = token_of(context), context.teacher.teacher
+    wanted = [teacher_logits(teacher, context.tower, ids, media, token) for ids, media in prompts.values()]
+    # one copy of the weights at a time
+    context.release()
+    student = _student(context, max(len(ids) for ids, _ in prompts.values()) + 1)
+    parts = []
+    for (ids, media), expected in zip(prompts.values(), wanted, strict=True):
+        found = compare(expected, student(ids, media), ids, context.options.threads)
+        # nobody predicts a part of a medium
+        spoken = np.array(ids[1:]) != token
+        parts.append(Positions(*(column[spoken] for column in vars(found).values())))
+    every = Positions.join(parts)
+    kinds = {f"kld_{kind}": float(part.kld.mean()) for kind, part in zip(prompts, parts, strict=True)}
+    kld, top1 = float(every.kld.mean()), float(every.agree.mean())
+    verdicts = [at_most(certain(kld), limits.kld_mean), at_least(certain(top1), limits.top1)]
+    verdicts += [at_most(certain(value), limits.kld_mean * limits.domain_factor) for value in kinds.values()]
+    return CheckResult(
+        name=name,
+        verdict=worst(verdicts),
+        measured={"kld_mean": kld, "top1": top1, "positions": len(every.kld), **kinds},
+        limit={"kld_mean": limits.kld_mean, "top1": limits.top1},
+    )
+
+
+def _student(context: Context, capacity: int) -> Callable[[Sequence[int], Sequence[Medium]], Logits]:
+    """The artifact's logits about a prompt with media: as it is served, or in one run where states are no rows."""
+    artifact, threads = context.artifact, context.options.threads
+    try:
+        return partial(student_logits, BatchModel(artifact, rows=1, capacity=capacity, threads=threads))
+    except UnsupportedGraphError:
+        scorer, sense = OnnxScorer(artifact, threads), encoder_of(artifact, threads)
+
+    def whole(ids: Sequence[int], media: Sequence[Medium]) -> Logits:
+        features = np.concatenate([sense.encode(medium) for medium in media])
+        return scorer.logits(ids, _given(sense, ids, media, features, sense.token))
+
+    return whole
+
+
+def _given(
+    table: Table, ids: Sequence[int], media: Sequence[Medium], features: Logits, token: int | None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of the decoder for a whole prompt."""
+    given: dict[str, np.ndarray[Any, Any]] = {EMBEDDED: table.embed(np.array([ids]), features)}
+    if pictures := _pictures(media):
+        given["position_ids"] = positions_of(len(ids), pictures, places_of(ids, media, token))[0][:, None]
+    return given
+
+
+def student_logits(model: BatchModel, ids: Sequence[int], media: Sequence[Medium]) -> Logits:
+    """Of the artifact as it is served, piece by piece, [tokens, vocabulary]."""
+    looked = Looked(TokenRequest(tuple(ids), 1, media=tuple(media)), model.sense)
+    found = []
+    for begin in range(0, len(ids), PIECE):
+        end = min(begin + PIECE, len(ids))
+        positions, features = looked.positions(begin, end), looked.features(begin, end)
+        piece = np.array(ids[begin:end], np.int64)
+        found.append(model.every_position(0, piece, begin, positions=positions, features=features).copy())
+    return np.concatenate(found)
+
+
+def teacher_logits(
+    teacher: Teacher, tower: Tower, ids: Sequence[int], media: Sequence[Medium], token: int | None
+) -> Logits:
+    """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary]; pictures have three axes and DeepStack."""
+    import torch
+
+    from qwen_onnx.export.skeleton import call
+    from qwen_onnx.verify.matrices import linear
+
+    with torch.inference_mode():
+        state = teacher.embed(torch.tensor([list(ids)])).clone()
+        features = torch.tensor(np.concatenate([tower.features(medium) for medium in media]))
+        shown, *stacked = features.chunk(features.shape[-1] // state.shape[-1], dim=-1)
+        places = torch.tensor(list(ids)) == token
+        state[0, places] = shown
+        arguments = teacher.arguments(state)
+        turned: dict[str, Any] = {}
+        if (pictures := _pictures(media)) and isinstance(tower.form, Form):
+            positions, _ = positions_of(len(ids), pictures, places_of(ids, media, token))
+            angles = torch.tensor(positions)[:, :, None].float() * teacher.model.model.rotary_emb.inv_freq
+            mixed = _mixed(angles, tower.form)
+            both = torch.cat([mixed, mixed], dim=-1)[None]
+            turned = {"position_embeddings": (both.cos(), both.sin())}
+        for index in range(teacher.count):
+            with teacher.layer(index) as layer:
+                state = call(layer, state, {**arguments[index], **turned})
+            if index < len(stacked):
+                state[0, places] += stacked[index]
+        with teacher.norm() as norm:
+            state = norm(state)
+        found: Logits = linear(state[0], teacher.head()).numpy()
+    return found
+
+
+def _pictures(media: Sequence[Medium]) -> list[Picture]:
+    return [medium for medium in media if isinstance(medium, Picture)]
+
+
+def _mixed(angles: Any, form: Form) -> Any:
+    """Angles [tokens, dimensions] of those on each axis, [3, tokens, dimensions]: in turns, or one behind another."""
+    import torch
+
+    if not form.style.interleaved:
+        return torch.cat([part[axis] for axis, part in enumerate(angles.split(form.sections, dim=-1))], dim=-1)
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        turns = slice(axis, 3 * form.sections[axis], 3)
+        mixed[:, turns] = angles[axis][:, turns]
+    return mixed

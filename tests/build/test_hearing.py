@@ -1,0 +1,37 @@
+"""A folder with a model that hears through the whole main job, and what comes out answers about a sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_onnx.artifact.manifest import open_runnable
+from qwen_onnx.runtime import QwenService
+from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
+from tests.conftest import run_cli
+from tests.fixtures.hearing import make_hearing_checkpoint
+from tests.fixtures.sounds import as_sound, sweep
+
+
+@pytest.mark.release
+def test_a_folder_is_built_and_answers_about_a_sound(tmp_path: Path) -> None:
+    """Through the INT4 pipeline of the CPU: quantised, packed, with encoder and embedding beside the decoder."""
+    folder = make_hearing_checkpoint(tmp_path / "tiny-audio")
+    done = run_cli("optimize", folder, "--output", tmp_path / "artifact", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    opened = open_runnable(tmp_path / "artifact")
+    steps = [step["type"] for step in opened.manifest.plan.olive["passes"].values()]
+    assert steps == ["FisherGptq", "GenAIModelBuilder", "PackWeights", "AudioEncoder"]
+    assert {"audio.onnx", "embedding.onnx", "audio_config.json"} <= opened.manifest.files.keys()
+    content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": "What is it?"}]
+    prompt = ChatPrompt([{"role": "user", "content": content}], sounds=[Attached(as_sound(sweep(1)), "it")])
+    with QwenService(tmp_path / "artifact", threads=1, streams=1) as service:
+        assert service.hears
+        assert service.generate(prompt, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
+
+
+def test_a_target_without_an_encoder_says_so(tmp_path: Path) -> None:
+    done = run_cli("plan", make_hearing_checkpoint(tmp_path / "tiny-audio"), "--target", "cuda")
+    assert done.returncode == 2
+    assert "the audio encoder was tried on the CPU alone" in done.stderr
