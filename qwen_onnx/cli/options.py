@@ -126,13 +126,13 @@ def artifact_at(text: str) -> Path:
 
     Raises:
         ConfigError: the model has several, or none that passed its verification; a recipe has faults.
-        ArtifactError: what has the name of the model, a folder, was made of another one.
+        ArtifactError: nothing was made of the model, a folder; or what has its name was made of another one.
     """
     from qwen_onnx.artifact.manifest import MANIFEST
     from qwen_onnx.artifact.store import REJECTED
     from qwen_onnx.catalog.load import work_root
     from qwen_onnx.catalog.reference import id_of, parse
-    from qwen_onnx.errors import ConfigError
+    from qwen_onnx.errors import ArtifactError, ConfigError
 
     given = Path(text)
     if (given / MANIFEST).exists():
@@ -149,6 +149,10 @@ def artifact_at(text: str) -> Path:
     if isinstance(asked, Path):
         found = of_folder(found, asked)
     passed = [path for path in found if path.suffix != REJECTED]
+    if not found and (given / "config.json").exists():
+        raise ArtifactError(
+            "a checkpoint, of which no artifact is built", where=text, hint=f"qwen-onnx optimize {text}"
+        )
     if len(passed) == 1 or not found:
         return passed[0] if passed else given
     what = f"{text} has several artifacts" if passed else f"no artifact of {text} passed its verification"

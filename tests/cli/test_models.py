@@ -158,7 +158,9 @@ def test_an_artifact_by_its_model(folder: Path, repository: Path) -> None:
     def built(name: str) -> Path:
         return made(place / name, folder / "My-Finetune", origin=folder / "My-Finetune")
 
-    assert artifact_at("./My-Finetune") == Path("My-Finetune"), "nothing is built"
+    with pytest.raises(ArtifactError, match="a checkpoint, of which no artifact is built") as unbuilt:
+        artifact_at("./My-Finetune")
+    assert "qwen-onnx optimize ./My-Finetune" in (unbuilt.value.hint or "")
     rejected = built("cpu-int4.rejected")
     with pytest.raises(ConfigError, match=r"no artifact of \./My-Finetune passed") as caught:
         artifact_at("./My-Finetune")
