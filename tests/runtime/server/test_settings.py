@@ -95,25 +95,20 @@ def test_only_loopback_goes_without_keys(host: str, loopback: bool) -> None:
             settings.check_exposure(keyed=False)
 
 
-def test_keys_and_values_can_be_kept_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "usual", "other", "wrong"), [("speculate", "ngram", "off", "draft"), ("kv_cache", "float", "int8", "int4")]
+)
+def test_how_the_engine_works_can_be_said(
+    name: str, usual: str, other: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = MagicMock()
     monkeypatch.setattr("qwen_onnx.runtime.server.app.QwenService", service)
-    for asked, expected in (({}, "float"), ({"QWEN_ONNX_KV_CACHE": "int8"}, "int8")):
+    variable, option = f"QWEN_ONNX_{name.upper()}", f"--{name.replace('_', '-')}"
+    for asked, expected in (({}, usual), ({variable: other}, other)):
         load_service(Path("folder"), ServerSettings.read(asked), threads=1)
-        assert service.call_args.kwargs["kv_cache"] == expected
-    done = CliRunner().invoke(app, ["serve", "folder", "--kv-cache", "int4"])
+        assert service.call_args.kwargs[name] == expected
+    done = CliRunner().invoke(app, ["serve", "folder", option, wrong])
     assert done.exit_code == 2
-    assert "--kv-cache" in done.output
-
-
-def test_guessing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    service = MagicMock()
-    monkeypatch.setattr("qwen_onnx.runtime.server.app.QwenService", service)
-    for asked, expected in (({}, "ngram"), ({"QWEN_ONNX_SPECULATE": "off"}, "off")):
-        load_service(Path("folder"), ServerSettings.read(asked), threads=1)
-        assert service.call_args.kwargs["speculate"] == expected
-    done = CliRunner().invoke(app, ["serve", "folder", "--speculate", "draft"])
-    assert done.exit_code == 2
-    assert "--speculate" in done.output
-    with pytest.raises(ConfigError, match="speculate"):
-        ServerSettings.read({"QWEN_ONNX_SPECULATE": "draft"})
+    assert option in done.output
+    with pytest.raises(ConfigError, match=name):
+        ServerSettings.read({variable: wrong})
