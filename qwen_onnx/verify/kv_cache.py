@@ -21,7 +21,6 @@ from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import Scorer
 from qwen_onnx.verify.records import CheckResult
 from qwen_onnx.verify.scoring import Positions, compare
-from qwen_onnx.verify.sight import sees
 from qwen_onnx.verify.statistics import at_most, bootstrap
 
 # texts that the scales come from, in turn of each kind that the quantiser reads, too
@@ -90,6 +89,9 @@ def int8_cache(context: Context) -> CheckResult:
 
     Without, nobody can serve it so: that is no fault of the artifact, and the report says why.
     """
+    # its checks come later than this one
+    from qwen_onnx.verify.sight import sees
+
     allowed = context.limits.kv_int8_kld
     if allowed is None or sees(context.artifact):
         reason = "no limit set" if allowed is None else "the scales are those of text, and this model sees pictures"

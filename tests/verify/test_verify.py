@@ -153,7 +153,7 @@ def test_a_level_leaves_out_what_it_does_not_promise(tiny_build: Path, tiny_chec
     options = VerifyOptions(checks=("drift",), **FAST)
     level = Verification.NUMERICS_ON_CPU
     report = verify_artifact(tiny_build, tiny_checkpoint, None, LIMITS, level=level, options=options)
-    assert set(report.not_checked) == {"batched", "latency", "memory"}
+    assert set(report.not_checked) == {"batched", "kv_int8", "latency", "memory"}
     assert "latency" not in {item.name for item in report.checks}
     assert report.verdict is Verdict.INCONCLUSIVE, "what the level promises and was not run must not pass"
     assert report.claim == f"not proven (INCONCLUSIVE); judged by: {level.text}"
@@ -166,7 +166,7 @@ def test_structure_alone_is_never_computed(tiny_build: Path, tiny_checkpoint: Pa
     level = Verification.STRUCTURE
     report = verify_artifact(tiny_build, tiny_checkpoint, None, LIMITS, level=level, options=VerifyOptions(**FAST))
     assert {item.name for item in report.checks} == {"tokenizer", "chat_template", "size"}
-    computed = {"graph_parity", "drift", "kv_decode", "batched", "greedy", "latency", "memory"}
+    computed = {"graph_parity", "drift", "kv_decode", "batched", "greedy", "kv_int8", "latency", "memory"}
     assert set(report.not_checked) == computed
     assert report.verdict is Verdict.PASS
     assert report.claim == "proven: structure of the graph; never run"
