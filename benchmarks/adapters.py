@@ -1,8 +1,9 @@
 """What slots for adapters cost: ``python -m benchmarks.adapters ARTIFACT``, an int4 artifact without slots.
 
-Makes a copy with slots and an adapter of random numbers for all of them, and gives single tokens and pieces of a prompt
-in turns to the artifact, to the copy with empty slots, and to the copy with the adapter. Prints a table, then one line
-of JSON; ratios are to the artifact without slots, brackets hold 95 % bounds.
+Makes a copy with slots and an adapter of random numbers, for all of them or for ``--targets``. Gives single tokens and
+pieces of a prompt in turns to the artifact, to the copy with empty slots, and to the copy with the adapter; slots that
+the adapter does not fill are taken out of the copy. Prints a table, then one line of JSON; ratios are to the artifact
+without slots, brackets hold 95 % bounds.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from qwen_onnx.artifact.adapter_file import write_adapter_file
 from qwen_onnx.artifact.adapter_slots import Slots
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.artifact.manifest import read_manifest
+from qwen_onnx.catalog.training import Matrix
 from qwen_onnx.export.passes.lora_slots.graph import insert_slots
 from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.model import BatchModel
@@ -31,25 +33,26 @@ PIECE, DECODED, NAME = 64, 8, "random"
 Case = tuple[BatchModel, str | None]
 
 
-def random_adapter(file: Path, slots: Slots, weights: str) -> Path:
-    """An adapter of the slots' whole rank for every matrix; its numbers are too small to change much."""
+def random_adapter(file: Path, slots: Slots, weights: str, targets: Collection[str]) -> Path:
+    """An adapter of the slots' whole rank for the matrices ``targets``; its numbers are too small to change much."""
     draw = np.random.default_rng(0).standard_normal
     tensors = {}
     for slot in slots.slots:
+        if not {part.matrix for part in slot.parts} & set(targets):
+            continue
         columns = slots.rank * len(slot.parts)
         for name, shape in ((slot.a, (slot.inputs, columns)), (slot.b, (columns, slot.outputs))):
             tensors[name] = (draw(shape, np.float32) / 100).astype(np.float32)
-    targets = sorted({part.matrix for slot in slots.slots for part in slot.parts})
-    told = {"name": NAME, "base": {"model": "any", "weights": weights}, "rank": slots.rank, "targets": targets}
+    told = {"name": NAME, "base": {"model": "any", "weights": weights}, "rank": slots.rank, "targets": sorted(targets)}
     write_adapter_file(file, tensors, **told, verdict="UNVERIFIED", adapter="0" * 64)
     return file
 
 
-def cases(artifact: Path, scratch: Path, rank: int, threads: int) -> dict[str, Case]:
+def cases(artifact: Path, scratch: Path, rank: int, threads: int, targets: Collection[str]) -> dict[str, Case]:
     """The three of them by name, the one without slots first."""
     copy, weights = scratch / "slots", weights_digest(read_manifest(artifact).source.files)
     slots = insert_slots(artifact / GenaiConfig.read(artifact).graph_file, copy, rank)
-    source = AdapterSource.of(NAME, random_adapter(scratch / "adapter", slots, weights))
+    source = AdapterSource.of(NAME, random_adapter(scratch / "adapter", slots, weights, targets))
     plain = BatchModel(artifact, rows=1, capacity=256, chunk=PIECE, threads=threads)
     model = BatchModel(copy, rows=1, capacity=256, chunk=PIECE, threads=threads, adapters=[source])
     return {"without slots": (plain, None), "empty slots": (model, None), f"rank {rank}": (model, NAME)}
@@ -81,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", nargs="+", choices=get_args(Matrix), default=list(get_args(Matrix)))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument(
@@ -89,7 +93,9 @@ def main() -> None:
     given = parser.parse_args()
     clock = time.process_time if given.cpu else time.perf_counter
     with tempfile.TemporaryDirectory() as scratch:
-        told = timed(cases(given.artifact, Path(scratch), given.rank, given.threads), given.rounds, clock)
+        told = timed(
+            cases(given.artifact, Path(scratch), given.rank, given.threads, given.targets), given.rounds, clock
+        )
     base = next(iter(told.values()))
     table, found = Table("", "decode, ms", "ratio", "64 tokens, ms", "ratio"), {}
     for name, seconds in told.items():

@@ -202,6 +202,12 @@ def check_adapter_file(file: Path) -> AdapterRecord:
     return record
 
 
+def names_in_file(file: Path) -> set[str]:
+    """Names of the tensors that an adapter says it has; see ``check_adapter_file``."""
+    with open_plain(file, ArtifactError, hint=HINT) as opened:
+        return set(_parsed(_read_header(opened, str(file))[1], str(file))[1])
+
+
 def _altered(file: Path) -> ArtifactError:
     return ArtifactError(f"{file.name} is truncated or altered", where=str(file), hint=HINT)
 

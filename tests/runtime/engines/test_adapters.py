@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from qwen_onnx.artifact.adapter_file import names_in_file
 from qwen_onnx.errors import ArtifactError, ConfigError, RequestError
 from qwen_onnx.runtime import Engine, QwenService
 from qwen_onnx.runtime.engines.adapters import AdapterSource, parse_adapters
@@ -92,6 +93,26 @@ def test_slots_that_nobody_fills_are_taken_out(slotted_artifact: Path, exact_art
         assert names[0] == names[1], field
 
 
+def test_slots_stay_that_some_adapter_fills(slotted_artifact: Path, adapters: dict[str, Path]) -> None:
+    def nodes(given: dict[str, Path]) -> int:
+        filled = {name for file in given.values() for name in names_in_file(file)}
+        changed = rewritten(slotted_artifact / "model.onnx", [lambda graph: without_slots(graph, filled)])
+        return len(onnx.load_from_string(changed).graph.node) if changed else whole
+
+    whole = len(onnx.load(str(slotted_artifact / "model.onnx"), load_external_data=False).graph.node)
+    # three nodes for each slot of o, gate and up, in two layers
+    assert nodes(adapters) == whole
+    assert nodes({"some": adapters["some"]}) == whole - 3 * 3 * 2
+    ids = np.array(IDS, np.int64)
+    both, alone = (
+        BatchModel(slotted_artifact, rows=1, capacity=64, threads=1, adapters=sources(given))
+        .every_position(0, ids, 0, adapter="some")
+        .copy()
+        for given in (adapters, {"some": adapters["some"]})
+    )
+    np.testing.assert_array_equal(alone, both)
+
+
 def test_adapters_in_flight_together_answer_as_each_does_alone(engine: BatchEngine) -> None:
     requests = [
         asked("all"),
@@ -141,7 +162,7 @@ def test_slots_that_the_graph_has_not_are_refused(
     assert right in told.value
     told.value = told.value.replace(right, wrong, 1)
     onnx.save(model, str(broken / "model.onnx"))
-    with pytest.raises(ArtifactError, match="the graph has no input"):
+    with pytest.raises(ArtifactError, match=r"the graph has no input|is no slot of this artifact"):
         BatchModel(broken, rows=1, capacity=64, threads=1, adapters=sources(adapters))
 
 

@@ -9,7 +9,7 @@ own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qwen_onnx.artifact.adapter_file import SlotAdapter
+from qwen_onnx.artifact.adapter_file import SlotAdapter, names_in_file
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
 from qwen_onnx.processes.memory import free_memory, return_free_memory
@@ -134,7 +134,9 @@ class BatchModel:
                 f"built for {shape.provider}, which onnxruntime-genai drives", where=str(folder)
             )
         layout = KvLayout.read(folder)
-        self._session = _session(folder, threads, layout, kv_scales, slots=bool(adapters) or swapping is not None)
+        # where others may come, any slot may be filled
+        filled = None if swapping else {name for source in adapters for name in names_in_file(source.file)}
+        self._session = _session(folder, threads, layout, kv_scales, filled)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         past = {name for name, _ in layout.names}
         foreign = sorted(
@@ -158,7 +160,7 @@ class BatchModel:
         # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
-        self.adapters = Shelf(folder, self._session, adapters, swapping)
+        self.adapters = Shelf(folder, self._session, adapters, swapping, filled)
         self._bindings: dict[tuple[int, int, str | None], Any] = {}
         self._check_rows()
 
@@ -358,18 +360,22 @@ def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, An
 
 
 def _session(
-    folder: Path, threads: int | None, layout: KvLayout, kv_scales: Scales | None, *, slots: bool
+    folder: Path, threads: int | None, layout: KvLayout, kv_scales: Scales | None, filled: Collection[str] | None
 ) -> ort.InferenceSession:
+    """Args: ``filled``: inputs whose slots stay; None: all of them."""
+
     def int8(graph: Any) -> bool:
         if kv_scales is None:
             return False
         if EMBEDDED in {entry.name for entry in graph.input}:
-            raise UnsupportedGraphError("an int8 KV cache has the scales of text, and this model sees pictures")
+            raise UnsupportedGraphError("an int8 KV cache has the scales of text, and this model takes more")
         if not with_int8_cache(graph, layout.names, lambda: kv_scales(layout.scales)):
             raise UnsupportedGraphError("not every layer keeps its keys and values in GroupQueryAttention")
         return True
 
-    changes = [with_positions, int8] if slots else [with_positions, int8, without_slots]
+    changes: list[Callable[[Any], bool]] = [with_positions, int8]
+    if filled is not None:
+        changes.append(lambda graph: without_slots(graph, filled))
     graph = folder / GenaiConfig.read(folder).graph_file
     session = open_session(graph, threads, lambda file: rewritten(file, changes))
     # what it folded meanwhile

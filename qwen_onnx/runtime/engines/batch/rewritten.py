@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ def rewritten(model: Path, changes: Sequence[Callable[[Any], bool]]) -> bytes | 
     return serialized
 
 
-def without_slots(graph: Any) -> bool:
+def without_slots(graph: Any, filled: Collection[str] = ()) -> bool:
     """Take out the slots for adapters that nobody fills: their empty products take 9 % of a step.
 
     A slot is ``base + (x A) B``, where A and B are inputs that have a value of their own, of rank 0.
+
+    Args:
+        filled: names of inputs whose slots stay.
     """
-    inputs = {entry.name for entry in graph.input}
+    inputs = {entry.name for entry in graph.input} - set(filled)
     empty = {item.name for item in graph.initializer if item.name in inputs and 0 in item.dims}
     makers = {name: node for node in graph.node for name in node.output}
     gone: list[Any] = []

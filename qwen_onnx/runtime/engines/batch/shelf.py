@@ -25,6 +25,7 @@ class Shelf:
         session: with its graph.
         fixed: that stay; they are not counted into the budget.
         swapping: None: no others come.
+        filled: inputs of the slots that the graph was loaded with; None: all of them.
 
     Raises:
         ArtifactError: the graph has no slots, an adapter does not fit, or is another file than it was.
@@ -36,6 +37,7 @@ class Shelf:
         session: ort.InferenceSession,
         fixed: Sequence[AdapterSource] = (),
         swapping: Swapping | None = None,
+        filled: Collection[str] | None = None,
     ) -> None:
         # least recently used first
         self._held: dict[str, SlotAdapter] = {}
@@ -48,7 +50,7 @@ class Shelf:
         from qwen_onnx.sources.fetch import weights_digest
 
         slots = read_slots(session.get_modelmeta().custom_metadata_map, str(folder))
-        _require_slots(slots, session, folder)
+        _require_slots(slots, session, folder, filled)
         self._fit = slots, weights_digest(read_manifest(folder).source.files)
         self._held = {source.name: self.read(source) for source in fixed}
         for source in swapping.sources if swapping else ():
@@ -147,10 +149,14 @@ class Shelf:
         del self._held[name]
 
 
-def _require_slots(slots: Slots, session: ort.InferenceSession, folder: Path) -> None:
+def _require_slots(
+    slots: Slots, session: ort.InferenceSession, folder: Path, filled: Collection[str] | None = None
+) -> None:
     """ArtifactError where the metadata tells of a slot that the graph has not, or has in another size."""
     inputs = {entry.name: entry for entry in session.get_overridable_initializers()}
     for slot in slots.slots:
+        if filled is not None and not {slot.a, slot.b} & set(filled):
+            continue
         for name, place, size in ((slot.a, 0, slot.inputs), (slot.b, 1, slot.outputs)):
             entry = inputs.get(name)
             known = entry is not None and entry.type == "tensor(float)" and len(entry.shape) == 2
