@@ -159,7 +159,8 @@ class RoutedTokens:
         hessian = torch.zeros(weight.shape[1], weight.shape[1])
         add_products(hessian, seen.states, seen.counts)
         mirror(hessian)
-        found = on_grids(weight, damped(hessian, config.damp), GRIDS, config.refinements)
+        trusted = _trusted(hessian, seen.counts)
+        found = on_grids(weight, damped(trusted, config.damp), GRIDS, config.refinements)
         for grid, one in zip(GRIDS, found, strict=True):
             for part, value in one.packed().items():
                 files[f"{grid.name}|{name}.{part}"][expert] = value
@@ -168,6 +169,21 @@ class RoutedTokens:
         hessian.mul_(total / float(seen.counts.double().sum()))
         shares = seen.squares / max(total, torch.finfo(torch.float32).tiny)
         return [damage(one, weight, hessian, shares, len(self.inputs)) for one in found]
+
+
+def _trusted(hessian: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """A copy whose parts off the diagonal count as the tokens do beside the inputs; of none, rounding is left.
+
+    Errors that GPTQ moves to other inputs fit the tokens that it saw. With few for each input they harm all others.
+
+    Args:
+        hessian: [in, in].
+        counts: [tokens]; unequal ones count as fewer tokens.
+    """
+    tokens = float(counts.double().sum() ** 2 / counts.double().square().sum())
+    result = hessian * (tokens / (tokens + len(hessian)))
+    result.diagonal().copy_(hessian.diagonal())
+    return result
 
 
 def _layout(grid: Grid, sizes: dict[str, tuple[int, ...]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
