@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.starter_vl.exam import is_right, items, wilson
+from training.starter_vl.exam import items, wilson
 from training.starter_vl.pixels import SETTINGS, one_frame
 from training.starter_vl.questions import KINDS, WORDINGS, Asked, ask
 from training.starter_vl.scenes import COLOURS, COUNTS, GRID, PLACES, draw, scene, side_of
@@ -63,15 +63,16 @@ def test_every_question_has_one_right_answer() -> None:
         shown = scene(seed)
         for asked in ask(shown, random.Random(seed)):
             kinds[asked.kind] += 1
+            assert asked.is_right(asked.answer)
             if asked.kind == "count":
-                assert asked.answer.lower() == COUNTS[len(shown.things) - 1]
+                assert asked.fact == COUNTS[len(shown.things) - 1]
             if asked.kind == "digit":
-                assert asked.answer == shown.digit
+                assert asked.fact == shown.digit
             named = [thing for thing in shown.things if thing.shape in asked.question or thing.colour in asked.question]
             if asked.kind in ("colour", "shape", "position") and not shown.digit:
                 assert len(named) == 1
                 facts = {named[0].colour, named[0].shape, PLACES[named[0].place]}
-                assert asked.answer.lower() in facts
+                assert asked.fact in facts
     assert set(kinds) == set(KINDS)
 
 
@@ -108,18 +109,22 @@ def test_the_exam_asks_all_kinds_and_draws_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "right"),
+    ("kind", "fact", "answer", "right"),
     [
-        ("Top left", True),
-        ("top left.", True),
-        (" Top left\n", True),
-        ("Top", False),
-        ("Top left corner", False),
-        ("", False),
+        ("position", "top left", "The star is at the top left.", True),
+        ("position", "top left", "Top left", True),
+        ("position", "top left", "The star is at the top.", False),
+        ("position", "top", "The star is at the top left.", False),
+        ("colour", "red", "It is red and blue.", False),
+        ("colour", "red", "It is bored.", False),
+        ("shape", "circle", "The red shape is a circle.", True),
+        ("digit", "7", "The digit is 17.", False),
+        ("digit", "7", "The digit is 7.", True),
+        ("count", "one", "", False),
     ],
 )
-def test_only_the_answer_itself_is_right(answer: str, right: bool) -> None:
-    assert is_right(answer, Asked("position", "Where is it?", "Top left")) is right
+def test_an_answer_is_right_when_it_names_the_fact_and_no_other(kind: str, fact: str, answer: str, right: bool) -> None:
+    assert Asked(kind, "?", fact, "").is_right(answer) is right
 
 
 def test_bounds_hold_the_share() -> None:

@@ -29,7 +29,7 @@ from training.starter_vl.scenes import SIDES, draw, scene, side_of
 
 # far from the seeds of the training, which count upwards from others
 FIRST_SEED = 900_000_000
-MOST_TOKENS = 8
+MOST_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ def items(count: int, fonts: list[str], first: int = FIRST_SEED) -> Iterator[Ite
         content = io.BytesIO()
         draw(shown, side_of(seed, SIDES[1]), fonts).save(content, "PNG")
         yield Item(seed, content.getvalue(), asked)
-
-
-def is_right(answer: str, asked: Asked) -> bool:
-    """The answer and nothing else, but for case and a full stop."""
-    return answer.strip().rstrip(".").lower() == asked.answer.lower()
 
 
 def answer_of(server: str, model: str, item: Item) -> str:
@@ -113,10 +108,10 @@ def main() -> int:
         model = _json(f"{server}/v1/models")["data"][0]["id"]
         for item in items(options.pictures, fonts):
             answer = answer_of(server, model, item)
-            results[item.asked.kind].append(right := is_right(answer, item.asked))
+            results[item.asked.kind].append(right := item.asked.is_right(answer))
             if not right and options.show:
                 options.show -= 1
-                print(f"seed {item.seed}: {item.asked.question} → {answer!r}, right: {item.asked.answer}")
+                print(f"seed {item.seed}: {item.asked.question} → {answer!r}, right: {item.asked.fact}")
     except (urllib.error.URLError, OSError) as error:
         print(f"the server does not answer: {error}; start it: qwen-onnx serve ARTIFACT", file=sys.stderr)
         return 1

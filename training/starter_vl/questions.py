@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 
-from training.starter_vl.scenes import COUNTS, PLACES, Scene
+from training.starter_vl.scenes import COLOURS, COUNTS, DIGITS, PLACES, SHAPES, Scene
 
 KINDS = ("colour", "shape", "count", "position", "digit")
 # {} is a thing's shape or colour; the first list is for training, the second for the exam alone
@@ -69,13 +70,37 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+# sentences as the language model forms them by itself: a picture then only has to fill in the word
+ANSWERS = {
+    "colour": "The {asked} is {fact}.",
+    "shape": "The {asked} shape is a {fact}.",
+    "count": "There are {fact} shapes.",
+    "position": "The {asked} is at the {fact}.",
+    "digit": "The digit is {fact}.",
+}
+# what may stand for the fact in an answer, the longer before what it begins with
+FACTS: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "count": COUNTS,
+    "position": tuple(sorted(PLACES, key=len, reverse=True)),
+    "digit": tuple(DIGITS),
+}
+
+
 @dataclass(frozen=True)
 class Asked:
-    """A question and its answer, as the model is to give it."""
+    """A question, the fact that it asks for, and the sentence that the model learns to answer with."""
 
     kind: str
     question: str
+    fact: str
     answer: str
+
+    def is_right(self, answer: str) -> bool:
+        """Whether an answer names this fact, and no other of its kind."""
+        found = re.findall(rf"\b({'|'.join(FACTS[self.kind])})\b", answer.lower())
+        return set(found) == {self.fact}
 
 
 def ask(shown: Scene, chance: random.Random, *, exam: bool = False) -> list[Asked]:
@@ -86,7 +111,8 @@ def ask(shown: Scene, chance: random.Random, *, exam: bool = False) -> list[Aske
 
 
 def _asked(kind: str, slot: str, answer: str, chance: random.Random, exam: bool) -> Asked:
-    return Asked(kind, chance.choice(WORDINGS[kind][exam]).format(slot), answer.capitalize())
+    sentence = "There is one shape." if answer == "one" else ANSWERS[kind].format(asked=slot, fact=answer)
+    return Asked(kind, chance.choice(WORDINGS[kind][exam]).format(slot), answer, sentence)
 
 
 def _facts(shown: Scene, chance: random.Random) -> list[tuple[str, str, str]]:

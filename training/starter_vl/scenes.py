@@ -84,7 +84,7 @@ def _thing(chance: random.Random, place: int, count: int) -> Thing:
 
 def side_of(seed: int, most: int = SIDES[1]) -> int:
     """How large the picture of a seed is; small ones are more frequent."""
-    return round(SIDES[0] * (most / SIDES[0]) ** random.Random(~seed).random())
+    return round(SIDES[0] * math.pow(most / SIDES[0], random.Random(~seed).random()))
 
 
 @lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ class Stage:
         return seeds, [scene(seed) for seed in seeds]
 
 
-WORDS = Stage("words", steps=180, batch=4, rate=0.01, warm=8, noise=0.08)
-TOWER = Stage("tower", steps=1200, batch=32, rate=1.2e-3, warm=50)
+# as many steps as two quiet cores make in an hour
+WORDS = Stage("words", steps=1000, batch=2, rate=0.015, warm=5, noise=0.08)
+TOWER = Stage("tower", steps=4000, batch=32, rate=1.2e-3, warm=50)
 
 
 # of a step: the loss, and what to show of it
@@ -110,7 +111,7 @@ class Vocabulary(nn.Module):
         self.table = nn.Parameter(first.clone())
 
 
-def train_words(checkpoint: Path, work: Path, stage: Stage = WORDS) -> None:
+def train_words(checkpoint: Path, work: Path, stage: Stage) -> None:
     """Tune the words through the language model in ``checkpoint``."""
     language = Language(checkpoint)
     words = Vocabulary(first_words(language))
@@ -147,7 +148,7 @@ class Learner(nn.Module):
         self.says, self.names = nn.Linear(joined, SAID), nn.Linear(joined, SAID)
 
 
-def train_tower(fonts: Sequence[str], work: Path, stage: Stage = TOWER) -> None:
+def train_tower(fonts: Sequence[str], work: Path, stage: Stage) -> None:
     """Teach the tower what pictures show."""
     torch.manual_seed(0)
     learner = Learner()
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--fonts", type=Path, help="folder that pip put the font packages into")
     parser.add_argument("--work", type=Path, default=Path(".cache/starter-vl"), help="states of both stages")
     parser.add_argument("--output", type=Path, default=Path("starter-vl.safetensors"))
+    parser.add_argument("--steps", type=int, help="instead of the stage's own number: fewer to try, more to learn more")
     parser.add_argument("--threads", type=int, default=2)
     options: Any = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -203,11 +205,12 @@ def main() -> None:
     if options.stage == "words":
         if options.checkpoint is None:
             parser.error("words needs --checkpoint: qwen-onnx fetch starter prints it")
-        train_words(options.checkpoint, options.work)
+        train_words(options.checkpoint, options.work, replace(WORDS, steps=options.steps or WORDS.steps))
     elif options.stage == "tower":
         if options.fonts is None:
             parser.error("tower needs --fonts")
-        train_tower(fonts_in(options.fonts, TRAINING), options.work)
+        fonts = fonts_in(options.fonts, TRAINING)
+        train_tower(fonts, options.work, replace(TOWER, steps=options.steps or TOWER.steps))
     else:
         print(json.dumps(write_tower(joined(options.work), options.output)))
 
