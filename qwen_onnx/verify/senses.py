@@ -55,12 +55,12 @@ def token_of(context: Context) -> int | None:
 def asked_of(
     context: Context, turns: Mapping[str, Sequence[str]], files: Mapping[str, bytes], words: str
 ) -> dict[str, Asked]:
-    """By name: a conversation about the media of these kinds, answered with ``words``.
+    """By name: a conversation about the media of these kinds, answered with ``words``; text where there is no template.
 
     Args:
         turns: kinds of media in each; files: by kind.
     """
-    from qwen_onnx.runtime.processing.template import ChatTemplate
+    from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
     from qwen_onnx.runtime.service.generation import Attached
     from qwen_onnx.runtime.service.senses import sense_of
 
@@ -69,20 +69,24 @@ def asked_of(
         raise VerificationError("the artifact reads text alone", where=str(context.artifact))
     pictures = sense.kind == "picture"
     part = {"type": "image"} if pictures else {"type": "audio", "audio_url": ""}
-    question = {"type": "text", "text": "What does this show?" if pictures else "What do you hear?"}
-    template = ChatTemplate(context.artifact)
+    question = "What does this show?" if pictures else "What do you hear?"
+    template = ChatTemplate(context.artifact) if has_template(context.artifact) else None
     context_length = GenaiConfig.read(context.artifact, VerificationError).model.context_length
     found = {}
     try:
         for name, kinds in turns.items():
             messages: list[dict[str, Any]] = [
-                {"role": "user", "content": [*(dict(part) for _ in kinds), question]},
+                {"role": "user", "content": [*(dict(part) for _ in kinds), {"type": "text", "text": question}]},
                 {"role": "assistant", "content": words},
             ]
-            ids = template.encode(messages, context.tokenizer, context_length)
+            if template is None:
+                ids = [token_of(context) or 0] * len(kinds) + context.tokenizer.encode(f"{question} {words}")
+            else:
+                ids = template.encode(messages, context.tokenizer, context_length)
             found[name] = sense.take(ids, [Attached(files[kind], kind) for kind in kinds], context_length)
     finally:
-        template.close()
+        if template is not None:
+            template.close()
     return found
 
 

@@ -20,6 +20,7 @@ from qwen_onnx.errors import ArtifactError, ExportError, UnsupportedModelError
 from qwen_onnx.export.passes.audio_encoder.encoder import AUDIO_FILE, write_parts
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.media import Sound
@@ -181,6 +182,13 @@ def test_the_encoder_equals_pytorch_for_every_length(case: Case) -> None:
         (found,) = session.run(None, {"audio_embeds": given, "audio_lengths": np.array([frames])})
         assert found.shape == wanted.shape, frames
         assert np.abs(found - wanted).max() <= 2e-5, frames
+
+
+def test_genai_reads_text_alike(case: Case) -> None:
+    """Presented as a model that it knows; the checks of text measure it so."""
+    ids = words(20, 0)
+    found = list(Engine(case.fp32, threads=1).generate(ids, max_new_tokens=6, stop_on_eos=False))
+    assert found == torch_greedy(case.model(), ids, [], 6)
 
 
 def test_the_prefix_cache_tells_sounds_apart(case: Case) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from qwen_onnx.artifact.audio_config import AUDIO_CONFIG
 from qwen_onnx.records import Verdict
+from qwen_onnx.runtime.processing.template import has_template
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.hearing import AUDIBLE, hears
 from qwen_onnx.verify.sight import VISUAL
@@ -27,6 +28,16 @@ def test_a_good_artifact_passes(hearing_artifact: Path, hearing_checkpoint: Path
     assert hears(hearing_artifact)
     found = verdicts(hearing_artifact, hearing_checkpoint, *sorted(AUDIBLE))
     assert found == dict.fromkeys(AUDIBLE, Verdict.PASS)
+
+
+@pytest.mark.slow
+def test_a_base_model_is_proven_by_text(hearing_artifact: Path, hearing_checkpoint: Path, tmp_path: Path) -> None:
+    """Without a template there is no conversation."""
+    base = Path(shutil.copytree(hearing_artifact, tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    assert not has_template(base)
+    found = verdicts(base, hearing_checkpoint, "hearing", "hearing_parity")
+    assert found == dict.fromkeys(("hearing", "hearing_parity"), Verdict.PASS)
 
 
 def scale_encoder(folder: Path) -> None:

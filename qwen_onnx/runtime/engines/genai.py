@@ -68,6 +68,27 @@ class Shape:
             )
 
 
+def _presented(config: GenaiConfig) -> dict[str, Any]:
+    """What genai is told besides of a model that hears, which reads text alone there.
+
+    genai 0.18 has no type with an audio encoder alone. Gemma 3 is a decoder of embeddings with plain positions: the
+    encoder stands in the place of its vision encoder, which text never runs.
+    """
+    speech, embedding = config.model.speech, config.model.embedding
+    if speech is None or embedding is None:
+        return {}
+    return {
+        "type": "gemma3",
+        "image_token_id": config.model.audio_token_id,
+        "embedding": {"inputs": {"image_features": embedding.inputs.audio_features}},
+        "vision": {
+            "filename": speech.filename,
+            "inputs": {"pixel_values": speech.inputs.audio_embeds},
+            "outputs": {"image_features": speech.outputs.audio_features},
+        },
+    }
+
+
 class Engine:
     """One exported model in this process.
 
@@ -99,7 +120,8 @@ class Engine:
                 session |= UNPACK_QDQ
             if graph is not None:
                 config.add_model_data(GenaiConfig.read(folder).graph_file, graph)
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            told = {"decoder": {"session_options": session}, **_presented(GenaiConfig.read(folder))}
+            config.overlay(json.dumps({"model": told}))
             self._model = og.Model(config)
             # what ONNX Runtime folded while it loaded is freed, and as large as the weights
             return_free_memory()
