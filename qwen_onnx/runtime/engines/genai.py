@@ -120,7 +120,7 @@ class Engine:
                 session |= UNPACK_QDQ
             if graph is not None:
                 config.add_model_data(GenaiConfig.read(folder).graph_file, graph)
-            told = {"decoder": {"session_options": session}, **_presented(GenaiConfig.read(folder))}
+            told: dict[str, Any] = {"decoder": {"session_options": session}, **_presented(GenaiConfig.read(folder))}
             config.overlay(json.dumps({"model": told}))
             self._model = og.Model(config)
             # what ONNX Runtime folded while it loaded is freed, and as large as the weights
