@@ -13,8 +13,8 @@ from torch import Tensor
 from training.starter_vl.questions import Asked
 from training.starter_vl.scenes import GRID
 
-# ids of special tokens that the starter has and never uses
-VISION_START, IMAGE, VISION_END, VIDEO = 8, 9, 10, 16
+# ids of special tokens that the starter has and never uses; the batch engine tries itself out with the ids 1 to 9
+VISION_START, IMAGE, VISION_END, VIDEO = 13, 14, 15, 16
 END, TOKENS, WIDTH = 2, GRID**2, 576
 # dimensions of the positions in time, down and across; half of a head
 SECTIONS = [8, 12, 12]
