@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,23 +21,25 @@ NAME = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-class Experts(NamedTuple):
+@dataclass(frozen=True)
+class Experts:
     """How many there are, and their sides."""
 
-    number: int
+    count: int
     hidden: int
     inner: int
 
     def shape(self, kind: str) -> list[int]:
         """Of the experts in a Qwen3-MoE."""
-        return [self.number, *((2 * self.inner, self.hidden) if kind == "gate_up_proj" else (self.hidden, self.inner))]
+        return [self.count, *((2 * self.inner, self.hidden) if kind == "gate_up_proj" else (self.hidden, self.inner))]
 
 
-class Turned(NamedTuple):
+@dataclass(frozen=True)
+class Turned:
     """Matrices that lie one behind another in a file's data and are transposed there."""
 
     begin: int
-    number: int
+    count: int
     rows: int
     columns: int
     size: int
@@ -72,16 +75,11 @@ def turn_header(header: dict[str, Any], experts: Experts, where: str) -> list[Tu
         if told["shape"] == wanted:
             continue
         size = BYTES.get(str(told.get("dtype")), 0)
-        offsets = told.get("data_offsets")
-        whole = isinstance(offsets, list) and len(offsets) == 2 and all(type(place) is int for place in offsets)
-        if (
-            not isinstance(offsets, list)
-            or not whole
-            or offsets[0] < 0
-            or offsets[1] - offsets[0] != size * math.prod(wanted)
-        ):
-            raise SourceError(f"the header of the weights is damaged at {name}", where=where, hint="fetch it again")
-        found.append(Turned(offsets[0], count, inputs, outputs, size))
+        match told.get("data_offsets"):
+            case [int(begin), int(end)] if size and begin >= 0 and end - begin == size * math.prod(wanted):
+                found.append(Turned(begin, count, inputs, outputs, size))
+            case _:
+                raise SourceError(f"the header of the weights is damaged at {name}", where=where, hint="fetch it again")
         told["shape"] = wanted
     return found
 
@@ -95,7 +93,7 @@ def turn_data(path: Path, start: int, found: list[Turned]) -> None:
     with path.open("r+b") as file:
         for item in found:
             length = item.rows * item.columns * item.size
-            for index in range(item.number):
+            for index in range(item.count):
                 place = start + item.begin + index * length
                 file.seek(place)
                 raw = file.read(length)
