@@ -71,7 +71,8 @@ class Language:
 
     def words(self, text: str) -> Tensor:
         """The mean embedding of a word's tokens."""
-        return self.table[self._encode(f" {text}")].mean(0)
+        found: Tensor = self.table[self._encode(f" {text}")].mean(0)
+        return found
 
     def branches(self, asked: Sequence[Sequence[Asked]]) -> Branches:
         """Of several pictures with their questions."""

@@ -97,7 +97,8 @@ class Block(nn.Module):
     def forward(self, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[pictures, patches, width]."""
         value = value + self.attn(self.norm1(value), cos, sin)
-        return value + self.mlp(self.norm2(value))
+        found: Tensor = value + self.mlp(self.norm2(value))
+        return found
 
 
 class Merger(nn.Module):

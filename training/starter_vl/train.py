@@ -87,7 +87,7 @@ def run(stage: Stage, learned: nn.Module, work: Path, loss_of: Callable[[int], J
             group["lr"] = stage.rate_at(step)
         loss, told = loss_of(step)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         for name, value in told.items():
@@ -183,6 +183,7 @@ def joined(work: Path) -> VisionTower:
     learner.load_state_dict(torch.load(work / "tower.pt", weights_only=True)["learned"])
     words.load_state_dict(torch.load(work / "words.pt", weights_only=True)["learned"])
     tower, last = learner.tower, learner.tower.merger.mlp[2]
+    assert isinstance(last, nn.Linear), "the merger ends in a matrix"
     with torch.no_grad():
         last.weight.copy_(words.table.T @ learner.says.weight)
         last.bias.copy_(learner.says.bias @ words.table)
