@@ -17,6 +17,7 @@ from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_all_plans, make_plan
 from qwen_onnx.catalog.sizes import dimensions
 from qwen_onnx.errors import SourceError
+from qwen_onnx.export.passes.vision_encoder.options import VisionEncoderOptions
 from qwen_onnx.files import folder_bytes
 from tests.conftest import run_cli
 
@@ -65,7 +66,9 @@ def test_every_row_has_an_estimate(repository: Path) -> None:
     assert len(rows) > 50
     for row in rows:
         found = estimate(make_plan(catalog, row.id, "cpu"))
-        assert 0.3 * (row.parameters or 0) < found.artifact < 2 * (row.parameters or 0), row.id
+        # a bound for towers of all sizes, in two bytes a weight
+        tower = 2 * VisionEncoderOptions.weights if row.modality != "text" else 0
+        assert 0.3 * (row.parameters or 0) < found.artifact < 2 * (row.parameters or 0) + tower, row.id
         assert found.disk > found.artifact
         assert found.memory > 600_000_000
 

@@ -110,7 +110,7 @@ def test_a_plan_has_the_name_of_its_weights(folder: Path) -> None:
         (["plan", "My-Finetune"], 2, "no model 'My-Finetune'"),
         (["optimize", "./My-Finetune", "--source", "./My-Finetune"], 2, "the model is a folder already"),
         (["plan", "./My-Finetune", "--recipe", "none.yaml"], 2, "none.yaml: there is no such file"),
-        (["chat", "./My-Finetune"], 6, "not an artifact"),
+        (["chat", "./My-Finetune"], 6, "no artifact is built"),
     ],
 )
 def test_bad_input_is_one_clear_message(folder: Path, arguments: list[str], code: int, words: str) -> None:

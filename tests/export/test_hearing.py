@@ -29,9 +29,10 @@ from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, QWEN2_AUDIO
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
-from tests.export.test_vision import EOS, FP32, INT4, onnx_logits, words
+from tests.export.test_vision import FP32, INT4, onnx_logits
 from tests.fixtures.dequantized import with_weights_of
 from tests.fixtures.hearing import SECONDS, make_hearing_checkpoint
+from tests.fixtures.sight import EOS, words
 from tests.fixtures.sounds import SETTINGS as WHOLE
 from tests.fixtures.sounds import hiss, sweep, tone
 from tests.runtime.engines.batch.test_engine import Heard

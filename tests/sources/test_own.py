@@ -112,7 +112,10 @@ def test_transformers_5_writes_the_number_of_experts_under_another_name(catalog:
 def test_a_mixture_is_built_as_the_catalogue_builds_mixtures(catalog: Catalog, folder: Path) -> None:
     kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
     plan = plan_of(catalog, folder, **kind, **EXPERTS)
-    assert plan.olive["passes"] == make_plan(catalog, "qwen3-30b-a3b", "cpu").olive["passes"]
+    wanted = dict(make_plan(catalog, "qwen3-30b-a3b", "cpu").olive["passes"])
+    # fewer weights than the row's get more bits
+    wanted["quantize"] = {**wanted["quantize"], "bits_per_weight": 5.2}
+    assert plan.olive["passes"] == wanted
     with pytest.raises(ConfigError, match="was proven on the CPU only"):
         plan_of(catalog, folder, "cuda", **kind, **EXPERTS)
 
@@ -179,7 +182,7 @@ def test_yarn_is_part_of_the_model(catalog: Catalog, folder: Path) -> None:
             "Qwen3For",
         ),
         ({"architectures": ["Qwen2ForRewardModel"]}, "cannot be built yet: it gives a score", "qwen-onnx list"),
-        ({"architectures": ["Qwen2AudioForConditionalGeneration"]}, "cannot be built yet: ", "qwen-onnx list"),
+        ({"architectures": ["Qwen3ASRForConditionalGeneration"]}, "cannot be built yet: ", "qwen-onnx list"),
         ({"architectures": None}, "names no architecture", '"Qwen3ForCausalLM"'),
         ({"architectures": [], "model_type": "gpt2"}, "names no architecture", "own config.json"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2', not 'qwen3'", ""),

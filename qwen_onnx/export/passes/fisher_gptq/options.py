@@ -68,14 +68,13 @@ class FisherGptqOptions(PassOptions):
             return Stored(body, head, 4 * model.tables, scales=scales, planes=planes)
         routed = model.layers * model.experts
         plain, blocks = model.body - floats - routed, (weights - routed) // BLOCK + routed // EXPERT_BLOCK
-        head = self._coded(model.tables, 8, KERNEL_BLOCK)
+        # finer blocks of 8 bits repeat scales, which count once
+        head = self._coded(model.tables, 8)
         # scales of two bytes count in bits_per_weight, and are stored in four
         body = int(weights * bits / 8 - model.tables * self.head_bits / 8) + 2 * blocks
         most = self._coded(plain, 8) + self._coded(routed, 4, BLOCK // 4)
         body = min(max(body, self._coded(plain + routed, 4)), most)
-        # finer blocks of 8 bits repeat scales, which are stored once
-        planes = body - 2 * blocks + 4 * floats + int(model.tables * self.head_bits / 8)
-        return Stored(body + 4 * floats, head, 4 * model.tables, scales=blocks, planes=planes)
+        return Stored(body + 4 * floats, head, 4 * model.tables, scales=blocks)
 
     @staticmethod
     def _coded(weights: int, bits: int, block: int = BLOCK) -> int:
