@@ -37,9 +37,10 @@ def write_embedding(checkpoint: Path, output: Path, *, features: str, token: int
         hidden: dimensions of the table; width: of the features. With DeepStack every row has room behind it for what
             layers add: zeros but for pictures.
     """
-    vocabulary = read_json(checkpoint / "config.json")["vocab_size"]
+    config = read_json(checkpoint / "config.json")
+    vocabulary = (config.get("text_config") or config)["vocab_size"]
     with DataFile(output / f"{EMBEDDING_FILE}.data") as data:
-        draw = Drawing(CheckpointWeights(checkpoint), data)
+        draw = Drawing(CheckpointWeights(checkpoint, plain=True), data)
         table, kind = draw.table(TABLE, (vocabulary, hidden))
         rows = draw.node("Gather", table, IDS, axis=0)
         rows = rows if kind == FLOAT else draw.node("Cast", rows, to=FLOAT)

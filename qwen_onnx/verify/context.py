@@ -127,12 +127,16 @@ class Context:
         """Layers of the artifact that are loaded at once; None for all of them."""
         if self.options.layers_at_once or self._runner:
             return self.options.layers_at_once
-        free, size, graph = free_memory(), folder_bytes(self.artifact), self._graph()
-        if free >= size + MAPPED_BESIDE and not graph.half and any(node.op_type in QUANTIZED for node in graph.nodes):
-            return None
+        free, size = free_memory(), folder_bytes(self.artifact)
         share = max(free - BESIDE, free / 2) / (SESSION_COPIES * size)
         layers = GenaiConfig.read(self.artifact, VerificationError).model.decoder.num_hidden_layers
-        return None if share >= 1 or layers is None else max(int(share * layers), 1)
+        if share >= 1 or layers is None or (free >= size + MAPPED_BESIDE and self._stays_mapped()):
+            return None
+        return max(int(share * layers), 1)
+
+    def _stays_mapped(self) -> bool:
+        graph = self._graph()
+        return not graph.half and any(node.op_type in QUANTIZED for node in graph.nodes)
 
     @cached_property
     def teacher(self) -> Answers:

@@ -240,7 +240,7 @@ def test_a_process_scores_and_answers(tiny_build: Path) -> None:
     for streams in (1, 3):
         worker = Worker(model, threads=1, streams=streams, capacity=64)
         try:
-            speeds = worker.run([ids[stream:] for stream in range(streams)], 12)
+            speeds = worker.run([ids[stream:] for stream in range(streams)], 40)
             assert speeds.prefill > 0
             assert speeds.decode > 0
             assert worker.peak_rss() > 10**7

@@ -38,7 +38,7 @@ ASKED: dict[str, Any] = {
     "body_bits": 4,
     "head_bits": 8,
     "block_size": 64,
-    "finer_blocks": [32],
+    "finer_blocks": [32, 16],
     "symmetric": False,
     "accuracy_level": 1,
 }

@@ -15,7 +15,7 @@ from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
-from qwen_onnx.verify.tower import Tower
+from qwen_onnx.verify.tower import VisionTower
 from tests.export.test_vision import Case, assert_served, built, dequantized
 from tests.fixtures.pictures import as_file, chart
 from tests.fixtures.sight import prompt_of, prompts, seen, torch_logits, words
@@ -64,7 +64,7 @@ def test_the_tower_is_that_of_the_checkpoint(case: Case) -> None:
     (picture,) = seen(case.fp32, (120, 60))
     with torch.inference_mode():
         wanted = case.model().model.visual(torch.tensor(picture.pixels), torch.tensor([picture.grid])).pooler_output
-    assert np.abs(Tower(case.text).features(picture) - wanted.numpy()).max() <= 1e-5
+    assert np.abs(VisionTower(case.text).features(picture) - wanted.numpy()).max() <= 1e-5
 
 
 def test_a_service_answers_about_a_picture(case: Case) -> None:
