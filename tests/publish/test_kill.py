@@ -50,7 +50,7 @@ def killed_at(place: str, call: int, *arguments: object) -> None:
         ("qwen_onnx.sources.transfer:_append", 5),
         ("qwen_onnx.sources.transfer:_compare", 5),
         ("qwen_onnx.publish.receive:put_in_place", 1),
-        ("qwen_onnx.publish.receive:verify_package", 1),
+        ("qwen_onnx.publish.receive:verify_any", 1),
         ("shutil:rmtree", 1),
     ],
 )
