@@ -133,7 +133,9 @@ def test_a_failure_inside_olive_is_an_error_with_its_log(checkout: Path, tiny_ch
 def test_a_graph_that_is_not_what_was_asked_for_is_refused(
     checkout: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    edit_int4(checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["readback"].update(block_size=32))
+    edit_int4(
+        checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["readback"].update(block_size=32, finer_blocks=[])
+    )
     target = tmp_path / "out/int4"
     done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)
     assert done.returncode == 5
