@@ -5,9 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 COMMIT = r"[0-9a-f]{40}"
 # ORG/NAME on a hub
@@ -21,6 +28,22 @@ class Record(BaseModel):
     """Frozen, strict about its keys: what a user mistypes is never ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Grown(Record):
+    """A record that is digested and got fields since: ``added`` are left out as long as they have their defaults.
+
+    The digest of what does not ask for them thus stays what it was.
+    """
+
+    added: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = serialize(self)
+        fields = type(self).model_fields
+        usual = {name for name in self.added if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in found.items() if name not in usual}
 
 
 class Verdict(StrEnum):

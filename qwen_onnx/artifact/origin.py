@@ -13,7 +13,7 @@ from qwen_onnx.artifact.manifest import MANIFEST, Manifest, read_manifest
 from qwen_onnx.artifact.store import rejected_place
 from qwen_onnx.bounded import read_record
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.catalog.schema import FolderSource, HubSource
+from qwen_onnx.catalog.sources import FolderSource, HubSource
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.files import write_private
 from qwen_onnx.records import Record

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import Field, ValidationError
 
 from qwen_onnx.catalog.architectures import senses
 from qwen_onnx.catalog.faults import describe, find, step_faults
@@ -19,28 +19,24 @@ from qwen_onnx.catalog.schema import (
     About,
     Build,
     Family,
-    FolderSource,
-    HubSource,
     Limits,
     Pipeline,
     Precision,
     Readback,
     Row,
     Shape,
-    Source,
     Variant,
     Verification,
 )
+from qwen_onnx.catalog.sources import FolderSource, HubSource, Source
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.environments import Environment
-from qwen_onnx.records import Name, Record, Sha256, digest_of
+from qwen_onnx.records import Grown, Name, Record, Sha256, digest_of
 
 # the step that writes a vision tower
 VISION, AUDIO = "VisionEncoder", "AudioEncoder"
 # what every record of a model says that no recipe of ours describes
 UNCATALOGUED = "the model is not in the catalogue"
-# fields that only some plans have: the digests of all others stay what they were
-UNUSUAL = {"catalogued": True, "quantization": None, "rope": None, "adapter": None}
 
 
 class Adapted(Record):
@@ -59,12 +55,14 @@ class Adapted(Record):
     data: Sha256 | None = None
 
 
-class Plan(Record):
+class Plan(Grown):
     """Everything that decides what the artifact will be, and nothing of this machine.
 
     ``olive`` is a complete Olive run config; its paths are relative to the folder that Olive runs in. ``about`` is for
     what comes after the build: a manifest holds it beside the plan.
     """
+
+    added = frozenset({"catalogued", "quantization", "rope", "adapter"})
 
     model: str
     title: str
@@ -89,11 +87,6 @@ class Plan(Record):
     limits: Limits
     # a language more on a card is not another artifact: neither in the JSON nor in the digest
     about: About | None = Field(default=None, exclude=True)
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = serialize(self)
-        return {name: value for name, value in found.items() if name not in UNUSUAL or value != UNUSUAL[name]}
 
     @property
     def digest(self) -> str:

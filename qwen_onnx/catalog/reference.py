@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_onnx.catalog.load import Catalog
-from qwen_onnx.catalog.schema import HubSource, Row
+from qwen_onnx.catalog.schema import Row
+from qwen_onnx.catalog.sources import HubSource
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.records import COMMIT, REPOSITORY, digest_of
 

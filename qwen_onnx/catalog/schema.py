@@ -6,27 +6,22 @@ A *pipeline* (one file per target) holds Olive passes as named steps; a *family*
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from qwen_onnx.catalog.architectures import ARCHITECTURES, HEARING, SEEING
+from qwen_onnx.catalog.sources import Source
 from qwen_onnx.processes.environments import Environment
-from qwen_onnx.records import COMMIT, Name, Reason, Record, Sha256
+from qwen_onnx.records import Grown, Name, Reason, Record
 
 Precision = Literal["int4", "int6", "int8", "fp16", "fp32"]
 Kind = Literal["base", "chat", "thinking", "hybrid"]
 Task = Literal["general", "coding", "math"]
 
 
-def _without(found: dict[str, Any], unset: str) -> dict[str, Any]:
-    """``found`` without a field that is null: the digests of plans that do not ask for it stay what they were."""
-    return {name: value for name, value in found.items() if name != unset or value is not None}
-
-
-class Limits(Record):
+class Limits(Grown):
     """What an artifact must reach to be called proven.
 
     ``kld_*`` are nats per token against PyTorch fp32, ``top1`` a fraction,
@@ -34,6 +29,8 @@ class Limits(Record):
     peak memory over PyTorch's, ``max_bytes`` its size on disk. ``kv_int8_kld`` is what an int8 KV cache may add to
     the mean KLD; where it adds more, the artifact is not served with one.
     """
+
+    added = frozenset({"kv_int8_kld"})
 
     kld_mean: float = Field(gt=0)
     kld_p99: float = Field(gt=0)
@@ -47,12 +44,6 @@ class Limits(Record):
     max_bytes: int | None = Field(default=None, gt=0)
     max_memory: float | None = Field(default=None, gt=0)
     kv_int8_kld: float | None = Field(default=None, gt=0)
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # the digests of plans that do not ask for it stay what they were
-        found: dict[str, Any] = serialize(self)
-        return {name: value for name, value in found.items() if name != "kv_int8_kld" or value is not None}
 
 
 class Larger(Record):
@@ -106,27 +97,25 @@ class Step(Record):
     config: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class ExpertReadback(Record):
+class ExpertReadback(Grown):
     """What the finished graph must hold in every QMoE node."""
+
+    added = frozenset({"finer_blocks"})
 
     bits: Literal[4, 8]
     block_size: int = Field(gt=0)
     finer_blocks: tuple[int, ...] = Field(default=(), description="block sizes that a layer may have instead")
     symmetric: bool
 
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # the digests of plans that do not ask for it stay what they were
-        found: dict[str, Any] = serialize(self)
-        return {name: value for name, value in found.items() if name != "finer_blocks" or value}
 
-
-class Readback(Record):
+class Readback(Grown):
     """What the finished graph must hold; compared with the graph itself, never with the request.
 
     Bits of 16 and 32 are floats, but in the form HTP all inputs, outputs and activations of 16 bits are codes.
     ``io_bits`` are those of the logits and the KV cache.
     """
+
+    added = frozenset({"scale_block"})
 
     form: Literal["MatMulNBits", "QDQ", "HTP", "float", "OpenVINO"] = Field(
         default="MatMulNBits", description="how weights are stored"
@@ -152,10 +141,6 @@ class Readback(Record):
     htp_arch: str | None = Field(default=None, description="version of that chip's HTP")
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
     experts: ExpertReadback | None = Field(default=None, description="of a mixture of experts; null: there are none")
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "scale_block")
 
     @model_validator(mode="after")
     def _says_what_its_form_has(self) -> Readback:
@@ -248,61 +233,6 @@ class Variants(Record):
     """The variants of one target: ``pipelines/variants/<target>.yaml``."""
 
     variants: tuple[Variant, ...] = Field(min_length=1)
-
-
-class HubSource(Record):
-    """A checkpoint on Hugging Face Hub or ModelScope, pinned by revision."""
-
-    kind: Literal["huggingface", "modelscope"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    revision: str | None = Field(
-        default=None, description="commit id; absent when none was looked up, then only a local SOURCE can be built"
-    )
-
-    @model_validator(mode="after")
-    def _revision_is_a_commit(self) -> HubSource:
-        # ModelScope's own branch, of which nobody looked up a commit: it is pinned when it is fetched
-        branch = self.kind == "modelscope" and self.revision == "master"
-        if self.revision is not None and not branch and not re.fullmatch(COMMIT, self.revision):
-            raise ValueError(f"revision: {self.revision!r} is not a commit id of 40 hex digits")
-        return self
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether the revision names one state of the repository for ever."""
-        return self.revision is not None and re.fullmatch(COMMIT, self.revision) is not None
-
-
-class TowerFile(Record):
-    """A vision tower of our own, in ``qwen_onnx/sources/towers``, for the model that it was trained with."""
-
-    file: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*\.safetensors$", description="its bare name")
-    sha256: Sha256
-
-
-class WheelSource(Record):
-    """A GGUF file inside a wheel of the Python package index."""
-
-    kind: Literal["wheel"]
-    package: Name
-    version: str = Field(min_length=1)
-    file: str = Field(min_length=1, description="path of the GGUF inside the wheel")
-    sha256: Sha256
-    tower: TowerFile | None = Field(default=None, description="what it sees with; null: it reads text alone")
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "tower")
-
-
-class FolderSource(Record):
-    """A checkpoint folder of this machine: its name, and never its path; the command line says where it is."""
-
-    kind: Literal["folder"]
-    name: str = Field(min_length=1, max_length=255)
-
-
-Source = Annotated[HubSource | WheelSource | FolderSource, Field(discriminator="kind")]
 
 
 class Override(Record):

@@ -10,8 +10,9 @@ from typing import Any
 
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import Family, FolderSource, Row, Verification
+from qwen_onnx.catalog.schema import Family, Row, Verification
 from qwen_onnx.catalog.sizes import dimensions, graph_bytes
+from qwen_onnx.catalog.sources import FolderSource
 from qwen_onnx.errors import ConfigError
 
 # licences whose text allows commercial use without asking, up to their own limits of users

@@ -13,7 +13,8 @@ from qwen_onnx.catalog.architectures import DENSE, MIXTURES, QWEN1, text_config
 from qwen_onnx.catalog.costs import Dimensions, Stored, as_floats
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions, options_of
-from qwen_onnx.catalog.schema import Shape, WheelSource
+from qwen_onnx.catalog.schema import Shape
+from qwen_onnx.catalog.sources import WheelSource
 from qwen_onnx.errors import SourceError
 
 TOKENIZER_BYTES = 11_400_000  # tokenizer.json of Qwen2 to Qwen3; a local checkpoint's own is looked at

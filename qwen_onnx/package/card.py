@@ -14,7 +14,8 @@ import yaml
 
 from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.catalog.schema import About, HubSource
+from qwen_onnx.catalog.schema import About
+from qwen_onnx.catalog.sources import HubSource
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.devices_proven import device_records
 from qwen_onnx.package.records import PackageRecord

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from qwen_onnx.bounded import read_bytes, read_record
 from qwen_onnx.catalog.reference import HubName, folder_name
-from qwen_onnx.catalog.schema import FolderSource, HubSource
+from qwen_onnx.catalog.sources import FolderSource, HubSource
 from qwen_onnx.errors import SourceError
 from qwen_onnx.files import write_private
 from qwen_onnx.records import Record

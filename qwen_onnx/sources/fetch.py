@@ -17,7 +17,7 @@ from pathlib import Path
 from qwen_onnx.artifact.code import code_digest
 from qwen_onnx.catalog.plan import Adapted, Plan
 from qwen_onnx.catalog.reference import folder_name
-from qwen_onnx.catalog.schema import FolderSource, HubSource, Source, TowerFile, WheelSource
+from qwen_onnx.catalog.sources import FolderSource, HubSource, Source, TowerFile, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import CHECKSUMS, file_checksums, sha256_of
 from qwen_onnx.records import Record, digest_of

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from qwen_onnx.artifact.store import build_lock
 from qwen_onnx.bounded import read_json
 from qwen_onnx.catalog.reference import HubName
-from qwen_onnx.catalog.schema import HubSource
+from qwen_onnx.catalog.sources import HubSource
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError
 from qwen_onnx.files import CHECKSUMS, LICENCE_FILES, file_checksums, write_private
 from qwen_onnx.records import COMMIT

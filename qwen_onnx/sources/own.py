@@ -16,8 +16,9 @@ from qwen_onnx.catalog.architectures import ARCHITECTURES, HEARING, HYBRIDS, QWE
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.reference import HubName, folder_name, id_of, parse, row_of
-from qwen_onnx.catalog.schema import Family, FolderSource, HubSource, Kind, Row
+from qwen_onnx.catalog.schema import Family, Kind, Row
 from qwen_onnx.catalog.sizes import LARGEST_CONFIG, shape_of
+from qwen_onnx.catalog.sources import FolderSource, HubSource
 from qwen_onnx.catalog.weights import count_weights
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.sources import facts as told

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_onnx.artifact.store import noticing_full_disk
-from qwen_onnx.catalog.schema import WheelSource
+from qwen_onnx.catalog.sources import WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError, full_disk
 from qwen_onnx.files import sha256_of
 from qwen_onnx.sources.transfer import Progress

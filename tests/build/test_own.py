@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_onnx.artifact.manifest import open_artifact
 from qwen_onnx.catalog.plan import UNCATALOGUED
-from qwen_onnx.catalog.schema import FolderSource
+from qwen_onnx.catalog.sources import FolderSource
 from qwen_onnx.verify.report import load_report
 from tests.conftest import make_tiny_checkpoint, rewrite_json, run_cli
 from tests.fixtures.architectures import make_checkpoint

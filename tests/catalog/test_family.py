@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from qwen_onnx.catalog.load import load_catalog
-from qwen_onnx.catalog.schema import HubSource, Row
+from qwen_onnx.catalog.schema import Row
+from qwen_onnx.catalog.sources import HubSource
 
 LISTS = sorted(Path(__file__).parent.glob("family-*.yaml"))
 # issue 14: rows that need no code

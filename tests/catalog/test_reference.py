@@ -9,7 +9,7 @@ import pytest
 
 from qwen_onnx.catalog.load import Catalog, load_catalog
 from qwen_onnx.catalog.reference import HubName, folder_name, id_of, parse, row_of
-from qwen_onnx.catalog.schema import HubSource
+from qwen_onnx.catalog.sources import HubSource
 from qwen_onnx.errors import ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

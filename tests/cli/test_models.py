@@ -17,7 +17,7 @@ from qwen_onnx.artifact.manifest import Manifest, read_manifest
 from qwen_onnx.artifact.origin import origin_of, record_origin, require_replaceable
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import UNCATALOGUED, Adapted, Plan, adapted, make_plan
-from qwen_onnx.catalog.schema import FolderSource, HubSource
+from qwen_onnx.catalog.sources import FolderSource, HubSource
 from qwen_onnx.cli.app import app
 from qwen_onnx.cli.options import artifact_at, wanted
 from qwen_onnx.errors import ArtifactError, ConfigError, QwenOnnxError

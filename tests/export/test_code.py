@@ -11,7 +11,7 @@ import pytest
 from qwen_onnx.artifact.code import NEUTRAL, code_digest, code_files
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import WheelSource
+from qwen_onnx.catalog.sources import WheelSource
 from qwen_onnx.errors import EnvironmentFault
 from qwen_onnx.export.code import exporter_digest, modules_of
 from qwen_onnx.files import CHECKSUMS

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from qwen_onnx.catalog.schema import HubSource, Shape
+from qwen_onnx.catalog.schema import Shape
+from qwen_onnx.catalog.sources import HubSource
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.sources.checkpoint import INDEX_FILE, check_config, contradictions, read_json, shards
 from qwen_onnx.sources.hub import HubReader

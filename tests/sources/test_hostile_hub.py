@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qwen_onnx.catalog.schema import HubSource
+from qwen_onnx.catalog.sources import HubSource
 from qwen_onnx.errors import SourceError
 from qwen_onnx.sources.hub import download
 from tests.fixtures.fake_server import Handler, running

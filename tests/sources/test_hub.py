@@ -16,7 +16,8 @@ import pytest
 
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import HubSource, Shape, WheelSource
+from qwen_onnx.catalog.schema import Shape
+from qwen_onnx.catalog.sources import HubSource, WheelSource
 from qwen_onnx.errors import ChecksumError, SourceError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.records import digest_of

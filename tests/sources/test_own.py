@@ -11,7 +11,7 @@ import pytest
 
 from qwen_onnx.catalog.load import Catalog, load_catalog
 from qwen_onnx.catalog.plan import UNCATALOGUED, Plan, make_plan
-from qwen_onnx.catalog.schema import FolderSource
+from qwen_onnx.catalog.sources import FolderSource
 from qwen_onnx.errors import ConfigError, QwenOnnxError, SourceError, UnsupportedModelError
 from qwen_onnx.sources.card import base_of, licence_of
 from qwen_onnx.sources.facts import LARGEST_SMALL

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
-from qwen_onnx.catalog.schema import Shape, WheelSource
+from qwen_onnx.catalog.schema import Shape
+from qwen_onnx.catalog.sources import WheelSource
 from qwen_onnx.errors import ChecksumError, QwenOnnxError, SourceError, UnsupportedModelError
 from qwen_onnx.sources.fetch import expected_revisions, fetch
 from qwen_onnx.sources.gguf import write_dithered_checkpoint

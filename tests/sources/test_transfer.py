@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qwen_onnx.catalog.schema import HubSource
+from qwen_onnx.catalog.sources import HubSource
 from qwen_onnx.errors import ChecksumError, EnvironmentFault, SourceError
 from qwen_onnx.sources.hub import download
 from qwen_onnx.sources.remote import CHECKPOINT_FAULTS, Interrupted, RemoteFile
