@@ -27,9 +27,10 @@ from rich.console import Console
 from benchmarks.figures import Bound, Figure, conclude
 from qwen_onnx.artifact.kv_scales import scales_of
 from qwen_onnx.errors import ConfigError, run
+from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.genai import Shape
-from qwen_onnx.verify.kv_cache import CHUNK, reach
+from qwen_onnx.verify.kv_cache import reach
 
 MOST_ROWS, TOKEN = 4, 16
 FLOAT, INT8 = "float", "int8"
@@ -52,12 +53,12 @@ class Bench:
 
     def __init__(self, folder: Path, options: Options) -> None:
         self._options = options
-        room = max(options.depths) + max(CHUNK, options.tokens)
+        room = max(options.depths) + max(PREFILL_CHUNK, options.tokens)
         context = Shape.read(folder).context_length
         if room > context:
             raise ConfigError([f"--depths: the model's context holds {context} tokens, {room} are needed"])
         self._ids = np.random.default_rng(0).integers(TOKEN, Shape.read(folder).vocab_size // 2, (1, room))
-        sizes: dict[str, Any] = {"rows": max(options.rows), "capacity": room, "chunk": CHUNK}
+        sizes: dict[str, Any] = {"rows": max(options.rows), "capacity": room, "chunk": PREFILL_CHUNK}
         plain = BatchModel(folder, threads=options.threads, **sizes)
         self._filled = 0
         self._models = {FLOAT: plain}
@@ -74,8 +75,8 @@ class Bench:
     def _read(self, depth: int) -> None:
         """Every row of both holds the text's first ``depth`` tokens: pages that were never written cost nothing."""
         for model in self._models.values():
-            for begin in range(self._filled, depth, CHUNK):
-                model.extend(0, self._ids[:, begin : min(begin + CHUNK, depth)], [begin])
+            for begin in range(self._filled, depth, PREFILL_CHUNK):
+                model.extend(0, self._ids[:, begin : min(begin + PREFILL_CHUNK, depth)], [begin])
             for row in range(1, model.rows):
                 model.copy(0, row, depth)
         self._filled = depth
@@ -93,8 +94,8 @@ class Bench:
     def _round(self, depth: int, order: Sequence[str]) -> dict[str, tuple[int, dict[str, float]]]:
         """Tokens and seconds of each model, by kind of step; what rows hold behind ``depth`` is written over."""
         told: dict[str, tuple[int, dict[str, float]]] = {}
-        piece = self._ids[:, depth : depth + CHUNK]
-        told[f"prefill_behind_{depth}"] = CHUNK, {name: self._timed(name, [(piece, depth)]) for name in order}
+        piece = self._ids[:, depth : depth + PREFILL_CHUNK]
+        told[f"prefill_behind_{depth}"] = PREFILL_CHUNK, {name: self._timed(name, [(piece, depth)]) for name in order}
         for rows in self._options.rows:
             column = np.full((rows, 1), TOKEN, np.int64)
             steps = [(column, depth + index) for index in range(self._options.tokens)]

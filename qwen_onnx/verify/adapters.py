@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from qwen_onnx.artifact.adapter_file import AdapterDrift, AdapterRecord, graph_digest, read_adapter_file, write_drift
 from qwen_onnx.artifact.adapter_slots import slots_of_graph
 from qwen_onnx.artifact.genai_config import GenaiConfig
@@ -21,6 +19,7 @@ from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import Scorer
 from qwen_onnx.verify.records import VerifyOptions
 from qwen_onnx.verify.scratch import scratch_folder
+from qwen_onnx.verify.served import served_logits
 from qwen_onnx.verify.softmax import Logits
 
 NAME = "adapter"
@@ -39,13 +38,7 @@ class _Adapted:
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Of all positions, float32."""
-        told = np.asarray(ids, np.int64)
-        pieces = [
-            self._model.every_position(0, told[begin : begin + PREFILL_CHUNK], begin, adapter=NAME).copy()
-            for begin in range(0, len(told), PREFILL_CHUNK)
-        ]
-        found: Logits = np.concatenate(pieces)
-        return found
+        return served_logits(self._model, ids, adapter=NAME)
 
 
 class _Context(Context):

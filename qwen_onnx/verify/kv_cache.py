@@ -15,17 +15,18 @@ from qwen_onnx.artifact.kv_scales import Floats, scales_of
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
+from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.model import BatchModel, UnsupportedGraphError
 from qwen_onnx.verify.checks import TIMED, check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import Scorer
 from qwen_onnx.verify.records import CheckResult
 from qwen_onnx.verify.scoring import Positions, compare
+from qwen_onnx.verify.served import served_logits
 from qwen_onnx.verify.statistics import at_most, bootstrap
 
 # texts that the scales come from, in turn of each kind that the quantiser reads, too
 WINDOWS, WINDOW, SEED = 16, 256, 0
-CHUNK = 64
 
 
 def reach(held: Floats) -> Floats:
@@ -52,11 +53,11 @@ def calibrated(folder: Path, texts: Sequence[Sequence[int]], threads: int) -> Fl
     Raises:
         UnsupportedGraphError: the artifact is not served in batches.
     """
-    model = BatchModel(folder, rows=1, capacity=max(map(len, texts)), chunk=CHUNK, threads=threads)
+    model = BatchModel(folder, rows=1, capacity=max(map(len, texts)), chunk=PREFILL_CHUNK, threads=threads)
     furthest = []
     for ids in texts:
-        for begin in range(0, len(ids), CHUNK):
-            model.extend(0, np.array([ids[begin : begin + CHUNK]]), [begin])
+        for begin in range(0, len(ids), PREFILL_CHUNK):
+            model.extend(0, np.array([ids[begin : begin + PREFILL_CHUNK]]), [begin])
         furthest.append(reach(model.held(0, len(ids))))
     return scales_of(np.max(furthest, axis=0))
 
@@ -70,16 +71,12 @@ def int8_positions(
         UnsupportedGraphError: the graph can have no such cache.
     """
     size = max(map(len, texts))
-    model = BatchModel(folder, rows=1, capacity=size, chunk=CHUNK, threads=threads, kv_scales=lambda _: scales)
+    model = BatchModel(folder, rows=1, capacity=size, chunk=PREFILL_CHUNK, threads=threads, kv_scales=lambda _: scales)
     if not model.tells_every_position:
         raise UnsupportedGraphError("its graph tells the last position alone", where=str(folder))
     found = []
     for ids in texts:
-        logits = np.empty((len(ids), model.vocab_size), np.float32)
-        for begin in range(0, len(ids), CHUNK):
-            piece = np.array(ids[begin : begin + CHUNK])
-            logits[begin : begin + CHUNK] = model.every_position(0, piece, begin)
-        found.append(compare(teacher.logits(ids), logits, ids, threads))
+        found.append(compare(teacher.logits(ids), served_logits(model, ids), ids, threads))
     return found
 
 

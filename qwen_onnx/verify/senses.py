@@ -22,6 +22,7 @@ from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.records import CheckResult, worst
 from qwen_onnx.verify.results import certain
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
+from qwen_onnx.verify.served import served_logits
 from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.statistics import at_least, at_most
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 # fp32 on both sides: the order of additions is all that differs
 ENCODER_DIFF, ENCODER_COSINE = 2e-3, 0.99999
-PIECE = 64
 # ids with room for media, and these
 Asked = tuple[list[int], tuple[Medium, ...]]
 
@@ -191,13 +191,7 @@ def _given(
 def student_logits(model: BatchModel, ids: Sequence[int], media: Sequence[Medium]) -> Logits:
     """Of the artifact as it is served, piece by piece, [tokens, vocabulary]."""
     looked = Looked(TokenRequest(tuple(ids), 1, media=tuple(media)), model.sense)
-    found = []
-    for begin in range(0, len(ids), PIECE):
-        end = min(begin + PIECE, len(ids))
-        positions, features = looked.positions(begin, end), looked.features(begin, end)
-        piece = np.array(ids[begin:end], np.int64)
-        found.append(model.every_position(0, piece, begin, positions=positions, features=features).copy())
-    return np.concatenate(found)
+    return served_logits(model, ids, looked=looked)
 
 
 def teacher_logits(
