@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG
+from qwen_onnx.catalog.architectures import text_config
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import FLOAT, INT64, Drawing
 from qwen_onnx.export.passes.pack_weights.data_file import DataFile
@@ -37,8 +38,7 @@ def write_embedding(checkpoint: Path, output: Path, *, features: str, token: int
         hidden: dimensions of the table; width: of the features. With DeepStack every row has room behind it for what
             layers add: zeros but for pictures.
     """
-    config = read_json(checkpoint / "config.json")
-    vocabulary = (config.get("text_config") or config)["vocab_size"]
+    vocabulary = text_config(read_json(checkpoint / "config.json"))["vocab_size"]
     with DataFile(output / f"{EMBEDDING_FILE}.data") as data:
         draw = Drawing(CheckpointWeights(checkpoint, plain=True), data)
         table, kind = draw.table(TABLE, (vocabulary, hidden))

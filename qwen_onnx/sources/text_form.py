@@ -159,7 +159,7 @@ def _experts(config: dict[str, Any], tower: Tower | AudioTower, checkpoint: Path
     """
     if tower.architecture != QWEN3_VL_MOE:
         return None
-    text = config.get("text_config") or config
+    text = text_config(config)
     count, inner, chosen = _expert_count(text), text.get("moe_intermediate_size"), text.get("num_experts_per_tok")
     if not (count and inner and chosen and chosen <= count):
         raise UnsupportedModelError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.catalog.architectures import text_config
 from qwen_onnx.errors import UnsupportedModelError
 from qwen_onnx.sources.checkpoint import read_json
 
@@ -157,7 +158,7 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
         UnsupportedModelError: all that is missing or cannot be right.
     """
     faults: list[str] = []
-    vision, text = config.get("vision_config"), config.get("text_config") or config
+    vision, text = config.get("vision_config"), text_config(config)
     vision = vision if isinstance(vision, dict) else {}
     architecture = config["architectures"][0]
     style = STYLES[architecture]

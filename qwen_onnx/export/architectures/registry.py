@@ -52,7 +52,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture("Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": Architecture("Qwen3ForCausalLM"),
     # a Qwen2 beside its tower
-    QWEN2_AUDIO: Architecture("Qwen2ForCausalLM", options=APART),
+    QWEN2_AUDIO: Architecture("Qwen2ForCausalLM"),
     # a decoder without tower or embedding; of Qwen2-VL "not currently supported"
     QWEN2_VL: SEEING,
     QWEN2_5_VL: SEEING,

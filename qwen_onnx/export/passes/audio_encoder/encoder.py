@@ -10,40 +10,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from olive.hardware.accelerator import AcceleratorSpec
-from olive.model import ONNXModelHandler
-from olive.passes import Pass
-from olive.passes.pass_config import BasePassConfig, PassConfigParam
-
 from qwen_onnx.artifact.audio_config import AUDIO_CONFIG
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import Drawing
-from qwen_onnx.export.embedding import CHECKPOINT, configure, copy_decoder, write_embedding
-from qwen_onnx.export.options import parameters
+from qwen_onnx.export.embedding import configure, copy_decoder, write_embedding
 from qwen_onnx.export.passes.audio_encoder.options import AudioEncoderOptions
 from qwen_onnx.export.passes.audio_encoder.tower import FEATURES, FRAMES, MEL, draw_tower, inputs, outputs
 from qwen_onnx.export.passes.pack_weights.data_file import DataFile
 from qwen_onnx.export.progress import progress
+from qwen_onnx.export.tower_pass import TowerPass
 from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, audio_settings_of, audio_tower_of
 from qwen_onnx.sources.checkpoint import read_json
 
 AUDIO_FILE = "audio.onnx"
-
-
-class AudioEncoder(Pass):  # type: ignore[misc]
-    """Write encoder, embedding and preparation of sounds beside a decoder."""
-
-    @classmethod
-    def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return parameters(AudioEncoderOptions)
-
-    def _run_for_config(
-        self, model: ONNXModelHandler, config: BasePassConfig, output_model_path: str
-    ) -> ONNXModelHandler:
-        source = Path(model.model_path)
-        write_parts(Path(CHECKPOINT).resolve(), source.parent, Path(output_model_path))
-        return ONNXModelHandler(output_model_path, onnx_file_name=source.name)
 
 
 def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
@@ -77,3 +57,10 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
     }
     told = {"type": "qwen2_audio", "audio_token_id": tower.token, "speech": speech}
     configure(decoder, output, features=FEATURES, width=tower.output, told=told)
+
+
+class AudioEncoder(TowerPass):
+    """Write encoder, embedding and preparation of sounds beside a decoder."""
+
+    kind = AudioEncoderOptions
+    write = staticmethod(write_parts)

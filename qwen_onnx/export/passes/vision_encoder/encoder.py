@@ -10,20 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from olive.hardware.accelerator import AcceleratorSpec
-from olive.model import ONNXModelHandler
-from olive.passes import Pass
-from olive.passes.pass_config import BasePassConfig, PassConfigParam
-
 from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG, ImageSettings
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import Drawing
-from qwen_onnx.export.embedding import CHECKPOINT, configure, copy_decoder, write_embedding
-from qwen_onnx.export.options import parameters
+from qwen_onnx.export.embedding import configure, copy_decoder, write_embedding
 from qwen_onnx.export.passes.pack_weights.data_file import DataFile
 from qwen_onnx.export.passes.vision_encoder.options import VisionEncoderOptions
 from qwen_onnx.export.passes.vision_encoder.tower import FEATURES, GRID, PIXELS, draw_tower, inputs, outputs
 from qwen_onnx.export.progress import progress
+from qwen_onnx.export.tower_pass import TowerPass
 from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import (
@@ -52,21 +47,6 @@ GENAI_TYPES = {
 # and those of the preparation of pictures
 PREPARED_AS = GENAI_TYPES | {QWEN3_5: "qwen3_vl", QWEN3_5_MOE: "qwen3_vl"}
 SECONDS = 2.0
-
-
-class VisionEncoder(Pass):  # type: ignore[misc]
-    """Write encoder, embedding and preparation of pictures beside a decoder."""
-
-    @classmethod
-    def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        return parameters(VisionEncoderOptions)
-
-    def _run_for_config(
-        self, model: ONNXModelHandler, config: BasePassConfig, output_model_path: str
-    ) -> ONNXModelHandler:
-        source = Path(model.model_path)
-        write_parts(Path(CHECKPOINT).resolve(), source.parent, Path(output_model_path))
-        return ONNXModelHandler(output_model_path, onnx_file_name=source.name)
 
 
 def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
@@ -125,3 +105,10 @@ def _section(tower: Tower) -> dict[str, Any]:
             "outputs": {FEATURES: FEATURES},
         },
     }
+
+
+class VisionEncoder(TowerPass):
+    """Write encoder, embedding and preparation of pictures beside a decoder."""
+
+    kind = VisionEncoderOptions
+    write = staticmethod(write_parts)
