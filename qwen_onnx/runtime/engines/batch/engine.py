@@ -97,8 +97,7 @@ class BatchEngine:
         )
         # a graph that tells the last position alone cannot tell which guesses are right
         self._speculates = speculate == "ngram" and self._model.tells_every_position
-        self._costs = Costs()
-        self._clock = 0
+        self._costs, self._clock = Costs(), 0
         # called by the owner thread when all events of a step are told
         self.after_step: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="qwen-onnx engine", daemon=True)
@@ -131,10 +130,7 @@ class BatchEngine:
         """Keys and values are those of an adapter, too; its digest, since another may get its name."""
         if request.adapter is None:
             return request.cache_scope
-        if request.adapter not in self._model.adapters:
-            raise RequestError(f"there is no adapter {request.adapter[:80]!r}", where="model")
-        self._model.adapters.touch(request.adapter)
-        return f"{request.cache_scope}:{self._model.adapters[request.adapter].digest}"
+        return f"{request.cache_scope}:{self._model.adapters.used(request.adapter).digest}"
 
     @property
     def adapters(self) -> tuple[Loaded, ...]:

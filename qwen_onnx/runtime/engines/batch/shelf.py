@@ -59,9 +59,6 @@ class Shelf:
             except QwenOnnxError as error:
                 log.error("the adapter %s is not loaded again: %s", source.name, error.what)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._held
-
     def __getitem__(self, name: str) -> SlotAdapter:
         return self._held[name]
 
@@ -94,9 +91,16 @@ class Shelf:
             raise ArtifactError(f"the adapter {source.name} has changed", where=str(source.file), hint="start again")
         return adapter
 
-    def touch(self, name: str) -> None:
-        """Note that it is used just now."""
+    def used(self, name: str) -> SlotAdapter:
+        """The adapter of a request, which is thereby the last that was used.
+
+        Raises:
+            RequestError: none has this name.
+        """
+        if name not in self._held:
+            raise RequestError(f"there is no adapter {name[:80]!r}", where="model")
         self._held[name] = self._held.pop(name)
+        return self._held[name]
 
     def put(self, name: str, adapter: SlotAdapter, busy: Collection[str | None]) -> list[str]:
         """Hold an adapter; the very same one may be held already.
@@ -113,7 +117,7 @@ class Shelf:
         """
         held = self._held.get(name)
         if held is not None and held.digest == adapter.digest:
-            self.touch(name)
+            self.used(name)
             return []
         if held is not None:
             raise ConflictError(f"another adapter is loaded as {name}; unload it first", where="name")
