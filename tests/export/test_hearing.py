@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.errors import ArtifactError, ExportError, UnsupportedModelError
 from qwen_onnx.export.passes.audio_encoder.encoder import AUDIO_FILE, write_parts
 from qwen_onnx.export.passes.genai_builder.build import build
-from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
@@ -29,9 +27,9 @@ from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, QWEN2_AUDIO
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
-from tests.export.test_vision import FP32, INT4, onnx_logits
-from tests.fixtures.dequantized import with_weights_of
+from tests.export.test_vision import FP32, INT4
 from tests.fixtures.hearing import SECONDS, make_hearing_checkpoint
+from tests.fixtures.media import assert_positions, assert_served, dequantized
 from tests.fixtures.sight import EOS, words
 from tests.fixtures.sounds import SETTINGS as WHOLE
 from tests.fixtures.sounds import hiss, sweep, tone
@@ -124,21 +122,9 @@ def torch_greedy(model: Any, ids: Sequence[int], sounds: Sequence[Sound], count:
 
 
 def assert_same(folder: Path, model: Any, limit: float) -> None:
-    """Every position of every prompt, and greedily by an engine that answers all of them together."""
-    rows, asked = BatchModel(folder, rows=1, threads=1), prompts()
-    for name, (ids, sounds) in asked.items():
-        wanted = torch_logits(model, ids, sounds)
-        assert 0.5 < wanted.std() < 2, name
-        assert np.abs(onnx_logits(rows, ids, sounds) - wanted).max() <= limit, name
-    engine = load_engine(folder, EngineOptions(streams=3, capacity=512, threads=1))
-    assert engine.stats().kind == "batch"
-    answers = {
-        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, media=tuple(sounds)))
-        for name, (ids, sounds) in asked.items()
-    }
-    for name, one in answers.items():
-        assert one.tokens() == torch_greedy(model, *asked[name], 4), name
-    engine.close()
+    asked = prompts()
+    assert_positions(folder, asked, model, torch_logits, limit)
+    assert_served(folder, asked, torch_greedy, model, "batch")
 
 
 def test_fp32_equals_pytorch(case: Case) -> None:
@@ -147,15 +133,9 @@ def test_fp32_equals_pytorch(case: Case) -> None:
 
 def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     model = case.model()
-    ids, sounds = prompts()["two turns"]
-    before = torch_logits(model, ids, sounds)
-    named = [(name.replace("model.language_model.", "model."), value) for name, value in model.named_parameters()]
-    matrices = with_weights_of(
-        SimpleNamespace(named_parameters=lambda: named, config=model.config), case.int4 / "model.onnx"
-    )
+    matrices = dequantized(case.int4 / "model.onnx", prompts(), model, torch_logits)
     # queries, keys and values are one
     assert matrices == 5 * model.config.text_config.num_hidden_layers + 1
-    assert np.abs(torch_logits(model, ids, sounds) - before).max() > 0.05
     assert_same(case.int4, model, 1e-4)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,6 @@ from qwen_onnx.errors import ArtifactError, ExportError, RequestError, Unsupport
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.vision_encoder.encoder import VISION_FILE, write_parts
-from qwen_onnx.runtime.engines.batch.model import BatchModel
-from qwen_onnx.runtime.engines.batch.sight import Looked
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.media import Picture
@@ -32,7 +29,7 @@ from qwen_onnx.sources.checkpoint import SINGLE_FILE
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
-from tests.fixtures.dequantized import with_weights_of
+from tests.fixtures.media import assert_positions, assert_served, dequantized
 from tests.fixtures.pictures import noise
 from tests.fixtures.sight import IMAGE, genai_answer, prompt_of, prompts, seen, torch_greedy, torch_logits, words
 from tests.fixtures.vision import ARCHITECTURES, MIXTURE, NEWER, STACKED, make_vision_checkpoint
@@ -51,7 +48,6 @@ INT4 = GenAIModelBuilderOptions(
     prune_lm_head=True,
     qmoe_block_size=32,
 )
-CHUNK = 64
 
 
 class Case(NamedTuple):
@@ -89,66 +85,19 @@ def built(folder: Path, architecture: str) -> Case:
     return Case(architecture, original, text, folder / "fp32", folder / "int4")
 
 
-def onnx_logits(model: BatchModel, ids: Sequence[int], pictures: Sequence[Picture]) -> np.ndarray:
-    """The same by pieces, as the engine gives them to the graph."""
-    looked = Looked(TokenRequest(tuple(ids), 1, media=tuple(pictures)), model.sense)
-    found = []
-    for begin in range(0, len(ids), CHUNK):
-        end = min(begin + CHUNK, len(ids))
-        found.append(
-            model.every_position(
-                0,
-                np.array(ids[begin:end]),
-                begin,
-                positions=looked.positions(begin, end),
-                features=looked.features(begin, end),
-            ).copy()
-        )
-    return np.concatenate(found)
-
-
 def assert_same(folder: Path, model: Any, limit: float) -> None:
-    """Every position of every prompt, and greedily by an engine that answers all of them together."""
-    rows, asked = BatchModel(folder, rows=1, threads=1), prompts(folder)
-    for name, (ids, pictures) in asked.items():
-        wanted = torch_logits(model, ids, pictures)
-        assert 0.5 < wanted.std() < 2, name
-        assert np.abs(onnx_logits(rows, ids, pictures) - wanted).max() <= limit, name
-    assert_served(folder, model, "batch")
-
-
-def assert_served(folder: Path, model: Any, kind: str) -> None:
-    """Greedily by the engine of this kind, which is given all prompts at once."""
     asked = prompts(folder)
-    engine = load_engine(folder, EngineOptions(streams=3, capacity=512, threads=1))
-    assert engine.stats().kind == kind
-    heard = {
-        name: Heard(engine, TokenRequest(tuple(ids), 4, stop_on_eos=False, media=tuple(pictures)))
-        for name, (ids, pictures) in asked.items()
-    }
-    for name, one in heard.items():
-        assert one.tokens() == torch_greedy(model, *asked[name], 4), name
-    engine.close()
+    assert_positions(folder, asked, model, torch_logits, limit)
+    assert_served(folder, asked, torch_greedy, model, "batch")
 
 
 def test_fp32_equals_pytorch(case: Case) -> None:
     assert_same(case.fp32, case.model(), 2e-4)
 
 
-def dequantized(case: Case, model: Any) -> int:
-    """Put the graph's weights into ``model``, which must change; how many matrices there were."""
-    ids, pictures = prompts(case.int4)["two turns"]
-    before = torch_logits(model, ids, pictures)
-    named = [(name.replace("model.language_model.", "model."), value) for name, value in model.named_parameters()]
-    text = SimpleNamespace(named_parameters=lambda: named, config=model.config.text_config)
-    matrices = with_weights_of(text, case.int4 / "model.onnx")
-    assert np.abs(torch_logits(model, ids, pictures) - before).max() > 0.05
-    return matrices
-
-
 def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     model = case.model()
-    matrices = dequantized(case, model)
+    matrices = dequantized(case.int4 / "model.onnx", prompts(case.int4), model, torch_logits)
     # q, k, v, o, and gate, up, down or the experts' two
     each = 6 if case.architecture == MIXTURE else 7
     assert matrices == each * model.config.text_config.num_hidden_layers + 1

@@ -16,9 +16,10 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
 from qwen_onnx.verify.tower import VisionTower
-from tests.export.test_vision import Case, assert_served, built, dequantized
+from tests.export.test_vision import Case, built
+from tests.fixtures.media import assert_served, dequantized
 from tests.fixtures.pictures import as_file, chart
-from tests.fixtures.sight import prompt_of, prompts, seen, torch_logits, words
+from tests.fixtures.sight import prompt_of, prompts, seen, torch_greedy, torch_logits, words
 from tests.fixtures.vision import HYBRIDS
 
 # each builds and loads two exports
@@ -37,7 +38,7 @@ def assert_same(folder: Path, model: Any, limit: float) -> None:
         wanted = torch_logits(model, [*ids, *behind], pictures)[len(ids) - 1 :]
         assert 0.5 < wanted.std() < 2, name
         assert np.abs(alone.forced_logits(ids, behind, pictures) - wanted).max() <= limit, name
-    assert_served(folder, model, "serial")
+    assert_served(folder, asked, torch_greedy, model, "serial")
 
 
 def test_fp32_equals_pytorch(case: Case) -> None:
@@ -46,7 +47,7 @@ def test_fp32_equals_pytorch(case: Case) -> None:
 
 def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     model = case.model()
-    assert dequantized(case, model) > 20
+    assert dequantized(case.int4 / "model.onnx", prompts(case.int4), model, torch_logits) > 20
     assert_same(case.int4, model, 1e-4)
 
 

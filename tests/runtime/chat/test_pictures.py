@@ -8,7 +8,8 @@ import pytest
 
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime import GenerationConfig, QwenService
-from qwen_onnx.runtime.chat.conversation import Conversation
+from qwen_onnx.runtime.chat.conversation import IMAGE, Conversation
+from tests.fixtures.chats import assert_goes_with_the_next_question
 from tests.fixtures.pictures import as_file, chart
 
 
@@ -16,25 +17,7 @@ def test_a_picture_goes_with_the_next_question_and_is_saved(seeing_artifact: Pat
     path = tmp_path / "a picture.png"
     path.write_bytes(as_file(chart(90, 60)))
     with QwenService(seeing_artifact, threads=1, streams=1) as service:
-        chat = Conversation(service, GenerationConfig(max_new_tokens=3), model="tiny")
-        chat.attach(path)
-        chat.ask("What is it?")
-        outcome = chat.answer(lambda kind, text: None, lambda: False)
-        alone = Conversation(service, chat.config, model="tiny")
-        alone.ask("What is it?")
-        without = alone.answer(lambda kind, text: None, lambda: False)
-        assert outcome.last.prompt_tokens > without.last.prompt_tokens + 2
-        assert not chat.attached
-        chat.save(tmp_path / "chat.json")
-        other = Conversation(service, chat.config, model="tiny")
-        other.load(tmp_path / "chat.json")
-        assert other.messages == chat.messages
-        assert other.prompt() == chat.prompt()
-        with pytest.raises(RequestError, match="missing"):
-            chat.attach(tmp_path / "none.png")
-        (tmp_path / "page.png").write_text("<html>")
-        with pytest.raises(RequestError, match="not a picture"):
-            chat.attach(tmp_path / "page.png")
+        assert_goes_with_the_next_question(service, path, IMAGE, least=3, what="picture")
 
 
 def test_a_model_of_text_says_so(service: QwenService, tmp_path: Path) -> None:
