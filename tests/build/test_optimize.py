@@ -65,7 +65,7 @@ def test_a_found_artifact_says_what_the_recipe_says_now(
     assert after == before.model_copy(update={"about": after.about})
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_an_altered_artifact_is_refused_then_built_again(
     tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -146,13 +146,13 @@ def test_a_graph_that_is_not_what_was_asked_for_is_refused(
 EXPERTS = {"bits": 4, "block_size": 64, "finer_blocks": [32, 16], "symmetric": False}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
-        pytest.param("QWenLMHeadModel", {}, marks=pytest.mark.release),
+        ("QWenLMHeadModel", {}),
         ("Qwen3MoeForCausalLM", {"readback.experts": EXPERTS}),
-        pytest.param("Qwen3_5ForConditionalGeneration", {}, marks=pytest.mark.release),
+        ("Qwen3_5ForConditionalGeneration", {}),
     ],
 )
 def test_the_default_pipeline_builds_other_architectures(

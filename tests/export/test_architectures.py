@@ -84,9 +84,16 @@ class Case(NamedTuple):
 QUICK = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
+# every operator of theirs is in another one
+LATER = ("Qwen2ForCausalLM", "Qwen3_5ForConditionalGeneration")
+
+
 def cases(*architectures: str) -> list[Any]:
     """Parameters of ``case``."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in architectures]
+    return [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.release if name in LATER else pytest.mark.slow)
+        for name in architectures
+    ]
 
 
 @pytest.fixture(scope="module", params=cases(QWEN1, *MAKERS))
@@ -276,9 +283,9 @@ def test_the_stock_builder_does_not_know_these(case: Case, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "scaling",
     [
-        {"factor": 4.0},
+        pytest.param({"factor": 4.0}, marks=pytest.mark.release),
         {"factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.2},
-        {"factor": 2.0, "truncate": False},
+        pytest.param({"factor": 2.0, "truncate": False}, marks=pytest.mark.release),
     ],
 )
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])

@@ -29,6 +29,7 @@ from qwen_onnx.verify import Verdict
 from tests.export.test_architectures import PROMPT, assert_same, torch_logits
 from tests.fixtures.architectures import MAKERS, make_checkpoint
 from tests.fixtures.dequantized import with_weights_of
+from tests.fixtures.tools import first
 from tests.verify.test_graph_parity import judged
 
 OPTIONS = FisherGptqOptions(bits_per_weight=5.4, windows=4, window=48, seed=1)
@@ -127,7 +128,7 @@ class Built:
         pack(self.graph / "model.onnx", self.packed)
 
 
-@pytest.fixture(scope="module", params=ROUTED)
+@pytest.fixture(scope="module", params=first(ROUTED, "Qwen3MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"))
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(request.param, tmp_path_factory.mktemp("routed"))
 

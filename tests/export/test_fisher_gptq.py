@@ -224,7 +224,7 @@ def test_int6_is_built_read_back_and_not_larger_than_asked(tiny_checkpoint: Path
     assert min(facts["stored_bits"]) < 8
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_killed_build_goes_on_to_the_same_bytes(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

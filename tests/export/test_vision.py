@@ -32,7 +32,8 @@ from tests.conftest import rewrite_json
 from tests.fixtures.media import assert_positions, assert_served, dequantized
 from tests.fixtures.pictures import noise
 from tests.fixtures.sight import IMAGE, genai_answer, prompt_of, prompts, seen, torch_greedy, torch_logits, words
-from tests.fixtures.vision import ARCHITECTURES, MIXTURE, NEWER, STACKED, make_vision_checkpoint
+from tests.fixtures.tools import first
+from tests.fixtures.vision import ARCHITECTURES, MIXTURE, NEWER, make_vision_checkpoint
 from tests.runtime.engines.batch.test_engine import Heard
 
 # each builds and loads two exports
@@ -68,7 +69,7 @@ WINDOWS = ARCHITECTURES[0]
 
 @pytest.fixture(
     scope="module",
-    params=ARCHITECTURES,
+    params=first(ARCHITECTURES, WINDOWS, MIXTURE),
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return built(tmp_path_factory.mktemp("vision"), request.param)
@@ -131,7 +132,7 @@ def test_the_encoder_equals_pytorch_for_every_shape(case: Case) -> None:
         assert np.abs(found - wanted).max() <= 2e-5
 
 
-@pytest.mark.parametrize("case", [STACKED], indirect=True)
+@pytest.mark.parametrize("case", [MIXTURE], indirect=True)
 def test_every_layer_of_deepstack_reaches_the_answer(case: Case) -> None:
     """Features of one layer less, and PyTorch answers otherwise: the parity above depends on each of them."""
     model = case.model()
@@ -310,7 +311,7 @@ def one_part(graph: Any) -> None:
     graph.output[0].type.tensor_type.shape.dim[-1].dim_value //= 3
 
 
-@pytest.mark.parametrize("case", [STACKED], indirect=True)
+@pytest.mark.parametrize("case", [MIXTURE], indirect=True)
 @pytest.mark.parametrize(("part", "change"), [("vision", one_part), ("model", without_deepstack)])
 def test_parts_with_and_without_deepstack_do_not_load(
     case: Case, tmp_path: Path, part: str, change: Callable[[Any], None]
