@@ -139,8 +139,9 @@ def test_the_graph_is_pytorch_with_its_matrices(built: Built) -> None:
     before = torch_logits(model, PROMPT)
     with_weights_of(model, built.graph / "model.onnx")
     assert np.abs(torch_logits(model, PROMPT) - before).max() > 0.02
-    # experts behind linear attention: the largest of 45,000 differences is 1.4e-4
-    assert_same(built.graph, model, 2e-4 if built.name == "Qwen3_5MoeForConditionalGeneration" else 1e-4)
+    # experts behind linear attention: one of 158 positions is so ill-conditioned that PyTorch is 7e-5 from itself
+    # in fp64; which codes are chosen, and so how far it goes, differs between processors
+    assert_same(built.graph, model, 5e-4 if built.name == "Qwen3_5MoeForConditionalGeneration" else 1e-4)
 
 
 @pytest.mark.slow
