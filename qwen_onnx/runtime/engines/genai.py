@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime_genai as og
 
 from qwen_onnx.artifact.genai_config import GenaiConfig, ids_of
-from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError, ServiceError
+from qwen_onnx.errors import ArtifactError, PromptTooLongError, RequestError
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.media import Medium, Picture, places_of
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling, search_options
@@ -112,6 +112,7 @@ class Engine:
         model = GenaiConfig.read(folder).model
         # what stands for a part of a picture; None: it reads text alone
         self.image_token = model.image_token_id if model.vision is not None else None
+        self._drawn_never = self.image_token if model.speech is None else model.audio_token_id
         try:
             config = og.Config(str(folder))
             session: dict[str, Any] = {} if threads is None else {"intra_op_num_threads": threads}
@@ -192,13 +193,15 @@ class Engine:
         for _ in range(max_new_tokens):
             if cancelled():
                 return
+            if self._drawn_never is not None:
+                # genai would put a part of the prompt's pictures there, or fail for want of one
+                logits = np.array(generator.get_logits())
+                logits[..., self._drawn_never] = -np.inf
+                generator.set_logits(logits)
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
             if stop_on_eos and token in self.eos_token_ids:
                 return
-            if token == self.image_token:
-                # genai would put a part of the prompt's pictures there, or fail for want of one
-                raise ServiceError("the model drew the token that stands for a picture", hint="ask again")
             yield token
             if generator.is_done():
                 return

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import OverloadedError, RequestError, ServiceError
 from qwen_onnx.runtime import Engine
 from qwen_onnx.runtime.engines.batch import BatchEngine
@@ -95,3 +96,20 @@ def test_pictures_are_refused_not_overlooked(engine: SerialEngine) -> None:
     picture = Picture(np.zeros((4, 8), np.float32), (1, 2, 2), 2, "a1")
     with pytest.raises(RequestError, match="takes no pictures"):
         engine.submit(TokenRequest((1, 2), 4, media=(picture,)), lambda event: None)
+
+
+@pytest.mark.parametrize("artifact", ["seeing_artifact", "hearing_artifact"])
+def test_a_token_that_stands_for_a_medium_is_not_drawn(artifact: str, request: pytest.FixtureRequest) -> None:
+    """Behind a prompt after which it is the likeliest, where genai's embedding would fail."""
+    folder: Path = request.getfixturevalue(artifact)
+    model = GenaiConfig.read(folder).model
+    token = model.image_token_id if model.speech is None else model.audio_token_id
+    engine = Engine(folder, threads=1)
+    # one of 288 tokens
+    tries = np.random.default_rng(0).integers(2, 256, (3000, 3)).tolist()
+    prompt, logits = next((ids, row) for ids in tries if (row := engine.forced_logits(ids, [])[-1]).argmax() == token)
+    logits[[token, *engine.eos_token_ids]] = -np.inf
+    drawn = list(engine.generate(prompt, max_new_tokens=3, stop_on_eos=False))
+    assert drawn[0] == logits.argmax()
+    assert len(drawn) == 3
+    engine.close()
