@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -11,6 +12,7 @@ from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 from qwen_onnx.runtime.server.api.asked import Asked
 from qwen_onnx.runtime.server.api.chat_request import (
     AssistantMessage,
+    AudioPart,
     Conversing,
     Function,
     FunctionCall,
@@ -28,7 +30,7 @@ from qwen_onnx.runtime.server.api.chat_request import (
     plain_messages,
 )
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, Described, Schema, Strict, ranged
-from qwen_onnx.runtime.server.api.shown import Shown, bounded
+from qwen_onnx.runtime.server.api.shown import Played, Shown, bounded, bounded_sounds
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 Status = Annotated[
@@ -37,7 +39,7 @@ Status = Annotated[
 
 
 class InputText(Strict):
-    """A text part; files are refused by its type."""
+    """A text part; files are refused by their type."""
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -54,7 +56,9 @@ class InputImage(Strict):
     file_id: None = Field(default=None, description=NO_CHANGE)
 
 
-Parts = Annotated[list[Annotated[InputText | InputImage, Field(discriminator="type")]], FIRST_FAULT]
+# a sound has the form of a chat's
+InputPart = InputText | InputImage | AudioPart
+Parts = Annotated[list[Annotated[InputPart, Field(discriminator="type")]], FIRST_FAULT]
 
 
 class InputMessage(Strict):
@@ -68,30 +72,38 @@ class InputMessage(Strict):
 
     def said(self) -> UserContent:
         """In the form of a chat's message; text alone is one text."""
-        if isinstance(self.content, str) or not any(isinstance(part, InputImage) for part in self.content):
+        if isinstance(self.content, str) or all(isinstance(part, InputText) for part in self.content):
             return joined(self.content)
-        return [
-            TextPart(type="text", text=part.text)
-            if isinstance(part, InputText)
-            else ImagePart(type="image_url", image_url=ImageUrl(url=part.image_url))
-            for part in self.content
-        ]
+        return [_as_in_a_chat(part) for part in self.content]
 
     def pictures(self, where: str) -> list[Shown]:
-        """What was sent with it.
+        """What was shown with it; RequestError: by somebody else than the user."""
+        found = [(index, part) for index, part in self._parts() if isinstance(part, InputImage)]
+        shown = [Shown(part.image_url, f"{where}.content.{index}.image_url") for index, part in found]
+        self._require_user("shows pictures", shown)
+        return shown
 
-        Raises:
-            RequestError: by somebody else than the user.
-        """
-        parts = enumerate(self.content if not isinstance(self.content, str) else ())
-        found = [
-            Shown(part.image_url, f"{where}.content.{index}.image_url")
-            for index, part in parts
-            if isinstance(part, InputImage)
-        ]
+    def sounds(self, where: str) -> list[Played]:
+        """What was played with it; RequestError like ``pictures``."""
+        found = [(index, part.input_audio) for index, part in self._parts() if isinstance(part, AudioPart)]
+        played = [Played(one.data, one.format, f"{where}.content.{index}.input_audio") for index, one in found]
+        self._require_user("plays sounds", played)
+        return played
+
+    def _parts(self) -> Iterator[tuple[int, InputPart]]:
+        return enumerate(self.content if not isinstance(self.content, str) else ())
+
+    def _require_user(self, does: str, found: Sequence[Shown | Played]) -> None:
         if found and self.role != "user":
-            raise RequestError(f"only the user shows pictures, this role is {self.role}", where=found[0].where)
-        return found
+            raise RequestError(f"only the user {does}, this role is {self.role}", where=found[0].where)
+
+
+def _as_in_a_chat(part: InputPart) -> TextPart | ImagePart | AudioPart:
+    if isinstance(part, InputText):
+        return TextPart(type="text", text=part.text)
+    if isinstance(part, InputImage):
+        return ImagePart(type="image_url", image_url=ImageUrl(url=part.image_url))
+    return part
 
 
 class InputCall(Strict):
@@ -229,17 +241,19 @@ class ResponseRequest(Described, Conversing):
             schema = form.schema_
         elif form and form.type == "json_object":
             schema = ANY_OBJECT
-        pictures = self._pictures()
+        # who said them is checked before what: roles other than the user have texts alone
+        pictures, sounds = self._media()
         messages = plain_messages(self._messages(), "input")
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        return self._asked(messages, self.tools or (), choice, schema, "text.format", pictures)
+        return self._asked(messages, self.tools or (), choice, schema, "text.format", pictures, sounds)
 
-    def _pictures(self) -> list[Shown]:
-        """Of all items, in their order; RequestError: more than are read at once, or not by the user."""
+    def _media(self) -> tuple[list[Shown], list[Played]]:
+        """Of all items, in their order; RequestError: more than are taken at once, or not by the user."""
         items = enumerate(self.input if not isinstance(self.input, str) else ())
-        said = [(index, item) for index, item in items if isinstance(item, InputMessage)]
-        return bounded((one for index, item in said for one in item.pictures(f"input.{index}")), "input")
+        said = [(f"input.{index}", item) for index, item in items if isinstance(item, InputMessage)]
+        pictures = bounded((one for where, item in said for one in item.pictures(where)), "input")
+        return pictures, bounded_sounds((one for where, item in said for one in item.sounds(where)), "input")
 
     def _messages(self) -> list[Any]:
         """Items as messages of a chat; what the model gave in one go is one message."""

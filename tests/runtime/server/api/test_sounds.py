@@ -17,7 +17,7 @@ from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, Generatio
 from tests.fixtures.pictures import as_file, chart
 from tests.fixtures.servers import ROOMY, Guarded, guarded
 from tests.fixtures.sounds import as_sound, hiss, sweep, tone
-from tests.runtime.server.api.test_pictures import shown, told
+from tests.runtime.server.api.test_pictures import item, responded, shown, told
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +154,41 @@ def test_a_sound_for_a_model_of_text_names_the_model(exact_artifact: Path) -> No
         assert answer.status_code == 400
         assert answer.json()["error"]["message"].startswith("the model 'tiny' hears no sounds")
         assert answer.json()["error"]["param"] == "messages.0.content.0.input_audio"
+
+
+def test_the_responses_api_hears_what_a_chat_hears(client: Guarded) -> None:
+    """Several, behind and between text, and in an earlier turn."""
+    one, other = sound(as_sound(tone(440, 0.5))), sound(as_sound(hiss(1), form="FLAC"), "flac")
+    wanted = told(
+        client,
+        [*played(one, "or", other), {"role": "assistant", "content": "yes"}, *played("and", one)],
+        max_tokens=4,
+        temperature=0,
+    )
+    items = [item(one, "or", other), {"role": "assistant", "content": "yes"}, item("and", one)]
+    answer = responded(client, *items, temperature=0)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["output"][0]["content"][0]["text"] == wanted["choices"][0]["message"]["content"]
+    assert answer.json()["usage"]["input_tokens"] == wanted["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("items", "message", "param"),
+    [
+        ([item("?", sound(WAV, "mp3"))], "the request says mp3, the sound is wav", "input.0.content.1.input_audio"),
+        ([item(*[sound(WAV)] * 5), item(*[sound(WAV)] * 4)], "9 sounds, the most are 8", "input"),
+        (
+            [item("?"), item(sound(WAV), role="assistant")],
+            "only the user plays sounds, this role is assistant",
+            "input.1.content.0.input_audio",
+        ),
+        ([item({"type": "input_audio", "data": "", "format": "wav"})], ".0.input_audio.input_audio: Field required", "input"),
+    ],
+)
+def test_what_a_response_cannot_hear_is_a_400(
+    client: Guarded, items: list[dict[str, Any]], message: str, param: str
+) -> None:
+    answer = responded(client, *items)
+    assert answer.status_code == 400, answer.text
+    assert message in answer.json()["error"]["message"]
+    assert param in answer.json()["error"]["param"]
