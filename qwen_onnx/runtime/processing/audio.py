@@ -24,6 +24,17 @@ from qwen_onnx.runtime.processing.resample import Samples, resample
 Format = Literal["wav", "flac", "mp3"]
 # libsndfile's names; it knows many more, whose decoders nobody needs here
 FORMATS: dict[Format, tuple[str, ...]] = {"wav": ("WAV", "WAVEX"), "flac": ("FLAC",), "mp3": ("MP3",)}
+# as browsers call them
+MEDIA_TYPES: dict[str, Format] = {
+    "audio/wav": "wav",
+    "audio/x-wav": "wav",
+    "audio/wave": "wav",
+    "audio/vnd.wave": "wav",
+    "audio/flac": "flac",
+    "audio/x-flac": "flac",
+    "audio/mpeg": "mp3",
+    "audio/mp3": "mp3",
+}
 # of WAV; the others are codecs of their own
 PLAIN = frozenset({"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"})
 BLOCK = 1 << 16

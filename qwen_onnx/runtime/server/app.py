@@ -29,13 +29,13 @@ from qwen_onnx.runtime.server.listening import Server, make_config
 from qwen_onnx.runtime.server.metrics import CONTENT_TYPE, Metrics
 from qwen_onnx.runtime.server.settings import ServerSettings
 from qwen_onnx.runtime.server.tracing import Tracer, make_tracer
-from qwen_onnx.runtime.server.web import PictureLimits, make_web_router
+from qwen_onnx.runtime.server.web import MediaLimits, make_web_router
 from qwen_onnx.runtime.server.web.docs import make_docs_router
 from qwen_onnx.runtime.service.generation import GenerationConfig
 from qwen_onnx.runtime.service.monitor import QwenMonitor
 from qwen_onnx.runtime.service.qwen import QwenService
 from qwen_onnx.runtime.service.secure import GuardedService
-from qwen_onnx.runtime.service.senses import MOST_PICTURES
+from qwen_onnx.runtime.service.senses import MOST_PICTURES, MOST_SOUNDS
 
 SNIPPET = """\
 {model} at {url}
@@ -98,7 +98,7 @@ def create_app(
     fetcher = Fetcher(settings.fetch_images) if settings.fetch_images else None
     folder = AdapterFolder(settings.adapter_folder, settings.adapter_budget) if settings.adapter_folder else None
     app.include_router(make_router(guarded, model_name, fetcher, folder))
-    app.include_router(make_web_router(model_name, _picture_limits(settings) if service.sees else None))
+    app.include_router(make_web_router(model_name, _media_limits(service, settings)))
     paths = app.openapi()["paths"]
     app.include_router(make_docs_router(app.openapi()))
     app.openapi_schema = None
@@ -122,12 +122,19 @@ def create_app(
     return app
 
 
-def _picture_limits(settings: ServerSettings) -> PictureLimits:
-    # Pillow is there when a model sees
-    from qwen_onnx.runtime.processing.images import FORMATS, ImageLimits
+def _media_limits(service: QwenService, settings: ServerSettings) -> MediaLimits | None:
+    # what decodes them is there when a model sees or hears
+    if service.sees:
+        from qwen_onnx.runtime.processing.images import FORMATS, ImageLimits
 
-    types = tuple(f"image/{name.lower()}" for name in FORMATS)
-    return PictureLimits(MOST_PICTURES, ImageLimits().most_bytes, settings.max_body_bytes, types)
+        pictures = {f"image/{name.lower()}": name.lower() for name in FORMATS}
+        return MediaLimits("picture", MOST_PICTURES, ImageLimits().most_bytes, settings.max_body_bytes, pictures)
+    if service.hears:
+        from qwen_onnx.runtime.processing.audio import MEDIA_TYPES, SoundLimits
+
+        most = SoundLimits().most_bytes
+        return MediaLimits("sound", MOST_SOUNDS, most, settings.max_body_bytes, MEDIA_TYPES, service.longest_sound)
+    return None
 
 
 def _add_health(app: FastAPI, model_name: str, monitor: QwenMonitor) -> None:

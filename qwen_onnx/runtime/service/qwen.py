@@ -47,6 +47,9 @@ class QwenService(TextService):
         verify: check every byte before it is loaded, and again whenever an isolated engine is started anew.
         expect: verify, and refuse what has another digest; see ``artifact.seal.runnable_digest``.
 
+    Attributes:
+        longest_sound: in seconds; None: it hears none.
+
     Raises:
         ArtifactError: the folder holds no model that loads, or not the verified one; an adapter does not fit it,
             or there is no int8 KV cache for it.
@@ -84,6 +87,7 @@ class QwenService(TextService):
             self.template = ChatTemplate(folder) if has_template(folder) else None
             self._sense = sense_of(folder)
             self.sees, self.hears = isinstance(self._sense, Eyes), isinstance(self._sense, Ears)
+            self.longest_sound = self._sense.longest if isinstance(self._sense, Ears) else None
             self.fingerprint = _fingerprint(folder)
             if seal:
                 seal.require_untouched()

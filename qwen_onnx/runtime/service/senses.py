@@ -131,6 +131,11 @@ class Ears(Sense):
         self._settings = settings
         require_decoder()
 
+    @property
+    def longest(self) -> int:
+        """Seconds of the longest sound that is heard."""
+        return self._settings.chunk_length
+
     def _open(self, one: Attached) -> tuple[int, Callable[[], Medium]]:
         from qwen_onnx.runtime.processing.audio import decode_sound, prepare_sound
 

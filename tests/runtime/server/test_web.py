@@ -8,15 +8,16 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from qwen_onnx.runtime.server.web import TYPES, PictureLimits, make_web_router
+from qwen_onnx.runtime.server.web import TYPES, MediaLimits, make_web_router
 from tests.conftest import REPOSITORY
 from tests.fixtures.browser import NAMES, Page, executable
 from tests.fixtures.servers import served
@@ -51,15 +52,20 @@ def test_the_folder_holds_what_is_served() -> None:
     assert {path.name for path in STATIC.iterdir()} == {*TYPES, "index.html"}
 
 
-def test_only_a_page_that_offers_pictures_may_show_them() -> None:
-    limits = PictureLimits(3, 100, 1000, ("image/png",))
-    index = next(route for route in make_web_router("{{pictures}}", limits).routes if getattr(route, "path", "") == "/")
+@pytest.mark.parametrize(
+    ("kind", "source"), [("picture", "img-src 'self' blob:;"), ("sound", "img-src 'self'; media-src blob:;")]
+)
+def test_only_a_page_that_offers_media_may_show_or_play_them(kind: Literal["picture", "sound"], source: str) -> None:
+    limits = MediaLimits(kind, 3, 100, 1000, {"image/png": "png"})
+    index = next(route for route in make_web_router("{{media}}", limits).routes if getattr(route, "path", "") == "/")
     answer = asyncio.run(index.endpoint())  # type: ignore[attr-defined]
-    assert "img-src 'self' blob:;" in answer.headers["content-security-policy"]
-    told = re.search('<meta name="pictures" content="(.*)">', bytes(answer.body).decode())
+    policy = answer.headers["content-security-policy"]
+    assert source in policy
+    assert policy.count("blob:") == 1
+    told = re.search('<meta name="media" content="(.*)">', bytes(answer.body).decode())
     assert told
-    assert json.loads(html.unescape(told[1])) == {"most": 3, "bytes": 100, "body": 1000, "types": ["image/png"]}
-    assert '<meta name="model" content="{{pictures}}">' in bytes(answer.body).decode()
+    assert json.loads(html.unescape(told[1])) == asdict(limits)
+    assert '<meta name="model" content="{{media}}">' in bytes(answer.body).decode()
 
 
 def test_the_files_refer_to_no_other_place_and_hold_nothing_inline() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.browser import NAMES, Page, executable
+from tests.fixtures.browser import Page, chatting, fresh
 from tests.fixtures.pictures import as_file, chart, noise
-from tests.fixtures.servers import ROOMY, guarded
+from tests.fixtures.servers import ROOMY
 
 # a second browser, and an engine
 pytestmark = pytest.mark.slow
-SHOWN = "[...document.querySelectorAll('#pictures img')].map(image => image.alt)"
+SHOWN = "[...document.querySelectorAll('#media img')].map(image => image.alt)"
 LOADED = "[...document.querySelectorAll('img')].every(image => image.complete && image.naturalWidth > 0)"
 REFUSED = "document.getElementById('refused').textContent"
 
@@ -23,26 +23,14 @@ REFUSED = "document.getElementById('refused').textContent"
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory, seeing_artifact: Path) -> Iterator[tuple[Page, str]]:
     """A browser, and the address of a server with the tiny model that sees."""
-    if executable() is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on PATH")
-    with (
-        guarded(seeing_artifact, ROOMY, options={"isolated": False}) as client,
-        Page(tmp_path_factory.mktemp("profile")) as page,
-    ):
-        yield page, f"http://127.0.0.1:{client.port}/"
+    with chatting(seeing_artifact, tmp_path_factory.mktemp("profile")) as found:
+        yield found
 
 
 @pytest.fixture
 def page(opened: tuple[Page, str]) -> Iterator[Page]:
-    """The page, freshly opened. Afterwards: nothing on it was blocked, and no script failed."""
-    browser, url = opened
-    for told in (browser.errors, browser.requests, browser.posted, browser.answers):
-        told.clear()
-    browser.open(url)
-    browser.until("document.body.matches('.sees')")
-    browser.run("document.getElementById('max-tokens').value = 4")
-    yield browser
-    assert [error for error in browser.errors if "status of 400" not in error] == []
+    with fresh(*opened) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +53,6 @@ def sent(path: Path, kind: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{content}"}}
 
 
-def ask(page: Page, text: str, count: int) -> None:
-    page.run("document.getElementById('question').focus()")
-    page.type(text)
-    page.press("Enter")
-    page.until(f"document.querySelectorAll('.below, .error').length === {count}")
-
-
 def test_pictures_are_shown_taken_away_and_sent_with_every_question(page: Page, one: Path, other: Path) -> None:
     page.choose("#files", other, one)
     page.until(f"{SHOWN}.length === 2 && {LOADED}")
@@ -84,7 +65,7 @@ def test_pictures_are_shown_taken_away_and_sent_with_every_question(page: Page, 
     page.press("Enter")
     assert page.run(SHOWN) == ["chart.png"]
     assert page.run("document.activeElement.ariaLabel") == "Remove chart.png"
-    ask(page, "What is it?", 1)
+    page.ask("What is it?", 1)
     assert page.run(SHOWN) == []
     assert page.run("document.querySelector('.shown img').alt") == "chart.png"
     assert page.run(LOADED)
@@ -106,20 +87,11 @@ def test_pictures_can_be_dropped_and_pasted(page: Page, one: Path, other: Path) 
     page.drop(one)
     page.until(f"{SHOWN}.length === 1 && {LOADED}")
     assert page.run("document.body.matches('.dropping')") is False
-    encoded = base64.b64encode(other.read_bytes()).decode()
-    paste = f"""(text => {{
-        const data = new DataTransfer();
-        const bytes = Uint8Array.from(atob('{encoded}'), (letter) => letter.charCodeAt(0));
-        data.items.add(new File([bytes], 'pasted.jpg', {{ type: 'image/jpeg' }}));
-        if (text) data.setData('text/plain', text);
-        const told = {{ clipboardData: data, bubbles: true, cancelable: true }};
-        return !document.getElementById('question').dispatchEvent(new ClipboardEvent('paste', told));
-    }})"""
-    assert page.run(f"{paste}('')") is True
+    assert page.paste(other, "image/jpeg")
     page.until(f"{SHOWN}.length === 2 && {LOADED}")
     assert page.run(SHOWN) == ["chart.png", "pasted.jpg"]
     # a copied table has a picture of itself beside its text
-    assert page.run(f"{paste}('a table')") is False
+    assert not page.paste(other, "image/jpeg", "a table")
     assert page.run("document.getElementById('send').disabled") is False
 
 
@@ -140,7 +112,7 @@ def test_what_the_server_would_refuse_is_refused_before(
     path.write_bytes({"page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "empty.png": b""}.get(name, b""))
     if name == one.name:
         path = one
-    page.run(f"import('/static/pictures.js').then(({{ limits }}) => void Object.assign(limits, {limits}))")
+    page.run(f"import('/static/media.js').then(({{ limits }}) => void Object.assign(limits, {limits}))")
     page.drop(*[one, path] if "most" in limits else [path])
     page.until(REFUSED)
     assert words in page.run(REFUSED)
@@ -148,7 +120,7 @@ def test_what_the_server_would_refuse_is_refused_before(
 
 
 def test_the_page_has_the_limits_of_the_server(page: Page) -> None:
-    told = page.run("import('/static/pictures.js').then(({ limits }) => limits)")
+    told = page.run("import('/static/media.js').then(({ limits }) => limits)")
     assert told["most"] == 16
     assert told["bytes"] == 20 << 20
     assert told["body"] == ROOMY.max_body_bytes
@@ -160,6 +132,6 @@ def test_a_refusal_of_the_server_is_told_and_the_picture_stays(page: Page, one: 
     path.write_bytes(one.read_bytes()[:200])
     page.drop(path)
     page.until(f"{SHOWN}.length === 1")
-    ask(page, "What is it?", 1)
+    page.ask("What is it?", 1)
     assert "damaged" in page.run("document.querySelector('.error').textContent")
     assert page.run("document.querySelectorAll('.shown img').length") == 1

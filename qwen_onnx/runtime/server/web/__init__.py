@@ -5,27 +5,30 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Literal
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-PLACE = re.compile(r"\{\{(model|pictures)\}\}")
+PLACE = re.compile(r"\{\{(model|media)\}\}")
 TYPES = {
     "app.js": "text/javascript",
     "conversation.js": "text/javascript",
     "markdown.js": "text/javascript",
-    "pictures.js": "text/javascript",
+    "media.js": "text/javascript",
     "stream.js": "text/javascript",
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
+POLICY = "Content-Security-Policy"
 # the page needs its own scripts, styles, icon and API; what a model says can reach nothing else
 HEADERS = {
-    "Content-Security-Policy": "; ".join(
+    POLICY: "; ".join(
         [
             "default-src 'none'",
             "script-src 'self'",
@@ -43,40 +46,44 @@ HEADERS = {
     # a page of an earlier version must not meet a server of a later one
     "Cache-Control": "no-cache",
 }
-# what the page shows of pictures before they are sent are files that the user chose, under names that it makes
-SEEING = {
-    **HEADERS,
-    "Content-Security-Policy": HEADERS["Content-Security-Policy"].replace("img-src 'self'", "img-src 'self' blob:"),
-}
 
 
 @dataclass(frozen=True)
-class PictureLimits:
-    """What the page lets a user send, as the server does.
+class MediaLimits:
+    """What the page lets a user send beside words, as the server does.
 
     Args:
-        most: pictures of a request; bytes: of one; body: bytes of a whole request.
-        types: media types that are read.
+        kind: what that is. most: in a request; bytes: of one; body: of a whole request.
+        types: by media type, what the API calls the format.
+        seconds: of one sound.
     """
 
+    kind: Literal["picture", "sound"]
     most: int
     bytes: int
     body: int
-    types: tuple[str, ...]
+    types: Mapping[str, str]
+    seconds: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The page shows or plays files that the user chose, before they are sent, under names that it makes."""
+        source = {"picture": "img-src 'self' blob:", "sound": "img-src 'self'; media-src blob:"}[self.kind]
+        return HEADERS | {POLICY: HEADERS[POLICY].replace("img-src 'self'", source)}
 
 
-def make_web_router(model_name: str, pictures: PictureLimits | None = None) -> APIRouter:
+def make_web_router(model_name: str, media: MediaLimits | None = None) -> APIRouter:
     """GET / and the files that the page loads, for the model that the page shall ask.
 
     Args:
-        pictures: None: the model reads text alone, and the page offers no pictures.
+        media: None: the model reads text alone, and the page offers nothing else.
     """
     router = APIRouter(include_in_schema=False)
-    told = {"model": model_name, "pictures": json.dumps(asdict(pictures)) if pictures else ""}
+    told = {"model": model_name, "media": json.dumps(asdict(media)) if media else ""}
     page = _read("index.html").decode("utf-8")
     # in one pass: a model may have the name of a place
     page = PLACE.sub(lambda found: html.escape(told[found[1]]), page)
-    headers = SEEING if pictures else HEADERS
+    headers = media.headers if media else HEADERS
 
     @router.get("/")
     async def index() -> Response:

@@ -1,5 +1,5 @@
 import { Turn } from "./conversation.js";
-import { limits, Tray } from "./pictures.js";
+import { limits, Tray } from "./media.js";
 import { complete } from "./stream.js";
 
 const KEY = "qwen-onnx-api-key";
@@ -9,7 +9,7 @@ const model = document.querySelector("meta[name=model]").content;
 
 let turns = [];
 let running = null;
-const tray = new Tray(find("pictures"), showSend, (words, refused) => {
+const tray = new Tray(find("media"), showSend, (words, refused) => {
   find("refused").textContent = refused ? words : "";
   if (!refused) say(words);
 });
@@ -86,7 +86,7 @@ function summary(usage, reason, begin, first) {
 }
 
 function ask(text) {
-  if (running || tray.reading || !(text.trim() || tray.pictures.length)) return;
+  if (running || tray.reading || !(text.trim() || tray.media.length)) return;
   if (!document.querySelectorAll("#settings :invalid").length) {
     const turn = new Turn(log, text, tray.take());
     turns.push(turn);
@@ -133,18 +133,24 @@ function grow() {
 }
 
 function showSend() {
-  find("pictures").hidden = !tray.pictures.length;
-  send.disabled = Boolean(tray.reading) || !(question.value.trim() || tray.pictures.length);
+  find("media").hidden = !tray.media.length;
+  send.disabled = Boolean(tray.reading) || !(question.value.trim() || tray.media.length);
 }
 
-const attach = (files) => tray.add([...files], turns.flatMap((turn) => turn.pictures));
+const attach = (files) => tray.add([...files], turns.flatMap((turn) => turn.media));
 
-function offerPictures() {
-  document.body.classList.add("sees");
-  find("attach").hidden = false;
-  find("files").accept = limits.types.join();
-  find("hint").textContent += ". Pictures can be dropped or pasted.";
-  find("attach").addEventListener("click", () => find("files").click());
+function offerMedia() {
+  const button = find("attach");
+  const many = `${limits.kind[0].toUpperCase()}${limits.kind.slice(1)}s`;
+  document.body.classList.add("attaches");
+  button.hidden = false;
+  button.title = button.ariaLabel = `Add ${limits.kind}s`;
+  button.querySelector(`[data-kind=${limits.kind}]`).removeAttribute("hidden");
+  find("files").accept = Object.keys(limits.types).join();
+  find("files-label").textContent = many;
+  find("media").ariaLabel = `${many} for the next question`;
+  find("hint").textContent += `. ${many} can be dropped or pasted.`;
+  button.addEventListener("click", () => find("files").click());
   find("files").addEventListener("change", async (event) => {
     const chosen = [...event.target.files];
     // so that the same file can be chosen again
@@ -233,5 +239,5 @@ log.addEventListener("click", (event) => {
 });
 find("key-field").hidden = !sessionStorage.getItem(KEY);
 find("key").value = sessionStorage.getItem(KEY) ?? "";
-if (limits) offerPictures();
+if (limits) offerMedia();
 show();

@@ -1,17 +1,17 @@
 // One question and its answer, on the page.
 
 import { render } from "./markdown.js";
-import { forget, thumbnail } from "./pictures.js";
+import { forget, part, preview } from "./media.js";
 
 export class Turn {
-  constructor(log, question, pictures) {
+  constructor(log, question, media) {
     this.question = question;
-    this.pictures = pictures;
+    this.media = media;
     this.text = "";
     this.reasoning = "";
     this.finished = false;
     this.node = add(log, "article", "turn");
-    if (pictures.length) add(this.node, "div", "shown").append(...pictures.map(thumbnail));
+    if (media.length) add(this.node, "div", "shown").append(...media.map(preview));
     if (question.trim()) add(this.node, "div", "question").textContent = question;
     this.answer = add(this.node, "div", "answer");
     this.thinking = null;
@@ -21,13 +21,13 @@ export class Turn {
 
   // As the API takes it.
   content() {
-    if (!this.pictures.length) return this.question;
-    const shown = this.pictures.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+    if (!this.media.length) return this.question;
+    const shown = this.media.map(part);
     return this.question.trim() ? [...shown, { type: "text", text: this.question }] : shown;
   }
 
   remove() {
-    forget(this.pictures);
+    forget(this.media);
     this.node.remove();
   }
 
