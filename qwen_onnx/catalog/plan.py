@@ -132,12 +132,17 @@ class Plan(Grown):
         return self._has(VISION)
 
     @property
+    def hears(self) -> bool:
+        """Whether a step writes an audio tower."""
+        return self._has(AUDIO)
+
+    @property
     def senses(self) -> bool:
         """Whether a step writes a tower."""
-        return self._has(VISION, AUDIO)
+        return self.sees or self.hears
 
-    def _has(self, *types: str) -> bool:
-        return any(step["type"] in types for step in self.olive["passes"].values())
+    def _has(self, kind: str) -> bool:
+        return any(step["type"] == kind for step in self.olive["passes"].values())
 
     def claim(self, verdict: str) -> str:
         """What a report or manifest may say of an artifact with ``verdict``."""

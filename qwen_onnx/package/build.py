@@ -43,7 +43,7 @@ def build_package(job: PackageJob) -> Package:
     """Make the package and publish it by one rename.
 
     Raises:
-        PackageError: the verdict is not PASS, or a rule is broken; nothing was published.
+        PackageError: the verdict is not PASS, Foundry Local cannot run it, or a rule is broken; nothing was published.
     """
     manifest = job.artifact.manifest
     if manifest.verdict is not Verdict.PASS and not job.allow_unverified:
@@ -58,6 +58,12 @@ def build_package(job: PackageJob) -> Package:
             "the artifact's manifest does not say what its model is for: an older version built it",
             where=str(job.artifact.path),
             hint=f"qwen-onnx optimize {manifest.plan.asked} --target {manifest.plan.target} --force",
+        )
+    if manifest.plan.hears:
+        raise PackageError(
+            "onnxruntime-genai has no type of model that hears and does not see, so Foundry Local cannot load it",
+            where=str(job.artifact.path),
+            hint=f"qwen-onnx serve {job.artifact.path}",
         )
     if manifest.plan.sees and job.profile == "cli1":
         raise PackageError(

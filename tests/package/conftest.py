@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_cli
+from tests.fixtures.hearing import hearing_artifact
+
+__all__ = ["hearing_artifact"]
 
 NAME = "checkpoint-int4-generic-cpu-1"
 

@@ -182,7 +182,11 @@ def test_the_responses_api_hears_what_a_chat_hears(client: Guarded) -> None:
             "only the user plays sounds, this role is assistant",
             "input.1.content.0.input_audio",
         ),
-        ([item({"type": "input_audio", "data": "", "format": "wav"})], ".0.input_audio.input_audio: Field required", "input"),
+        (
+            [item({"type": "input_audio", "data": "", "format": "wav"})],
+            ".0.input_audio.input_audio: Field required",
+            "input",
+        ),
     ],
 )
 def test_what_a_response_cannot_hear_is_a_400(
