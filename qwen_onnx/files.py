@@ -18,6 +18,8 @@ CHECKSUMS = "checksums.json"
 RECORD_SUFFIX = ".record.json"
 # what of a checkpoint is its licence
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
+# the one whose text is at hand wherever this project is
+APACHE = "Apache-2.0"
 
 
 def sha256_of(path: Path) -> str:

@@ -33,7 +33,7 @@ from qwen_onnx.build.toolchain import Toolchain
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import EnvironmentFault, ExportError
-from qwen_onnx.files import licence_files
+from qwen_onnx.files import APACHE, licence_files
 from qwen_onnx.git import this_checkout
 from qwen_onnx.processes.environments import is_ready
 from qwen_onnx.processes.memory import free_memory
@@ -151,6 +151,8 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     begin = time.monotonic()
     # before hours of building in which the checkout may move on
     checkout = this_checkout()
+    if job.plan.license != APACHE and not licence_files(checkpoint.path):
+        progress("the checkpoint brought no LICENSE: `package` will refuse what is made of it; better put it there now")
     log, tools = staging / LOG_FILE, Toolchain.of(job.plan, job.cache)
     try:
         folder, readback = build_model(tools, checkpoint, staging, log, kept, job.calibration)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from qwen_onnx.artifact.manifest import Manifest
 from qwen_onnx.errors import EnvironmentFault, PackageError
-from qwen_onnx.files import PACKAGE
+from qwen_onnx.files import APACHE, PACKAGE
 
 LICENCE, OWN_LICENCE, NOTICE = "LICENSE", "LICENSE.qwen-onnx", "NOTICE"
-APACHE = "Apache-2.0"
 # of our own texts, what is said to readers of this repository only
 NOTICES = "THIRD-PARTY-NOTICES.md"
 
