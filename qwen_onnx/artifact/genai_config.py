@@ -278,6 +278,13 @@ class Model(Part):
             raise ValueError("an embedding has a place for pictures or one for sounds")
         return self
 
+    @property
+    def medium_token(self) -> int | None:
+        """What stands for a part of a picture or a sound, and in no answer; None: the model reads text alone."""
+        if self.vision is None and self.speech is None:
+            return None
+        return self.image_token_id if self.speech is None else self.audio_token_id
+
 
 class Search(Part):
     """Defaults of generation, all of which a request may replace."""

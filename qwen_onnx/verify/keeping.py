@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify.golden import About, Encoded, Golden, Rendered, Stretch, kept
 from qwen_onnx.verify.parity import CONVERSATIONS, NASTY
+from qwen_onnx.verify.senses import token_of
+from qwen_onnx.verify.softmax import Logits
 
 if TYPE_CHECKING:
     from qwen_onnx.verify.context import Context
@@ -70,6 +74,8 @@ def _continuations(context: Context) -> Iterator[tuple[int, list[int]]]:
     """
     count = context.options.greedy_tokens
     texts = [(len(prompt), prompt) for prompt in context.greedy_prompts()]
+    # the artifact draws it never, and reads it only where a medium is
+    never = token_of(context)
     for _ in range(MOST_PASSES):
         open_texts = [(prompt, ids) for prompt, ids in texts if len(ids) < prompt + count]
         if not open_texts:
@@ -77,7 +83,7 @@ def _continuations(context: Context) -> Iterator[tuple[int, list[int]]]:
         drafts = [[*ids, *_draft(context, ids, prompt + count - len(ids))] for prompt, ids in open_texts]
         context.teacher.prepare(drafts)
         longer = {
-            tuple(ids): agreed(context.teacher.logits(draft).argmax(-1).tolist(), draft, len(ids))
+            tuple(ids): agreed(preferred(context.teacher.logits(draft), never), draft, len(ids))
             for (_, ids), draft in zip(open_texts, drafts, strict=True)
         }
         texts = [(prompt, longer.get(tuple(ids), ids)[: prompt + count]) for prompt, ids in texts]
@@ -91,14 +97,22 @@ def _draft(context: Context, ids: Sequence[int], count: int) -> list[int]:
     return list(context.engine.generate(ids, max_new_tokens=count, stop_on_eos=False))
 
 
-def agreed(preferred: Sequence[int], draft: Sequence[int], begin: int) -> list[int]:
+def preferred(logits: Logits, never: int | None) -> list[int]:
+    """The likeliest token after each of a text's, but for ``never``; logits are [tokens, vocabulary]."""
+    found = logits.argmax(-1)
+    for place in np.flatnonzero(found == never):
+        found[place] = np.where(np.arange(logits.shape[-1]) == never, -np.inf, logits[place]).argmax()
+    return [int(token) for token in found]
+
+
+def agreed(liked: Sequence[int], draft: Sequence[int], begin: int) -> list[int]:
     """The draft up to where the teacher prefers another token, and that token.
 
     Args:
-        preferred: the teacher's first choice after each token of ``draft``.
+        liked: the teacher's first choice after each token of ``draft``.
         begin: tokens of the draft that are settled.
     """
     place = begin
-    while place < len(draft) and preferred[place - 1] == draft[place]:
+    while place < len(draft) and liked[place - 1] == draft[place]:
         place += 1
-    return [*draft[:place], preferred[place - 1]]
+    return [*draft[:place], liked[place - 1]]

@@ -47,9 +47,9 @@ def model_of(artifact: Path) -> Any:
 
 
 def token_of(context: Context) -> int | None:
-    """What stands for a part of a medium."""
-    model = GenaiConfig.read(context.artifact, VerificationError).model
-    return model.audio_token_id if model.speech else model.image_token_id
+    """What stands for a part of a medium; None: the model reads text alone."""
+    model = model_of(context.artifact)
+    return model.medium_token if model else None
 
 
 def asked_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,24 @@ from tests.fixtures.sounds import as_sound, sweep
 
 @pytest.mark.release
 def test_a_folder_is_built_and_answers_about_a_sound(tmp_path: Path) -> None:
-    """Through the INT4 pipeline of the CPU: quantised, packed, with encoder and embedding beside the decoder."""
-    folder = make_hearing_checkpoint(tmp_path / "tiny-audio")
-    done = run_cli("optimize", folder, "--output", tmp_path / "artifact", "--no-verify")
-    assert done.returncode == 0, done.stderr
-    opened = open_runnable(tmp_path / "artifact")
+    """Through the INT4 pipeline of the CPU and every check, with encoder and embedding beside the decoder.
+
+    Of 288 tokens one stands for sounds, so that a random model draws it.
+    """
+    folder = make_hearing_checkpoint(tmp_path / "tiny-audio", max_position_embeddings=4096)
+    done = run_cli("optimize", folder, "--output", tmp_path / "artifact")
+    # a model of 64 dimensions may be too quick for its time to be told
+    assert set(json.loads(done.stdout.splitlines()[-1])["not_passed"]) <= {"latency"}, done.stdout
+    assert "the checkpoint brought no LICENSE" in done.stderr
+    place = tmp_path / "artifact"
+    place = place if place.exists() else place.with_name("artifact.rejected")
+    opened = open_runnable(place)
     steps = [step["type"] for step in opened.manifest.plan.olive["passes"].values()]
     assert steps == ["FisherGptq", "GenAIModelBuilder", "PackWeights", "AudioEncoder"]
-    assert {"audio.onnx", "embedding.onnx", "audio_config.json"} <= opened.manifest.files.keys()
+    assert {"audio.onnx", "embedding.onnx", "audio_config.json", "golden.npz"} <= opened.manifest.files.keys()
     content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": "What is it?"}]
     prompt = ChatPrompt([{"role": "user", "content": content}], sounds=[Attached(as_sound(sweep(1)), "it")])
-    with QwenService(tmp_path / "artifact", threads=1, streams=1) as service:
+    with QwenService(place, threads=1, streams=1) as service:
         assert service.hears
         assert service.generate(prompt, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.verify.golden import GOLDEN, MOST_BYTES, TOP, About, Golden, Stretch, compare_coarse, kept
+from qwen_onnx.verify.keeping import preferred
 from qwen_onnx.verify.scoring import compare
 
 VOCABULARY, TOKENS = 500, 70
@@ -189,3 +190,13 @@ def test_a_changed_byte_is_refused_or_changes_nothing_that_matters(
     except ArtifactError:
         return
     assert all(np.isfinite(part.top_logp).all() for part in found.parts)
+
+
+def test_a_token_that_stands_for_a_medium_is_in_no_continuation() -> None:
+    """Where the teacher likes it most, its second choice counts."""
+    first, second = LOGITS.argsort(-1)[:, :-3:-1].T
+    never = int(first[7])
+    wanted = np.where(first == never, second, first).tolist()
+    assert preferred(LOGITS, never) == wanted
+    assert wanted[7] != never
+    assert preferred(LOGITS, None) == first.tolist()

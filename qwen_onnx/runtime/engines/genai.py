@@ -112,7 +112,7 @@ class Engine:
         model = GenaiConfig.read(folder).model
         # what stands for a part of a picture; None: it reads text alone
         self.image_token = model.image_token_id if model.vision is not None else None
-        self._drawn_never = self.image_token if model.speech is None else model.audio_token_id
+        self._medium_token = model.medium_token
         try:
             config = og.Config(str(folder))
             session: dict[str, Any] = {} if threads is None else {"intra_op_num_threads": threads}
@@ -193,10 +193,10 @@ class Engine:
         for _ in range(max_new_tokens):
             if cancelled():
                 return
-            if self._drawn_never is not None:
+            if self._medium_token is not None:
                 # genai would put a part of the prompt's pictures there, or fail for want of one
                 logits = np.array(generator.get_logits())
-                logits[..., self._drawn_never] = -np.inf
+                logits[..., self._medium_token] = -np.inf
                 generator.set_logits(logits)
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
