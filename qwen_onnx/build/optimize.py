@@ -147,12 +147,19 @@ def _built_or_found(job: Job) -> Outcome:
             return _build(job, key, packages, checkpoint, staging, kept)
 
 
+def _warn_of_licence(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Before hours of building: what a package of it will lack."""
+    if plan.license is None:
+        progress("nothing states the weights' licence, and `package` will refuse: README.md beside them should")
+    elif plan.license != APACHE and not licence_files(checkpoint.path):
+        progress(f"no LICENSE is beside weights under {plan.license}, and `package` will refuse")
+
+
 def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, kept: Path) -> Outcome:
     begin = time.monotonic()
     # before hours of building in which the checkout may move on
     checkout = this_checkout()
-    if job.plan.license != APACHE and not licence_files(checkpoint.path):
-        progress("the checkpoint brought no LICENSE: `package` will refuse what is made of it; better put it there now")
+    _warn_of_licence(job.plan, checkpoint)
     log, tools = staging / LOG_FILE, Toolchain.of(job.plan, job.cache)
     try:
         folder, readback = build_model(tools, checkpoint, staging, log, kept, job.calibration)

@@ -19,9 +19,16 @@ def write_licences(folder: Path, manifest: Manifest) -> None:
     """Write ``LICENSE`` of the weights where the checkpoint brought none, ``LICENSE.qwen-onnx`` and ``NOTICE``.
 
     Raises:
-        PackageError: the text of the weights' licence is not at hand.
+        PackageError: nothing states the weights' licence, or its text is not at hand.
         EnvironmentFault: this installation lacks its own licence.
     """
+    if manifest.plan.license is None:
+        raise PackageError(
+            f"nothing states the licence of the weights of {manifest.plan.model}",
+            where=manifest.source.origin,
+            hint="let README.md beside the weights begin with the lines ---, license: apache-2.0 (or theirs) and ---; "
+            f"then: qwen-onnx optimize {manifest.plan.asked}",
+        )
     licence = folder / LICENCE
     if not licence.exists():
         brought = sorted(path for path in folder.glob(f"{LICENCE}*") if path.name != OWN_LICENCE)
@@ -41,7 +48,7 @@ def write_licences(folder: Path, manifest: Manifest) -> None:
 def _missing(manifest: Manifest) -> PackageError:
     plan = manifest.plan
     return PackageError(
-        f"the weights of {plan.model} are under {plan.license or 'a licence that is not stated'}, whose "
+        f"the weights of {plan.model} are under {plan.license}, whose "
         f"text must travel with them, and their checkpoint brought no {LICENCE}",
         where=manifest.source.origin,
         hint=f"put its {LICENCE} into the checkpoint folder: "
@@ -54,7 +61,7 @@ def notice_text(manifest: Manifest, brought: str = "") -> str:
     plan, source = manifest.plan, manifest.source
     parts = [
         f"{plan.title}, converted to ONNX ({plan.precision}, {plan.target}) by qwen-onnx.\n"
-        f"The weights come from {source.origin}, revision {source.revision}, under {plan.license or 'their licence'}\n"
+        f"The weights come from {source.origin}, revision {source.revision}, under {plan.license}\n"
         f"({LICENCE}). They were changed: converted and, unless they are floats, quantised. qwen-onnx is under\n"
         f"{APACHE} ({OWN_LICENCE}).\n"
     ]

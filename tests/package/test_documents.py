@@ -193,10 +193,16 @@ def test_apache_weights_get_its_text_and_notices(manifest: Manifest, tmp_path: P
     assert "onnxruntime-qnn" not in notice
 
 
-@pytest.mark.parametrize("licence", ["LicenseRef-Qwen", None])
-def test_a_licence_whose_text_is_missing_is_refused(manifest: Manifest, tmp_path: Path, licence: str | None) -> None:
+def test_a_licence_whose_text_is_missing_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match=r"brought no LICENSE"):
-        write_licences(tmp_path, licensed(manifest, licence))
+        write_licences(tmp_path, licensed(manifest, "LicenseRef-Qwen"))
+
+
+def test_a_licence_that_nothing_states_is_refused_with_the_line_that_does(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("some text")
+    with pytest.raises(PackageError, match=r"nothing states the licence") as found:
+        write_licences(tmp_path, licensed(manifest, None))
+    assert "license: apache-2.0" in (found.value.hint or "")
 
 
 def test_the_checkpoints_own_licence_travels(manifest: Manifest, tmp_path: Path) -> None:
