@@ -159,7 +159,9 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     begin = time.monotonic()
     # before hours of building in which the checkout may move on
     checkout = this_checkout()
-    _warn_of_licence(job.plan, checkpoint)
+    # no model that hears is packaged
+    if not job.plan.hears:
+        _warn_of_licence(job.plan, checkpoint)
     log, tools = staging / LOG_FILE, Toolchain.of(job.plan, job.cache)
     try:
         folder, readback = build_model(tools, checkpoint, staging, log, kept, job.calibration)

@@ -22,6 +22,7 @@ def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path, architect
     folder = make_vision_checkpoint(tmp_path / "tiny-vl", architecture)
     done = run_cli("optimize", folder, "--output", tmp_path / "artifact", "--no-verify")
     assert done.returncode == 0, done.stderr
+    assert "nothing states the weights' licence" in done.stderr
     opened = open_runnable(tmp_path / "artifact")
     steps = [step["type"] for step in opened.manifest.plan.olive["passes"].values()]
     # experts and linear attention are quantised by the builder
