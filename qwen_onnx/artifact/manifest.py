@@ -21,7 +21,7 @@ from qwen_onnx.artifact.names import name_faults
 from qwen_onnx.artifact.store import put_in_place
 from qwen_onnx.bounded import read_description
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.catalog.schema import About
+from qwen_onnx.catalog.schema import About, Verification
 from qwen_onnx.errors import ArtifactError, EnvironmentFault, PackageError
 from qwen_onnx.files import write_whole
 from qwen_onnx.git import Checkout
@@ -207,21 +207,27 @@ def publish(staged: Path, target: Path, manifest: Manifest) -> Artifact:
     return Artifact(path=target, manifest=manifest)
 
 
-def staged_manifest(staged: Path, *, plan: Plan, verdict: str, **fields: Any) -> Manifest:
-    """The manifest of a finished staging folder; checksums and size are taken from the files."""
+def staged_manifest(
+    staged: Path, *, plan: Plan, verdict: str, level: Verification | None = None, **fields: Any
+) -> Manifest:
+    """The manifest of a finished staging folder; checksums and size are taken from the files.
+
+    Args:
+        level: at which it was judged; None: the target's own.
+    """
     files = _files(staged)
     found = {
         "files": files,
         "size_bytes": sum((staged / name).stat().st_size for name in files),
         "python": platform.python_version(),
-        "claim": plan.claim(verdict),
+        "claim": plan.claim(verdict, level),
     }
     return Manifest.model_validate({"plan": plan, "verdict": verdict, **found, **fields})
 
 
-def replace_verdict(artifact: Artifact, staged: Path, verdict: str) -> Artifact:
-    """Publish ``staged``, a copy of ``artifact`` with a new report, under a new verdict."""
+def replace_verdict(artifact: Artifact, staged: Path, verdict: str, level: Verification) -> Artifact:
+    """Publish ``staged``, a copy of ``artifact`` with a new report, under a new verdict, found at ``level``."""
     found_anew = {"plan", "files", "size_bytes", "python", "verdict", "claim"}
     old = json.loads(artifact.manifest.model_dump_json(exclude=found_anew))
-    manifest = staged_manifest(staged, plan=artifact.manifest.plan, verdict=verdict, **old)
+    manifest = staged_manifest(staged, plan=artifact.manifest.plan, verdict=verdict, level=level, **old)
     return publish(staged, artifact.path, manifest)

@@ -37,8 +37,9 @@ def examine(plan: Plan, root: Path, source: Path | None = None) -> list[Finding]
     findings = [_python(), *(_extra(extra) for extra in EXTRAS)]
     memory = free_memory()
     needs = estimate(plan, checkpoint_at_hand(plan, cache_root(root), source))
-    needed = max(needs.memory, needs.verification)
-    findings.append(_amount(f"memory for {plan.model}", memory, needed, "close programs, or build on another machine"))
+    findings.append(
+        _amount(f"memory for {plan.model}", memory, needs.least, "close programs, or build on another machine")
+    )
     disk = shutil.disk_usage(root).free
     wanted = needs.disk + needs.download
     if plan.environment:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.catalog.sizes import dimensions, steps_of, stored
+from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.verify.layerwise import HEAD_BYTES
 from qwen_onnx.verify.nibbles import FOLDING, MOST_FOLDED
 from qwen_onnx.verify.roofline import BLOCK_BYTES
@@ -41,8 +42,7 @@ HEAD_SERVED, SHARED_SERVED, SHARED_EXACT, LOGITS_OF_DRIFT = 1.2, 2.2, 1.0, 2.2
 HEAD_IN_PLANES, ALL_IN_PLANES = 5, 9
 # the three processes of the latency check without weights, and who measures memory's speed (the same day)
 LATENCY_BYTES, THREADS = 760_000_000, 2
-# besides an artifact whose matrices stay mapped: with less they would not stay in memory, and it is run in slices
-# (verify/context.py: the process has taken the rest by then)
+# besides an artifact whose matrices stay mapped: with less they would not stay in memory
 MAPPED_BESIDE = 1_500_000_000
 WINDOW, DECODED = 512, 96  # the longest of verify.records.DEPTHS; tokens that go through the KV cache
 # hidden states of eight domains, doubled, at the depth quick: those worked on, those kept, those being kept
@@ -59,6 +59,7 @@ class Estimate:
         kept: peak below the cache besides the checkpoint, where finished steps are kept.
         disk: peak of all besides the checkpoint; of what is beside the target no more.
         memory: peak of anonymous memory of the process that builds; ``verification``: of verifying.
+        in_slices: of verifying one layer at a time; None: the artifact has to be loaded whole.
         exact: false when the shape is not known well enough: then these are upper bounds.
     """
 
@@ -68,7 +69,13 @@ class Estimate:
     disk: int
     memory: int
     verification: int
+    in_slices: int | None
     exact: bool
+
+    @property
+    def least(self) -> int:
+        """Bytes of memory that building and verifying take, in slices where these need less."""
+        return max(self.memory, min(self.verification, self.in_slices or self.verification))
 
 
 def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> Estimate:
@@ -101,9 +108,24 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
         kept=kept + working,
         disk=disk,
         memory=max(step.memory(found, before) for step, before in places),
-        verification=_verification(found, states, artifact, plan),
+        verification=_verification(found, states, artifact, plan, timed=plan.verification is Verification.RUN),
+        in_slices=_in_slices(found, plan),
         exact=found.exact,
     )
+
+
+def layers_at_once(plan: Plan, source: Path | None = None) -> int | None:
+    """Layers of the artifact that a verification loads at once in the free memory.
+
+    Returns:
+        None for all of them: they fit, or the artifact cannot be run in slices.
+    """
+    needs, free = estimate(plan, source), free_memory()
+    if needs.in_slices is None or needs.verification <= free:
+        return None
+    layers = dimensions(plan, source).layers
+    another = max((needs.verification - needs.in_slices) // max(layers - 1, 1), 1)
+    return min(1 + max(free - needs.in_slices, 0) // another, max(layers - 1, 1))
 
 
 def _disk(found: Dimensions, steps: Sequence[PassOptions]) -> int:
@@ -120,7 +142,7 @@ def _files(found: Dimensions) -> int:
     return found.tokenizer + GRAPH_BYTES_PER_LAYER * found.layers + FILES_BYTES
 
 
-def _verification(found: Dimensions, states: Sequence[Stored], artifact: int, plan: Plan) -> int:
+def _verification(found: Dimensions, states: Sequence[Stored], artifact: int, plan: Plan, *, timed: bool) -> int:
     """The largest of the stages, of which each has one copy of the artifact: see ``qwen_onnx.verify.context``.
 
     PyTorch is timed whole where memory holds it, and by a layer where it does not: what is needed is the latter.
@@ -136,11 +158,20 @@ def _verification(found: Dimensions, states: Sequence[Stored], artifact: int, pl
         stages = [session + texts]
     reference = EXPORT_COPIES * 4 * found.weights if plan.needs_reference else 0
     needed = VERIFIER_BYTES + reference + max(stages)
-    if plan.verification is Verification.RUN:
+    if timed:
         # of a large head a part is timed
         loaded = min(4 * found.tables, HEAD_BYTES) + 4 * (found.layer + found.experts)
         needed = max(needed, LATENCY_BYTES + THREADS * BLOCK_BYTES + loaded + session)
     return int(TOKENIZER_COPIES * found.tokenizer + needed)
+
+
+def _in_slices(found: Dimensions, plan: Plan) -> int | None:
+    """Peak of verifying one layer at a time: an upper bound, since layer and head count together."""
+    if plan.needs_reference or plan.verification not in (Verification.RUN, Verification.NUMERICS_ON_CPU):
+        return None
+    one = replace(found, layers=1)
+    states = stored(one, steps_of(plan))
+    return _verification(one, states, states[-1].total, plan, timed=False)
 
 
 def _of_codes(found: Dimensions, kernels: Stored, plan: Plan, texts: float) -> tuple[float, list[float]]:
@@ -166,6 +197,7 @@ MEANINGS = {
     "disk": "disk, peak of the build besides the download",
     "memory": "memory, peak of the build",
     "verification": "memory, peak of the verification",
+    "in_slices": "memory, with less of which it is not verified: one layer at a time",
 }
 
 
@@ -176,7 +208,8 @@ def print_estimate(plan: Plan, source: Path | None, console: Console) -> None:
     found = estimate(plan, source)
     table = Table(f"{plan.name}", "GB")
     for name, meaning in MEANINGS.items():
-        table.add_row(meaning, f"{getattr(found, name) / 1e9:.2f}")
+        value = getattr(found, name)
+        table.add_row(meaning, "–" if value is None else f"{value / 1e9:.2f}")
     console.print(table)
     console.print(
         "estimates: within 20 % of what builds for CPUs took; of the verification's memory, a bound; "

@@ -31,7 +31,6 @@ from qwen_onnx.artifact.store import build_lock, kept_folder, rejected_place, st
 from qwen_onnx.build.estimate import Estimate, estimate
 from qwen_onnx.build.toolchain import Toolchain
 from qwen_onnx.catalog.plan import Plan
-from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.files import APACHE, licence_files
 from qwen_onnx.git import this_checkout
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from qwen_onnx.verify.report import Report
 
 LOG_FILE = "build.log"
-SMOKE_PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True)
@@ -156,6 +154,8 @@ def _warn_of_licence(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint, staging: Path, kept: Path) -> Outcome:
+    from qwen_onnx.build.smoke import smoke
+
     begin = time.monotonic()
     # before hours of building in which the checkout may move on
     checkout = this_checkout()
@@ -170,16 +170,17 @@ def _build(job: Job, key: str, packages: dict[str, str], checkpoint: Checkpoint,
     shutil.move(log, folder / LOG_FILE)
     for file in licence_files(checkpoint.path):
         shutil.copyfile(file, folder / file.name)
-    progress("loading the artifact and generating")
-    smoke(folder, tools)
+    level = smoke(folder, tools, checkpoint.path)
     built = time.monotonic() - begin
     report = _measured(tools, folder, checkpoint, staging, job.options, folder) if job.verify else None
     if report:
         report = _beside_prediction(report, readback.get("predicted"))
         report.save(folder)
+        level = report.verification
     verdict = report.verdict if report else Verdict.UNVERIFIED
     manifest = staged_manifest(
         folder,
+        level=level,
         key=key,
         plan=job.plan,
         plan_digest=job.plan.digest,
@@ -262,7 +263,7 @@ def _measured(
     keep = Keep(kept, tools.plan.model, weights_digest(checkpoint.files))
     report = tools.verify(folder, checkpoint.path, reference, options, keep)
     # where the row came from is not the verification's business, but it belongs to the claim
-    return report.model_copy(update={"claim": tools.plan.claim(report.verdict)})
+    return report.model_copy(update={"claim": tools.plan.claim(report.verdict, report.verification)})
 
 
 def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, options: VerifyOptions) -> Report:
@@ -276,36 +277,8 @@ def verify_published(artifact: Artifact, checkpoint: Checkpoint, cache: Path, op
             (folder / name).unlink(missing_ok=True)
         report = _measured(tools, artifact.path, checkpoint, staging, options, folder)
         report.save(folder)
-        replace_verdict(artifact, folder, report.verdict)
+        replace_verdict(artifact, folder, report.verdict, report.verification)
     return report
-
-
-def smoke(folder: Path, tools: Toolchain) -> None:
-    """Load and generate, with onnxruntime-genai or the target's runner, unless the plan's level is structure alone.
-
-    Raises:
-        ExportError: it does not load, gives no token, or its context is shorter than the plan's.
-    """
-    from qwen_onnx.errors import ArtifactError
-    from qwen_onnx.runtime.engines.genai import Engine
-    from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
-
-    plan = tools.plan
-    if plan.verification is Verification.STRUCTURE:
-        return
-    try:
-        on_cpu = plan.verification is Verification.NUMERICS_ON_CPU
-        engine = tools.runner(folder) if tools.runner else Engine(folder, on_cpu=on_cpu)
-        ids = TextTokenizer(folder).encode(SMOKE_PROMPT)
-        tokens = list(engine.generate(ids, max_new_tokens=8, stop_on_eos=False))
-    except ArtifactError as error:
-        raise ExportError(f"the export does not load: {error.what}", where=str(folder)) from error
-    if len(tokens) != 8:
-        raise ExportError(f"the export generated {len(tokens)} of 8 tokens", where=str(folder))
-    if engine.context_length < plan.context:
-        raise ExportError(
-            f"the export accepts {engine.context_length} tokens, the recipe promises {plan.context}", where=plan.model
-        )
 
 
 def _with_kept_log(error: ExportError, log: Path, job: Job) -> ExportError:
@@ -331,8 +304,8 @@ def require_room(job: Job) -> None:
         for place, need in _disk_needs(job, needs, to_install).items()
         if (free := shutil.disk_usage(place).free) < need
     ]
-    memory = max(needs.memory, needs.verification) if job.verify else needs.memory
     available = free_memory()
+    memory = needs.least if job.verify else needs.memory
     if available < memory:
         faults.append(f"{memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free")
     if faults:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from qwen_onnx.build.estimate import layers_at_once
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.processes.environments import Interpreter, interpreter_of
+from qwen_onnx.processes.progress import progress
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.engines.runners.client import Runner
@@ -86,16 +88,25 @@ class Toolchain:
         options: VerifyOptions | None = None,
         keep: Keep | None = None,
     ) -> Report:
-        """Measure ``artifact`` as far as the plan's verification level promises; see ``verify.verify_artifact``."""
+        """Measure ``artifact`` as far as the plan's verification level promises; see ``verify.verify_artifact``.
+
+        In slices of as many layers as memory holds, where it does not hold all of them.
+        """
         from qwen_onnx.verify import VerifyOptions, verify_artifact
 
+        options = options or VerifyOptions()
+        if options.layers_at_once is None:
+            layers = layers_at_once(self.plan, checkpoint)
+            if layers is not None:
+                progress(f"memory does not hold the artifact: verifying {layers} of its layers at a time")
+            options = options.model_copy(update={"layers_at_once": layers})
         return verify_artifact(
             artifact,
             checkpoint,
             reference,
             self.plan.limits,
             level=self.plan.verification,
-            options=options or VerifyOptions(),
+            options=options,
             runner=self.runner,
             simulator=self.simulator,
             cache=self.cache,

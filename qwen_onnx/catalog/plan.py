@@ -144,9 +144,9 @@ class Plan(Grown):
     def _has(self, kind: str) -> bool:
         return any(step["type"] == kind for step in self.olive["passes"].values())
 
-    def claim(self, verdict: str) -> str:
-        """What a report or manifest may say of an artifact with ``verdict``."""
-        return self.verification.claim(verdict) + ("" if self.catalogued else f"; {UNCATALOGUED}")
+    def claim(self, verdict: str, level: Verification | None = None) -> str:
+        """What a report or manifest may say of an artifact with ``verdict``, found at ``level`` or the target's own."""
+        return (level or self.verification).claim(verdict) + ("" if self.catalogued else f"; {UNCATALOGUED}")
 
 
 def make_plan(catalog: Catalog, model: str, target: str, precision: str | None = None) -> Plan:

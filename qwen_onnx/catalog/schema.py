@@ -70,6 +70,7 @@ class Verification(StrEnum):
     SIMULATOR = "simulator"
     NUMERICS_ON_CPU = "numerics-on-cpu"
     OPENVINO_CPU = "openvino-cpu"
+    IN_SLICES = "in-slices"
     STRUCTURE = "structure"
 
     @property
@@ -81,12 +82,24 @@ class Verification(StrEnum):
             "vendor's simulator; not run on the device",
             Verification.NUMERICS_ON_CPU: "numerics on the CPU execution provider; not run on the device",
             Verification.OPENVINO_CPU: "numerics on OpenVINO's CPU plugin; not run on the device",
+            Verification.IN_SLICES: "numerics and KV cache on the CPU execution provider, a few layers at a time, "
+            "since memory did not hold them all; never loaded as a whole, served or timed",
             Verification.STRUCTURE: "structure of the graph; never run",
         }[self]
 
     def claim(self, verdict: str) -> str:
         """What a report or manifest may say of an artifact with ``verdict``."""
         return f"proven: {self.text}" if verdict == "PASS" else f"not proven ({verdict}); judged by: {self.text}"
+
+
+# what a target's artifacts are judged by; in slices depends on the machine
+TargetVerification = Literal[
+    Verification.RUN,
+    Verification.SIMULATOR,
+    Verification.NUMERICS_ON_CPU,
+    Verification.OPENVINO_CPU,
+    Verification.STRUCTURE,
+]
 
 
 class Step(Record):
@@ -191,7 +204,7 @@ class Pipeline(Record):
     """A target: how it is built in each precision, or why not, and how far what was built is proven here."""
 
     target: Name
-    verification: Verification
+    verification: TargetVerification
     environment: Name | None = Field(default=None, description="environment that builds the artifacts or runs them")
     context: int | None = Field(default=None, gt=0, description="most tokens, where the device wants fixed shapes")
     device: Literal["cpu", "gpu", "npu"]

@@ -72,6 +72,7 @@ def card_text(
         manifest=manifest,
         plan=manifest.plan,
         report=report,
+        judged=(report.verification if report else manifest.plan.verification).text,
         devices=devices,
         compared=compared,
         task_cells=task_cells,

@@ -183,7 +183,7 @@ def _card(plan: Plan) -> dict[str, Any]:
         "considerations": {
             "technicalLimitations": [
                 f"{plan.context} tokens of prompt and answer",
-                f"judged by: {plan.verification.text}",
+                f"judged at most by: {plan.verification.text}",
             ]
         },
     }

@@ -11,19 +11,17 @@ from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.artifact.kv_scales import Floats
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.files import folder_bytes
-from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
 from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
-from qwen_onnx.verify.graph import QUANTIZED, Graph
+from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.loaded import Loaded
 from qwen_onnx.verify.nibbles import in_nibbles
 from qwen_onnx.verify.parity import CONVERSATIONS, decode_positions
 from qwen_onnx.verify.records import Drift, Latency, TaskResult, VerifyOptions
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
-from qwen_onnx.verify.slices import SlicedScorer
+from qwen_onnx.verify.slices import SlicedScorer, decoded
 from qwen_onnx.verify.softmax import Logits
 
 if TYPE_CHECKING:
@@ -34,12 +32,6 @@ if TYPE_CHECKING:
     from qwen_onnx.verify.golden import Golden
     from qwen_onnx.verify.keeping import Keep
     from qwen_onnx.verify.tower import Tower
-
-
-# bytes that a verification needs besides the artifact; and what a session holds of its weights, prepacked ones included
-BESIDE, SESSION_COPIES = 2_500_000_000, 1.4
-# bytes besides an artifact whose matrices stay mapped: what memory cannot keep is read from the disk for every token
-MAPPED_BESIDE = 800_000_000
 
 
 PLAIN_PROMPTS = ["The capital of France is", "def main():"]
@@ -116,27 +108,16 @@ class Context:
         return self._session() if folder == self.artifact else OnnxScorer(folder, self.options.threads)
 
     def _session(self, *, in_float32: bool = False) -> Scorer:
-        """The artifact by ONNX Runtime, in slices if it is larger than the memory."""
+        """The artifact by ONNX Runtime, in slices if the options say so."""
         threads = self.options.threads
         if self.slice_layers is None:
             return OnnxScorer(self.artifact, threads, in_float32=in_float32)
         return SlicedScorer(self._graph(), threads, self.scratch, self.slice_layers, in_float32=in_float32)
 
-    @cached_property
+    @property
     def slice_layers(self) -> int | None:
         """Layers of the artifact that are loaded at once; None for all of them."""
-        if self.options.layers_at_once or self._runner:
-            return self.options.layers_at_once
-        free, size = free_memory(), folder_bytes(self.artifact)
-        share = max(free - BESIDE, free / 2) / (SESSION_COPIES * size)
-        layers = GenaiConfig.read(self.artifact, VerificationError).model.decoder.num_hidden_layers
-        if share >= 1 or layers is None or (free >= size + MAPPED_BESIDE and self._stays_mapped()):
-            return None
-        return max(int(share * layers), 1)
-
-    def _stays_mapped(self) -> bool:
-        graph = self._graph()
-        return not graph.half and any(node.op_type in QUANTIZED for node in graph.nodes)
+        return self.options.layers_at_once
 
     @cached_property
     def teacher(self) -> Answers:
@@ -205,6 +186,14 @@ class Context:
 
         return self._runner(folder) if self._runner else Engine(folder, threads=self.options.threads, on_cpu=on_cpu)
 
+    def decoded(self, texts: Sequence[Sequence[int]]) -> list[Logits]:
+        """Logits of each text as served, token by token through the KV cache; drops ``scorer``."""
+        if self.slice_layers is None:
+            engine = self.engine
+            return [engine.forced_logits(ids[:1], ids[1:]) for ids in texts]
+        self.unload()
+        return decoded(self._graph(), self.options.threads, self.slice_layers, texts)
+
     def exact_decode(self, prompts: Mapping[str, Sequence[int]]) -> float | None:
         """Mean KLD in nats of decoding through the KV cache to prefill, in fp32 arithmetic, on the first prompt.
 
@@ -215,16 +204,17 @@ class Context:
         first = dict(list(prompts.items())[:1])
         # one after the other: each holds its own copy of the weights
         self.unload()
-        engine = self._engine(self.reference) if self.reference else self._exact_engine()
-        decoded = {tuple(ids): engine.forced_logits(ids[:1], ids[1:]) for ids in first.values()}
-        del engine
-        scorer = (
-            self._scorer(self.reference)
-            if self.reference
-            else OnnxScorer(self.artifact, self.options.threads, in_float32=True)
-        )
-        found = decode_positions(lambda ids: decoded[tuple(ids)], lambda: scorer, first, self.options.threads)
+        found = decode_positions(self._exactly_decoded, self._exact_scorer, first, self.options.threads)
         return float(found.kld.mean())
+
+    def _exactly_decoded(self, texts: Sequence[Sequence[int]]) -> list[Logits]:
+        if self.slice_layers is not None:
+            return decoded(self._graph(), self.options.threads, self.slice_layers, texts, in_float32=True)
+        engine = self._engine(self.reference) if self.reference else self._exact_engine()
+        return [engine.forced_logits(ids[:1], ids[1:]) for ids in texts]
+
+    def _exact_scorer(self) -> Scorer:
+        return self._scorer(self.reference) if self.reference else self._session(in_float32=True)
 
     def _exact_engine(self) -> Engine:
         from qwen_onnx.runtime.engines.genai import Engine

@@ -265,7 +265,10 @@ def _nearness(golden: Golden) -> str:
 def kv_decode(run: _Run) -> CheckResult:
     """Token by token through the KV cache gives the logits of one run over all tokens."""
     found = decode_positions(
-        lambda ids: run.engine.forced_logits(ids[:1], ids[1:]), lambda: run.scorer, run.prompts, run.options.threads
+        lambda texts: [run.engine.forced_logits(ids[:1], ids[1:]) for ids in texts],
+        lambda: run.scorer,
+        run.prompts,
+        run.options.threads,
     )
     verdicts, measured = agreement(found)
     return CheckResult(name="kv_decode", verdict=worst(verdicts), measured=measured, limit=dict(DECODE_LIMIT))

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.verify.corpus import Message
-from qwen_onnx.verify.drift import Scorer
+from qwen_onnx.verify.drift import Prepared, Scorer
 from qwen_onnx.verify.scoring import Positions, compare
 from qwen_onnx.verify.softmax import Logits
 
@@ -88,7 +88,7 @@ def mismatches(
 
 
 def decode_positions(
-    forced: Callable[[Sequence[int]], Logits],
+    decode: Callable[[Sequence[Sequence[int]]], list[Logits]],
     scorer: Callable[[], Scorer],
     prompts: Mapping[str, Sequence[int]],
     threads: int,
@@ -97,10 +97,13 @@ def decode_positions(
 
     All of the first come before ``scorer`` gives what computes the second: one of them at a time is in memory.
     """
-    decoded = [forced(ids) for ids in prompts.values()]
-    at_once = scorer().logits
-    pairs = zip(prompts.values(), decoded, strict=True)
-    return Positions.join([compare(at_once(ids), rows, ids, threads) for ids, rows in pairs])
+    texts = list(prompts.values())
+    decoded = decode(texts)
+    at_once = scorer()
+    if isinstance(at_once, Prepared):
+        at_once.prepare(texts)
+    pairs = zip(texts, decoded, strict=True)
+    return Positions.join([compare(at_once.logits(ids), rows, ids, threads) for ids, rows in pairs])
 
 
 # steps by which each text joins a batch later than the one before it

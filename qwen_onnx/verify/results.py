@@ -93,13 +93,11 @@ def batch_result(
     """Texts that share the steps of a batch against runs of their own; ``scorer`` loads what runs them alone."""
     limit = dict(DECODE_LIMIT)
     try:
-        rows = batched_logits(folder, list(prompts.values()), threads)
+        found = decode_positions(lambda texts: batched_logits(folder, texts, threads), scorer, prompts, threads)
     except UnsupportedGraphError as error:
         return CheckResult(
             name="batched", verdict=Verdict.PASS, limit=limit, detail=f"served one request at a time: {error.what}"
         )
-    together = {tuple(ids): logits for ids, logits in zip(prompts.values(), rows, strict=True)}
-    found = decode_positions(lambda ids: together[tuple(ids)], scorer, prompts, threads)
     verdicts, measured = agreement(found)
     measured["streams"] = len(prompts)
     return CheckResult(name="batched", verdict=worst(verdicts), measured=measured, limit=limit)

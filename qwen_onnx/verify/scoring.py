@@ -124,15 +124,21 @@ class Session:
         self._table: Table | None = None
 
     def run(
-        self, outputs: Sequence[str], ids: Sequence[int], given: Mapping[str, npt.NDArray[Any]]
+        self, outputs: Sequence[str], ids: Sequence[int], given: Mapping[str, npt.NDArray[Any]], past: int = 0
     ) -> list[npt.NDArray[Any]]:
-        """Values of ``outputs`` for one text; ``given`` are inputs that other slices made.
+        """Values of ``outputs`` for one text.
+
+        Args:
+            given: inputs that other slices made, and states that are not empty.
+            past: tokens before ``ids`` that the states hold.
 
         Raises:
             VerificationError: it does not run, or wants an input that no Qwen has.
         """
         try:
-            found: list[npt.NDArray[Any]] = self._session.run(list(outputs), self._feeds(np.asarray([ids]), given))
+            found: list[npt.NDArray[Any]] = self._session.run(
+                list(outputs), self._feeds(np.asarray([ids]), given, past)
+            )
         except _faults() as error:
             raise VerificationError(f"The model does not run: {error}", where=str(self.folder)) from error
         return found
@@ -141,12 +147,11 @@ class Session:
         """Name of the profile's file."""
         return str(self._session.end_profiling())
 
-    def _feeds(self, ids: npt.NDArray[np.int64], given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        known = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "position_ids": np.arange(ids.shape[1]),
-        }
+    def _feeds(
+        self, ids: npt.NDArray[np.int64], given: Mapping[str, npt.NDArray[Any]], past: int
+    ) -> dict[str, npt.NDArray[Any]]:
+        end = past + ids.shape[1]
+        known = {"input_ids": ids, "attention_mask": np.ones((1, end)), "position_ids": np.arange(past, end)}
         feeds = {}
         for spec in self._session.get_inputs():
             if spec.name in given:
@@ -160,7 +165,7 @@ class Session:
                 value = np.zeros([self._size(size, spec.name) for size in spec.shape])
             elif spec.name in known:
                 # multimodal RoPE has three axes of positions, equal for text
-                value = np.broadcast_to(known[spec.name], (*spec.shape[:-2], *ids.shape))
+                value = np.broadcast_to(known[spec.name], (*spec.shape[:-2], 1, known[spec.name].shape[-1]))
             else:
                 raise VerificationError(
                     f"The model wants an input that no Qwen has: {spec.name}", where=str(self.folder)

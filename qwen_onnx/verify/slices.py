@@ -1,7 +1,8 @@
 """A graph in slices of a few layers: what is larger than the memory is run one slice after the other.
 
 All texts go through a slice before the next is loaded; what crosses from one to the next waits in files. The slices
-hold the graph's own nodes and weights, so they compute what the whole graph computes.
+hold the graph's own nodes and weights, so they compute what the whole graph computes. Decoding does likewise: where the
+tokens are known, all steps of a text can go through one slice and its KV cache before the next slice takes them.
 """
 
 from __future__ import annotations
@@ -19,20 +20,29 @@ from qwen_onnx.errors import VerificationError
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import digest_of
 from qwen_onnx.verify.graph import Graph
-from qwen_onnx.verify.scoring import Session, open_session
+from qwen_onnx.verify.nibbles import in_nibbles
+from qwen_onnx.verify.scoring import STATES, Session, open_session
 from qwen_onnx.verify.softmax import Logits
 
 LAYER = re.compile(r"/layers\.(\d+)/")
 LOGITS = "logits"
+PRESENT = "present."
+Values = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Neighbouring layers as a graph: ``inputs`` come from slices before it, ``outputs`` go to slices behind it."""
+    """Neighbouring layers as a graph.
+
+    Attributes:
+        inputs: come from slices before it; ``outputs`` go to slices behind it.
+        states: names of its layers' states before a run, and of the same behind it.
+    """
 
     graph: bytes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    states: tuple[tuple[str, str], ...]
 
 
 class Cut:
@@ -89,7 +99,17 @@ class Cut:
             inputs = {name for name in read[place] if self._places[name] < place}
             later = set().union(*read[place + 1 :]) if place + 1 < self.count else {LOGITS}
             outputs = {name for name in later if self._places.get(name) == place}
-            yield Slice(self._built(place, inputs, outputs), tuple(sorted(inputs)), tuple(sorted(outputs)))
+            states = self._states(place)
+            built = self._built(place, inputs, outputs | {present for _, present in states})
+            yield Slice(built, tuple(sorted(inputs)), tuple(sorted(outputs)), states)
+
+    def _states(self, place: int) -> tuple[tuple[str, str], ...]:
+        found = []
+        for value in self.graph.model.graph.output:
+            rest = value.name.removeprefix(PRESENT)
+            if rest != value.name and self._places[value.name] == place:
+                found.append((next(past + rest for past in STATES if past + rest in self._given), value.name))
+        return tuple(found)
 
     def _place(self, node: Any) -> int:
         return self._places[next(filter(None, node.output))]
@@ -185,3 +205,44 @@ class SlicedScorer:
 
     def _run(self, session: Session, part: Slice, ids: Sequence[int]) -> list[np.ndarray[Any, Any]]:
         return session.run(list(part.outputs), ids, {name: np.load(self._file(ids, name)) for name in part.inputs})
+
+
+def decoded(
+    graph: Graph, threads: int, layers: int, texts: Sequence[Sequence[int]], *, in_float32: bool = False
+) -> list[Logits]:
+    """Logits of shape [tokens, vocabulary] for each text, token by token through the KV cache, slice after slice.
+
+    Args:
+        graph, threads, layers, in_float32: see ``SlicedScorer``.
+
+    Raises:
+        VerificationError: the graph cannot be cut, or a slice does not load.
+    """
+    if in_float32:
+        graph.in_float32()
+        # for one token at a time, matrices of 8 bits would be made anew
+        in_nibbles(graph)
+    slices = list(Cut(graph, layers))
+    # what has crossed so far, by text, by step
+    crossing: list[list[Values]] = [[{} for _ in ids] for ids in texts]
+    for number, part in enumerate(slices, 1):
+        progress(f"decoding: slice {number} of {len(slices)}")
+        session = open_session(part.graph, graph.file.parent, threads, folded=not in_float32)
+        needed = {name for later in slices[number:] for name in later.inputs} | {LOGITS}
+        for ids, steps in zip(texts, crossing, strict=True):
+            _decode(session, part, ids, steps, needed)
+        # before the next is loaded
+        del session
+    return [np.concatenate([step[LOGITS][0] for step in steps]).astype(np.float32, copy=False) for steps in crossing]
+
+
+def _decode(session: Session, part: Slice, ids: Sequence[int], steps: list[Values], needed: set[str]) -> None:
+    """Run the steps of one text through a slice; what no later slice needs is dropped from ``steps``."""
+    presents = [present for _, present in part.states]
+    states: Values = {}
+    for past, (token, known) in enumerate(zip(ids, steps, strict=True)):
+        given = {name: known[name] for name in part.inputs} | states
+        found = session.run([*part.outputs, *presents], [token], given, past)
+        made = dict(zip([*part.outputs, *presents], found, strict=True))
+        states = {before: made[behind] for before, behind in part.states}
+        steps[past] = {name: value for name, value in {**known, **made}.items() if name in needed}

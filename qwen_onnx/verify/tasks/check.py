@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.processes.progress import progress
-from qwen_onnx.verify.checks import check
+from qwen_onnx.verify.checks import LOADED, check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.latency import pytorch_fits
 from qwen_onnx.verify.records import CheckResult, TaskResult, worst
@@ -13,7 +13,7 @@ from qwen_onnx.verify.tasks.recovery import judged
 LAYERWISE = "PyTorch does not fit in memory: it answered layer by layer"
 
 
-@check("tasks", asked=lambda options: options.tasks is not None)
+@check("tasks", LOADED, asked=lambda options: options.tasks is not None)
 def recovery_of_tasks(context: Context) -> CheckResult:
     """The artifact answers benchmarks nearly as well as PyTorch does, on the same items."""
     from qwen_onnx.verify.tasks.harness import answered
