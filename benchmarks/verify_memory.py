@@ -105,6 +105,8 @@ def main() -> int:
     parser.add_argument("--layers-at-once", type=int, help="of the artifact, which is then run in slices")
     parser.add_argument("--windows", type=int, default=1, help="texts of each domain")
     parser.add_argument("--decode-tokens", type=int, default=96, help="tokens of a text that go through the KV cache")
+    parser.add_argument("--greedy-tokens", type=int, default=32, help="of an answer; few take fewer passes of PyTorch")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the prompt whose speed is measured")
     parser.add_argument("--latency", action="store_true", help="the speed, too")
     for item in fields(Size):
         parser.add_argument(f"--{item.name.replace('_', '-')}", type=int, default=item.default)
@@ -115,7 +117,7 @@ def main() -> int:
         "windows_per_domain": given.pop("windows"),
         "layers_at_once": layers,
     }
-    options["decode_tokens"] = given.pop("decode_tokens")
+    options |= {name: given.pop(name) for name in ("decode_tokens", "greedy_tokens", "prompt_tokens")}
     if given.pop("latency"):
         options |= LATENCY | {"checks": (*CHECKS, "latency")}
     size = replace(Size(), **given)

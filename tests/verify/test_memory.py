@@ -69,6 +69,7 @@ def test_in_slices_no_engine_loads_the_whole(
 ) -> None:
     copies = Copies(monkeypatch)
     golden = proven(tiny_build, tiny_checkpoint, tmp_path, layers_at_once=1)
+    # the others are not made in slices
     assert set(copies.loaded) == {"Session"}
     assert any(stretch.domain == CONTINUATION and stretch.tokens > stretch.prompt for stretch, _ in golden)
 

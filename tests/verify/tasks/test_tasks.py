@@ -179,15 +179,6 @@ def test_pytorch_that_does_not_fit_answers_layer_by_layer_as_it_does_whole(
             assert greedy == likewise
 
 
-def test_benchmarks_of_generation_need_something_that_drafts(tiny_build: Path, tiny_checkpoint: Path) -> None:
-    from qwen_onnx.verify.tasks.models import Wanted
-    from qwen_onnx.verify.tasks.streamed import Streamed
-
-    chosen = options("gsm8k").model_copy(update={"layers_at_once": 1})
-    with pytest.raises(VerificationError, match="memory holds neither PyTorch nor the artifact"):
-        Streamed(context(tiny_build, tiny_checkpoint, chosen)).generate([Wanted([1, 2], 8, ())])
-
-
 @pytest.mark.release
 def test_an_artifact_without_rows_is_scored_by_the_engine_that_is_measured(
     tiny_build: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
