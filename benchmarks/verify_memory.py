@@ -39,15 +39,17 @@ def build(checkpoint: Path, folder: Path, size: Size) -> Path:
     return run_olive(config, checkpoint, folder / "work", folder / "build.log")
 
 
-def measure(checkpoint: Path, artifact: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Verify in a child process.
+def measure(
+    checkpoint: Path, artifact: Path, scratch: Path, options: dict[str, Any], *, keeps: bool = True
+) -> dict[str, Any]:
+    """Verify in a child process; ``keeps``: with PyTorch's answers for other devices.
 
     Returns:
         ``artifact_bytes``; ``anonymous_bytes``, ``resident_bytes``, ``disk_bytes``: peaks; ``stages``: anonymous bytes
         by check; ``verdicts`` by check; ``seconds``.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    told = json.dumps([str(checkpoint), str(artifact), str(scratch), {"checks": CHECKS, **options}])
+    told = json.dumps([str(checkpoint), str(artifact), str(scratch), keeps, {"checks": CHECKS, **options}])
     begin = time.monotonic()
     with Sampler(scratch) as sampler:
         command = [sys.executable, "-m", "benchmarks.verify_memory", "--child", told]
@@ -79,7 +81,7 @@ def verify_here(told: str) -> int:
     from qwen_onnx.processes.progress import listening
     from qwen_onnx.verify import Keep, VerifyOptions, verify_artifact
 
-    checkpoint, artifact, scratch, options = json.loads(told)
+    checkpoint, artifact, scratch, keeps, options = json.loads(told)
     with listening(lambda line: print(json.dumps(line), flush=True)):
         report = verify_artifact(
             Path(artifact),
@@ -88,7 +90,7 @@ def verify_here(told: str) -> int:
             LIMITS,
             options=VerifyOptions.model_validate(options),
             cache=Path(scratch),
-            keep=Keep(Path(scratch), model="random", weights="0" * 64),
+            keep=Keep(Path(scratch), model="random", weights="0" * 64) if keeps else None,
         )
     print(json.dumps({item.name: f"{item.verdict} {item.detail}".strip() for item in report.checks}), flush=True)
     return 0
@@ -105,7 +107,8 @@ def main() -> int:
     parser.add_argument("--layers-at-once", type=int, help="of the artifact, which is then run in slices")
     parser.add_argument("--windows", type=int, default=1, help="texts of each domain")
     parser.add_argument("--decode-tokens", type=int, default=96, help="tokens of a text that go through the KV cache")
-    parser.add_argument("--greedy-tokens", type=int, default=32, help="of an answer; few take fewer passes of PyTorch")
+    parser.add_argument("--greedy-tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--no-answers", action="store_true", help="keep none of PyTorch's, which take up to four passes")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of the prompt whose speed is measured")
     parser.add_argument("--latency", action="store_true", help="the speed, too")
     for item in fields(Size):
@@ -118,6 +121,7 @@ def main() -> int:
         "layers_at_once": layers,
     }
     options |= {name: given.pop(name) for name in ("decode_tokens", "greedy_tokens", "prompt_tokens")}
+    keeps = not given.pop("no_answers")
     if given.pop("latency"):
         options |= LATENCY | {"checks": (*CHECKS, "latency")}
     size = replace(Size(), **given)
@@ -128,7 +132,7 @@ def main() -> int:
     if not artifact.exists():
         artifact.write_text(str(build(checkpoint, made, size)), encoding="utf-8")
     model = Path(artifact.read_text(encoding="utf-8"))
-    found = measure(checkpoint, model, folder / "scratch", options)
+    found = measure(checkpoint, model, folder / "scratch", options, keeps=keeps)
     found |= {"memory_bound_bytes": MEMORY + found["artifact_bytes"], "disk_bound_bytes": DISK}
     table = Table("figure", "GB")
     for name, value in found.items():

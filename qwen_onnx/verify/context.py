@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.artifact.kv_scales import Floats
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from qwen_onnx.verify.keeping import Keep
     from qwen_onnx.verify.tower import Tower
 
+
+Made = TypeVar("Made")
 
 PLAIN_PROMPTS = ["The capital of France is", "def main():"]
 
@@ -76,6 +78,7 @@ class Context:
         self.limits, self.level, self.options = limits, level, options
         self._runner, self.simulator = runner, simulator
         self._loaded = Loaded(alone=runner is None)
+        self._made: dict[str, Any] = {}
         self.drift: Drift | None = None
         self.latency: Latency | None = None
         self.tasks: tuple[TaskResult, ...] = ()
@@ -246,6 +249,13 @@ class Context:
             [truth.render(messages, prompt=True) for messages in CONVERSATIONS[:2]] if truth.chats else PLAIN_PROMPTS
         )
         return [truth.encode(text) for text in texts]
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives, which several checks need; made when it is first asked for by this name."""
+        if name not in self._made:
+            self._made[name] = make()
+        found: Made = self._made[name]
+        return found
 
     def unload(self) -> None:
         """Drop ``scorer`` and ``engine``, before the artifact is loaded in another way."""

@@ -89,10 +89,13 @@ def _prompts(context: Context) -> dict[str, senses.Asked]:
     """By kind of sound: a conversation about it, the last about two of them."""
     import soundfile
 
-    files = {}
-    for kind, samples in drawn.sounds().items():
-        file = io.BytesIO()
-        soundfile.write(file, samples, drawn.RATE, format="WAV", subtype="FLOAT")
-        files[kind] = file.getvalue()
-    turns = {**{kind: [kind] for kind in files}, SEVERAL: list(files)[:2]}
-    return senses.asked_of(context, turns, files, WORDS)
+    def made() -> dict[str, senses.Asked]:
+        files = {}
+        for kind, samples in drawn.sounds().items():
+            file = io.BytesIO()
+            soundfile.write(file, samples, drawn.RATE, format="WAV", subtype="FLOAT")
+            files[kind] = file.getvalue()
+        turns = {**{kind: [kind] for kind in files}, SEVERAL: list(files)[:2]}
+        return senses.asked_of(context, turns, files, WORDS)
+
+    return context.once("sounds", made)

@@ -86,12 +86,13 @@ def int8_cache(context: Context) -> CheckResult:
 
     Without, nobody can serve it so: that is no fault of the artifact, and the report says why.
     """
-    # its checks come later than this one
+    # their checks come later than this one
+    from qwen_onnx.verify.hearing import hears
     from qwen_onnx.verify.sight import sees
 
     allowed = context.limits.kv_int8_kld
-    if allowed is None or sees(context.artifact):
-        reason = "no limit set" if allowed is None else "the scales are those of text, and this model sees pictures"
+    if allowed is None or sees(context.artifact) or hears(context.artifact):
+        reason = "no limit set" if allowed is None else "the scales are those of text, and this model takes more"
         return CheckResult(name="kv_int8", verdict=Verdict.PASS, detail=f"not offered: {reason}")
     study, threads = context.study, context.options.threads
     plain = {name: parts[0] for name, parts in study.parts.items()}

@@ -92,9 +92,13 @@ def drift_with_pictures(context: Context) -> CheckResult:
 
 def _prompts(context: Context) -> dict[str, senses.Asked]:
     """By kind of picture: a conversation about it, its last turn about all of them."""
-    images = drawn.pictures()
-    turns = {**{kind: [kind] for kind in images}, SEVERAL: list(images)[:2]}
-    return senses.asked_of(context, turns, {kind: _file(image) for kind, image in images.items()}, WORDS)
+
+    def made() -> dict[str, senses.Asked]:
+        images = drawn.pictures()
+        turns = {**{kind: [kind] for kind in images}, SEVERAL: list(images)[:2]}
+        return senses.asked_of(context, turns, {kind: _file(image) for kind, image in images.items()}, WORDS)
+
+    return context.once("pictures", made)
 
 
 def _file(image: Any) -> bytes:
