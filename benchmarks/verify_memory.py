@@ -108,7 +108,9 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=1, help="texts of each domain")
     parser.add_argument("--decode-tokens", type=int, default=96, help="tokens of a text that go through the KV cache")
     parser.add_argument("--greedy-tokens", type=int, default=32, help="of an answer")
-    parser.add_argument("--no-answers", action="store_true", help="keep none of PyTorch's, which take up to four passes")
+    parser.add_argument(
+        "--no-answers", action="store_true", help="keep none of PyTorch's, which take up to four passes"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of the prompt whose speed is measured")
     parser.add_argument("--latency", action="store_true", help="the speed, too")
     for item in fields(Size):

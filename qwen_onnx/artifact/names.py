@@ -21,6 +21,7 @@ SUFFIXES = {
     ".npz",
     ".onnx",
     ".safetensors",
+    ".sig",
     ".svg",
     ".txt",
     ".xml",

@@ -187,6 +187,9 @@ def verify(
     record: Path | None = typer.Option(
         None, help="with --device: where the record goes; default ARTIFACT.DEVICE.json beside the artifact"
     ),
+    sign: Annotated[
+        Path | None, typer.Option(help="with --device: SSH key that signs the record; `verify-package` checks it")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="benchmarks that both sides answer, e.g. gsm8k,hellaswag; names of lm-eval")
     ] = None,
@@ -199,20 +202,28 @@ def verify(
 ) -> None:
     """Measure an artifact against PyTorch again. Exits non-zero unless the verdict is PASS."""
     if device is None:
-        if golden or record:
-            raise ConfigError(["--golden and --record: only with --device"])
+        if golden or record or sign:
+            raise ConfigError(["--golden, --record and --sign: only with --device"])
         _verify_here(artifact, source, adapter, _with_tasks(depth, tasks, recovery, items, hub))
         return
     if tasks:
         raise ConfigError(["--tasks: not with --device, which has no PyTorch to compare with"])
     if source or adapter:
         raise ConfigError(["--source and --adapter: not with --device, which reads no checkpoint"])
+    from qwen_onnx.package import signatures
     from qwen_onnx.verify.device import print_device_report, verify_on
 
+    if sign:
+        sign = sign.expanduser()
+        signatures.require_signing(sign)
     folder = artifact_at(artifact).resolve()
     report = verify_on(folder, device, golden=golden)
     where = report.save(record or folder.with_name(f"{folder.name}.{device}.json"))
     out.print(f"record: {_shown(where)}", soft_wrap=True)
+    # of an earlier run
+    signatures.signature_of(where).unlink(missing_ok=True)
+    if sign:
+        out.print(f"signature: {_shown(signatures.sign(where, sign))}", soft_wrap=True)
     print_device_report(report, out)
     if report.verdict != "PASS":
         raise VerdictError(f"the verdict on {device} is {report.verdict}", where=_shown(folder), hint=str(where))

@@ -22,6 +22,9 @@ def verify_package(
     expect: Annotated[
         str | None, typer.Option(help="SHA-256 of its SHA256SUMS, from a place that you trust, pins every byte")
     ] = None,
+    allowed_signers: Annotated[
+        Path | None, typer.Option(help="OpenSSH's file: every record of a device must be signed by somebody in it")
+    ] = None,
 ) -> None:
     """Check every byte and every statement of a package, offline; exits 10 with all faults."""
     from qwen_onnx.artifact.checksums import package_digest
@@ -37,7 +40,18 @@ def verify_package(
     out.print(table)
     require_sound(package.path, checks)
     out.print(f"verdict: {package.record.verdict}: {printable(package.record.claim)}", markup=False, soft_wrap=True)
-    line = {"id": package.record.id, "verdict": package.record.verdict, "digest": package_digest(package.path)}
+    line: dict[str, object] = {
+        "id": package.record.id,
+        "verdict": package.record.verdict,
+        "digest": package_digest(package.path),
+    }
+    if allowed_signers:
+        from qwen_onnx.package.signatures import signers
+
+        found = signers(package.path, allowed_signers.expanduser())
+        for record, name in found.items():
+            out.print(f"{record}: signed by {printable(name)}", markup=False, soft_wrap=True)
+        line["signers"] = found
     print(json.dumps(line))
 
 

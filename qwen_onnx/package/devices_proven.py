@@ -2,6 +2,7 @@
 
 ``verify --device`` leaves them beside the artifact, as ``ARTIFACT.DEVICE.json``; in a package they are
 ``device-DEVICE.json``. Each holds the digest of the artifact that was run, which is that of the package's manifest.
+Signatures of them go along, see ``signatures``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qwen_onnx.artifact.manifest import MANIFEST
 from qwen_onnx.bounded import read_record
 from qwen_onnx.errors import PackageError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.package.records import DEVICE_RECORDS
+from qwen_onnx.package.records import DEVICE_RECORDS, SIGNATURE
 from qwen_onnx.processes.progress import progress
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def copy_device_records(artifact: Path, folder: Path) -> None:
             progress(f"{file.name} stays out of the package: {'; '.join(faults)}")
         else:
             shutil.copyfile(file, folder / name)
+            if (signature := file.with_name(file.name + SIGNATURE)).exists():
+                shutil.copyfile(signature, folder / f"{name}{SIGNATURE}")
 
 
 def device_records(folder: Path) -> list[DeviceReport]:
@@ -42,7 +45,7 @@ def device_records(folder: Path) -> list[DeviceReport]:
     Raises:
         PackageError: a record is damaged.
     """
-    return [_read(folder / name) for name in DEVICE_RECORDS.values() if (folder / name).exists()]
+    return [read_record_of_device(folder / name) for name in DEVICE_RECORDS.values() if (folder / name).exists()]
 
 
 def record_faults(folder: Path) -> Iterator[str]:
@@ -54,6 +57,8 @@ def record_faults(folder: Path) -> Iterator[str]:
     for device, name in DEVICE_RECORDS.items():
         if (folder / name).exists():
             yield from (f"{name}: {fault}" for fault in _faults(folder / name, device, folder))
+        elif (folder / f"{name}{SIGNATURE}").exists():
+            yield f"{name}{SIGNATURE}: what it signs is not there"
 
 
 def _faults(file: Path, device: str, folder: Path) -> Iterator[str]:
@@ -61,7 +66,7 @@ def _faults(file: Path, device: str, folder: Path) -> Iterator[str]:
     from qwen_onnx.verify.records import worst
 
     try:
-        report = _read(file)
+        report = read_record_of_device(file)
     except PackageError as error:
         yield error.what
         return
@@ -77,7 +82,8 @@ def _faults(file: Path, device: str, folder: Path) -> Iterator[str]:
         yield f"it says {report.verdict}, its checks do not"
 
 
-def _read(file: Path) -> DeviceReport:
+def read_record_of_device(file: Path) -> DeviceReport:
+    """A record of a device; PackageError when it is damaged."""
     from qwen_onnx.verify.device import DeviceReport
 
     return read_record(file, DeviceReport, most_bytes=MOST_BYTES, error=PackageError)

@@ -21,6 +21,8 @@ PACKAGE = "package.json"
 LEFT_BEHIND = ("build.log", "footprint.json", "output_footprint.json", "run_history.txt")
 # what a run on a device left, by the device's name
 DEVICE_RECORDS = {name: f"device-{name}.json" for name in PROVIDERS}
+# what follows the name of a record in that of its signature
+SIGNATURE = ".sig"
 # figures, or digests of files that hold figures; plots are drawn from them
 MEASURED = (
     "manifest.json",
@@ -33,6 +35,7 @@ MEASURED = (
     "drift-by-text.svg",
     "speed.svg",
     *DEVICE_RECORDS.values(),
+    *(f"{name}{SIGNATURE}" for name in DEVICE_RECORDS.values()),
     "provenance.intoto.json",
     "SHA256SUMS",
 )
