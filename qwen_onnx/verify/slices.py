@@ -218,6 +218,8 @@ def decoded(
     Raises:
         VerificationError: the graph cannot be cut, or a slice does not load.
     """
+    # of float16, folding would make a float32 copy of every weight
+    folded = not (in_float32 and graph.half)
     if in_float32:
         graph.in_float32()
         # for one token at a time, matrices of 8 bits would be made anew
@@ -227,13 +229,18 @@ def decoded(
     crossing: list[list[Values]] = [[{} for _ in ids] for ids in texts]
     for number, part in enumerate(slices, 1):
         progress(f"decoding: slice {number} of {len(slices)}")
-        session = open_session(part.graph, graph.file.parent, threads, folded=not in_float32)
+        session = open_session(part.graph, graph.file.parent, threads, folded=folded)
         needed = {name for later in slices[number:] for name in later.inputs} | {LOGITS}
         for ids, steps in zip(texts, crossing, strict=True):
             _decode(session, part, ids, steps, needed)
         # before the next is loaded
         del session
-    return [np.concatenate([step[LOGITS][0] for step in steps]).astype(np.float32, copy=False) for steps in crossing]
+    found = []
+    for steps in crossing:
+        found.append(np.concatenate([step[LOGITS][0] for step in steps]).astype(np.float32, copy=False))
+        # else all logits would be there twice
+        steps.clear()
+    return found
 
 
 def _decode(session: Session, part: Slice, ids: Sequence[int], steps: list[Values], needed: set[str]) -> None:
