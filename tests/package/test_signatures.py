@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from qwen_onnx.errors import ConfigError, EnvironmentFault, PackageError
 from qwen_onnx.package import signatures
 from qwen_onnx.package.devices_proven import copy_device_records, record_faults
 from qwen_onnx.records import Verdict
+from tests.conftest import run_cli
 from tests.package.conftest import edit_json
-from tests.package.test_devices_proven import RECORD, artifact, report
+from tests.package.test_devices_proven import RECORD, artifact, packaged, report
 
 __all__ = ["artifact"]
 
@@ -64,6 +66,19 @@ def test_a_signed_record_goes_along_and_names_its_signer(
     # signed anew, not asked whether to overwrite
     signatures.sign(beside, mallory)
     assert signatures.signers(artifact, allowed) == {beside.name: "mallory@example.com"}
+
+
+@pytest.mark.slow
+def test_the_command_asks_for_signers(artifact: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    signed(artifact, keys[0])
+    package = packaged(artifact, tmp_path)
+    asked = ("verify-package", package, "--allowed-signers")
+    done = run_cli(*asked, allowing(tmp_path / "allowed", alice=keys[0]))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["signers"] == {RECORD: "alice@example.com"}
+    refused = run_cli(*asked, allowing(tmp_path / "others", mallory=keys[1]))
+    assert refused.returncode == PackageError.exit_code
+    assert "signed by nobody whom others names" in refused.stderr
 
 
 def by_another(record: Path, key: Path) -> None:

@@ -192,6 +192,8 @@ def test_an_artifact_for_another_device(artifact: Path, monkeypatch: pytest.Monk
     ("arguments", "words"),
     [
         (["--golden", "golden.npz"], "only with --device"),
+        (["--sign", "key"], "only with --device"),
+        (["--device", "cpu", "--sign", "no-key"], "--sign no-key: no such file"),
         (["--device", "cpu", "--source", "x"], "reads no checkpoint"),
         (["--device", "tpu"], "is not a device"),
     ],
@@ -204,13 +206,16 @@ def test_options_that_do_not_go_together(artifact: Path, arguments: list[str], w
 
 @pytest.mark.release
 def test_the_starter_is_proven_here_with_its_runtime_alone(artifact_dir: Path, tmp_path: Path) -> None:
-    record = tmp_path / "record.json"
-    command = [sys.executable, "-c", ALONE, "verify", str(artifact_dir), "--device", "cpu", "--record", str(record)]
+    record, key = tmp_path / "record.json", tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    told = ["verify", str(artifact_dir), "--device", "cpu", "--record", str(record), "--sign", str(key)]
+    command = [sys.executable, "-c", ALONE, *told]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["verdict"] == "PASS"
     found = DeviceReport.model_validate_json(record.read_text())
     assert found.digest == runnable_digest(artifact_dir)
+    assert "SSH SIGNATURE" in (tmp_path / "record.json.sig").read_text()
     golden = artifact_dir / GOLDEN
     assert golden.stat().st_size < 8_000_000
     about = Golden.read(golden).about
