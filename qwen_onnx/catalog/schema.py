@@ -83,7 +83,7 @@ class Verification(StrEnum):
             Verification.NUMERICS_ON_CPU: "numerics on the CPU execution provider; not run on the device",
             Verification.OPENVINO_CPU: "numerics on OpenVINO's CPU plugin; not run on the device",
             Verification.IN_SLICES: "numerics and KV cache on the CPU execution provider, a few layers at a time, "
-            "since memory did not hold them all; never loaded as a whole, served or timed",
+            "since memory did not hold them all; never loaded as a whole, not run on the device as served",
             Verification.STRUCTURE: "structure of the graph; never run",
         }[self]
 
