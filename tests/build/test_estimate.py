@@ -11,7 +11,8 @@ import pytest
 from benchmarks.build_memory import BOUND, measure, olive_config
 from benchmarks.synthetic import Size, write_checkpoint
 from benchmarks.verify_memory import MEMORY as BESIDE
-from qwen_onnx.build.estimate import Estimate, estimate
+from qwen_onnx.build import estimate as estimates
+from qwen_onnx.build.estimate import Estimate, estimate, layers_at_once
 from qwen_onnx.catalog.architectures import DENSE
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import Plan, make_all_plans, make_plan
@@ -217,3 +218,28 @@ def test_a_model_of_seven_billion_is_proven_in_sixteen_gigabytes(repository: Pat
     found = estimate(plan)
     # all weights in fp32, as PyTorch whole would hold them, are 30 GB
     assert found.artifact < found.verification < 16e9
+
+
+def test_what_memory_does_not_hold_is_loaded_by_as_many_layers_as_it_holds(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(repository, "qwen2.5-72b-instruct")
+    needs, layers = estimate(plan), dimensions(plan).layers
+    assert needs.in_slices is not None
+    assert needs.in_slices < 10e9
+    assert needs.verification > 24e9
+
+    def at_once(free: float, of: Plan = plan) -> int | None:
+        monkeypatch.setattr(estimates, "free_memory", lambda: int(free))
+        return layers_at_once(of)
+
+    assert at_once(needs.verification) is None
+    assert at_once(needs.verification - 1) == layers - 1
+    assert at_once(needs.in_slices) == at_once(1e9) == 1
+    some = at_once(24e9)
+    assert some is not None
+    assert 1 < some < layers / 2
+    # a vendor's engine takes all of an artifact or nothing
+    (npu, *_) = [each for each in make_all_plans(load_catalog(repository)) if each.environment]
+    assert estimate(npu).in_slices is None
+    assert at_once(1, npu) is None
