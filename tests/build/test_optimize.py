@@ -250,7 +250,7 @@ def large_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 def test_a_model_that_cannot_fit_is_refused_before_any_download(tmp_path: Path) -> None:
-    done = run_cli("optimize", "qwen3-235b-a22b", "--output", tmp_path / "int4")
+    done = run_cli("optimize", "qwen2.5-72b-instruct", "--output", tmp_path / "int4")
     assert done.returncode == 3, done.stderr
     assert "GB of memory" in done.stderr
     assert "--estimate" in done.stderr
