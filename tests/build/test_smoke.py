@@ -20,6 +20,8 @@ from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.errors import EnvironmentFault, ExportError
 from qwen_onnx.records import Verdict
+from qwen_onnx.sources.fetch import fetch
+from qwen_onnx.verify.records import VerifyOptions
 from qwen_onnx.verify.report import load_report
 
 
@@ -70,6 +72,20 @@ def test_what_does_not_fit_is_looked_at_in_slices(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_of_memory")
+def test_manifest_and_report_say_what_slices_prove(
+    plan: Plan, tiny_build: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    artifact = open_artifact(Path(shutil.copytree(tiny_build, tmp_path / "int4")))
+    checkpoint = fetch(plan, tmp_path / "cache", local=tiny_checkpoint)
+    options = VerifyOptions(checks=("size", "latency"))
+    report = optimize.verify_published(artifact, checkpoint, tmp_path / "cache", options)
+    assert report.verification is Verification.IN_SLICES
+    assert open_artifact(artifact.path).manifest.claim == report.claim == load_report(artifact.path).claim
+    assert Verification.IN_SLICES.text in report.claim
+
+
+@pytest.mark.release
 @pytest.mark.usefixtures("short_of_memory")
 def test_optimize_proves_in_slices_what_memory_does_not_hold(plan: Plan, tiny_checkpoint: Path, tmp_path: Path) -> None:
     job = Job(plan, tmp_path / "out/int4", tmp_path / "cache", tiny_checkpoint)
