@@ -70,6 +70,7 @@ class AdapterRecord(Record):
 
     Attributes:
         drift: of its answers by an artifact, once `adapter verify` has measured it.
+        against: digest of the graph whose rounded weights it was trained on, see ``graph_digest``; it fits no other.
         verdict: of its training; UNVERIFIED where nothing tells of one.
         adapter: digest of the adapter that it was made of; ``data`` of what that learnt from, if it says so.
         content: SHA-256 of everything behind the header.
@@ -78,6 +79,7 @@ class AdapterRecord(Record):
     schema_version: Literal[1] = 1
     name: Name
     base: Base
+    against: Sha256 | None = None
     rank: int = Field(ge=1, le=MOST_RANK)
     targets: tuple[Matrix, ...] = Field(min_length=1, max_length=7)
     verdict: Verdict
@@ -93,6 +95,19 @@ class _Entry(Record):
     dtype: Literal["F32"]
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     data_offsets: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A graph that takes adapters.
+
+    Attributes:
+        weights: digest of the weights of its checkpoint; ``graph`` its own, see ``graph_digest``.
+    """
+
+    slots: Slots
+    weights: str
+    graph: str
 
 
 @dataclass(frozen=True)
@@ -149,22 +164,20 @@ def graph_digest(manifest: Manifest, graph: str) -> str:
     return digest_of({name: sum for name, sum in manifest.files.items() if name.startswith(graph)})
 
 
-def read_adapter_file(file: Path, slots: Slots, weights: str) -> SlotAdapter:
-    """Read an adapter for a graph with ``slots``.
-
-    Args:
-        weights: digest of the weights of the graph's checkpoint.
+def read_adapter_file(file: Path, host: Host) -> SlotAdapter:
+    """Read an adapter for the slots of ``host``.
 
     Raises:
-        ArtifactError: it is missing, not a plain file or not an adapter; it belongs to other weights, has a larger rank
-            than the slots take, or tensors for other slots; it is damaged, or a number is not finite.
+        ArtifactError: it is missing, not a plain file or not an adapter; it belongs to other weights or was trained on
+            those of another graph, has a larger rank than the slots take, or tensors for other slots; it is damaged, or
+            a number is not finite.
     """
     where = str(file)
     with open_plain(file, ArtifactError, hint=HINT) as opened:
         begin, body, size = _read_header(opened, where)
         record, entries = _parsed(body, where)
-        _check_base(record, slots, weights, where)
-        _check_fit(entries, slots, record.rank, where)
+        _check_base(record, host, where)
+        _check_fit(entries, host.slots, record.rank, where)
         _check_layout(entries, size, where)
         content = opened.read(size)
     if hashlib.sha256(content).hexdigest() != record.content:
@@ -249,17 +262,24 @@ def _parsed(body: bytes, where: str) -> tuple[AdapterRecord, dict[str, _Entry]]:
         raise ArtifactError(f"its header is damaged: {first_fault(error)}", where=where, hint=HINT) from error
 
 
-def _check_base(record: AdapterRecord, slots: Slots, weights: str, where: str) -> None:
-    if record.base.weights != weights:
+def _check_base(record: AdapterRecord, host: Host, where: str) -> None:
+    if record.base.weights != host.weights:
         raise ArtifactError(
             f"it belongs to other weights, those of {record.base.model[:80]} with the digest "
-            f"{record.base.weights[:12]}; the artifact's are {weights[:12]}",
+            f"{record.base.weights[:12]}; the artifact's are {host.weights[:12]}",
             where=where,
             hint=HINT,
         )
-    if record.rank > slots.rank:
+    if record.against not in (None, host.graph):
         raise ArtifactError(
-            f"its rank is {record.rank}, the artifact's slots take {slots.rank}",
+            f"it was trained against another artifact, whose graph has the digest {str(record.against)[:12]}; "
+            f"this one's has {host.graph[:12]}, and other rounding",
+            where=where,
+            hint="serve it with that artifact, or train it again: qwen-onnx finetune MODEL --against ARTIFACT",
+        )
+    if record.rank > host.slots.rank:
+        raise ArtifactError(
+            f"its rank is {record.rank}, the artifact's slots take {host.slots.rank}",
             where=where,
             hint=f"build the artifact with larger ones: qwen-onnx optimize MODEL --adapter-rank {record.rank}",
         )

@@ -12,6 +12,7 @@ from qwen_onnx.cli.options import ARTIFACT, Depth, SourceOption, artifact_at, ca
 
 if TYPE_CHECKING:
     from qwen_onnx.artifact.manifest import Artifact
+    from qwen_onnx.sources.adapter import Adapter
 
 adapter_app = typer.Typer(help="Adapters that `qwen-onnx serve --adapter` loads.", no_args_is_help=True)
 
@@ -43,6 +44,7 @@ def verify(
 ) -> None:
     """Compare the artifact with the adapter to PyTorch with the adapter merged; the file's record gets the verdict.
 
+    PyTorch has the weights that the adapter was trained on: the checkpoint's, or the artifact's (`finetune --against`).
     The limits are the artifact's own. Exits non-zero unless the verdict is PASS, and no server loads the file then.
     """
     from qwen_onnx.artifact.manifest import open_runnable
@@ -51,8 +53,8 @@ def verify(
     from qwen_onnx.verify.records import VerifyOptions
 
     opened = open_runnable(base.resolve())
-    merged = _merged(opened, file, adapter, source)
-    record = verify_adapter(file, opened, merged, VerifyOptions.of(depth), cache_here())
+    checkpoint, learnt = _trained(opened, file, adapter, source)
+    record = verify_adapter(file, opened, checkpoint, VerifyOptions.of(depth), cache_here(), learnt)
     print(json.dumps({"file": str(file), **record.model_dump(mode="json")}))
     if record.drift is None or record.drift.verdict != "PASS":
         verdict = record.drift.verdict if record.drift else "not measured"
@@ -76,35 +78,37 @@ def package(
     print(json.dumps({**told, "digest": package_digest(made.path)}))
 
 
-def _merged(opened: Artifact, file: Path, adapter: Path, source: Path | None) -> Path:
+def _trained(opened: Artifact, file: Path, adapter: Path, source: Path | None) -> tuple[Path, Adapter | None]:
     """The checkpoint of an artifact with an adapter merged, which is the one that ``file`` was made of.
+
+    One that was trained against the artifact is not merged: it comes beside the checkpoint.
 
     Raises:
         ArtifactError: it is not; or the checkpoint is another one.
     """
     from qwen_onnx.artifact.adapter_file import read_adapter_file
-    from qwen_onnx.artifact.adapter_slots import slots_of_graph
-    from qwen_onnx.artifact.genai_config import GenaiConfig
     from qwen_onnx.errors import ArtifactError
     from qwen_onnx.processes.progress import progress
     from qwen_onnx.sources.adapter import open_adapter
     from qwen_onnx.sources.fetch import fetch, weights_digest
+    from qwen_onnx.sources.slotted import host_of
 
     manifest = opened.manifest
-    weights = weights_digest(manifest.source.files)
-    slots = slots_of_graph(opened.path / GenaiConfig.read(opened.path).graph_file)
-    told, read = open_adapter(adapter), read_adapter_file(file, slots, weights)
+    host = host_of(opened.path, manifest)
+    told, read = open_adapter(adapter), read_adapter_file(file, host)
     if told.digest != read.record.adapter:
         raise ArtifactError(
             f"{file.name} was made of another adapter than {adapter}", where=str(file), hint="give that with --adapter"
         )
     checkpoint = fetch(manifest.plan, cache_here(), local=source, progress=progress)
-    if weights_digest(checkpoint.files) != weights:
+    if weights_digest(checkpoint.files) != host.weights:
         raise ArtifactError(
             "the artifact was built from other weights", where=str(checkpoint.path), hint="--source with those weights"
         )
+    if read.record.against:
+        return checkpoint.path, told
     plan = manifest.plan.model_copy(update={"adapter": told.adapted()})
-    return fetch(plan, cache_here(), local=source, adapter=adapter, progress=progress).path
+    return fetch(plan, cache_here(), local=source, adapter=adapter, progress=progress).path, None
 
 
 @adapter_app.callback()

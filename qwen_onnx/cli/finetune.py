@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from qwen_onnx.cli.options import AsJson, Model, RecipeOption, SourceOption, cache_here, wanted
+from qwen_onnx.cli.options import AsJson, Model, RecipeOption, SourceOption, artifact_at, cache_here, wanted
 from qwen_onnx.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ def finetune(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one option, e.g. epochs=3; repeatable")
     ] = None,
     source: SourceOption = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            parser=artifact_at,
+            metavar="ARTIFACT",
+            help="train on the rounded weights of this artifact, in whose slots the adapter is served",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything and say time and memory, but train nothing")
     ] = False,
@@ -46,7 +54,8 @@ def finetune(
     asked = wanted(model, "cpu", source=source, recipes=recipe)
     place = output or work_root() / "adapters" / asked.plan.model / data.stem
     name = adapter_name(place.resolve().name)
-    job = FinetuneJob(asked.plan, options, data, place.resolve(), name, cache_here(), asked.source, wait)
+    rounded = against.resolve() if against else None
+    job = FinetuneJob(asked.plan, options, data, place.resolve(), name, cache_here(), asked.source, rounded, wait)
     ready = prepare(job)
     if not as_json:
         _print_cost(ready.cost, ready.notes)

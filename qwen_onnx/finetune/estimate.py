@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,17 @@ def cost(
     training: Training,
     device: str,
     in_bf16: bool,
+    *,
+    tables_apart: bool = False,
 ) -> Cost:
-    """The cost of a training on the machine that this runs on."""
+    """The cost of a training on the machine that this runs on.
+
+    Args:
+        tables_apart: a head that shares the embedding's weights gets its own.
+    """
     sizes = dimensions(plan, checkpoint)
+    if tables_apart:
+        sizes = replace(sizes, tied=False)
     tokens, answers = sum(len(row.ids) for row in learnt), sum(map(_answers, learnt))
     rows = -(-tokens // training.window) if training.packing else len(learnt)
     a_step = training.batch * training.accumulate

@@ -26,6 +26,7 @@ from qwen_onnx.sources.adapter import CONFIG, MANIFEST, WEIGHTS, AdapterBase, Ad
 from qwen_onnx.sources.fetch import Checkpoint, fetch, weights_digest
 
 if TYPE_CHECKING:
+    from qwen_onnx.finetune.against import Against
     from qwen_onnx.finetune.report import TrainingReport
     from qwen_onnx.finetune.train import Trained
 
@@ -40,6 +41,7 @@ class FinetuneJob:
     Attributes:
         target: folder of the adapter; ``name``, what models with it are called.
         source: local checkpoint instead of the recipe's sources.
+        against: folder of the artifact whose weights are trained on instead of the checkpoint's.
         wait: wait when another process trains the same adapter.
     """
 
@@ -50,6 +52,7 @@ class FinetuneJob:
     name: str
     cache: Path
     source: Path | None = None
+    against: Path | None = None
     wait: bool = True
 
 
@@ -65,6 +68,7 @@ class Prepared:
     notes: list[str]
     cost: Cost
     in_bf16: bool
+    against: Against | None = None
 
     @property
     def base(self) -> str:
@@ -78,6 +82,7 @@ def prepare(job: FinetuneJob) -> Prepared:
     Raises:
         TrainingError: nothing can be learnt from the examples; they are read before the weights are fetched.
         SourceError: the weights cannot be had.
+        ArtifactError: there is no artifact to train against, or it has no slots.
         EnvironmentFault: peft or trl is not installed, or the memory does not hold the training.
     """
     require_packages()
@@ -86,7 +91,10 @@ def prepare(job: FinetuneJob) -> Prepared:
     if training.window > job.plan.context:
         what = f"a window of {training.window:,} tokens, the model takes {job.plan.context:,}"
         raise TrainingError(what, where=job.plan.model, hint=f"--set window={job.plan.context}")
+    against = _against(job)
     checkpoint = fetch(job.plan, job.cache, local=job.source, progress=progress)
+    if against:
+        against.require_base(weights_digest(checkpoint.files))
     from qwen_onnx.finetune.train import device_of
     from qwen_onnx.verify.baseline import CheckpointTokenizer
 
@@ -107,9 +115,18 @@ def prepare(job: FinetuneJob) -> Prepared:
     )
     learnt, held_out = split(rows, training.held_out, training.seed, job.data)
     device, in_bf16 = device_of(training)
-    found = cost(job.plan, checkpoint.path, learnt, held_out, training, device, in_bf16)
+    apart = against is not None and against.parts_tables
+    found = cost(job.plan, checkpoint.path, learnt, held_out, training, device, in_bf16, tables_apart=apart)
     require_fit(found, job.plan.asked)
-    return Prepared(checkpoint, truth.tokenizer, data, learnt, held_out, notes, found, in_bf16)
+    return Prepared(checkpoint, truth.tokenizer, data, learnt, held_out, notes, found, in_bf16, against)
+
+
+def _against(job: FinetuneJob) -> Against | None:
+    if job.against is None:
+        return None
+    from qwen_onnx.finetune.against import open_against
+
+    return open_against(job.against, job.training)
 
 
 def _told(render: Callable[..., str]) -> Callable[..., str]:
@@ -155,7 +172,8 @@ def finetune(job: FinetuneJob, ready: Prepared) -> tuple[TrainingReport, Path]:
     """
     from qwen_onnx.finetune.report import versions
 
-    key = digest_of([job.training.model_dump(), ready.data.sha256, ready.base, job.name, versions(), code_digest(CODE)])
+    told = [job.training.model_dump(), ready.data.sha256, ready.base, job.name, versions(), code_digest(CODE)]
+    key = digest_of([*told, ready.against.host.graph] if ready.against else told)
     waiting = "another process trains this adapter: waiting"
     with (
         build_lock(job.target, wait=job.wait, waiting=lambda: progress(waiting)),
@@ -175,7 +193,9 @@ def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> tu
     folder.mkdir()
     parts = (ready.learnt, ready.held_out)
     try:
-        done = train(ready.checkpoint.path, ready.tokenizer, *parts, job.training, work, folder, progress)
+        done = train(
+            ready.checkpoint.path, ready.tokenizer, *parts, job.training, work, folder, progress, ready.against
+        )
     except NotFiniteError as error:
         raise _stopped(error, job, last_good(work), folder) from error
     except OutOfMemoryError as error:
@@ -213,6 +233,7 @@ def _manifest(job: FinetuneJob, ready: Prepared, done: Trained) -> AdapterManife
         base=AdapterBase(
             model=job.plan.model, origin=checkpoint.origin, revision=checkpoint.revision, weights=ready.base
         ),
+        against=ready.against.told if ready.against else None,
         data=AdapterData(sha256=ready.data.sha256, examples=len(ready.learnt) + held, held_out=held),
         training=job.training,
         loss_before=before,

@@ -44,7 +44,8 @@ class TrainingReport(Record):
         made = self.manifest
         fell = "fell" if made.verdict is Verdict.PASS else "did not fall"
         figures = f"from {made.loss_before:.4g} to {made.loss_after:.4g}"
-        return f"the loss of {made.data.held_out} held-out examples {fell}: {figures} nats per answer token"
+        rounded = f", with the weights of {made.against.artifact}" if made.against else ""
+        return f"the loss of {made.data.held_out} held-out examples {fell}: {figures} nats per answer token{rounded}"
 
     def save(self, folder: Path) -> None:
         """Write both files into ``folder``."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -17,6 +17,9 @@ from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import SourceError, TrainingError
 from qwen_onnx.finetune.encode import Encoded
 from qwen_onnx.sources.adapter import WEIGHTS
+
+if TYPE_CHECKING:
+    from qwen_onnx.finetune.against import Against
 
 STATE = "trainer_state.json"
 # seconds between two lines of progress
@@ -74,12 +77,14 @@ def train(
     work: Path,
     adapter: Path,
     progress: Callable[[str], None],
+    against: Against | None = None,
 ) -> Trained:
     """Train and save what was best.
 
     Args:
         work: folder of the checkpoints; a training that was killed goes on from the last whole one in it.
         adapter: folder that peft's two files are written into.
+        against: an artifact whose weights the base gets instead of its own.
 
     Raises:
         NotFiniteError: the loss became NaN or infinite; ``last_good`` finds what was saved before.
@@ -90,7 +95,7 @@ def train(
 
     set_seed(training.seed)
     watch = Watch(training.patience, progress)
-    trainer = _trainer(checkpoint, tokenizer, learnt, held_out, training, work, watch)
+    trainer = _trainer(_model(checkpoint, training, against), tokenizer, learnt, held_out, training, work, watch)
     trainer.remove_callback(PrinterCallback)
     before = _loss_before(trainer, work)
     resumed = last_good(work)
@@ -187,27 +192,13 @@ def _loss_before(trainer: Any, work: Path) -> float:
     return float(json.loads(kept.read_text(encoding="utf-8"))["eval_loss"])
 
 
-def _trainer(
-    checkpoint: Path,
-    tokenizer: Any,
-    learnt: Sequence[Encoded],
-    held_out: Sequence[Encoded],
-    training: Training,
-    work: Path,
-    watch: Watch,
-) -> Any:
+def _model(checkpoint: Path, training: Training, against: Against | None = None) -> Any:
     import torch
-    from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-    from trl import SFTTrainer
 
-    disable_progress_bars()
     logging.disable_progress_bar()
-    # deprecations among these libraries, which nobody who trains can act upon
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|torch)\.")
-    device, in_bf16 = device_of(training)
+    in_bf16 = device_of(training)[1]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -220,6 +211,28 @@ def _trainer(
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if missing := [name for name in training.targets if name not in present]:
         raise TrainingError(f"the model has no {', '.join(missing)}", hint="--set targets=[…] with those that it has")
+    if against:
+        against.put_weights(model, checkpoint)
+    return model
+
+
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    learnt: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    training: Training,
+    work: Path,
+    watch: Watch,
+) -> Any:
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+    from trl import SFTTrainer
+
+    disable_progress_bars()
+    # deprecations among these libraries, which nobody who trains can act upon
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|torch)\.")
+    device, in_bf16 = device_of(training)
     lora = LoraConfig(
         r=training.rank,
         lora_alpha=training.alpha,

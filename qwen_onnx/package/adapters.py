@@ -27,6 +27,7 @@ A LoRA adapter for an artifact of {model} with slots, made by qwen-onnx. Foundry
 | | |
 |---|---|
 | base | {model}, weights with the digest `{weights}` |
+| artifacts | {artifacts} |
 | rank, targets | {rank}; {targets} |
 | its training | {training} |
 | its answers | {claim} |
@@ -116,7 +117,8 @@ def _claim(adapter: AdapterRecord) -> str:
     drift = adapter.drift
     if drift is None:
         return "not measured"
-    found = f"mean KLD {drift.kld_mean:.3g}, at most {drift.kld_upper:.3g}, to PyTorch with the adapter merged"
+    merged = "the adapter merged into the artifact's own weights" if adapter.against else "the adapter merged"
+    found = f"mean KLD {drift.kld_mean:.3g}, at most {drift.kld_upper:.3g}, to PyTorch with {merged}"
     return f"{drift.verdict} in {drift.precision}: {found}, where {drift.kld_limit:.3g} is allowed"
 
 
@@ -128,6 +130,9 @@ def _card(record: AdapterPackageRecord) -> str:
         name=adapter.name,
         model=adapter.base.model,
         weights=adapter.base.weights,
+        artifacts=f"only the one whose graph has the digest `{adapter.against}`"
+        if adapter.against
+        else "any with slots",
         rank=adapter.rank,
         targets=", ".join(adapter.targets),
         training=f"{adapter.verdict}{data}",

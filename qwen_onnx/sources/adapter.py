@@ -58,6 +58,13 @@ class AdapterBase(Record):
     weights: Sha256
 
 
+class TrainedAgainst(Record):
+    """The artifact whose rounded weights an adapter was trained on; ``graph``: digest of its graph and weights."""
+
+    artifact: str
+    graph: Sha256
+
+
 class AdapterData(Record):
     """What an adapter learnt from: ``sha256`` of the file, its examples, and how many of them were held out."""
 
@@ -71,6 +78,7 @@ class AdapterManifest(Record):
 
     Attributes:
         verdict: PASS where the loss of the held-out examples fell.
+        against: None where it was trained on the checkpoint's own weights.
         loss_before: of the held-out examples, in nats per trained token; ``loss_after`` of what was kept.
         files: SHA-256 by name, the manifest itself apart.
     """
@@ -79,6 +87,7 @@ class AdapterManifest(Record):
     name: Name
     verdict: Verdict
     base: AdapterBase
+    against: TrainedAgainst | None = None
     data: AdapterData
     training: Training
     loss_before: float = Field(ge=0)
@@ -110,8 +119,19 @@ class Adapter:
     digest: str
 
     def adapted(self) -> Adapted:
-        """What a plan says of it."""
+        """What a plan says of it, which has it merged.
+
+        Raises:
+            UnsupportedModelError: it was trained against the rounded weights of an artifact.
+        """
         made = self.manifest
+        if made and made.against:
+            raise UnsupportedModelError(
+                f"it was trained against {made.against.artifact} and repairs the rounding of that artifact's weights; "
+                "merged into the checkpoint, it would repair what is not broken",
+                where=str(self.folder),
+                hint="serve it in the slots of that artifact: qwen-onnx adapter convert FOLDER --base ARTIFACT",
+            )
         return Adapted(
             name=self.name,
             digest=self.digest,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_onnx.artifact.adapter_file import HINT, AdapterRecord, Base, Floats, write_adapter_file
+from qwen_onnx.artifact.adapter_file import HINT, AdapterRecord, Base, Floats, Host, graph_digest, write_adapter_file
 from qwen_onnx.artifact.adapter_slots import Slot, Slots, slots_of_graph
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.artifact.manifest import Manifest, open_runnable
@@ -32,17 +32,17 @@ def convert_adapter(adapter: Adapter, artifact: Path, output: Path, genai: Path 
 
     Raises:
         ArtifactError: the artifact is not whole or has no slots.
-        UnsupportedModelError: the adapter was trained on other weights, has a larger rank than the slots or a matrix
-            without a slot, or a matrix of another size.
+        UnsupportedModelError: the adapter was trained on other weights or against another artifact, has a larger rank
+            than the slots, a matrix without a slot, or a matrix of another size.
         SourceError: there is something at ``output`` or ``genai`` already.
     """
     for file in (output, genai) if genai else (output,):
         if file.exists() or file.is_symlink():
             raise SourceError("there is a file already", where=str(file), hint="give another name")
     manifest = open_runnable(artifact).manifest
-    slots = slots_of_graph(artifact / GenaiConfig.read(artifact).graph_file)
-    base = Base(model=manifest.plan.model, weights=weights_digest(manifest.source.files))
-    _require_base(adapter, base, manifest)
+    host = host_of(artifact, manifest)
+    slots, base = host.slots, Base(model=manifest.plan.model, weights=host.weights)
+    _require_base(adapter, host, manifest)
     if adapter.rank > slots.rank:
         raise UnsupportedModelError(
             f"the adapter's rank is {adapter.rank}, the artifact's slots take {slots.rank}",
@@ -60,6 +60,7 @@ def convert_adapter(adapter: Adapter, artifact: Path, output: Path, genai: Path 
         tensors,
         name=adapter.name,
         base=base,
+        against=made.against.graph if made and made.against else None,
         rank=adapter.rank,
         targets=targets,
         verdict=made.verdict if made else Verdict.UNVERIFIED,
@@ -78,13 +79,34 @@ def _write_for_genai(file: Path, tensors: Mapping[str, Floats]) -> None:
     form.export_adapter(str(file))
 
 
-def _require_base(adapter: Adapter, base: Base, manifest: Manifest) -> None:
-    if adapter.manifest and adapter.manifest.base.weights != base.weights:
+def host_of(folder: Path, manifest: Manifest) -> Host:
+    """What an adapter for the artifact in ``folder`` must fit.
+
+    Raises:
+        ArtifactError: its graph has no slots.
+    """
+    graph = GenaiConfig.read(folder).graph_file
+    slots = slots_of_graph(folder / graph)
+    return Host(slots, weights_digest(manifest.source.files), graph_digest(manifest, graph))
+
+
+def _require_base(adapter: Adapter, host: Host, manifest: Manifest) -> None:
+    made = adapter.manifest
+    if made is None:
+        return
+    if made.base.weights != host.weights:
         raise UnsupportedModelError(
-            f"the adapter was trained on other weights, those of {adapter.manifest.base.model} with the digest "
-            f"{adapter.manifest.base.weights[:12]}; {manifest.plan.name} has {base.weights[:12]}",
+            f"the adapter was trained on other weights, those of {made.base.model} with the digest "
+            f"{made.base.weights[:12]}; {manifest.plan.name} has {host.weights[:12]}",
             where=str(adapter.folder),
             hint="give --base an artifact of the model that it was trained on",
+        )
+    if made.against and made.against.graph != host.graph:
+        raise UnsupportedModelError(
+            f"the adapter was trained against {made.against.artifact}, whose graph has the digest "
+            f"{made.against.graph[:12]}; {manifest.plan.name} here has {host.graph[:12]}, and other rounding",
+            where=str(adapter.folder),
+            hint="give --base the artifact that it was trained against",
         )
 
 

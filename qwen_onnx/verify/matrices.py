@@ -102,6 +102,22 @@ class Made:
         return self.make().rows(index)
 
 
+class Learnt:
+    """A matrix with what a LoRA adds, W + B A.
+
+    Args:
+        a: float32 [r, inputs].
+        b: float32 [outputs, r], scaled.
+    """
+
+    def __init__(self, whole: Matrix, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.whole, self.a, self.b, self.shape = whole, a, b, whole.shape
+
+    def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
+        """See ``Matrix``."""
+        return torch.addmm(self.whole.rows(index), self.b[index], self.a)
+
+
 def unpacked(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes of packed bytes [rows, bytes], as float32 [rows, codes]."""
     if bits == 8:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_onnx.artifact.adapter_file import LENGTH, RECORD, read_adapter_file, write_adapter_file
+from qwen_onnx.artifact.adapter_file import LENGTH, RECORD, Host, read_adapter_file, write_adapter_file
 from qwen_onnx.artifact.adapter_slots import METADATA, Part, Slot, Slots, read_slots
 from qwen_onnx.errors import ArtifactError
 
@@ -23,6 +23,7 @@ QKV = Slot(
 )
 DOWN = Slot(layer=0, name="model.layers.0.mlp.down_proj", inputs=12, parts=(Part(matrix="down_proj", outputs=8),))
 SLOTS = Slots(rank=4, slots=(QKV, DOWN))
+HOST = Host(SLOTS, WEIGHTS, graph="e" * 64)
 TOLD: dict[str, Any] = {
     "name": "faq",
     "base": {"model": "starter", "weights": WEIGHTS},
@@ -56,9 +57,9 @@ def edited(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def test_what_was_written_is_read_back_and_is_plain_safetensors(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
-    file = written(tmp_path)
-    found = read_adapter_file(file, SLOTS, WEIGHTS)
-    assert found.record.name == "faq"
+    file = written(tmp_path, against=HOST.graph)
+    found = read_adapter_file(file, HOST)
+    assert (found.record.name, found.record.against) == ("faq", HOST.graph)
     assert found.bytes == (8 * 4 + 4 * 16) * 4
     for name, tensor in load_file(file).items():
         np.testing.assert_array_equal(tensor, tensors()[name])
@@ -70,6 +71,7 @@ def test_what_was_written_is_read_back_and_is_plain_safetensors(tmp_path: Path) 
     ("told", "message"),
     [
         ({"base": {"model": "other", "weights": "c" * 64}}, "belongs to other weights, those of other"),
+        ({"against": "c" * 64}, "trained against another artifact, whose graph has the digest cccccccccccc"),
         ({"rank": 5}, "its rank is 5, the artifact's slots take 4"),
         ({"rank": 3}, r"has A \[8, 4\] and B \[4, 16\]"),
         ({"rank": 1}, r"has A \[8, 4\]"),
@@ -82,7 +84,7 @@ def test_what_was_written_is_read_back_and_is_plain_safetensors(tmp_path: Path) 
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, told: dict[str, Any], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
-        read_adapter_file(written(tmp_path, **told), SLOTS, WEIGHTS)
+        read_adapter_file(written(tmp_path, **told), HOST)
 
 
 def _record(**changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -111,7 +113,7 @@ def test_a_faulty_header_is_refused(tmp_path: Path, fault: str) -> None:
     file, (edit, message) = written(tmp_path), HEADERS[fault]
     edited(file, edit)
     with pytest.raises(ArtifactError, match=message):
-        read_adapter_file(file, SLOTS, WEIGHTS)
+        read_adapter_file(file, HOST)
 
 
 @pytest.mark.parametrize(
@@ -130,14 +132,14 @@ def test_damaged_bytes_are_refused(tmp_path: Path, change: Callable[[bytes], byt
     file = written(tmp_path)
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ArtifactError, match=message):
-        read_adapter_file(file, SLOTS, WEIGHTS)
+        read_adapter_file(file, HOST)
 
 
 def test_a_link_is_no_adapter(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(written(tmp_path))
     with pytest.raises(ArtifactError, match="not a plain file"):
-        read_adapter_file(link, SLOTS, WEIGHTS)
+        read_adapter_file(link, HOST)
 
 
 def test_a_damaged_list_of_slots_is_refused() -> None:

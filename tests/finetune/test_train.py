@@ -100,7 +100,8 @@ def test_packed_examples_do_not_see_each_other(tiny_checkpoint: Path, tmp_path: 
     packed = [Encoded(line, ids, [IGNORED] * 10 + ids[10:]) for line, ids in enumerate(rows)]
     training = load_training(REPOSITORY, overrides=["window=128"])
     watch = train.Watch(1, lambda _: None)
-    trainer = train._trainer(tiny_checkpoint, byte_tokenizer(), packed, packed, training, tmp_path, watch)
+    model = train._model(tiny_checkpoint, training)
+    trainer = train._trainer(model, byte_tokenizer(), packed, packed, training, tmp_path, watch)
     assert len(trainer.eval_dataset) == 1
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     losses = [

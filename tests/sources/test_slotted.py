@@ -16,9 +16,9 @@ from qwen_onnx.errors import ArtifactError, QwenOnnxError, SourceError, Unsuppor
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.adapters import AdapterSource
 from qwen_onnx.runtime.engines.batch.model import BatchModel
-from qwen_onnx.sources.adapter import WEIGHTS, open_adapter
+from qwen_onnx.sources.adapter import WEIGHTS, TrainedAgainst, open_adapter
 from qwen_onnx.sources.fetch import weights_digest
-from qwen_onnx.sources.slotted import convert_adapter
+from qwen_onnx.sources.slotted import convert_adapter, host_of
 from tests.fixtures.adapters import RANK, make_adapter, sign_adapter
 
 A = "base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight"
@@ -35,8 +35,8 @@ def test_the_record_says_what_is_known(slotted_artifact: Path, tmp_path: Path) -
     sign_adapter(peft, weights)
     own = convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "own")
     assert (own.name, own.verdict, own.data, own.content) == ("faq", Verdict.PASS, "d" * 64, stranger.content)
-    slots = slots_of_graph(slotted_artifact / "model.onnx")
-    assert read_adapter_file(tmp_path / "own", slots, weights).record == own
+    host = host_of(slotted_artifact, read_manifest(slotted_artifact))
+    assert read_adapter_file(tmp_path / "own", host).record == own
 
 
 def test_onnxruntime_genai_answers_as_the_engine_does(slotted_artifact: Path, tmp_path: Path) -> None:
@@ -78,6 +78,25 @@ def test_an_adapter_of_other_weights_is_refused(slotted_artifact: Path, tmp_path
     with pytest.raises(UnsupportedModelError, match="trained on other weights, those of starter"):
         convert_adapter(open_adapter(peft), slotted_artifact, tmp_path / "file")
     assert not (tmp_path / "file").exists()
+
+
+def test_an_adapter_that_was_trained_against_another_artifact_is_refused(
+    slotted_artifact: Path, tmp_path: Path
+) -> None:
+    peft = make_adapter(tmp_path / "faq")
+    manifest = read_manifest(slotted_artifact)
+    host = host_of(slotted_artifact, manifest)
+    for graph in ("0" * 64, host.graph):
+        sign_adapter(peft, host.weights, against=TrainedAgainst(artifact="starter/cpu-int4", graph=graph))
+        adapter = open_adapter(peft)
+        with pytest.raises(UnsupportedModelError, match="repairs the rounding of that artifact's weights"):
+            adapter.adapted()
+        if graph == host.graph:
+            assert convert_adapter(adapter, slotted_artifact, tmp_path / "file").against == host.graph
+            continue
+        with pytest.raises(UnsupportedModelError, match="trained against starter/cpu-int4, whose graph has the digest"):
+            convert_adapter(adapter, slotted_artifact, tmp_path / "file")
+        assert not (tmp_path / "file").exists()
 
 
 @pytest.mark.parametrize("wrong", ["rank", "layer", "shape", "numbers", "twice"])

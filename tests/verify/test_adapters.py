@@ -70,6 +70,21 @@ def test_in_int4_the_rounding_is_measured(
     assert record.drift.verdict == Verdict.PASS
 
 
+@pytest.mark.slow
+def test_an_adapter_of_the_artifact_is_compared_to_pytorch_with_the_weights_of_the_artifact(
+    tiny_artifact: Path, tiny_checkpoint: Path, adapters: dict[str, Path], merged: Path, tmp_path: Path
+) -> None:
+    artifact = with_slots(tiny_artifact, tiny_checkpoint, tmp_path / "int4", precision="int4")
+    learnt, found = open_adapter(adapters["all"].with_suffix("")), []
+    for checkpoint, given in ((merged, None), (tiny_checkpoint, learnt)):
+        file = Path(shutil.copy(adapters["all"], tmp_path / "file"))
+        record = verify_adapter(file, open_runnable(artifact), checkpoint, OPTIONS, learnt=given)
+        assert record.drift
+        found.append(record.drift.kld_mean)
+    # the rounding of activations is left
+    assert 0 < found[1] < found[0] / 4
+
+
 def test_an_adapter_that_drifts_is_not_served(
     slotted_artifact: Path, adapters: dict[str, Path], merged: Path, tmp_path: Path
 ) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from qwen_onnx.artifact.adapter_file import SlotAdapter, read_adapter_file
+from qwen_onnx.artifact.adapter_file import Host, SlotAdapter, graph_digest, read_adapter_file
 from qwen_onnx.artifact.adapter_slots import Slots, read_slots
+from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.artifact.manifest import read_manifest
 from qwen_onnx.errors import ArtifactError, ConflictError, OverloadedError, QwenOnnxError, RequestError
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded, Swapping
@@ -43,7 +44,7 @@ class Shelf:
         self._held: dict[str, SlotAdapter] = {}
         self._fixed = frozenset(source.name for source in fixed)
         self._budget = swapping.budget if swapping else 0
-        self._fit: tuple[Slots, str] | None = None
+        self._host: Host | None = None
         if not fixed and swapping is None:
             return
         # not for those who serve none
@@ -51,7 +52,8 @@ class Shelf:
 
         slots = read_slots(session.get_modelmeta().custom_metadata_map, str(folder))
         _require_slots(slots, session, folder, filled)
-        self._fit = slots, weights_digest(read_manifest(folder).source.files)
+        manifest, graph = read_manifest(folder), GenaiConfig.read(folder).graph_file
+        self._host = Host(slots, weights_digest(manifest.source.files), graph_digest(manifest, graph))
         self._held = {source.name: self.read(source) for source in fixed}
         for source in swapping.sources if swapping else ():
             try:
@@ -84,9 +86,9 @@ class Shelf:
         Raises:
             RequestError: this engine takes none. ArtifactError: see ``read_adapter_file``; or it has changed.
         """
-        if self._fit is None:
+        if self._host is None:
             raise RequestError("this server takes no adapters while it runs", where="name")
-        adapter = read_adapter_file(source.file, *self._fit)
+        adapter = read_adapter_file(source.file, self._host)
         if adapter.digest != source.digest:
             raise ArtifactError(f"the adapter {source.name} has changed", where=str(source.file), hint="start again")
         return adapter
