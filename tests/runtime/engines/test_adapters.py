@@ -21,6 +21,9 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.engines.serial import SerialEngine
 from qwen_onnx.runtime.service.generation import GenerationConfig
+from qwen_onnx.sources.adapter import open_adapter
+from qwen_onnx.sources.slotted import convert_adapter
+from tests.fixtures.adapters import make_adapter
 from tests.runtime.engines.batch.test_engine import Heard
 
 IDS = tuple(range(5, 45))
@@ -111,6 +114,23 @@ def test_slots_stay_that_some_adapter_fills(slotted_artifact: Path, adapters: di
         for given in (adapters, {"some": adapters["some"]})
     )
     np.testing.assert_array_equal(alone, both)
+
+
+def test_an_adapter_of_later_matrices_alone_answers_beside_one_of_all(
+    slotted_artifact: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "down.safetensors"
+    peft = open_adapter(make_adapter(tmp_path / "down", modules=("mlp.down_proj",)))
+    convert_adapter(peft, slotted_artifact, file)
+    ids = np.array(IDS, np.int64)
+    # the slots before are empty for the one, and memory of one size is shared within a step
+    beside, alone = (
+        BatchModel(slotted_artifact, rows=1, capacity=64, threads=1, adapters=sources(given))
+        .every_position(0, ids, 0, adapter="down")
+        .copy()
+        for given in ({"all": adapters["all"], "down": file}, {"down": file})
+    )
+    np.testing.assert_array_equal(beside, alone)
 
 
 def test_adapters_in_flight_together_answer_as_each_does_alone(engine: BatchEngine) -> None:

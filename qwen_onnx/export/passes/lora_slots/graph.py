@@ -84,9 +84,11 @@ def _insert(node: Any, slot: Slot, graph: Any) -> list[Any]:
     whole = node.output[0]
     base, low, learnt = f"{whole}/base", f"{whole}/lora_A", f"{whole}/lora_B"
     node.output[0] = base
+    # of this slot alone: sizes of one name share memory, and an adapter may fill the one slot and not the other
+    rank = f"{slot.name}.rank"
     for name, empty, dims in (
-        (slot.a, (slot.inputs, 0), (slot.inputs, "rank")),
-        (slot.b, (0, slot.outputs), ("rank", slot.outputs)),
+        (slot.a, (slot.inputs, 0), (slot.inputs, rank)),
+        (slot.b, (0, slot.outputs), (rank, slot.outputs)),
     ):
         graph.initializer.append(onnx.helper.make_tensor(name, FLOAT, empty, []))
         graph.input.append(onnx.helper.make_tensor_value_info(name, FLOAT, dims))
