@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from qwen_onnx.bounded import first_fault, open_plain, read_object
 from qwen_onnx.catalog.training import MOST_RANK, Matrix
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.files import whole_file
-from qwen_onnx.records import MeasuredVerdict, Name, Record, Sha256, Verdict, digest_of
+from qwen_onnx.records import Grown, MeasuredVerdict, Name, Record, Sha256, Verdict, digest_of
 
 Floats = npt.NDArray[np.float32]
 # of the header's metadata
@@ -65,7 +65,7 @@ class AdapterDrift(Record):
     ppl_ratio: float = Field(ge=0)
 
 
-class AdapterRecord(Record):
+class AdapterRecord(Grown):
     """Everything about an adapter but its numbers.
 
     Attributes:
@@ -75,6 +75,8 @@ class AdapterRecord(Record):
         adapter: digest of the adapter that it was made of; ``data`` of what that learnt from, if it says so.
         content: SHA-256 of everything behind the header.
     """
+
+    added: ClassVar = frozenset({"against"})
 
     schema_version: Literal[1] = 1
     name: Name

@@ -53,9 +53,10 @@ class Against:
     @property
     def parts_tables(self) -> bool:
         """Whether a head that shares the embedding's weights gets its own: only one of the two is rounded."""
-        return not any(node.op_type == "GatherBlockQuantized" for node in self._graph().nodes)
+        return not any(node.op_type == "GatherBlockQuantized" for node in self.graph().nodes)
 
-    def _graph(self) -> Graph:
+    def graph(self) -> Graph:
+        """Of the artifact, its weights mapped."""
         return Graph(self.folder / GenaiConfig.read(self.folder).graph_file)
 
     @torch.no_grad()
@@ -64,12 +65,15 @@ class Against:
 
         Raises:
             VerificationError: the graph is not that of the checkpoint's architecture.
+            TrainingError: transformers gives its matrices other names than those of a model that reads text alone.
         """
-        rounded = student_of(checkpoint, self._graph(), torch.get_num_threads()).replaced
+        rounded = student_of(checkpoint, self.graph(), torch.get_num_threads()).replaced
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         if head.weight is table.weight and not _same(rounded.get(HEAD), rounded.get(EMBEDDING)):
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        if strange := sorted(rounded.keys() - parameters.keys()):
+            raise TrainingError(f"the model that is trained has no {strange[0]}", where=str(self.folder), hint=WITHOUT)
         for name, matrix in rounded.items():
             for piece in row_pieces(*matrix.shape):
                 parameters[name][piece] = matrix.rows(piece)
@@ -90,7 +94,7 @@ def open_against(folder: Path, training: Training) -> Against:
             what, where=str(folder), hint=f"qwen-onnx optimize {plan.asked} --adapter-rank {training.rank}"
         )
     against = Against(folder, manifest, host_of(folder, manifest))
-    if not any(node.op_type in QUANTIZED for node in against._graph().nodes):
+    if not any(node.op_type in QUANTIZED for node in against.graph().nodes):
         what = f"{plan.name} holds no rounded weights that an adapter could repair"
         raise TrainingError(what, where=str(folder), hint=WITHOUT)
     if training.rank > against.host.slots.rank:

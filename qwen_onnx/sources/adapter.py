@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ from qwen_onnx.catalog.plan import Adapted
 from qwen_onnx.catalog.training import MOST_RANK, Training
 from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.records import Name, Record, Sha256, Verdict, digest_of
+from qwen_onnx.records import Grown, Name, Record, Sha256, Verdict, digest_of
 from qwen_onnx.sources.plain import PICKLES, require_plain
 from qwen_onnx.sources.streamed import Stored, tensors_of
 
@@ -73,7 +73,7 @@ class AdapterData(Record):
     held_out: int = Field(ge=1)
 
 
-class AdapterManifest(Record):
+class AdapterManifest(Grown):
     """Everything about an adapter that we trained, but its bytes.
 
     Attributes:
@@ -82,6 +82,8 @@ class AdapterManifest(Record):
         loss_before: of the held-out examples, in nats per trained token; ``loss_after`` of what was kept.
         files: SHA-256 by name, the manifest itself apart.
     """
+
+    added: ClassVar = frozenset({"against"})
 
     schema_version: Literal[1] = 1
     name: Name

@@ -65,6 +65,9 @@ def test_what_was_written_is_read_back_and_is_plain_safetensors(tmp_path: Path) 
         np.testing.assert_array_equal(tensor, tensors()[name])
         np.testing.assert_array_equal(found.tensors[name], tensor)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    # one that fits every artifact of its base is read by whoever does not know the field
+    assert b"against" in file.read_bytes()
+    assert b"against" not in written(tmp_path).read_bytes()
 
 
 @pytest.mark.parametrize(
