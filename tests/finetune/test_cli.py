@@ -28,6 +28,9 @@ def test_faults_of_options_and_of_data_are_told(data: Path, tmp_path: Path) -> N
     assert wrong.returncode == 2
     assert "--set rank:" in wrong.stderr
     assert "--set epoch: unknown key" in wrong.stderr
+    against = run_cli("finetune", "starter", "--data", data, "--against", tmp_path / "none")
+    assert against.returncode == 6
+    assert "there is no artifact" in against.stderr
     data.write_text('{"instruction": "a", "output": "b"}\n{\n[]\n')
     broken = run_cli("finetune", "starter", "--data", data)
     assert broken.returncode == 13
