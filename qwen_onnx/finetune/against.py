@@ -1,4 +1,4 @@
-"""Training against an artifact: the base has its rounded weights, so that what is learnt repairs the rounding, too.
+"""Training against an artifact: the base has its rounded weights, so that what is learnt can repair the rounding.
 
 As in QLoRA (Dettmers et al. 2023, arXiv:2305.14314), but the rounded weights are those that are served.
 """
