@@ -206,6 +206,15 @@ def _tensors(file: Path, rank: int) -> dict[str, dict[str, tuple[str, Stored]]]:
         stored = tensors_of([file])
     except SafetensorError as error:
         raise SourceError(f"{file.name} is truncated or altered: {error}", where=str(file), hint=HINT) from error
+    return paired(stored, rank, file)
+
+
+def paired(stored: Mapping[str, Stored], rank: int, file: Path) -> dict[str, dict[str, tuple[str, Stored]]]:
+    """A and B by the name of their module, of tensors with peft's names that ``file`` holds.
+
+    Raises:
+        UnsupportedModelError: another name, another rank, A without B or B without A, or none at all.
+    """
     found: dict[str, dict[str, tuple[str, Stored]]] = {}
     for name, entry in stored.items():
         named = NAMED.fullmatch(name)

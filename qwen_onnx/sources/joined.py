@@ -1,22 +1,26 @@
 """A vision tower of our own beside a Qwen2 that reads text: together a Qwen2.5-VL.
 
-The language model's file of weights is linked, not written anew: for text it is what it was, to the last bit. The
-tower's file says in its header what it needs besides weights: its config, how pictures are prepared, and which special
-tokens of the language model stand for pictures.
+The tower's file says in its header what it needs besides weights: its config, how pictures are prepared, and which
+special tokens of the language model stand for pictures. It may carry a LoRA that the language model was taught to read
+pictures with, under peft's names, which is merged. Without one the language model's weights are linked, not written
+anew: for text it is what it was, to the last bit.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, JsonValue, ValidationError
 
 from qwen_onnx import bounded
+from qwen_onnx.catalog.training import MOST_RANK
 from qwen_onnx.errors import SourceError
 from qwen_onnx.records import Record
+from qwen_onnx.sources.adapter import Adapter, paired
 from qwen_onnx.sources.checkpoint import (
     INDEX_FILE,
     LARGEST_TOKENIZER,
@@ -24,12 +28,15 @@ from qwen_onnx.sources.checkpoint import (
     SINGLE_FILE,
     read_json,
 )
+from qwen_onnx.sources.merge import write_merged
+from qwen_onnx.sources.streamed import tensors_of, write_part
 from qwen_onnx.sources.text_form import linked
 from qwen_onnx.sources.vision_config import PREPROCESSOR, QWEN2_5_VL
 
 TOWERS = Path(__file__).parent / "towers"
 # key of the header's metadata
 TOLD = "qwen_onnx"
+VISUAL = "visual."
 LARGEST_TOLD, LARGEST_TEMPLATE = 1 << 16, 1 << 18
 PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 TEMPLATE = "chat_template.jinja"
@@ -46,6 +53,7 @@ class Told(Record):
     """What a tower's file says of itself."""
 
     mrope_section: tuple[int, int, int]
+    rank: int | None = Field(default=None, ge=1, le=MOST_RANK, description="of the LoRA in the file; null: none")
     tokens: dict[str, int] = Field(description="ids of the language model's special tokens, by their new text")
     ids: dict[str, int] = Field(description="keys of config.json that are ids of tokens")
     vision_config: dict[str, JsonValue]
@@ -58,8 +66,24 @@ def write_joined(text: Path, tower: Path, folder: Path) -> None:
     Raises:
         SourceError: the tower's file is damaged, a token that it names is not a special one, or the language
             model's chat template has another form.
+        UnsupportedModelError: its LoRA is incomplete, of another rank or for another language model.
     """
     told = _told(tower)
+    stored = tensors_of([tower])
+    taught = {name: entry for name, entry in stored.items() if not name.startswith(VISUAL)}
+    if not taught and told.rank is None:
+        _write_beside(text, tower, folder, told)
+        return
+    parts = paired(taught, told.rank or 0, tower)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as made:
+        merged = Path(made)
+        (language := merged / "language").mkdir()
+        write_merged(text, Adapter(tower, tower.stem, told.rank or 0, 1.0, parts, None, ""), language)
+        write_part(merged / tower.name, [name for name in stored if name not in taught], stored)
+        _write_beside(language, merged / tower.name, folder, told)
+
+
+def _write_beside(text: Path, tower: Path, folder: Path, told: Told) -> None:
     for path in sorted(text.iterdir()):
         if path.is_file() and path.suffix in {".json", ".jinja"} and path.name not in {"config.json", "checksums.json"}:
             shutil.copyfile(path, folder / path.name)

@@ -83,6 +83,11 @@ def write_anew(
     (folder / "config.json").write_text(told, encoding="utf-8")
 
 
+def write_part(path: Path, names: Iterable[str], found: Mapping[str, Stored]) -> None:
+    """Write some of the tensors that are ``found``, as they are, to a safetensors file of their own."""
+    _write_shard(path, {name: found[name].kind for name in names}, found, lambda name: read_tensor(name, found))
+
+
 def _write_shard(
     path: Path, kinds: Mapping[str, str], found: Mapping[str, Stored], tensor: Callable[[str], torch.Tensor]
 ) -> None:

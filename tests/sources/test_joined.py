@@ -1,4 +1,4 @@
-"""A tower of our own beside a language model that reads text: a Qwen2.5-VL of both, neither changed."""
+"""A tower of our own beside a language model that reads text: a Qwen2.5-VL of both, with a LoRA merged if it has one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwen_onnx.catalog.schema import Shape
-from qwen_onnx.errors import ChecksumError, SourceError
+from qwen_onnx.errors import ChecksumError, SourceError, UnsupportedModelError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.sources import fetch as fetching
@@ -40,11 +40,23 @@ HEADER: dict[str, Any] = {
 }
 
 
-def make_tower(path: Path, header: dict[str, Any] = HEADER) -> Path:
+def make_tower(path: Path, header: dict[str, Any] = HEADER, taught: dict[str, Any] | None = None) -> Path:
     names = ("patch_embed.proj", "blocks.0.attn.qkv", "merger.mlp.0", "merger.mlp.2")
     weights = {f"visual.{name}.weight": np.full((2, 2), index, np.float16) for index, name in enumerate(names)}
-    save_file(weights, path, metadata={TOLD: json.dumps(header)})
+    save_file(weights | (taught or {}), path, metadata={TOLD: json.dumps(header)})
     return path
+
+
+QUERY = "model.layers.1.self_attn.q_proj"
+
+
+def low_rank(rank: int = 2, inner: int = 64, outer: int = 64, module: str = QUERY) -> dict[str, Any]:
+    """A and B of one matrix as a tower's file has them; dyadic, so that no product rounds."""
+    draw = np.random.default_rng(0)
+    return {
+        f"base_model.model.{module}.lora_A.weight": (draw.integers(-8, 8, (rank, inner)) / 16).astype(np.float16),
+        f"base_model.model.{module}.lora_B.weight": (draw.integers(-8, 8, (outer, rank)) / 16).astype(np.float16),
+    }
 
 
 @pytest.fixture
@@ -76,6 +88,46 @@ def test_weights_of_both_sides_are_what_they_were(together: Path, text: Path) ->
     assert (together / language).read_bytes() == (text / SINGLE_FILE).read_bytes()
     assert load_file(together / tower).keys() == {name for name, file in files.items() if file == tower}
     assert all(name.startswith("visual.") for name in load_file(together / tower))
+
+
+def test_a_lora_in_its_file_is_merged_and_nothing_else_changes(text: Path, tmp_path: Path) -> None:
+    taught = low_rank()
+    tower = make_tower(tmp_path / "tower.safetensors", HEADER | {"rank": 2}, taught)
+    (folder := tmp_path / "together").mkdir()
+    write_joined(text, tower, folder)
+    check_checkpoint(folder, QWEN2_5_VL, Shape())
+    before, (language, seen) = load_file(text / SINGLE_FILE), (load_file(folder / part) for part in joined.PARTS)
+    a, b = (value.astype(np.float32) for value in taught.values())
+    assert np.array_equal(language[f"{QUERY}.weight"], before[f"{QUERY}.weight"] + b @ a)
+    assert language.keys() == before.keys()
+    for name in before.keys() - {f"{QUERY}.weight"}:
+        assert np.array_equal(language[name], before[name])
+    assert seen.keys() == load_file(tower).keys() - taught.keys()
+    listed = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    assert set(listed) == set(language) | set(seen)
+    # what was merged on the way is gone
+    assert not list(tmp_path.glob(".merged-*"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "taught", "message"),
+    [
+        (2, {name: value for name, value in low_rank().items() if "lora_A" in name}, "has A or B alone"),
+        (4, low_rank(), "its config says rank 4"),
+        (None, low_rank(), "its config says rank 0"),
+        (2, {}, "it holds no weights"),
+        (2, low_rank(inner=32), "the adapter is for"),
+        (2, low_rank(module="model.layers.99.self_attn.q_proj"), "has 0 matrices for the adapter's"),
+        (2, {"lm_head.weight": np.zeros((2, 2), np.float16)}, "is not A or B of a matrix"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused(
+    text: Path, tmp_path: Path, rank: int | None, taught: dict[str, Any], message: str
+) -> None:
+    tower = make_tower(tmp_path / "tower.safetensors", HEADER | {"rank": rank}, taught)
+    (folder := tmp_path / "together").mkdir()
+    with pytest.raises(UnsupportedModelError, match=message):
+        write_joined(text, tower, folder)
 
 
 def test_it_is_a_checkpoint_that_the_build_takes(together: Path, tmp_path: Path) -> None:

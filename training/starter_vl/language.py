@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.starter_vl.lora import Halved, adapt
 from training.starter_vl.questions import Asked
 from training.starter_vl.scenes import GRID
 
 # ids of special tokens that the starter has and never uses; the batch engine tries itself out with the ids 1 to 9
 VISION_START, IMAGE, VISION_END, VIDEO = 13, 14, 15, 16
 END, TOKENS, WIDTH = 2, GRID**2, 576
+# what a token of an answer's form counts in the loss; one of its fact counts 1
+FORM = 0.1
 # dimensions of the positions in time, down and across; half of a head
 SECTIONS = [8, 12, 12]
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -30,12 +33,14 @@ class Branches:
     Attributes:
         ids: [1, tokens] behind the system's message; ``mask`` [1, 1, tokens, all] is added to scores.
         places: [3, 1, tokens] positions; ``targets`` the next token where it belongs to an answer, or -100.
+        weights: [tokens] what the target counts in the loss.
     """
 
     ids: Tensor
     mask: Tensor
     places: Tensor
     targets: Tensor
+    weights: Tensor
 
 
 class Language:
@@ -52,22 +57,15 @@ class Language:
         self.model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**told, rope_parameters=rope)).eval()
         self.model.load_state_dict(starter.model.state_dict())
         self.model.requires_grad_(False)
+        self.learned = adapt(self.model.layers)
         self.table = self.model.embed_tokens.weight
+        self._halved = self.table.to(torch.bfloat16)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
         self._before = self._encode(BEFORE)
-        self._cached = self._read_before()
 
     def _encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return found
-
-    @torch.no_grad()
-    def _read_before(self) -> list[tuple[Tensor, Tensor]]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        self.model(inputs_embeds=self.table[None, self._before], past_key_values=cache, use_cache=True)
-        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def words(self, text: str) -> Tensor:
         """The mean embedding of a word's tokens."""
@@ -77,53 +75,61 @@ class Language:
     def branches(self, asked: Sequence[Sequence[Asked]]) -> Branches:
         """Of several pictures with their questions."""
         rows, past = [self._row(questions) for questions in asked], len(self._before)
-        ids = torch.tensor([token for row in rows for token in row[0]])
-        places = torch.tensor([place for row in rows for place in row[1]]).T + past
-        targets = torch.tensor([target for row in rows for target in row[2]])
-        picture = torch.tensor([number for number, row in enumerate(rows) for _ in row[0]])
-        owner = torch.tensor([one for row in rows for one in row[3]])
+        before = [[place] * 3 for place in range(past)]
+        ids = torch.tensor(self._before + [token for row in rows for token in row[0]])
+        places = torch.tensor(before + [[past + axis for axis in place] for row in rows for place in row[1]]).T
+        targets = torch.tensor([-100] * past + [target for row in rows for target in row[2]])
+        weights = torch.tensor([0.0] * past + [weight for row in rows for weight in row[4]])
+        # the system's message belongs to all pictures, and a picture to all of its questions
+        picture = torch.tensor([-1] * past + [number for number, row in enumerate(rows) for _ in row[0]])
+        owner = torch.tensor([0] * past + [one for row in rows for one in row[3]])
         own = (owner[:, None] == owner[None]) | (owner[None] == 0)
-        seen = (own & (picture[:, None] == picture[None])).tril()
-        seen = torch.cat((torch.ones(len(ids), past, dtype=torch.bool), seen), dim=1)
+        seen = (own & ((picture[:, None] == picture[None]) | (picture[None] < 0))).tril()
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-        return Branches(ids[None], mask[None, None], places[:, None], targets[None])
+        return Branches(ids[None], mask[None, None], places[:, None], targets[None], weights[None])
 
-    def _row(self, questions: Sequence[Asked]) -> tuple[list[int], list[list[int]], list[int], list[int]]:
+    def _row(self, questions: Sequence[Asked]) -> tuple[list[int], list[list[int]], list[int], list[int], list[float]]:
         ids = [VISION_START, *[IMAGE] * TOKENS, VISION_END]
         # a picture's positions begin behind its start; text goes on behind the largest
         places = [[0, 0, 0]]
         places += [[1, 1 + cell // GRID, 1 + cell % GRID] for cell in range(TOKENS)]
         places += [[1 + GRID] * 3]
-        targets, owner = [-100] * len(ids), [0] * len(ids)
+        targets, owner, weights = [-100] * len(ids), [0] * len(ids), [0.0] * len(ids)
         for number, asked in enumerate(questions):
             prompt = self._encode(asked.question + BEHIND)
             answer = [*self._encode(asked.answer), END]
             branch = prompt + answer[:-1]
             places += [[2 + GRID + offset] * 3 for offset in range(len(branch))]
             targets += [-100] * (len(prompt) - 1) + answer
+            weights += [0.0] * (len(prompt) - 1) + self._weights(asked, len(answer))
             owner += [number + 1] * len(branch)
             ids += branch
-        return ids, places, targets, owner
+        return ids, places, targets, owner, weights
 
-    def answers(self, features: Tensor, read: Branches) -> tuple[Tensor, Tensor]:
-        """Logits [answers' tokens, vocabulary] and what they should be; ``features`` are [pictures, TOKENS, hidden]."""
-        from transformers import DynamicCache
+    def _weights(self, asked: Asked, size: int) -> list[float]:
+        """The fact counts, and the token behind it, which says that it ends; the form of the answer is easy."""
+        begins = asked.answer.index(f" {asked.fact}")
+        first = len(self._encode(asked.answer[:begins]))
+        last = len(self._encode(asked.answer[: begins + 1 + len(asked.fact)]))
+        return [1.0 if first <= place <= last else FORM for place in range(size)]
 
+    def answers(self, features: Tensor, read: Branches) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [answers' tokens, vocabulary], what they should be and what each counts.
+
+        ``features`` are [pictures, TOKENS, hidden].
+        """
         # a copy: where features go, the gradient of the table is none
         embedded = self.table[read.ids].clone()
         embedded[read.ids == IMAGE] = features.flatten(0, 1)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self._cached):
-            cache.update(keys, values, layer)
         hidden = self.model(
             inputs_embeds=embedded,
             position_ids=read.places,
             attention_mask={"full_attention": read.mask},
-            past_key_values=cache,
-            use_cache=True,
+            use_cache=False,
         ).last_hidden_state
         wanted = read.targets >= 0
-        return hidden[wanted] @ self.table.T, read.targets[wanted]
+        logits: Tensor = Halved.apply(hidden[wanted], self._halved)  # type: ignore[no-untyped-call]
+        return logits, read.targets[wanted], read.weights[wanted]
 
 
 def right_by_question(logits: Tensor, wanted: Tensor) -> list[bool]:

@@ -110,6 +110,12 @@ def ask(shown: Scene, chance: random.Random, *, exam: bool = False) -> list[Aske
     return found
 
 
+def ask_more(shown: Scene, chance: random.Random, most: int) -> list[Asked]:
+    """Up to ``most`` different questions, several of a kind where there are several things."""
+    found = {one.answer: one for _ in range(4) for one in ask(shown, chance)}
+    return list(found.values())[:most]
+
+
 def _asked(kind: str, slot: str, answer: str, chance: random.Random, exam: bool) -> Asked:
     sentence = "There is one shape." if answer == "one" else ANSWERS[kind].format(asked=slot, fact=answer)
     return Asked(kind, chance.choice(WORDINGS[kind][exam]).format(slot), answer, sentence)

@@ -55,13 +55,12 @@ class Scene:
     noise: int
 
 
-def scene(seed: int) -> Scene:
-    """The scene of a seed: a quarter of them are digits, a fifth one shape alone."""
+def scene(seed: int, digits: float = 0.25, alone: float = 0.25) -> Scene:
+    """The scene of a seed: a digit in a share ``digits``, one shape alone in a share ``alone`` of the others."""
     chance = random.Random(seed)
-    kind = chance.random()
-    if kind < 0.25:
+    if chance.random() < digits:
         return Scene((), chance.choice(DIGITS), chance.choice(list(COLOURS)), chance.getrandbits(32))
-    count = 1 if kind < 0.45 else chance.choice((2, 2, 3, 3, 4, 5, 6))
+    count = 1 if chance.random() < alone else chance.choice((2, 2, 3, 3, 4, 5, 6))
     places = chance.sample(range(GRID**2), count)
     return Scene(tuple(_thing(chance, place, count) for place in sorted(places)), "", "", chance.getrandbits(32))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training.starter_vl.scenes import GRID
 
-DEPTH, WIDTH, HEADS, INNER, OUTPUT = 4, 192, 4, 512, 576
+DEPTH, WIDTH, HEADS, INNER, OUTPUT = 4, 128, 4, 256, 576
 PATCH, MERGE, FRAMES, CHANNELS = 14, 2, 2, 3
 SIDE = GRID * MERGE * PATCH
 THETA = 10000.0

@@ -1,4 +1,4 @@
-"""The file that the repository carries: the tower in half precision, and in its header what ``joined.py`` reads."""
+"""The file that the repository carries: tower and LoRA in half precision, its header for ``joined.py``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qwen_onnx.files import sha256_of
 from qwen_onnx.sources.joined import TOLD, Told
 from training.starter_vl.language import IMAGE, SECTIONS, VIDEO, VISION_END, VISION_START
+from training.starter_vl.lora import RANK, adapter_weights
 from training.starter_vl.pixels import LEAST, MIDDLE, MOST
 from training.starter_vl.tower import FRAMES, MERGE, PATCH, VisionTower, vision_config, weights
 
@@ -18,6 +21,7 @@ def told() -> Told:
     time, down, across = SECTIONS
     return Told(
         mrope_section=(time, down, across),
+        rank=RANK,
         tokens={
             "<|vision_start|>": VISION_START,
             "<|image_pad|>": IMAGE,
@@ -44,9 +48,12 @@ def told() -> Told:
     )
 
 
-def write_tower(tower: VisionTower, path: Path) -> dict[str, Any]:
-    """Write ``path``; its size and SHA-256, which the recipe names."""
+def write_tower(tower: VisionTower, learned: nn.ModuleDict, path: Path) -> dict[str, Any]:
+    """Write ``tower`` and what the language model ``learned``; the file's size and SHA-256, which the recipe names."""
     from safetensors.torch import save_file
 
-    save_file(weights(tower), path, metadata={TOLD: json.dumps(told().model_dump(mode="json"))})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        weights(tower) | adapter_weights(learned), path, metadata={TOLD: json.dumps(told().model_dump(mode="json"))}
+    )
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
