@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from qwen_onnx.sources.joined import TOLD, Told
 from training.starter_vl.pixels import batch
@@ -34,7 +35,7 @@ def test_its_file_is_what_transformers_computes(tower: VisionTower, tmp_path: Pa
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    told = write_tower(tower, tmp_path / "tower.safetensors")
+    told = write_tower(tower, nn.ModuleDict(), tmp_path / "tower.safetensors")
     assert told["bytes"] < 8_000_000
     whole = Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(**vision_config())).eval()
     saved = load_file(tmp_path / "tower.safetensors")
@@ -51,7 +52,7 @@ def test_its_file_is_what_transformers_computes(tower: VisionTower, tmp_path: Pa
 
 
 def test_its_header_says_what_joins_it(tower: VisionTower, tmp_path: Path) -> None:
-    write_tower(tower, tmp_path / "tower.safetensors")
+    write_tower(tower, nn.ModuleDict(), tmp_path / "tower.safetensors")
     with safe_open(tmp_path / "tower.safetensors", framework="pt") as file:
         told = Told.model_validate(json.loads(file.metadata()[TOLD]))
     assert told.vision_config["depth"] == DEPTH
@@ -60,7 +61,7 @@ def test_its_header_says_what_joins_it(tower: VisionTower, tmp_path: Path) -> No
 
 def test_questions_of_one_picture_do_not_see_one_another() -> None:
     """A question is read as if it were asked alone: the mask lets it see its picture and itself."""
-    from training.starter_vl.language import IMAGE, Language
+    from training.starter_vl.language import FORM, IMAGE, Language
 
     language = Language.__new__(Language)
     language._before = [0, 1]
@@ -68,7 +69,7 @@ def test_questions_of_one_picture_do_not_see_one_another() -> None:
     asked = ask(scene(4), random.Random(0))
     assert len(asked) > 1
     read = language.branches([asked, [Asked("digit", "?", "7", "It is 7.")]])
-    ids, seen = read.ids[0], read.mask[0, 0, :, 2:] == 0
+    ids, seen = read.ids[0], read.mask[0, 0] == 0
     pictures = (ids == IMAGE).nonzero().flatten().tolist()
     first, second = pictures[:9], pictures[9:]
     last = len(ids) - 1
@@ -76,8 +77,14 @@ def test_questions_of_one_picture_do_not_see_one_another() -> None:
     assert not seen[last, first].any()
     alone = language.branches([asked[:1]])
     size = alone.ids.shape[1]
-    assert torch.equal(read.mask[0, 0, :size, : size + 2], alone.mask[0, 0])
+    assert torch.equal(read.mask[0, 0, :size, :size], alone.mask[0, 0])
+    # the system's message is seen by all
+    assert seen[last, :2].all()
+    # of an answer, the fact and the token behind it count most
+    for target, weight in zip(alone.targets[0].tolist(), alone.weights[0].tolist(), strict=True):
+        assert (weight > 0) == (target >= 0)
+    assert {round(weight, 3) for weight in alone.weights[0].tolist()} == {0.0, FORM, 1.0}
     # the second question sees the picture, not the first one
     assert not seen[size, size - 1]
     assert seen[size, first].all()
-    assert read.places[:, 0, size].tolist() == alone.places[:, 0, len(first) + 2].tolist()
+    assert read.places[:, 0, size].tolist() == alone.places[:, 0, len(first) + 4].tolist()
