@@ -1,19 +1,16 @@
-"""What training made of starter-vl: ask it, write its file, and say what it cost the language model.
+"""What training made of starter-vl: ask it, and write its file.
 
     python -m training.starter_vl.result try --checkpoint FOLDER --fonts FOLDER
-    python -m training.starter_vl.result cost --checkpoint FOLDER
     python -m training.starter_vl.result join --checkpoint FOLDER --output starter-vl.safetensors
 
-``try`` asks tower and language model about unseen pictures, in PyTorch. ``cost`` compares the perplexity of plain text
-with and without the LoRA. ``join`` multiplies what the tower says and the words into the merger's last matrix, and
-writes the file that the recipe names.
+``try`` asks tower and language model about unseen pictures, in PyTorch. ``join`` multiplies what the tower says and the
+words into the merger's last matrix, and writes the file that the recipe names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -36,8 +33,6 @@ from training.starter_vl.words import SAID
 
 # pictures
 TRIED = 100
-TEXTS = Path(__file__).parents[2] / "qwen_onnx" / "verify" / "texts"
-WINDOW = 256
 
 
 def joined(work: Path) -> VisionTower:
@@ -78,31 +73,10 @@ def try_out(checkpoint: Path, fonts: Sequence[str], work: Path, pictures: int) -
     return {kind: f"{sum(is_right)}/{len(is_right)}" for kind, is_right in sorted(found.items())}
 
 
-@torch.no_grad()
-def perplexity(language: Language, text: str) -> float:
-    """Of a text, in windows of WINDOW tokens."""
-    ids = torch.tensor(language.tokenizer.encode(text, add_special_tokens=False))
-    losses = []
-    for window in torch.split(ids, WINDOW):
-        hidden = language.model(inputs_embeds=language.table[None, window], use_cache=False).last_hidden_state[0]
-        logits = hidden[:-1] @ language.table.T
-        losses.append(nn.functional.cross_entropy(logits, window[1:], reduction="none"))
-    return math.exp(torch.cat(losses).mean().item())
-
-
-def cost(checkpoint: Path, work: Path) -> dict[str, list[float]]:
-    """Perplexity of each text of the verification, as the starter is and with the LoRA."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for language in (Language(checkpoint), taught(checkpoint, work)):
-        for path in sorted(TEXTS.glob("*.txt")):
-            found[path.stem].append(round(perplexity(language, path.read_text(encoding="utf-8")), 3))
-    return dict(found)
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("try", "cost", "join"))
+    parser.add_argument("step", choices=("try", "join"))
     parser.add_argument("--checkpoint", type=Path, required=True, help=f"the starter: {HINTS['checkpoint']}")
     parser.add_argument("--fonts", type=Path, help="folder that pip put the font packages into")
     parser.add_argument("--work", type=Path, default=Path(".cache/starter-vl"), help="states of the stages")
@@ -114,8 +88,6 @@ def main() -> None:
         if options.fonts is None:
             parser.error(f"try needs --fonts: {HINTS['fonts']}")
         found = try_out(options.checkpoint, fonts_in(options.fonts, TRAINING), options.work, TRIED)
-    elif options.step == "cost":
-        found = cost(options.checkpoint, options.work)
     else:
         learned = taught(options.checkpoint, options.work).learned
         found = write_tower(joined(options.work), learned, options.output)
