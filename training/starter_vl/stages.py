@@ -55,7 +55,7 @@ class Stage:
         return seeds, [scene(seed, self.digits, self.alone) for seed in seeds]
 
 
-# as many steps as two quiet cores make in an hour
+# together what two quiet cores do in half an hour
 WORDS = Stage("words", steps=160, batch=6, rate=2e-3, warm=5, noise=0.1)
 # what all tokens say is learned by then; now which of them is asked about
 BOUND = Stage(
