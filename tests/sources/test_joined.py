@@ -1,4 +1,4 @@
-"""A tower of our own beside a language model that reads text: a Qwen2.5-VL of both, with a LoRA merged if it has one."""
+"""A tower of our own beside a language model that reads text: a Qwen2.5-VL of both, a LoRA merged if it has one."""
 
 from __future__ import annotations
 
