@@ -18,7 +18,7 @@ from safetensors import safe_open
 from benchmarks.live import LiveServer
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import make_plan
-from qwen_onnx.catalog.schema import TowerFile, WheelSource
+from qwen_onnx.catalog.sources import TowerFile, WheelSource
 from qwen_onnx.errors import ChecksumError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.sources import fetch as fetching
