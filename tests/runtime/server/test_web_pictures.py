@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.attaching import assert_alone_is_a_question, assert_refused, assert_the_server_refuses
 from tests.fixtures.browser import Page, chatting, fresh
 from tests.fixtures.pictures import as_file, chart, noise
 from tests.fixtures.servers import ROOMY
@@ -17,7 +18,6 @@ from tests.fixtures.servers import ROOMY
 pytestmark = pytest.mark.slow
 SHOWN = "[...document.querySelectorAll('#media img')].map(image => image.alt)"
 LOADED = "[...document.querySelectorAll('img')].every(image => image.complete && image.naturalWidth > 0)"
-REFUSED = "document.getElementById('refused').textContent"
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,7 @@ def test_pictures_are_shown_taken_away_and_sent_with_every_question(page: Page, 
     assert page.run("document.querySelector('.shown img').alt") == "chart.png"
     assert page.run(LOADED)
     first = {"role": "user", "content": [sent(one, "png"), {"type": "text", "text": "What is it?"}]}
-    assert page.posted[0]["body"]["messages"] == [first]
-    # a picture alone is a question, too
-    page.choose("#files", other)
-    page.until(f"{SHOWN}.length === 1")
-    page.run("document.getElementById('send').click()")
-    page.until("document.querySelectorAll('.below').length === 2")
-    assert page.posted[1]["body"]["messages"][0] == first
-    assert page.posted[1]["body"]["messages"][-1] == {"role": "user", "content": [sent(other, "jpeg")]}
-    assert page.run("document.querySelectorAll('.question').length") == 1
-    page.run("document.getElementById('new').click()")
-    assert page.run("document.querySelectorAll('img').length") == 0
+    assert_alone_is_a_question(page, other, SHOWN, first, sent(other, "jpeg"))
 
 
 def test_pictures_can_be_dropped_and_pasted(page: Page, one: Path, other: Path) -> None:
@@ -112,10 +102,7 @@ def test_what_the_server_would_refuse_is_refused_before(
     path.write_bytes({"page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "empty.png": b""}.get(name, b""))
     if name == one.name:
         path = one
-    page.run(f"import('/static/media.js').then(({{ limits }}) => void Object.assign(limits, {limits}))")
-    page.drop(*[one, path] if "most" in limits else [path])
-    page.until(REFUSED)
-    assert words in page.run(REFUSED)
+    assert_refused(page, limits, [one, path] if "most" in limits else [path], words)
     assert page.run(f"{SHOWN}.length") == ("most" in limits)
 
 
@@ -130,8 +117,4 @@ def test_the_page_has_the_limits_of_the_server(page: Page) -> None:
 def test_a_refusal_of_the_server_is_told_and_the_picture_stays(page: Page, one: Path, tmp_path: Path) -> None:
     path = tmp_path / "half.png"
     path.write_bytes(one.read_bytes()[:200])
-    page.drop(path)
-    page.until(f"{SHOWN}.length === 1")
-    page.ask("What is it?", 1)
-    assert "damaged" in page.run("document.querySelector('.error').textContent")
-    assert page.run("document.querySelectorAll('.shown img').length") == 1
+    assert_the_server_refuses(page, path, SHOWN, "img")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.attaching import assert_alone_is_a_question, assert_refused, assert_the_server_refuses
 from tests.fixtures.browser import Page, chatting, fresh
 from tests.fixtures.hearing import SECONDS
 from tests.fixtures.servers import ROOMY
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.slow
 SHOWN = "[...document.querySelectorAll('#media figcaption')].map(caption => caption.textContent)"
 # a player that the policy blocks has an error and knows no length
 PLAYABLE = "[...document.querySelectorAll('audio')].every(player => !player.error && player.duration > 0)"
-REFUSED = "document.getElementById('refused').textContent"
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +79,7 @@ def test_sounds_are_played_taken_away_and_sent_with_every_question(page: Page, f
     assert page.run("document.querySelector('.shown figcaption').textContent") == "bell.wav · 1.5 s"
     page.until(PLAYABLE)
     first = {"role": "user", "content": [sent(bell), {"type": "text", "text": "What is it?"}]}
-    assert page.posted[0]["body"]["messages"] == [first]
-    # a sound alone is a question, too
-    page.choose("#files", rain)
-    page.until(f"{SHOWN}.length === 1")
-    page.run("document.getElementById('send').click()")
-    page.until("document.querySelectorAll('.below').length === 2")
-    assert page.posted[1]["body"]["messages"][0] == first
-    assert page.posted[1]["body"]["messages"][-1] == {"role": "user", "content": [sent(rain)]}
-    assert page.run("document.querySelectorAll('.question').length") == 1
-    page.run("document.getElementById('new').click()")
-    assert page.run("document.querySelectorAll('audio').length") == 0
+    assert_alone_is_a_question(page, rain, SHOWN, first, sent(rain))
 
 
 def test_sounds_can_be_dropped_and_pasted(page: Page, files: dict[str, Path]) -> None:
@@ -117,10 +107,7 @@ def test_sounds_can_be_dropped_and_pasted(page: Page, files: dict[str, Path]) ->
 def test_what_the_server_would_refuse_is_refused_before(
     page: Page, files: dict[str, Path], limits: dict[str, int], name: str, words: str
 ) -> None:
-    page.run(f"import('/static/media.js').then(({{ limits }}) => void Object.assign(limits, {limits}))")
-    page.drop(files[name])
-    page.until(REFUSED)
-    assert words in page.run(REFUSED)
+    assert_refused(page, limits, [files[name]], words)
     assert page.run(f"{SHOWN}.length") == 0
 
 
@@ -132,8 +119,4 @@ def test_the_page_has_the_limits_of_the_server(page: Page) -> None:
 
 
 def test_a_refusal_of_the_server_is_told_and_the_sound_stays(page: Page, files: dict[str, Path]) -> None:
-    page.drop(files["half.wav"])
-    page.until(f"{SHOWN}.length === 1")
-    page.ask("What is it?", 1)
-    assert "damaged" in page.run("document.querySelector('.error').textContent")
-    assert page.run("document.querySelectorAll('.shown audio').length") == 1
+    assert_the_server_refuses(page, files["half.wav"], SHOWN, "audio")
