@@ -31,7 +31,9 @@ class TowerOptions(PassOptions):
     def written(self, model: Dimensions, before: Stored) -> Stored:
         """The tower, and a table of embeddings beside the head."""
         embedding = model.stored * model.tables
-        return replace(before, embedding=embedding, rest=before.rest + model.stored * self.weights)
+        # beside a small model a small tower
+        tower = min(self.weights, model.weights)
+        return replace(before, embedding=embedding, rest=before.rest + model.stored * tower)
 
     def scratch(self, model: Dimensions, before: Stored) -> int:
         """The decoder's files are there twice for a moment."""

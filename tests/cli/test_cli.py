@@ -53,8 +53,9 @@ def test_list_shows_whole_names() -> None:
 def test_list_for_programs_is_json_and_nothing_else() -> None:
     done = run_cli("list", "starter", "--json")
     found = json.loads(done.stdout)
-    assert [model["id"] for model in found["models"]] == ["starter"]
-    assert found["models"][0]["targets"]["cpu"] == ["int4", "int6", "int8", "fp32"]
+    models = {model["id"]: model for model in found["models"]}
+    assert sorted(models) == ["starter", "starter-vl"]
+    assert models["starter"]["targets"]["cpu"] == ["int4", "int6", "int8", "fp32"]
     assert found["targets"]["cpu"]["default"] == "int4"
     assert found["targets"]["cpu"]["precisions"] == ["int4", "int6", "int8", "fp32"]
     assert "computes in fp32" in found["targets"]["cpu"]["unavailable"]["fp16"]
