@@ -136,7 +136,8 @@ def test_a_server_that_does_not_know_range(hub: Any, waits: list[float], tmp_pat
     hub.ranges, hub.chunked, hub.cuts[:] = False, chunked, [700_000, 900_000]
     assert got(tmp_path) == CONTENT
     assert hub.offsets == [0, 0, 0]
-    assert len(waits) == 2
+    # a connection that was cut may be found dead before the next request leaves: one wait more
+    assert len(waits) in (2, 3)
 
 
 @pytest.mark.parametrize("tags", [False, True])

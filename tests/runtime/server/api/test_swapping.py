@@ -80,7 +80,7 @@ def folder(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def server(slotted_artifact: Path, adapters: dict[str, Path], folder: Path) -> Iterator[Adapters]:
     settings = ServerSettings(adapter_folder=folder, adapter_budget=BUDGET)
-    options = {"context": 512, "adapters": {"kept": adapters["all"]}, "adapter_budget": BUDGET}
+    options = {"context": 2048, "adapters": {"kept": adapters["all"]}, "adapter_budget": BUDGET}
     keys = KeyRing({digest_of(KEY): "alice"})
     with guarded(slotted_artifact, settings, options=options, keys=keys) as client:
         yield Adapters(client, folder)
@@ -130,7 +130,7 @@ def test_the_least_recently_used_one_makes_room(server: Adapters) -> None:
 
 def test_those_that_answer_are_not_dropped(server: Adapters) -> None:
     server.load("all")
-    body = {"model": "tiny:all", "prompt": "hello", "max_tokens": 400, "temperature": 0, "stream": True}
+    body = {"model": "tiny:all", "prompt": "hello", "max_tokens": 1024, "temperature": 0, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
