@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,7 @@ class AdapterRecord(Grown):
         content: SHA-256 of everything behind the header.
     """
 
-    added: ClassVar = frozenset({"against"})
+    added = frozenset({"against"})
 
     schema_version: Literal[1] = 1
     name: Name

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -83,7 +83,7 @@ class AdapterManifest(Grown):
         files: SHA-256 by name, the manifest itself apart.
     """
 
-    added: ClassVar = frozenset({"against"})
+    added = frozenset({"against"})
 
     schema_version: Literal[1] = 1
     name: Name
