@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fixtures.attaching import assert_alone_is_a_question, assert_refused, assert_the_server_refuses
-from tests.fixtures.browser import Page, chatting, fresh
+from tests.fixtures.attaching import (
+    assert_alone_is_a_question,
+    assert_refused,
+    assert_the_server_refuses,
+    encoded,
+)
+from tests.fixtures.browser import Page, chatting
 from tests.fixtures.pictures import as_file, chart, noise
 from tests.fixtures.servers import ROOMY
 
@@ -24,12 +28,6 @@ LOADED = "[...document.querySelectorAll('img')].every(image => image.complete &&
 def opened(tmp_path_factory: pytest.TempPathFactory, seeing_artifact: Path) -> Iterator[tuple[Page, str]]:
     """A browser, and the address of a server with the tiny model that sees."""
     with chatting(seeing_artifact, tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
-@pytest.fixture
-def page(opened: tuple[Page, str]) -> Iterator[Page]:
-    with fresh(*opened) as found:
         yield found
 
 
@@ -49,8 +47,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sent(path: Path, kind: str) -> dict[str, Any]:
     """The part of a message."""
-    content = base64.b64encode(path.read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{content}"}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{encoded(path)}"}}
 
 
 def test_pictures_are_shown_taken_away_and_sent_with_every_question(page: Page, one: Path, other: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fixtures.attaching import assert_alone_is_a_question, assert_refused, assert_the_server_refuses
-from tests.fixtures.browser import Page, chatting, fresh
+from tests.fixtures.attaching import (
+    assert_alone_is_a_question,
+    assert_refused,
+    assert_the_server_refuses,
+    encoded,
+)
+from tests.fixtures.browser import Page, chatting
 from tests.fixtures.hearing import SECONDS
 from tests.fixtures.servers import ROOMY
 from tests.fixtures.sounds import as_sound, hiss, tone
@@ -26,12 +30,6 @@ PLAYABLE = "[...document.querySelectorAll('audio')].every(player => !player.erro
 def opened(tmp_path_factory: pytest.TempPathFactory, hearing_artifact: Path) -> Iterator[tuple[Page, str]]:
     """A browser, and the address of a server with the tiny model that hears."""
     with chatting(hearing_artifact, tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
-@pytest.fixture
-def page(opened: tuple[Page, str]) -> Iterator[Page]:
-    with fresh(*opened) as found:
         yield found
 
 
@@ -55,8 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def sent(path: Path) -> dict[str, Any]:
     """The part of a message."""
-    content = base64.b64encode(path.read_bytes()).decode()
-    return {"type": "input_audio", "input_audio": {"data": content, "format": path.suffix[1:]}}
+    return {"type": "input_audio", "input_audio": {"data": encoded(path), "format": path.suffix[1:]}}
 
 
 def test_sounds_are_played_taken_away_and_sent_with_every_question(page: Page, files: dict[str, Path]) -> None:
