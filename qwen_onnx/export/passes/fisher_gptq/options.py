@@ -16,6 +16,8 @@ BLOCK = 64
 EXPERT_BLOCK = 32
 # blocks of the matrices that hold codes of ``kernel: int8``; every block above is a multiple
 KERNEL_BLOCK = 16
+# blocks of the matrices of 8 bits among those of 4
+MIXED_BLOCK = 32
 # float32 copies at once: of a Hessian (damped, factor, inverse, its factor), of the layer's largest matrix on one grid
 # (weights, codes, temporaries), of a piece of logits
 HESSIANS, MATRICES, LOGITS = 4, 5, 5
