@@ -128,7 +128,7 @@ class Readback(Grown):
     ``io_bits`` are those of the logits and the KV cache.
     """
 
-    added = frozenset({"scale_block"})
+    added = frozenset({"scale_block", "float_bits"})
 
     form: Literal["MatMulNBits", "QDQ", "HTP", "float", "OpenVINO"] = Field(
         default="MatMulNBits", description="how weights are stored"
@@ -150,6 +150,9 @@ class Readback(Grown):
     scale_block: int | None = Field(
         default=None, gt=0, description="weights that share a stored scale; null: any, as many as a block or more"
     )
+    float_bits: Literal[16] | None = Field(
+        default=None, description="bits of matrices of the body that stay floats; null: none does"
+    )
     soc_model: str | None = Field(default=None, description="Qualcomm's number of the chip that a context is for")
     htp_arch: str | None = Field(default=None, description="version of that chip's HTP")
     prune_lm_head: bool = Field(default=False, description="the graph gives logits of the last position only")
@@ -170,6 +173,8 @@ class Readback(Grown):
         for name in ("finer_blocks", "stored_bits", "scale_bits", "scale_block"):
             if getattr(self, name) and self.form != "MatMulNBits":
                 raise ValueError(f"{name}: has no meaning for {self.form} weights")
+        if self.float_bits and self.form != "QDQ":
+            raise ValueError(f"float_bits: has no meaning for {self.form} weights")
         if (self.form == "float") != (self.body_bits >= 16):
             raise ValueError(f"body_bits: {self.body_bits} bits are not {self.form} weights")
         return self

@@ -25,6 +25,7 @@ from qwen_onnx.processes.progress import progress
 REQUIRED = (GENAI_CONFIG, "tokenizer.json")
 # Olive's own bookkeeping beside a model: times and paths of the machine
 BOOKKEEPING = ("model_config.json", "footprint.json", "output_footprint.json", "run_history.txt")
+HINT = "next:"
 RUNNING_PASS = re.compile(r"Running pass (\S+)")
 
 
@@ -97,7 +98,8 @@ def _judge(code: int, work: Path, log: Path) -> Path:
     if code != 0 or not result.exists():
         if "No space left on device" in text:
             raise full_disk(work)
-        raise ExportError(f"Olive failed (exit {code}): {_last_error(text)}", where=str(log), hint="read that log")
+        told, hint = _last_error(text)
+        raise ExportError(f"Olive failed (exit {code}): {told}", where=str(log), hint=hint or "read that log")
     folder = Path(work, json.loads(result.read_text(encoding="utf-8"))["model_path"])
     folder = folder if folder.is_dir() else folder.parent
     missing = [name for name in REQUIRED if not (folder / name).exists()] or _missing_model(folder)
@@ -112,10 +114,16 @@ def _missing_model(folder: Path) -> list[str]:
     return [] if (folder / name).exists() else [name]
 
 
-def _last_error(text: str) -> str:
+def _last_error(text: str) -> tuple[str, str | None]:
+    """The last error that a log tells of, and what to do about it where that is one of ours."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"^[\w.]*(Error|Exception|Fault)\b", line)]
-    return (errors or lines or ["no message"])[-1][:500]
+    places = [number for number, line in enumerate(lines) if re.match(r"^[\w.]*(Error|Exception|Fault)\b", line)]
+    last = places[-1] if places else len(lines) - 1
+    told = lines[last] if lines else "no message"
+    # an error of ours is followed by lines of where and next
+    hints = [line.removeprefix(HINT).strip() for line in lines[last + 1 : last + 3] if line.startswith(HINT)]
+    ours = told.startswith("qwen_onnx.errors.")
+    return (told.partition(": ")[2] if ours else told)[:500], hints[0][:500] if ours and hints else None
 
 
 def collect(model: Path, artifact: Path) -> None:

@@ -16,6 +16,9 @@ from qwen_onnx.export.experts import STACKED
 from qwen_onnx.export.skeleton import Skeleton
 from qwen_onnx.sources.checkpoint import INDEX_FILE, read_json
 
+# names the matrices of layers that stay floats, in ``quantization_config``; as transformers calls it
+UNCODED = "modules_to_not_convert"
+
 
 @contextmanager
 def work_folder(kept: Path | None, output: Path) -> Iterator[Path]:

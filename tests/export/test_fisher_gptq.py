@@ -163,7 +163,17 @@ def test_a_bound_that_cannot_be_reached_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bits_per_weight": None}, {"max_bytes": 10}, {"bits_per_weight": 3.9}, {"head_bits": 4}, {"kernel": "int4"}],
+    [
+        {"bits_per_weight": None},
+        {"max_bytes": 10},
+        {"bits_per_weight": 3.9},
+        {"head_bits": 4},
+        {"kernel": "int4"},
+        {"kernel": "symmetric"},
+        {"head_bits": 16},
+        {"kernel": "int8", "group_size": 32},
+        {"kernel": "int8", "activation_bits": 16},
+    ],
 )
 def test_options_that_contradict_each_other_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
@@ -224,6 +234,16 @@ def test_int6_is_built_read_back_and_not_larger_than_asked(tiny_checkpoint: Path
     assert min(facts["stored_bits"]) < 8
 
 
+@pytest.mark.slow
+def test_a_size_that_int8_keeps_to_is_refused_with_the_next_command(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--target", "cuda", "--max-size", "9MB", "--no-verify", "--output", tmp_path / "out")
+    done = run_cli("optimize", "starter", "--source", tiny_checkpoint, *arguments)
+    assert done.returncode == 5
+    assert "Olive failed (exit 1): the bound leaves no matrix that needs as few as 4 bits" in done.stderr
+    assert "next:  give a smaller --max-size" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.release
 def test_a_killed_build_goes_on_to_the_same_bytes(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -266,9 +286,10 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     [
         ({"max_bytes": 1000}, r"least: \d\.\d MB of files"),
         ({"max_kld": 1e-9}, r"least: a predicted KLD of \d"),
+        ({"max_bytes": 100_000_000}, "no matrix that needs as few as 4 bits"),
     ],
 )
-def test_a_size_that_no_allocation_reaches(
+def test_a_size_that_no_allocation_has(
     bound: dict[str, float], told: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=told):
@@ -276,12 +297,10 @@ def test_a_size_that_no_allocation_reaches(
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_that_no_block_divides_are_named(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qwen_onnx.export.passes.fisher_gptq.quantize.BLOCK", 48)
+def test_rows_that_no_block_divides_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    unfit = options().model_copy(update={"group_size": 48})
     with pytest.raises(ExportError, match=r"q_proj has 64 inputs, which is not a multiple of the block size 48"):
-        quantize(tiny_checkpoint, tmp_path / "out", options())
+        quantize(tiny_checkpoint, tmp_path / "out", unfit)
 
 
 @pytest.mark.slow

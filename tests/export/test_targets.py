@@ -39,10 +39,11 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.fisher_gptq import quantize as fisher
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.catalog.registry import passes
 source, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
-run = {"CalibratedGptq": quantize, "GenAIModelBuilder": build}
+run = {"FisherGptq": fisher.quantize, "CalibratedGptq": quantize, "GenAIModelBuilder": build}
 for folder, steps in jobs.items():
     current = source
     for name, step in steps.items():
@@ -51,7 +52,7 @@ for folder, steps in jobs.items():
         run[kind](current, output, passes()[kind].model_validate(step))
         current = output
 """
-SMALL = {"windows": 4, "window": 64, "sensitivity_windows": 1}
+SMALL = {"windows": 4, "window": 64}
 
 
 def plan_of(target: str, precision: str) -> Plan:
@@ -62,7 +63,7 @@ def steps_of(plan: Plan) -> dict[str, dict[str, object]]:
     """The plan's own steps, with fewer calibration windows."""
     steps = {name: dict(step) for name, step in plan.olive["passes"].items()}
     for step in steps.values():
-        if step["type"] == "CalibratedGptq":
+        if step["type"] in {"FisherGptq", "CalibratedGptq"}:
             step.update(SMALL)
     return steps
 
@@ -134,6 +135,15 @@ def test_another_targets_graph_is_found_out(built: Callable[[str, str], Path]) -
         compare(read_graph(built("trt-rtx", "int4") / "model.onnx"), plan_of("cuda", "int4").readback)
     with pytest.raises(ExportError, match="no weights in the form QDQ"):
         compare(read_graph(built("cuda", "fp16") / "model.onnx"), plan_of("trt-rtx", "int4").readback)
+
+
+def test_tensorrt_keeps_some_matrices_in_half_precision(built: Callable[[str, str], Path]) -> None:
+    """Those that rounding harms most: as many as the plan's bits pay for, and only where the plan says so."""
+    asked, facts = plan_of("trt-rtx", "int4").readback, read_graph(built("trt-rtx", "int4") / "model.onnx")
+    floats = [name for name in facts["floats"] if "lm_head" not in name]
+    assert 0 < len(floats) < len(facts["nodes"])
+    with pytest.raises(ExportError, match=f"{floats[0]} is a float MatMul of 16 bits"):
+        compare(facts, asked.model_copy(update={"float_bits": None}))
 
 
 def test_tensorrt_gets_signed_codes(built: Callable[[str, str], Path], tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
 from qwen_onnx.export.gradients import Gradients
 from qwen_onnx.export.passes.fisher_gptq.kernels import held, kernel_of
-from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.options import FLOAT_BITS, FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.sizes import head_grid
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damped, nearest, solve, stored_bytes
 from qwen_onnx.export.passes.gptq.solver import Quantized
 from qwen_onnx.export.progress import Steps
@@ -16,6 +19,9 @@ from qwen_onnx.export.skeleton import EMBEDDING, NORM, Skeleton
 from qwen_onnx.export.weights import create_safetensors, reopened
 
 HEAD_STEP = "head"
+# of a tensor: its type and shape
+Form = tuple[torch.dtype, tuple[int, ...]]
+EMPTY: Mapping[str, Form] = MappingProxyType({})
 CONTAINER = 8  # bits of the kernel and of the embedding's operator
 # weights that are solved at once: enough that rows, not the steps from column to column, take the time
 PIECE = 1 << 24
@@ -37,18 +43,18 @@ def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) 
         return
     run.forward(ids)
     weights = skeleton.weights
-    head = weights.tensor(skeleton.head_name)
+    head, grid = weights.tensor(skeleton.head_name), head_grid(config)
+    copied = dict.fromkeys([EMBEDDING, *weights.names(f"{NORM}.")])
+    if grid.bits == FLOAT_BITS:
+        _create(run, {**copied, skeleton.head_name: None})
+        work.commit(HEAD_STEP, [name], {"bytes": stored_bytes(head, grid), "damage": 0.0})
+        return
     normed = _normed(run, ids)
     states = normed.reshape(-1, normed.shape[-1])
     hessian = damped(states.T @ states, config.damp)
-    grid = Grid(config.head_bits, BLOCK)
-    copied = [EMBEDDING, *weights.names(f"{NORM}.")]
-    layout = {key: (torch.float32, tuple(weights.tensor(key).shape)) for key in copied}
-    for part, row in _parts(_quantized(head[:1].float(), hessian, grid), config).items():
-        layout[f"lm_head.{part}"] = (row.dtype, (head.shape[0], row.shape[1]))
-    file = create_safetensors(work.temporary(name), layout)
-    for key in copied:
-        file[key].copy_(weights.tensor(key))
+    one_row = _parts(_quantized(head[:1].float(), hessian, grid), config)
+    rows_of = {f"lm_head.{part}": (row.dtype, (head.shape[0], row.shape[1])) for part, row in one_row.items()}
+    file = _create(run, copied, rows_of)
     step = max(PIECE // head.shape[1], 1)
     sampled = states[:: max(len(states) // SAMPLES, 1)]
     logits = torch.empty(2, len(sampled), head.shape[0])
@@ -65,6 +71,16 @@ def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) 
         if tenths > said.done:
             said.step(tenths)
     work.commit(HEAD_STEP, [name], {"bytes": stored_bytes(head, grid), "damage": _divergence(*logits)})
+
+
+def _create(run: Gradients, copied: Iterable[str], more: Mapping[str, Form] = EMPTY) -> dict[str, torch.Tensor]:
+    """``head.safetensors`` with ``copied`` tensors of the checkpoint in float32, and ``more`` to fill in."""
+    weights = run.skeleton.weights
+    layout: dict[str, Form] = {key: (torch.float32, tuple(weights.tensor(key).shape)) for key in copied}
+    file = create_safetensors(run.work.temporary(f"{HEAD_STEP}.safetensors"), {**layout, **more})
+    for key in layout:
+        file[key].copy_(weights.tensor(key))
+    return file
 
 
 def _normed(run: Gradients, ids: torch.Tensor) -> torch.Tensor:
@@ -86,7 +102,7 @@ def _quantized(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> Quantiz
 
 
 def _parts(found: Quantized, config: FisherGptqOptions) -> dict[str, torch.Tensor]:
-    grid = Grid(found.bits, BLOCK)
+    grid = head_grid(config)
     # the embedding's operator has 8 bits as the head's kernel has, whatever the body's kernel
     packed = replace(found, bits=CONTAINER).packed()
     return held(packed, grid, kernel_of(grid, config))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, KERNEL_BLOCK, MIXED_BLOCK, FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.options import KERNEL_BLOCK, MIXED_BLOCK, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid
 from qwen_onnx.export.passes.pack_weights.options import PLANE_BYTES, WIDTHS
 
@@ -24,24 +24,32 @@ class Kernel(NamedTuple):
     block: int
 
 
-# what most matrices get; the others are named one by one
-USUAL = {"mixed": Kernel(4, BLOCK), "int8": Kernel(8, KERNEL_BLOCK)}
+def usual_kernel(config: FisherGptqOptions) -> Kernel:
+    """What most matrices get; the others are named one by one."""
+    return Kernel(8, KERNEL_BLOCK) if config.kernel == "int8" else Kernel(4, config.group_size)
 
 
 def kernel_of(grid: Grid, config: FisherGptqOptions) -> Kernel:
     """What holds codes on ``grid``."""
     if config.kernel == "int8":
         return Kernel(8, KERNEL_BLOCK)
-    return Kernel(4, grid.block) if grid.bits == 4 else Kernel(8, min(grid.block, MIXED_BLOCK))
+    if grid.bits == 4:
+        return Kernel(4, grid.block)
+    return Kernel(8, grid.block if config.activation_bits > 8 else min(grid.block, MIXED_BLOCK))
 
 
 def plane_bytes(grid: Grid, kernel: Kernel) -> int:
     """What the nodes that put a matrix together, from planes or from scales stored once, add to the graph file."""
-    return PLANE_BYTES * len(WIDTHS.get(grid.bits, (8,))) if kernel.bits == 8 else 0
+    return 0 if kernel == grid[:2] else PLANE_BYTES * len(WIDTHS.get(grid.bits, (8,)))
 
 
 def held(packed: Mapping[str, torch.Tensor], grid: Grid, kernel: Kernel) -> dict[str, torch.Tensor]:
-    """``qweight``, ``scales`` and ``qzeros`` of a matrix on ``grid``, with one scale for each block of ``kernel``."""
+    """``qweight``, ``scales`` and ``qzeros`` of a matrix on ``grid``, with one scale for each block of ``kernel``.
+
+    A symmetric one has no ``qzeros``: all are the middle of the grid.
+    """
+    if grid.symmetric:
+        return {part: value for part, value in packed.items() if part != "qzeros"}
     times = grid.block // kernel.block
     if times == 1:
         return dict(packed)

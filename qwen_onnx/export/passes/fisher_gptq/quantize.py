@@ -21,20 +21,23 @@ from olive.model import HfModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
+from qwen_onnx.errors import ExportError
 from qwen_onnx.export.calibration import calibration_ids, own_text
 from qwen_onnx.export.experts import CODED, STACKED
 from qwen_onnx.export.gradients import Gradients, Kept
-from qwen_onnx.export.olive_format import assemble, require_blocks, work_folder
+from qwen_onnx.export.olive_format import UNCODED, assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.passes.fisher_gptq.allocation import Allocation, Choice, Unreachable, allocate
 from qwen_onnx.export.passes.fisher_gptq.experts import RoutedTokens
 from qwen_onnx.export.passes.fisher_gptq.head import HEAD_STEP, quantize_head
-from qwen_onnx.export.passes.fisher_gptq.kernels import USUAL, held, kernel_of, plane_bytes
-from qwen_onnx.export.passes.fisher_gptq.options import BLOCK, FisherGptqOptions
+from qwen_onnx.export.passes.fisher_gptq.kernels import Kernel, held, kernel_of, usual_kernel
+from qwen_onnx.export.passes.fisher_gptq.options import FLOAT_BITS, FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.sizes import (
-    GRIDS,
     counted,
+    grids,
+    head_grid,
     most_bytes,
+    nodes_bytes,
     other_bytes,
     out_of_reach,
     require_room,
@@ -89,7 +92,7 @@ def quantize(checkpoint: Path, output: Path, config: FisherGptqOptions, kept: Pa
 
     with work_folder(kept, output) as folder:
         skeleton = Skeleton(checkpoint, Scratch(folder / "scratch"))
-        require_blocks(skeleton, BLOCK)
+        require_blocks(skeleton, config.group_size)
         require_room(skeleton, config)
         # not AutoTokenizer: transformers 5 rebuilds a Qwen2 tokenizer and then splits otherwise than tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, trust_remote_code=False)
@@ -164,14 +167,16 @@ def _solve(
     torch.set_num_threads(1)
     weight = torch.cat([modules[name].weight.detach() for name in unit.names])
     hessian = damped(unit.hessian, config.damp)
-    grids = GRIDS[config.kernel]
-    found = on_grids(weight, hessian, grids, config.refinements)
-    tensors: dict[str, torch.Tensor] = {}
+    tried = [grid for grid in grids(config) if grid.bits < FLOAT_BITS]
+    found = on_grids(weight, hessian, tried, config.refinements)
+    harms = [damage(one, weight, unit.hessian, unit.shares, tokens) for one in found]
     costs: list[dict[str, Any]] = []
-    for grid, one in zip(grids, found, strict=True):
-        harm = damage(one, weight, unit.hessian, unit.shares, tokens)
-        planes = len(unit.names) * plane_bytes(grid, kernel_of(grid, config))
+    # a matrix that stays as it is, the last, does no harm
+    for grid, harm in zip(grids(config), [*harms, 0.0], strict=False):
+        planes = len(unit.names) * nodes_bytes(grid, config)
         costs.append({"option": grid.name, "bytes": stored_bytes(weight, grid), "planes": planes, "damage": harm})
+    tensors: dict[str, torch.Tensor] = {}
+    for grid, one in zip(tried, found, strict=True):
         begin = 0
         for name in unit.names:
             rows = slice(begin, begin + modules[name].out_features)
@@ -205,6 +210,12 @@ def _allocation(
         kld = f"a predicted KLD of {fault.least + head['damage']:.4g}"
         size = f"{(fault.least + other) / 1e6:.1f} MB of files"
         raise out_of_reach(skeleton, config, size if config.max_kld is None else kld) from fault
+    if config.kernel != "int8" and all(Grid.of(option).bits > 4 for option in found.options.values()):
+        raise ExportError(
+            "the bound leaves no matrix that needs as few as 4 bits",
+            where=str(skeleton.weights.folder),
+            hint="give a smaller --max-size or a larger --max-kld, or another --precision",
+        )
     total, kld = found.bytes + other, found.damage + head["damage"]
     if config.bits_per_weight is not None:
         total += sum(planes[choice] for choice in found.options.items())
@@ -221,18 +232,21 @@ def _write_layer(
     options = {name: allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"] for name in (*linears, *experts)}
     if work.finished(step) == {"options": options}:
         return
-    grids = mapped_safetensors(work.required(f"backward-{index:04d}", f"grids-{index:04d}.safetensors"))
+    solved = mapped_safetensors(work.required(f"backward-{index:04d}", f"grids-{index:04d}.safetensors"))
     tensors: dict[str, torch.Tensor] = {}
     for name in linears:
         grid = Grid.of(options[name])
-        packed = {part: grids[f"{grid.name}|{name}.{part}"] for part in CODED}
+        if grid.bits == FLOAT_BITS:
+            tensors[f"{prefix}.{name}.weight"] = skeleton.weights.tensor(f"{prefix}.{name}.weight").float()
+            continue
+        packed = {part: solved[f"{grid.name}|{name}.{part}"] for part in CODED}
         tensors |= {
             f"{prefix}.{name}.{part}": value for part, value in held(packed, grid, kernel_of(grid, config)).items()
         }
     for name in experts:
-        grids = mapped_safetensors(work.required(f"backward-{index:04d}", _experts_file(index)))
+        solved = mapped_safetensors(work.required(f"backward-{index:04d}", _experts_file(index)))
         for part in (f"{matrix}.{part}" for matrix in STACKED for part in CODED):
-            tensors[f"{prefix}.{name}.{part}"] = grids[f"{options[name]}|{part}"]
+            tensors[f"{prefix}.{name}.{part}"] = solved[f"{options[name]}|{part}"]
     replaced = (*(f"{prefix}.{name}.weight" for name in linears), *(f"{prefix}.{name}." for name in experts))
     for name in skeleton.weights.names(f"{prefix}."):
         if not name.startswith(replaced) and not name.endswith(COMPUTED):
@@ -249,20 +263,31 @@ def _assemble(
     config: FisherGptqOptions,
     work: WorkFolder,
 ) -> None:
-    usual = USUAL[config.kernel]
-    kernels = {"lm_head": kernel_of(Grid(config.head_bits, BLOCK), config)}
+    usual, floats = usual_kernel(config), []
+    kernels: dict[str, Kernel] = {}
+    if config.head_bits < FLOAT_BITS:
+        kernels["lm_head"] = kernel_of(head_grid(config), config)
     for index in range(skeleton.count):
         for name in skeleton.linears(index):
-            grid = Grid.of(allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"])
-            kernels[f"model.layers.{index}.{name}"] = kernel_of(grid, config)
+            grid, whole = (
+                Grid.of(allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"]),
+                f"model.layers.{index}.{name}",
+            )
+            if grid.bits == FLOAT_BITS:
+                floats.append(whole)
+            else:
+                kernels[whole] = kernel_of(grid, config)
     overrides = {
         name: {"bits": kernel.bits, "group_size": kernel.block} for name, kernel in kernels.items() if kernel != usual
     }
     steps = [HEAD_STEP, *(f"layer-{index:04d}" for index in range(skeleton.count))]
-    settings = {"bits": usual.bits, "symmetric": False, "group_size": usual.block, "lm_head": True}
-    assemble(
-        [work.required(step, f"{step}.safetensors") for step in steps],
-        checkpoint,
-        output,
-        {**settings, "overrides": overrides},
-    )
+    settings = {
+        "bits": usual.bits,
+        "symmetric": config.kernel == "symmetric",
+        "group_size": usual.block,
+        "lm_head": "lm_head" in kernels,
+        "overrides": overrides,
+    }
+    if floats:
+        settings[UNCODED] = floats
+    assemble([work.required(step, f"{step}.safetensors") for step in steps], checkpoint, output, settings)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 
 import torch
 
+from qwen_onnx.export.passes.fisher_gptq.options import FLOAT_BITS
 from qwen_onnx.export.passes.gptq.solver import Quantized, in_half, search_grid
 
 SCALE_BYTES = 2  # of float16
@@ -24,10 +25,14 @@ EQUATIONS = 1 << 22
 
 
 class Grid(NamedTuple):
-    """How finely a matrix is rounded: ``bits`` of a code, ``block`` weights of a row that share a scale."""
+    """How finely a matrix is rounded: ``bits`` of a code, ``block`` weights of a row that share a scale.
+
+    16 bits are no grid: the matrix stays as it is.
+    """
 
     bits: int
     block: int
+    symmetric: bool = False
 
     @property
     def top(self) -> int:
@@ -36,14 +41,14 @@ class Grid(NamedTuple):
 
     @property
     def name(self) -> str:
-        """``<bits>x<block>``."""
-        return f"{self.bits}x{self.block}"
+        """``<bits>x<block>``, and ``s`` without zero points."""
+        return f"{self.bits}x{self.block}{'s' * self.symmetric}"
 
     @classmethod
     def of(cls, name: str) -> Self:
         """The grid of a name."""
-        bits, block = name.split("x")
-        return cls(int(bits), int(block))
+        bits, block = name.removesuffix("s").split("x")
+        return cls(int(bits), int(block), name.endswith("s"))
 
 
 def damped(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -101,7 +106,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, grids: Sequence[Grid]) ->
 
 
 def _grid(weights: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale, zero = search_grid(weights.contiguous(), grid.bits, importance)
+    scale, zero = search_grid(weights.contiguous(), grid.bits, importance, grid.symmetric)
     return scale[:, 0], zero[:, 0]
 
 
@@ -217,5 +222,7 @@ def damage(found: Quantized, weight: torch.Tensor, hessian: torch.Tensor, shares
 def stored_bytes(weight: torch.Tensor, grid: Grid) -> int:
     """Bytes of codes, of scales in half precision and of zero points."""
     rows, inputs = weight.shape
-    blocks = inputs // grid.block
-    return rows * (inputs * grid.bits + blocks * (8 * SCALE_BYTES + grid.bits)) // 8
+    if grid.bits == FLOAT_BITS:
+        return rows * inputs * FLOAT_BITS // 8
+    blocks, zero = inputs // grid.block, 0 if grid.symmetric else grid.bits
+    return rows * (inputs * grid.bits + blocks * (8 * SCALE_BYTES + zero)) // 8

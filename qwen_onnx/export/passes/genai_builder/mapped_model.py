@@ -26,7 +26,8 @@ class CodedLinear(torch.nn.Module):
     """Stands in a model for a ``torch.nn.Linear`` that a pass quantised: what genai's builder looks for in one.
 
     Args:
-        codes, scales, zeros: uint8 [outputs, bytes], [outputs, blocks], uint8 [outputs, bytes], mapped.
+        codes, scales, zeros: uint8 [outputs, bytes], [outputs, blocks], uint8 [outputs, bytes], mapped; no zeros: all
+            are the middle of the grid.
         inputs: columns of the matrix.
         bias: of the linear module; may be on the meta device.
     """
@@ -35,7 +36,7 @@ class CodedLinear(torch.nn.Module):
         self,
         codes: torch.Tensor,
         scales: torch.Tensor,
-        zeros: torch.Tensor,
+        zeros: torch.Tensor | None,
         inputs: int,
         bias: torch.nn.Parameter | None = None,
     ) -> None:
@@ -48,7 +49,8 @@ class CodedLinear(torch.nn.Module):
 
     def picked(self, rows: torch.Tensor) -> CodedLinear:
         """Some of its outputs, in another order."""
-        return CodedLinear(self.qweight.flatten(1)[rows], self.scales[rows], self.qzeros[rows], self.in_features)
+        zeros = None if self.qzeros is None else self.qzeros[rows]
+        return CodedLinear(self.qweight.flatten(1)[rows], self.scales[rows], zeros, self.in_features)
 
 
 def mapped_model(checkpoint: Path) -> Any:
@@ -103,9 +105,10 @@ def _put_codes(model: Any, weights: CheckpointWeights) -> bool:
         if isinstance(module, torch.nn.Linear) and f"{plain_name(name)}.{CODED[0]}" in weights
     }
     for name, module in linears.items():
-        codes, scales, zeros = weights.tensors(f"{plain_name(name)}.{part}" for part in CODED).values()
+        codes, scales, zeros = (f"{plain_name(name)}.{part}" for part in CODED)
+        found = weights.tensors(part for part in (codes, scales, zeros) if part in weights)
         parent, _, own = name.rpartition(".")
-        coded = CodedLinear(codes, scales, zeros, module.in_features, module.bias)
+        coded = CodedLinear(found[codes], found[scales], found.get(zeros), module.in_features, module.bias)
         setattr(model.get_submodule(parent), own, coded)
     return bool(linears)
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 
 from qwen_onnx.catalog.architectures import DENSE
+from qwen_onnx.export.olive_format import UNCODED
 from qwen_onnx.export.passes.genai_builder.graph_steps import ExpertSteps, external, quantize_matrices
 from qwen_onnx.export.passes.genai_builder.mapped_model import mapped_model
 from qwen_onnx.export.weights import mapped
@@ -64,8 +65,11 @@ def _replacements(model: Any, spill: _Spill, work: WorkFolder) -> dict[str, Any]
         spill.move(self.model.graph.initializers[name])
 
     def loaded(self: Any, input_path: str) -> Any:
-        [architecture] = read_json(Path(input_path, "config.json"))["architectures"]
-        return load_weights(self, input_path) if architecture in DENSE else mapped_model(Path(input_path))
+        config = read_json(Path(input_path, "config.json"))
+        [architecture] = config["architectures"]
+        # genai's own reader takes every matrix of a quantised checkpoint for codes
+        plain = architecture in DENSE and UNCODED not in config.get("quantization_config", {})
+        return load_weights(self, input_path) if plain else mapped_model(Path(input_path))
 
     def packed(self: Any, layer_id: int, moe: Any) -> None:
         experts.make(self, layer_id, moe.experts.stored)
