@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen_onnx.catalog.architectures import text_config
 from qwen_onnx.errors import UnsupportedModelError
@@ -32,12 +32,17 @@ MOST = {
     "in_channels": 16,
     "in_chans": 16,
     "num_position_embeddings": 1 << 16,
+    "tokens_per_second": 1000,
 }
 NORMAL = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FEWEST_PIXELS, MOST_PIXELS = 56 * 56, 28 * 28 * 1280
 LARGEST_PICTURE = 1 << 28
 THETA = 10000.0
+Three = tuple[float, float, float]
 POSITIONS = 2304
+# as in transformers; the published models say 2
+PER_SECOND = 4
+Time = Literal["index", "seconds", "timestamps"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Style:
         mlp: names of a layer's two matrices; none: it has three, and RMSNorm.
         norm, merger: names of the norm and of the two matrices that make tokens of patches.
         interleaved: the text model's three axes of positions take turns, instead of one behind another.
+        time: what tells the model when the frames of a video were taken, see ``VideoSettings``.
     """
 
     width: str
@@ -63,6 +69,7 @@ class Style:
     positions: str = ""
     deepstack: str = ""
     interleaved: bool = False
+    time: Time = "index"
 
 
 _NEWER = Style(
@@ -76,13 +83,21 @@ _NEWER = Style(
     positions="num_position_embeddings",
     deepstack="deepstack_visual_indexes",
     interleaved=True,
+    time="timestamps",
 )
 STYLES = {
     QWEN2_VL: Style(
         "embed_dim", "hidden_size", "quick_gelu", 14, norm="ln_q", merger=("mlp.0", "mlp.2"), mlp=("fc1", "fc2")
     ),
     QWEN2_5_VL: Style(
-        "hidden_size", "out_hidden_size", "silu", 14, norm="ln_q", merger=("mlp.0", "mlp.2"), window="window_size"
+        "hidden_size",
+        "out_hidden_size",
+        "silu",
+        14,
+        norm="ln_q",
+        merger=("mlp.0", "mlp.2"),
+        window="window_size",
+        time="seconds",
     ),
     QWEN3_VL: _NEWER,
     QWEN3_VL_MOE: _NEWER,
@@ -104,6 +119,8 @@ class Tower:
         deepstack: layers, in order, whose features go into the text model behind its first layers, one each.
         sections: dimensions of the text model's positions in time, down and across.
         image_token, video_token, vision_start: ids that stand for pictures in a prompt.
+        vision_end: the id behind them, which configs of older models do not all name.
+        per_second: positions of a second of a video, where seconds count.
     """
 
     architecture: str
@@ -123,6 +140,8 @@ class Tower:
     image_token: int
     video_token: int
     vision_start: int
+    vision_end: int | None
+    per_second: int
 
     config_name = VISION_CONFIG
 
@@ -215,6 +234,8 @@ def tower_of(config: dict[str, Any], where: str) -> Tower:
         image_token=token("image_token_id"),
         video_token=token("video_token_id"),
         vision_start=token("vision_start_token_id"),
+        vision_end=token("vision_end_token_id") if config.get("vision_end_token_id") is not None else None,
+        per_second=number("tokens_per_second", PER_SECOND) if style.time == "seconds" else PER_SECOND,
     )
     # what contradicts itself is of use only where each number can be right
     faults = faults or _contradictions(found, vision, text)
@@ -283,6 +304,18 @@ def preparation_of(folder: Path, tower: Tower) -> Preparation:
     most = told.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or MOST_PIXELS
     if not (type(least) is int and type(most) is int and 1 <= least <= most <= LARGEST_PICTURE):
         faults.append(f"min_pixels and max_pixels are {str(least)[:20]} and {str(most)[:20]}")
+    mean, std = sound_normalisation(told, tower, faults)
+    if faults:
+        raise UnsupportedModelError(
+            f"the preparation of pictures cannot be right: {'; '.join(faults)}",
+            where=str(folder / PREPROCESSOR),
+            hint="use the model's own file",
+        )
+    return Preparation(least, most, mean, std)
+
+
+def sound_normalisation(told: dict[str, Any], tower: Tower, faults: list[str]) -> tuple[Three, Three]:
+    """Mean and deviation of each channel as a processor's file says; what it cannot say goes to ``faults``."""
     wanted = {"patch_size": tower.patch, "temporal_patch_size": tower.temporal_patch, "merge_size": tower.merge}
     faults += [
         f"{name} is {str(told[name])[:20]}, the tower has {value}"
@@ -299,13 +332,9 @@ def preparation_of(folder: Path, tower: Tower) -> Preparation:
         if told.get(name) is False:
             faults.append(f"{name} is false")
     if faults:
-        raise UnsupportedModelError(
-            f"the preparation of pictures cannot be right: {'; '.join(faults)}",
-            where=str(folder / PREPROCESSOR),
-            hint="use the model's own file",
-        )
+        return NORMAL
     (red, green, blue), (red_std, green_std, blue_std) = triples
-    return Preparation(least, most, (red, green, blue), (red_std, green_std, blue_std))
+    return (red, green, blue), (red_std, green_std, blue_std)
 
 
 def _is_share(value: Any) -> bool:

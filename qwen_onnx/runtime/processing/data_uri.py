@@ -11,6 +11,8 @@ from qwen_onnx.errors import RequestError
 # of the file of a picture or a sound
 MOST_BYTES = 20 << 20
 HEAD = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+# an animated picture may call itself a picture
+VIDEO_HEAD = re.compile(r"data:(?:image|video)/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
 INSTEAD = "send the picture itself, data:image/png;base64,..."
 
 
@@ -20,12 +22,21 @@ def picture_bytes(url: str, *, where: str) -> bytes:
     Raises:
         RequestError: another kind of URL, or not base64. Names ``where``.
     """
-    head = HEAD.match(url)
-    if head is None:
+    return _bytes(url, HEAD, "picture", INSTEAD, where)
+
+
+def video_bytes(url: str, *, where: str) -> bytes:
+    """What a data URI of a video or an animated picture holds. Raises like ``picture_bytes``."""
+    return _bytes(url, VIDEO_HEAD, "video", "send the video itself, data:image/gif;base64,...", where)
+
+
+def _bytes(url: str, head: re.Pattern[str], kind: str, instead: str, where: str) -> bytes:
+    found = head.match(url)
+    if found is None:
         if url[:8].lower().startswith(("http:", "https:", "ftp:", "file:")):
-            raise RequestError(f"remote URLs are not fetched: {INSTEAD}", where=where)
-        raise RequestError("this is not a data URI of a picture in base64", where=where)
-    return from_base64(url[head.end() :], "picture", where=where)
+            raise RequestError(f"remote URLs are not fetched: {instead}", where=where)
+        raise RequestError(f"this is not a data URI of a {kind} in base64", where=where)
+    return from_base64(url[found.end() :], kind, where=where)
 
 
 def from_base64(text: str, kind: str, *, where: str) -> bytes:

@@ -10,12 +10,14 @@ import hashlib
 import io
 import math
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from qwen_onnx.artifact.processor_config import ImageSettings
+from qwen_onnx.artifact.processor_config import ImageSettings, Three
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.processing.data_uri import MOST_BYTES
@@ -34,6 +36,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = {TURNS[number] for number in (5, 6, 7, 8)}
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -53,21 +56,37 @@ def decode_image(content: bytes, *, where: str, limits: ImageLimits = ImageLimit
     Raises:
         RequestError: too many bytes or declared pixels, no format that is read here, or damaged. Names ``where``.
     """
+    with opened_image(content, where, limits) as image:
+        image.load()
+        return rgb(_upright(image))
+
+
+def upright_size(content: bytes, *, where: str, limits: ImageLimits = ImageLimits()) -> tuple[int, int]:
+    """Width and height that ``decode_image`` would give, of which no pixel is decoded. Raises like it."""
+    with opened_image(content, where, limits) as image:
+        width, height = image.size
+        return (height, width) if _turn(image) in SIDEWAYS else (width, height)
+
+
+@contextmanager
+def opened_image(
+    content: bytes, where: str, limits: ImageLimits, formats: Sequence[str] = FORMATS
+) -> Iterator[Image.Image]:
+    """The picture in ``content``, of which no pixel is decoded yet; what fails then is told as by ``decode_image``."""
     if len(content) > limits.most_bytes:
         raise RequestError(f"the picture has {len(content):,} bytes, the most is {limits.most_bytes:,}", where=where)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             width, height = image.size
             if width * height > limits.most_pixels:
                 raise _too_large(f"{width} × {height} pixels", limits, where)
-            # PNG's decoder raises SyntaxError for a damaged chunk, struct.error for one that is too short
-            image.load()
-            return _rgb(_upright(image))
+            yield image
     except Image.DecompressionBombError as error:
         raise _too_large("far more pixels", limits, where) from error
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
+        known = ", ".join(formats)
         raise RequestError(f"this is not a picture of a known format: {known}", where=where) from error
+    # PNG's decoder raises SyntaxError for a damaged chunk, struct.error for one that is too short
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, TypeError, MemoryError) as error:
         raise RequestError(f"the picture is damaged: {error}", where=where, hint="save it again") from error
 
@@ -78,16 +97,21 @@ def _too_large(size: str, limits: ImageLimits, where: str) -> RequestError:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; EXIF that cannot be read turns nothing."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What its EXIF asks for; EXIF that cannot be read asks for nothing."""
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return image
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """Without an alpha channel; of 16 bits of grey the upper eight."""
     if image.mode in SIXTEEN_BITS:
         # Pillow would cut off at 255 and show a white picture
         upper = np.clip(np.asarray(image, np.int64) >> 8, 0, 255).astype(np.uint8)
@@ -141,21 +165,41 @@ def prepare(image: Image.Image, settings: ImageSettings, *, where: str) -> Pictu
     Raises:
         RequestError: its sides are too unequal.
     """
-    patch, merge = settings.patch_size, settings.merge_size
     height, width = _size(image, settings, where)
-    resized = (
-        image
-        if (height, width) == (image.height, image.width)
-        else image.resize((width, height), Image.Resampling.BICUBIC)
-    )
-    values = np.asarray(resized, np.float32) * np.float32(1 / 255)
-    values -= np.asarray(settings.mean, np.float32)
-    values /= np.asarray(settings.std, np.float32)
+    return patches_of([resized(image, height, width)], settings, settings.mean, settings.std)
+
+
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The kernel of transformers' slow processor."""
+    if (height, width) == (image.height, image.width):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def patches_of(
+    frames: Sequence[Image.Image],
+    settings: ImageSettings,
+    mean: Three,
+    std: Three,
+    *,
+    joined: bool = False,
+    moment: int = 0,
+) -> Picture:
+    """Of one frame or of several of one size that patches divide, the last of which fills up the patches in time.
+
+    Args:
+        joined, moment: see ``Picture``.
+    """
+    patch, merge = settings.patch_size, settings.merge_size
+    values = np.stack([np.asarray(frame, np.float32) for frame in frames]) * np.float32(1 / 255)
+    values -= np.asarray(mean, np.float32)
+    values /= np.asarray(std, np.float32)
+    count, height, width, _ = values.shape
     down, across = height // patch, width // patch
-    cut = values.transpose(2, 0, 1).reshape(3, down // merge, merge, patch, across // merge, merge, patch)
+    cut = values.transpose(0, 3, 1, 2).reshape(count, 3, down // merge, merge, patch, across // merge, merge, patch)
     # windows of merge × merge patches one after the other: each becomes one token
-    ordered = cut.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
-    repeated = np.broadcast_to(ordered, (*ordered.shape[:5], settings.temporal_patch_size, patch, patch))
-    pixels = np.ascontiguousarray(repeated.reshape(down * across, -1))
+    ordered = cut.transpose(2, 5, 3, 6, 1, 0, 4, 7)
+    last = np.repeat(ordered[..., -1:, :, :], settings.temporal_patch_size - count, axis=5)
+    pixels = np.concatenate([ordered, last], axis=5).reshape(down * across, -1)
     digest = hashlib.sha256(repr((down, across)).encode() + pixels.tobytes()).hexdigest()
-    return Picture(pixels, (1, down, across), merge, digest)
+    return Picture(pixels, (1, down, across), merge, digest, joined, moment)

@@ -91,9 +91,18 @@ class ChatTemplate:
         return str(self._ask({"source": self.source, "variables": told})["text"])
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: TextTokenizer, context_length: int, **variables: Any
+        self,
+        messages: Sequence[Message],
+        tokenizer: TextTokenizer,
+        context_length: int,
+        *,
+        change: Callable[[str], str] = lambda rendered: rendered,
+        **variables: Any,
     ) -> list[int]:
         """Token ids of the prompt; special tokens inside the messages or the variables stay text.
+
+        Args:
+            change: what becomes of the text that the template made, in which all special tokens are its own.
 
         Raises:
             TemplateError: see ``render``.
@@ -106,7 +115,7 @@ class ChatTemplate:
             check_text(text)
         forged = _pattern(tokenizer.special_tokens)
         if not any(forged.search(text) for text in texts):
-            rendered = self.render(messages, **variables)
+            rendered = change(self.render(messages, **variables))
             check_size(len(rendered), context_length)
             return tokenizer.encode(rendered, allow_special=True, add_special_tokens=False)
         marker = _unused_character(texts)
@@ -117,7 +126,7 @@ class ChatTemplate:
             return f"{marker}{len(found) - 1}{marker}"
 
         hidden = _mapped({"messages": list(messages), **variables}, lambda text: forged.sub(hide, text))
-        rendered = self.render(**hidden)
+        rendered = change(self.render(**hidden))
         check_size(len(rendered), context_length)
         ids: list[int] = []
         for index, piece in enumerate(re.split(f"{marker}(\\d+){marker}", rendered)):

@@ -80,6 +80,20 @@ class Attached:
 
 
 @dataclass(frozen=True)
+class AttachedVideo:
+    """A video as a client sent it, and where the request has it.
+
+    Args:
+        content: the bytes of an animated GIF, APNG or WebP; or those of a picture for each frame, in their order.
+        fps: frames a second, of pictures alone; None: 2. A file says it itself.
+    """
+
+    content: bytes | tuple[bytes, ...]
+    where: str
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
 class ChatPrompt:
     """A conversation and what its template is told beside it.
 
@@ -88,7 +102,8 @@ class ChatPrompt:
         tools: declarations in OpenAI's form, ``{"type": "function", "function": {...}}``.
         thinking: None leaves it to the template; else the template's ``enable_thinking``.
         schema: JSON schema that the answer is held to; the template is not told, but its characters are input too.
-        pictures, sounds: in the order of the parts ``{"type": "image"}`` and ``{"type": "audio"}`` of the messages.
+        pictures, sounds, videos: in the order of the parts ``{"type": "image"}``, ``{"type": "audio"}`` and
+            ``{"type": "video"}`` of the messages.
     """
 
     messages: Sequence[Message]
@@ -97,6 +112,7 @@ class ChatPrompt:
     schema: Mapping[str, Any] | None = None
     pictures: Sequence[Attached] = ()
     sounds: Sequence[Attached] = ()
+    videos: Sequence[AttachedVideo] = ()
 
 
 # text to continue, token ids to continue, or a conversation to answer

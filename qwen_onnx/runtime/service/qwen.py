@@ -23,6 +23,7 @@ from qwen_onnx.runtime.processing.tokenizer import TextTokenizer, check_size
 from qwen_onnx.runtime.service.answers import Answer, Assembler
 from qwen_onnx.runtime.service.generation import (
     Attached,
+    AttachedVideo,
     ChatPrompt,
     GenerationConfig,
     Prompt,
@@ -117,8 +118,7 @@ class QwenService(TextService):
         elif is_ids(prompt):
             ids = list(cast("Sequence[int]", prompt))
         else:
-            chat = as_chat(cast("Sequence[Message] | ChatPrompt", prompt))
-            ids, media = self._perceived(self.encode_chat(chat), chat, context)
+            ids, media = self._perceived(as_chat(cast("Sequence[Message] | ChatPrompt", prompt)), context)
         if self.room(ids) < least:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the context holds {context}", where="prompt", hint="shorten it"
@@ -126,17 +126,25 @@ class QwenService(TextService):
         self.engine.shape.check(ids, least, least=least)
         return Prepared(ids, media=media)
 
-    def _perceived(self, ids: list[int], chat: ChatPrompt, context: int) -> tuple[list[int], tuple[Medium, ...]]:
-        """See ``Sense.take``."""
+    def _perceived(self, chat: ChatPrompt, context: int) -> tuple[list[int], tuple[Medium, ...]]:
+        """Token ids of a conversation, and its media; see ``Sense.take``."""
         if chat.pictures and not self.sees:
             raise RequestError("this model reads no pictures", where=chat.pictures[0].where, hint="leave them out")
         if chat.sounds and not self.hears:
             raise RequestError("this model hears no sounds", where=chat.sounds[0].where, hint="leave them out")
+        if chat.videos and not self.sees:
+            raise RequestError("this model watches no videos", where=chat.videos[0].where, hint="leave them out")
         # a model has one sense
-        return self._sense.take(ids, chat.pictures or chat.sounds, context) if self._sense else (ids, ())
+        if not isinstance(self._sense, Eyes):
+            ids = self.encode_chat(chat)
+            return self._sense.take(ids, chat.sounds, context) if self._sense else (ids, ())
+        eyes, special = self._sense, self.tokenizer.special_tokens
+        clips = eyes.open_videos(chat.videos)
+        ids = self.encode_chat(chat, lambda rendered: eyes.announced(rendered, clips, special))
+        return eyes.take_all(ids, chat.pictures, clips, context)
 
-    def check(self, one: Attached) -> None:
-        """RequestError for a picture or a sound that no prompt could have; a model of text alone takes none."""
+    def check(self, one: Attached | AttachedVideo) -> None:
+        """RequestError for what no prompt could have; a model of text alone takes no picture, sound or video."""
         if self._sense is None:
             raise RequestError("this model reads text alone", where=one.where)
         self._sense.check(one)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -91,11 +91,13 @@ class TextService(ABC):
             raise TemplateError("this model has no chat template", where="messages", hint="give plain text: generate")
         return self.template
 
-    def encode_chat(self, messages: Sequence[Message] | ChatPrompt) -> list[int]:
-        """Token ids of that prompt; special tokens that users typed stay text."""
+    def encode_chat(
+        self, messages: Sequence[Message] | ChatPrompt, change: Callable[[str], str] = lambda rendered: rendered
+    ) -> list[int]:
+        """Token ids of that prompt; special tokens that users typed stay text. ``change``: see the template."""
         chat = as_chat(messages)
         context = self.engine.shape.context_length
-        return self._chat_template().encode(chat.messages, self.tokenizer, context, **variables(chat))
+        return self._chat_template().encode(chat.messages, self.tokenizer, context, change=change, **variables(chat))
 
     def stream(
         self, prompt: Prompt, config: GenerationConfig = DEFAULT, *, cancelled: Cancelled | None = None

@@ -1,7 +1,8 @@
 """Our Olive pass ``VisionEncoder``: the parts of a model that sees, beside its decoder, as onnxruntime-genai has them.
 
 ``vision.onnx`` makes features of one picture, ``embedding.onnx`` puts them between the embeddings of the tokens,
-``processor_config.json`` says how a picture becomes patches. Their weights are the checkpoint's, in its own type.
+``processor_config.json`` says how a picture becomes patches, ``video_config.json`` how a video does. Their weights are
+the checkpoint's, in its own type.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG, ImageSettings
+from qwen_onnx.artifact.video_config import VIDEO_CONFIG
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import Drawing
 from qwen_onnx.export.embedding import configure, copy_decoder, write_embedding
@@ -21,6 +23,7 @@ from qwen_onnx.export.progress import progress
 from qwen_onnx.export.tower_pass import TowerPass
 from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.sources.checkpoint import read_json
+from qwen_onnx.sources.video_preparation import video_preparation_of
 from qwen_onnx.sources.vision_config import (
     QWEN2_5_VL,
     QWEN2_VL,
@@ -57,7 +60,7 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
 
     Raises:
         ExportError: there is no tower, a weight is missing or has another shape, or the decoder takes token ids.
-        UnsupportedModelError: see ``tower_of`` and ``preparation_of``.
+        UnsupportedModelError: see ``tower_of``, ``preparation_of`` and ``video_preparation_of``.
     """
     if not (checkpoint / VISION_CONFIG).exists():
         raise ExportError("the checkpoint has no vision tower", where=str(checkpoint), hint="qwen-onnx list")
@@ -84,6 +87,8 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
     )
     told = json.dumps(images.config(PREPARED_AS[tower.architecture]), indent=1)
     (output / PROCESSOR_CONFIG).write_text(told, encoding="utf-8")
+    if videos := video_preparation_of(checkpoint, tower):
+        (output / VIDEO_CONFIG).write_text(videos.model_dump_json(indent=1, exclude_none=True), encoding="utf-8")
     configure(decoder, output, features=FEATURES, width=tower.features, told=_section(tower))
 
 

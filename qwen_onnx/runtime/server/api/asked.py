@@ -11,7 +11,7 @@ from qwen_onnx.runtime.processing.grammars import Calls, Grammar, check_grammar,
 from qwen_onnx.runtime.processing.reasoning import OPEN, is_open
 from qwen_onnx.runtime.processing.tool_calls import OPEN as CALL
 from qwen_onnx.runtime.server.api.events import Reading
-from qwen_onnx.runtime.server.api.shown import Played, Shown, attached, played
+from qwen_onnx.runtime.server.api.shown import Filmed, Played, Shown, attached, filmed, played
 from qwen_onnx.runtime.server.fetching import Fetcher
 from qwen_onnx.runtime.service.generation import DEFAULT, ChatPrompt
 from qwen_onnx.runtime.service.text import Prepared, TextService
@@ -58,7 +58,7 @@ class Asked:
         schema: JSON schema of the content.
         schema_field: where the request has it, for messages.
         thinking: see ``ChatPrompt``.
-        pictures, sounds: in the order of their places in the messages.
+        pictures, sounds, videos: in the order of their places in the messages.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -71,6 +71,7 @@ class Asked:
     thinking: bool | None = None
     pictures: Sequence[Shown] = ()
     sounds: Sequence[Played] = ()
+    videos: Sequence[Filmed] = ()
 
 
 def understood(
@@ -94,7 +95,8 @@ def understood(
             where="chat_template_kwargs",
         )
     told, pictures = [tool.plain() for tool in tools], attached(asked.pictures, fetcher)
-    chat = ChatPrompt(asked.messages, told, asked.thinking, asked.schema, pictures, played(asked.sounds))
+    sounds, videos = played(asked.sounds), filmed(asked.videos)
+    chat = ChatPrompt(asked.messages, told, asked.thinking, asked.schema, pictures, sounds, videos)
     # before the template is run, because it refuses a text that is too long before it works on it
     ids = service.prepare(chat, DEFAULT)
     inside = is_open(service.tokenizer.tail(ids))

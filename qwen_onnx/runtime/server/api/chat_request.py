@@ -11,61 +11,31 @@ from pydantic import Field
 from qwen_onnx.errors import RequestError
 from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 from qwen_onnx.runtime.server.api.asked import Asked, Tool
+from qwen_onnx.runtime.server.api.parts import (
+    STANDS_FOR,
+    AudioPart,
+    ImagePart,
+    TextPart,
+    UserPart,
+    VideoPart,
+    VideoUrlPart,
+)
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, SamplingFields, Schema, Strict
-from qwen_onnx.runtime.server.api.shown import Played, Shown, bounded, bounded_sounds
+from qwen_onnx.runtime.server.api.shown import Filmed, Played, Shown, bounded, bounded_sounds, bounded_videos
 from qwen_onnx.runtime.service.budget import BUDGET
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
-class TextPart(Strict):
-    """A text part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(Strict):
-    """A picture: ``url`` is a data URI in base64, or of a host that is fetched from."""
-
-    url: str
-    detail: Literal["auto", "low", "high"] | None = Field(default=None, description=NO_CHANGE)
-
-
-class ImagePart(Strict):
-    """A picture in what the user says."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class InputAudio(Strict):
-    """A sound: ``data`` is a file in base64, of the format that ``format`` says."""
-
-    data: str
-    # any other is refused beside the sound's own, naming the part
-    format: Annotated[str, Field(max_length=16, description="wav, mp3 or flac.")]
-
-
-class AudioPart(Strict):
-    """A sound in what the user says."""
-
-    type: Literal["input_audio"]
-    input_audio: InputAudio
-
-
 Content = str | Annotated[list[TextPart], FIRST_FAULT]
 Name = Annotated[str | None, Field(description="Handed to the chat template, which may not use it.")]
-UserPart = TextPart | ImagePart | AudioPart
 UserContent = str | Annotated[list[Annotated[UserPart, Field(discriminator="type")]], FIRST_FAULT]
-# templates look for one or the other key
-STANDS_FOR = {"image_url": {"type": "image"}, "input_audio": {"type": "audio", "audio_url": ""}}
 # lm-eval says it of whole messages
 Type = Annotated[Literal["text"] | None, Field(description=NO_CHANGE)]
 
 
 def joined(content: str | Sequence[Any] | None) -> str:
-    """Texts of the parts as one; pictures and sounds have none."""
+    """Texts of the parts as one; pictures, sounds and videos have none."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(getattr(part, "text", "") for part in content)
@@ -93,7 +63,7 @@ class UserMessage(Strict):
     type: Type = None
 
     def plain(self) -> dict[str, Any]:
-        """For the chat template, which is told where pictures and sounds stand and not what they are."""
+        """For the chat template, which is told where pictures, sounds and videos stand and not what they are."""
         if isinstance(self.content, str) or all(isinstance(part, TextPart) for part in self.content):
             return {"role": "user", "content": joined(self.content)}
         parts = [
@@ -117,6 +87,11 @@ class UserMessage(Strict):
             for index, part in self._parts()
             if isinstance(part, AudioPart)
         ]
+
+    def videos(self, where: str) -> list[Filmed]:
+        """What was filmed."""
+        found = [(index, part) for index, part in self._parts() if isinstance(part, VideoPart | VideoUrlPart)]
+        return [part.filmed(f"{where}.content.{index}") for index, part in found]
 
     def _parts(self) -> Iterator[tuple[int, UserPart]]:
         return enumerate(self.content if not isinstance(self.content, str) else ())
@@ -243,6 +218,12 @@ def sounds_of(messages: Sequence[Any]) -> list[Played]:
     return bounded_sounds((one for index, message in said for one in message.sounds(f"messages.{index}")), "messages")
 
 
+def videos_of(messages: Sequence[Any]) -> list[Filmed]:
+    """Of all messages, in their order; RequestError like ``pictures_of``."""
+    said = [(index, message) for index, message in enumerate(messages) if isinstance(message, UserMessage)]
+    return bounded_videos((one for index, message in said for one in message.videos(f"messages.{index}")), "messages")
+
+
 class Function(Strict):
     """A function; ``parameters`` is a JSON schema, absent: it has none."""
 
@@ -321,6 +302,7 @@ class Conversing(Strict):
         schema_field: str,
         pictures: Sequence[Shown] = (),
         sounds: Sequence[Played] = (),
+        videos: Sequence[Filmed] = (),
     ) -> Asked:
         named = choice.name if isinstance(choice, FunctionRef) else None
         return Asked(
@@ -334,6 +316,7 @@ class Conversing(Strict):
             thinking=self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
             pictures=pictures,
             sounds=sounds,
+            videos=videos,
         )
 
 
@@ -384,4 +367,5 @@ class ChatRequest(SamplingFields, Conversing):
         functions = [tool.function for tool in self.tools or ()]
         named = choice.function if isinstance(choice, NamedChoice) else choice
         messages, pictures = plain_messages(self.messages), pictures_of(self.messages)
-        return self._asked(messages, functions, named, schema, "response_format", pictures, sounds_of(self.messages))
+        sounds, videos = sounds_of(self.messages), videos_of(self.messages)
+        return self._asked(messages, functions, named, schema, "response_format", pictures, sounds, videos)

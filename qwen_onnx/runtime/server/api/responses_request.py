@@ -12,16 +12,12 @@ from qwen_onnx.runtime.processing.grammars import ANY_OBJECT
 from qwen_onnx.runtime.server.api.asked import Asked
 from qwen_onnx.runtime.server.api.chat_request import (
     AssistantMessage,
-    AudioPart,
     Conversing,
     Function,
     FunctionCall,
     FunctionName,
     FunctionRef,
-    ImagePart,
-    ImageUrl,
     SystemMessage,
-    TextPart,
     ToolCall,
     ToolMessage,
     UserContent,
@@ -29,6 +25,7 @@ from qwen_onnx.runtime.server.api.chat_request import (
     joined,
     plain_messages,
 )
+from qwen_onnx.runtime.server.api.parts import AudioPart, ImagePart, ImageUrl, TextPart
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, Described, Schema, Strict, ranged
 from qwen_onnx.runtime.server.api.shown import Played, Shown, bounded, bounded_sounds
 

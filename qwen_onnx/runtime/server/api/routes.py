@@ -101,11 +101,13 @@ def _add_models(router: APIRouter, served: Served) -> None:
 
 
 def _readable(asked: Asked, service: TextService, model_name: str) -> Asked:
-    """RequestError when there are pictures or sounds that the model does not take."""
+    """RequestError when there are pictures, sounds or videos that the model does not take."""
     if asked.pictures and not service.sees:
         raise RequestError(f"the model {model_name!r} reads no pictures", where=asked.pictures[0].where)
     if asked.sounds and not service.hears:
         raise RequestError(f"the model {model_name!r} hears no sounds", where=asked.sounds[0].where)
+    if asked.videos and not service.sees:
+        raise RequestError(f"the model {model_name!r} watches no videos", where=asked.videos[0].where)
     return asked
 
 

@@ -1,4 +1,4 @@
-"""Pictures and sounds as requests have them: by a URL or in base64, in a part that has a place."""
+"""Pictures, sounds and videos as requests have them: by a URL or in base64, in a part that has a place."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qwen_onnx.errors import RequestError
-from qwen_onnx.runtime.processing.data_uri import from_base64, picture_bytes
+from qwen_onnx.runtime.processing.data_uri import from_base64, picture_bytes, video_bytes
 from qwen_onnx.runtime.server.fetching import Fetcher
-from qwen_onnx.runtime.service.generation import Attached
-from qwen_onnx.runtime.service.senses import MOST_PICTURES, MOST_SOUNDS
+from qwen_onnx.runtime.service.generation import Attached, AttachedVideo
+from qwen_onnx.runtime.service.senses import MOST_PICTURES, MOST_SOUNDS, MOST_VIDEOS
 
 T = TypeVar("T")
 REMOTE = ("http:", "https:")
@@ -31,6 +31,15 @@ class Played:
     data: str
     form: str
     where: str
+
+
+@dataclass(frozen=True)
+class Filmed:
+    """A video's URL, or one of each frame, and where the request has it; ``fps``: see ``AttachedVideo``."""
+
+    urls: str | Sequence[str]
+    where: str
+    fps: float | None = None
 
 
 def attached(pictures: Sequence[Shown], fetcher: Fetcher | None) -> list[Attached]:
@@ -56,6 +65,17 @@ def played(sounds: Sequence[Played]) -> list[Attached]:
     return [Attached(from_base64(one.data, "sound", where=one.where), one.where, one.form) for one in sounds]
 
 
+def filmed(videos: Sequence[Filmed]) -> list[AttachedVideo]:
+    """The bytes of videos; RequestError for what is no data URI or not base64, naming the part, and the frame."""
+    return [AttachedVideo(_content(one), one.where, one.fps) for one in videos]
+
+
+def _content(video: Filmed) -> bytes | tuple[bytes, ...]:
+    if isinstance(video.urls, str):
+        return video_bytes(video.urls, where=video.where)
+    return tuple(picture_bytes(url, where=f"{video.where}.{index}") for index, url in enumerate(video.urls))
+
+
 def bounded(pictures: Iterable[Shown], field: str) -> list[Shown]:
     """All pictures of a request.
 
@@ -68,6 +88,11 @@ def bounded(pictures: Iterable[Shown], field: str) -> list[Shown]:
 def bounded_sounds(sounds: Iterable[Played], field: str) -> list[Played]:
     """All sounds of a request; RequestError like ``bounded``."""
     return _at_most(MOST_SOUNDS, list(sounds), "sounds", field)
+
+
+def bounded_videos(videos: Iterable[Filmed], field: str) -> list[Filmed]:
+    """All videos of a request; RequestError like ``bounded``."""
+    return _at_most(MOST_VIDEOS, list(videos), "videos", field)
 
 
 def _at_most(most: int, found: list[T], kind: str, field: str) -> list[T]:
