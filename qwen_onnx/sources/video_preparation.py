@@ -34,7 +34,7 @@ def video_preparation_of(folder: Path, tower: Tower) -> VideoSettings | None:
     told, time, faults = read_json(folder / name), tower.style.time, list[str]()
     if time == "timestamps" and tower.vision_end is None:
         return None
-    least, most = _bounds(told, time)
+    least, most = bounds_of(told, time)
     if not (type(least) is int and type(most) is int and 1 <= least <= most <= LARGEST_PICTURE):
         faults.append(f"the bounds of its pixels are {str(least)[:20]} and {str(most)[:20]}")
     capped, tokens = told.get("cap_pixels_per_frame"), told.get("max_video_tokens", USUAL[time][2])
@@ -61,7 +61,7 @@ def video_preparation_of(folder: Path, tower: Tower) -> VideoSettings | None:
     )
 
 
-def _bounds(told: dict[str, Any], time: Time) -> tuple[Any, Any]:
+def bounds_of(told: dict[str, Any], time: Time) -> tuple[Any, Any]:
     """Fewest and most pixels; Qwen3-VL's processor does not read the older names."""
     given = told.get("size")
     size: dict[str, Any] = given if isinstance(given, dict) else {}

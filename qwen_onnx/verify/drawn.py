@@ -1,4 +1,4 @@
-"""Pictures and sounds of four kinds, drawn by code: the same on every machine, nobody's property."""
+"""Pictures and sounds of four kinds and a clip, drawn by code: the same on every machine, nobody's property."""
 
 from __future__ import annotations
 
@@ -56,6 +56,18 @@ def _drawing() -> Image:
     draw.ellipse((10, 10, 50, 50), fill="gold", outline="black")
     draw.polygon([(45, 80), (85, 80), (65, 40)], fill="brown")
     return image
+
+
+def clip() -> list[Image]:
+    """Frames of a ball that flies over a drawing; of an odd number, the last of which fills up a pair."""
+    from PIL import ImageDraw
+
+    found = []
+    for index in range(5):
+        image = _drawing().resize((140, 90))
+        ImageDraw.Draw(image).ellipse((24 * index, 8 + 9 * index, 24 * index + 20, 28 + 9 * index), fill="crimson")
+        found.append(image)
+    return found
 
 
 def sounds() -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:

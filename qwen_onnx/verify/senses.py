@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
-from qwen_onnx.errors import VerificationError
+from qwen_onnx.errors import TemplateError, VerificationError
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel, UnsupportedGraphError
 from qwen_onnx.runtime.engines.batch.sight import Looked, Sense, Table
@@ -27,6 +27,8 @@ from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.statistics import at_least, at_most
 
 if TYPE_CHECKING:
+    from qwen_onnx.runtime.processing.template import ChatTemplate
+    from qwen_onnx.runtime.service.senses import Ears, Eyes
     from qwen_onnx.verify.teacher import Teacher
     from qwen_onnx.verify.tower import Tower
 
@@ -53,41 +55,85 @@ def token_of(context: Context) -> int | None:
 
 
 def asked_of(
-    context: Context, turns: Mapping[str, Sequence[str]], files: Mapping[str, bytes], words: str
+    context: Context, turns: Mapping[str, Sequence[str]], files: Mapping[str, bytes | tuple[bytes, ...]], words: str
 ) -> dict[str, Asked]:
     """By name: a conversation about the media of these kinds, answered with ``words``; text where there is no template.
 
     Args:
-        turns: kinds of media in each; files: by kind.
+        turns: kinds of media in each; files: by kind, of a video those of its frames.
     """
     from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
-    from qwen_onnx.runtime.service.generation import Attached
-    from qwen_onnx.runtime.service.senses import sense_of
+    from qwen_onnx.runtime.service.senses import Eyes, sense_of
 
     sense = sense_of(context.artifact)
     if sense is None:
         raise VerificationError("the artifact reads text alone", where=str(context.artifact))
-    pictures = sense.kind == "picture"
-    part = {"type": "image"} if pictures else {"type": "audio", "audio_url": ""}
-    question = "What does this show?" if pictures else "What do you hear?"
+    question = "What does this show?" if isinstance(sense, Eyes) else "What do you hear?"
     template = ChatTemplate(context.artifact) if has_template(context.artifact) else None
     context_length = GenaiConfig.read(context.artifact, VerificationError).model.context_length
     found = {}
     try:
         for name, kinds in turns.items():
-            messages: list[dict[str, Any]] = [
-                {"role": "user", "content": [*(dict(part) for _ in kinds), {"type": "text", "text": question}]},
-                {"role": "assistant", "content": words},
-            ]
-            if template is None:
-                ids = [token_of(context) or 0] * len(kinds) + context.tokenizer.encode(f"{question} {words}")
-            else:
-                ids = template.encode(messages, context.tokenizer, context_length)
-            found[name] = sense.take(ids, [Attached(files[kind], kind) for kind in kinds], context_length)
+            media = [(kind, files[kind]) for kind in kinds]
+            found[name] = _taken(context, sense, template, media, question, words, context_length)
     finally:
         if template is not None:
             template.close()
     return found
+
+
+def _taken(
+    context: Context,
+    sense: Ears | Eyes,
+    template: ChatTemplate | None,
+    media: Sequence[tuple[str, bytes | tuple[bytes, ...]]],
+    question: str,
+    words: str,
+    most: int,
+) -> Asked:
+    """See ``asked_of``: one of them, as the service prepares it."""
+    from qwen_onnx.runtime.service.generation import Attached, AttachedVideo
+    from qwen_onnx.runtime.service.senses import Eyes
+
+    still = {"type": "image"} if isinstance(sense, Eyes) else {"type": "audio", "audio_url": ""}
+    parts = [dict(still) if isinstance(content, bytes) else {"type": "video"} for _, content in media]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": words},
+    ]
+    attached = [Attached(content, kind) for kind, content in media if isinstance(content, bytes)]
+    videos = [AttachedVideo(content, kind) for kind, content in media if not isinstance(content, bytes)]
+    clips = sense.open_videos(videos) if isinstance(sense, Eyes) else []
+    special = context.tokenizer.special_tokens
+
+    def change(rendered: str) -> str:
+        return sense.announced(rendered, clips, special) if isinstance(sense, Eyes) else rendered
+
+    if template is None:
+        ids = [token_of(context) or 0] * len(media) + context.tokenizer.encode(f"{question} {words}")
+    else:
+        ids = template.encode(messages, context.tokenizer, most, change=change)
+    if isinstance(sense, Eyes):
+        return sense.take_all(ids, attached, clips, most)
+    return sense.take(ids, attached, most)
+
+
+def watches(context: Context) -> bool:
+    """Whether an artifact takes videos: it says how, and its chat template has a place for one."""
+    from qwen_onnx.runtime.processing.template import ChatTemplate, has_template
+    from qwen_onnx.runtime.service.senses import Eyes, sense_of
+
+    sense, model = sense_of(context.artifact), model_of(context.artifact)
+    if not isinstance(sense, Eyes) or not sense.watches or not has_template(context.artifact):
+        return False
+    template = ChatTemplate(context.artifact)
+    try:
+        ids = template.encode([{"role": "user", "content": [{"type": "video"}]}], context.tokenizer, 1024)
+        return ids.count(model.video_token_id) == 1
+    except TemplateError:
+        return False
+    finally:
+        template.close()
 
 
 def encoder_parity(context: Context, name: str, sense: Sense, media: Sequence[Medium], parts: int = 1) -> CheckResult:

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG
+from qwen_onnx.artifact.video_config import VIDEO_CONFIG
 from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.sight import VISUAL, sees
 from qwen_onnx.verify.tower import VisionTower
+from tests.conftest import rewrite_json
 from tests.fixtures.vision import seeing_artifact, seeing_checkpoint, stacked_artifact, stacked_checkpoint
 
 __all__ = ["seeing_artifact", "seeing_checkpoint", "stacked_artifact", "stacked_checkpoint"]
@@ -47,6 +50,23 @@ def other_mean(folder: Path) -> None:
     path.write_text(path.read_text().replace("0.48145466", "0.5"))
 
 
+def other_mean_of_videos(folder: Path) -> None:
+    """The same of videos."""
+    rewrite_json(folder / VIDEO_CONFIG, mean=[0.5, 0.4578275, 0.40821073])
+
+
+def turn_time(folder: Path) -> None:
+    """The encoder takes the later frame of a pair for the earlier: of a picture, both are the same."""
+    path = folder / "vision.onnx"
+    model = onnx.load(str(path))
+    [weights] = [entry for entry in model.graph.initializer if "patch_embed" in entry.name and len(entry.dims) == 2]
+    values = numpy_helper.to_array(weights)
+    axis = values.shape.index(3 * 2 * 14 * 14)
+    parts = np.moveaxis(values, axis, 0).reshape(3, 2, 14 * 14, -1)[:, ::-1].reshape(3 * 2 * 14 * 14, -1)
+    weights.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(np.moveaxis(parts, 0, axis)), weights.name))
+    onnx.save(model, str(path))
+
+
 @pytest.mark.slow
 def test_the_tower_looks_at_a_picture_once(seeing_checkpoint: Path) -> None:
     pixels = np.random.default_rng(3).standard_normal((16, 3 * 2 * 14 * 14)).astype(np.float32)
@@ -67,7 +87,15 @@ def test_a_good_artifact_passes(seeing_artifact: Path, seeing_checkpoint: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("harm", "failed"), [(scale_encoder, {"vision", "sight"}), (other_mean, {"processing"})])
+@pytest.mark.parametrize(
+    ("harm", "failed"),
+    [
+        (scale_encoder, {"vision", "sight"}),
+        (turn_time, {"vision", "sight"}),
+        (other_mean, {"processing"}),
+        (other_mean_of_videos, {"processing"}),
+    ],
+)
 def test_a_broken_part_fails_its_check(
     seeing_artifact: Path, seeing_checkpoint: Path, tmp_path: Path, harm: Callable[[Path], None], failed: set[str]
 ) -> None:
