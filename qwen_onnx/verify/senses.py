@@ -28,7 +28,7 @@ from qwen_onnx.verify.statistics import at_least, at_most
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.processing.template import ChatTemplate
-    from qwen_onnx.runtime.service.senses import Ears, Eyes
+    from qwen_onnx.runtime.service.senses import Sense as PreparedBy
     from qwen_onnx.verify.teacher import Teacher
     from qwen_onnx.verify.tower import Tower
 
@@ -84,7 +84,7 @@ def asked_of(
 
 def _taken(
     context: Context,
-    sense: Ears | Eyes,
+    sense: PreparedBy,
     template: ChatTemplate | None,
     media: Sequence[tuple[str, bytes | tuple[bytes, ...]]],
     question: str,

@@ -17,14 +17,23 @@ from qwen_onnx.records import Record
 from qwen_onnx.runtime.processing.data_uri import MOST_BYTES
 from qwen_onnx.runtime.processing.reasoning import Kind, ThinkingSplitter, is_open
 from qwen_onnx.runtime.processing.template import Message
-from qwen_onnx.runtime.service.generation import PARAMETERS, Attached, ChatPrompt, Delta, GenerationConfig
+from qwen_onnx.runtime.service.generation import (
+    PARAMETERS,
+    Attached,
+    AttachedVideo,
+    ChatPrompt,
+    Delta,
+    GenerationConfig,
+)
 from qwen_onnx.runtime.service.qwen import QwenService
 
 # what /set knows; the rest of a configuration are texts and tables, not numbers
 SETTINGS = tuple(name for name in PARAMETERS if name != "logprobs")
 # an answer that is cut after some words helps nobody: so much of the context is kept free for it
 ROOM = 0.25
-IMAGE, AUDIO = "/image", "/audio"
+IMAGE, AUDIO, VIDEO = "/image", "/audio", "/video"
+# what of a model is shown with a question, by the field of the message that has it
+FIELDS = {IMAGE: "pictures", AUDIO: "sounds", VIDEO: "videos"}
 
 
 class SavedMessage(Record):
@@ -32,7 +41,7 @@ class SavedMessage(Record):
 
     Attributes:
         stopped: the user stopped this answer, the text is what had come.
-        pictures, sounds: that stand before a question's text, as base64 of their files.
+        pictures, sounds, videos: that stand before a question's text, as base64 of their files.
     """
 
     role: Literal["user", "assistant"]
@@ -41,12 +50,14 @@ class SavedMessage(Record):
     stopped: bool = False
     pictures: tuple[Base64Bytes, ...] = ()
     sounds: tuple[Base64Bytes, ...] = ()
+    videos: tuple[Base64Bytes, ...] = ()
 
     def plain(self) -> Message:
         """For the chat template, which decides itself what to do with earlier reasoning."""
         parts: list[dict[str, str]] = [{"type": "image"} for _ in self.pictures]
         # templates look for one or the other key
         parts += [{"type": "audio", "audio_url": ""} for _ in self.sounds]
+        parts += [{"type": "video"} for _ in self.videos]
         if parts:
             return {"role": self.role, "content": [*parts, {"type": "text", "text": self.content}]}
         return self.model_dump(include={"role", "content", "reasoning_content"}, exclude_none=True)
@@ -99,7 +110,7 @@ class Conversation:
         self.service, self.config, self.model, self.system = service, config, model, system
         self.thinking: bool | None = None
         self.messages: list[SavedMessage] = []
-        self.attached: list[bytes] = []
+        self.attached: list[tuple[str, bytes]] = []
 
     @property
     def context_length(self) -> int:
@@ -111,29 +122,35 @@ class Conversation:
         system = [{"role": "system", "content": self.system}] if self.system else []
         pictures = [Attached(content, IMAGE) for message in self.messages for content in message.pictures]
         sounds = [Attached(content, AUDIO) for message in self.messages for content in message.sounds]
+        videos = [AttachedVideo(content, VIDEO) for message in self.messages for content in message.videos]
         plain = [message.plain() for message in self.messages]
-        return ChatPrompt([*system, *plain], thinking=self.thinking, pictures=pictures, sounds=sounds)
+        return ChatPrompt([*system, *plain], thinking=self.thinking, pictures=pictures, sounds=sounds, videos=videos)
 
     def attach(self, path: Path, command: str = IMAGE) -> None:
-        """Show the model a picture with the next question, or play it a sound with ``AUDIO``.
+        """Show the model a picture with the next question, or a video with ``VIDEO``, or play it a sound with ``AUDIO``.
 
         Raises:
             RequestError: the model does not take one, or the file is not whole.
         """
         if command == IMAGE and not self.service.sees:
             raise RequestError(f"the model {self.model} reads no pictures", where=IMAGE)
+        if command == VIDEO and not self.service.sees:
+            raise RequestError(f"the model {self.model} watches no videos", where=VIDEO)
         if command == AUDIO and not self.service.hears:
             raise RequestError(f"the model {self.model} hears no sounds", where=AUDIO)
         content = read_bytes(path.resolve(), most_bytes=MOST_BYTES, error=RequestError)
-        self.service.check(Attached(content, str(path)))
-        self.attached.append(content)
+        kind = AttachedVideo if command == VIDEO else Attached
+        self.service.check(kind(content, str(path)))
+        self.attached.append((command, content))
 
     def ask(self, text: str) -> None:
-        """Add a question, with the pictures or sounds that were attached."""
-        # a model takes one of the two
-        field = "sounds" if self.service.hears else "pictures"
+        """Add a question, with what was attached."""
+        media = {
+            field: tuple(content for kind, content in self.attached if kind == command)
+            for command, field in FIELDS.items()
+        }
         # validation would decode them from base64
-        asked = SavedMessage(role="user", content=text).model_copy(update={field: tuple(self.attached)})
+        asked = SavedMessage(role="user", content=text).model_copy(update=media)
         self.messages.append(asked)
         self.attached.clear()
 
@@ -172,7 +189,7 @@ class Conversation:
     def _tokens(self) -> int:
         try:
             prompt = self.prompt()
-            if prompt.pictures or prompt.sounds:
+            if prompt.pictures or prompt.sounds or prompt.videos:
                 # what they take is known once they are opened
                 return len(self.service.prepare(prompt, self.config))
             return len(self.service.encode_chat(prompt))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from qwen_onnx.errors import ConfigError, QwenOnnxError
-from qwen_onnx.runtime.chat.conversation import AUDIO, IMAGE, SETTINGS, Conversation, Outcome
+from qwen_onnx.runtime.chat.conversation import AUDIO, IMAGE, SETTINGS, VIDEO, Conversation, Outcome
 from qwen_onnx.runtime.chat.line_input import piped, terminal_reader
 from qwen_onnx.runtime.processing.reasoning import Kind
 
@@ -44,6 +44,7 @@ class Terminal:
             "/think": ("on|off", "have the model think before it answers", self._think),
             IMAGE: ("FILE", "show a picture with the next question", partial(self._attach, IMAGE)),
             AUDIO: ("FILE", "play a sound with the next question", partial(self._attach, AUDIO)),
+            VIDEO: ("FILE", "show a video, an animated GIF, APNG or WebP", partial(self._attach, VIDEO)),
             "/set": ("NAME VALUE", "change a setting, e.g. temperature 0.7; alone: show all", self._set),
             "/regenerate": ("", "answer the last question anew", self._regenerate),
             "/reset": ("", "forget the conversation, keep system message and settings", self._reset),

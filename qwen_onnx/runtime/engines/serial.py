@@ -22,7 +22,7 @@ from qwen_onnx.runtime.engines.interface import (
     TokenEvent,
     TokenRequest,
 )
-from qwen_onnx.runtime.engines.media import places_of
+from qwen_onnx.runtime.engines.media import Picture, places_of
 from qwen_onnx.runtime.engines.sampling import ALL_FEATURES, GENAI_FEATURES, GREEDY
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,9 @@ class SerialEngine:
         if request.adapter is not None:
             raise RequestError(NO_ADAPTERS, where="model")
         places_of(request.prompt_ids, request.media, self._engine.image_token)
+        if any(isinstance(medium, Picture) and medium.joined for medium in request.media):
+            # genai counts positions itself, and those in time as of pictures
+            raise RequestError("this model's engine takes no videos", where="messages", hint="send pictures")
         turn = Turn(request, listener)
         with self._changed:
             if self._closing:

@@ -229,7 +229,8 @@ def prepare_clip(clip: Clip, images: ImageSettings, videos: VideoSettings) -> tu
     for index, frame in enumerate(clip.frames(), 1):
         frames.append(resized(frame, height, width))
         if len(frames) == group or index == clip.count:
-            place = {} if apart else {"joined": bool(found), "moment": moments(clip, group, videos)[len(found)]}
-            found.append(patches_of(frames, images, videos.mean, videos.std, **place))
+            moment = 0 if apart else moments(clip, group, videos)[len(found)]
+            joined = bool(found) and not apart
+            found.append(patches_of(frames, images, videos.mean, videos.std, joined=joined, moment=moment))
             frames.clear()
     return tuple(found)

@@ -70,7 +70,7 @@ def upright_size(content: bytes, *, where: str, limits: ImageLimits = ImageLimit
 
 @contextmanager
 def opened_image(
-    content: bytes, where: str, limits: ImageLimits, formats: Sequence[str] = FORMATS
+    content: bytes, where: str, limits: ImageLimits, formats: tuple[str, ...] = FORMATS
 ) -> Iterator[Image.Image]:
     """The picture in ``content``, of which no pixel is decoded yet; what fails then is told as by ``decode_image``."""
     if len(content) > limits.most_bytes:

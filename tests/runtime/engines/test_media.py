@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,42 @@ def test_positions_of_a_picture_between_text() -> None:
         [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
     ]
     assert moved == 7 - len(ids)
+
+
+def film(down: int, across: int, *moments: int) -> list[Picture]:
+    """Patches in time of one video."""
+    return [replace(picture(down, across, f"{at:x}"), joined=bool(at), moment=m) for at, m in enumerate(moments)]
+
+
+def test_positions_of_a_video_count_from_its_beginning() -> None:
+    """Time by its moments; text goes on behind the longer side, although a moment is later."""
+    shots = film(1, 2, 0, 1, 8)
+    ids = prompt(2, *shots, 2)
+    positions, moved = positions_of(len(ids), shots, places_of(ids, shots, IMAGE))
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 3, 3, 10, 10, 4, 5],
+        [0, 1, 2, 2, 2, 2, 2, 2, 4, 5],
+        [0, 1, 2, 3, 2, 3, 2, 3, 4, 5],
+    ]
+    assert moved == 6 - len(ids)
+
+
+def test_a_video_has_no_gap() -> None:
+    shots = film(1, 2, 0, 1)
+    with pytest.raises(RequestError, match="no room for picture 2 of 2"):
+        places_of(prompt(1, shots[0], 1, shots[1]), shots, IMAGE)
+    with pytest.raises(RequestError, match="no room for picture 1 of 1"):
+        places_of(prompt(1, shots[1]), shots[1:], IMAGE)
+
+
+def test_keys_tell_speeds_and_beginnings_apart() -> None:
+    """The same frames elsewhere in time have other keys and values."""
+    one = picture(1, 2)
+    found = [
+        keys_of(prompt(other), [other], [0])[0]
+        for other in (one, replace(one, moment=1), replace(one, joined=True), replace(one, moment=1, joined=True))
+    ]
+    assert len(set(found)) == 4
 
 
 def test_positions_of_text_are_its_places() -> None:

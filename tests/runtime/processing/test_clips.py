@@ -30,8 +30,14 @@ from tests.conftest import rewrite_json
 from tests.fixtures.clips import clip_file, frames
 from tests.fixtures.pictures import SETTINGS, as_file, chart, declared, noise
 
-NORMAL = {"mean": SETTINGS.mean, "std": SETTINGS.std}
-OLDER = VideoSettings(time="seconds", min_pixels=56 * 56, max_pixels=28 * 28 * 64, tokens_per_second=2, **NORMAL)
+OLDER = VideoSettings(
+    time="seconds",
+    min_pixels=56 * 56,
+    max_pixels=28 * 28 * 64,
+    tokens_per_second=2,
+    mean=SETTINGS.mean,
+    std=SETTINGS.std,
+)
 NEWER = VideoSettings(
     time="timestamps", min_pixels=8192, max_pixels=98_304, vision_end_token_id=3, mean=(0.5,) * 3, std=(0.5,) * 3
 )
@@ -111,10 +117,10 @@ def test_moments_and_seconds_are_those_of_transformers(fps: float) -> None:
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
     clip = stub(64, 64, 41, fps)
-    interval = OLDER.tokens_per_second * torch.tensor([2 / fps])[0]
+    interval = 2 * torch.tensor([2 / fps])[0]
     assert moments(clip, 2, OLDER) == (torch.arange(21) * interval).long().tolist()
     assert moments(clip, 2, OLDER.model_copy(update={"time": "index"})) == list(range(21))
-    wanted = Qwen3VLProcessor._calculate_timestamps(None, list(range(41)), fps)  # type: ignore[arg-type]
+    wanted = Qwen3VLProcessor._calculate_timestamps(None, list(range(41)), fps)
     assert clip.seconds(2) == wanted
 
 

@@ -25,9 +25,17 @@ from qwen_onnx.runtime.server.api.chat_request import (
     joined,
     plain_messages,
 )
-from qwen_onnx.runtime.server.api.parts import AudioPart, ImagePart, ImageUrl, TextPart
+from qwen_onnx.runtime.server.api.parts import (
+    AudioPart,
+    ImagePart,
+    ImageUrl,
+    TextPart,
+    UserPart,
+    VideoPart,
+    VideoUrlPart,
+)
 from qwen_onnx.runtime.server.api.protocol import FIRST_FAULT, NO_CHANGE, Described, Schema, Strict, ranged
-from qwen_onnx.runtime.server.api.shown import Played, Shown, bounded, bounded_sounds
+from qwen_onnx.runtime.server.api.shown import Filmed, Played, Shown, bounded, bounded_sounds, bounded_videos
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 Status = Annotated[
@@ -53,8 +61,8 @@ class InputImage(Strict):
     file_id: None = Field(default=None, description=NO_CHANGE)
 
 
-# a sound has the form of a chat's
-InputPart = InputText | InputImage | AudioPart
+# OpenAI has no parts for sounds and videos here: they have the form of a chat's
+InputPart = InputText | InputImage | AudioPart | VideoPart | VideoUrlPart
 Parts = Annotated[list[Annotated[InputPart, Field(discriminator="type")]], FIRST_FAULT]
 
 
@@ -87,15 +95,22 @@ class InputMessage(Strict):
         self._require_user("plays sounds", played)
         return played
 
+    def videos(self, where: str) -> list[Filmed]:
+        """What was filmed; RequestError like ``pictures``."""
+        found = [(index, part) for index, part in self._parts() if isinstance(part, VideoPart | VideoUrlPart)]
+        filmed = [part.filmed(f"{where}.content.{index}") for index, part in found]
+        self._require_user("shows videos", filmed)
+        return filmed
+
     def _parts(self) -> Iterator[tuple[int, InputPart]]:
         return enumerate(self.content if not isinstance(self.content, str) else ())
 
-    def _require_user(self, does: str, found: Sequence[Shown | Played]) -> None:
+    def _require_user(self, does: str, found: Sequence[Shown | Played | Filmed]) -> None:
         if found and self.role != "user":
             raise RequestError(f"only the user {does}, this role is {self.role}", where=found[0].where)
 
 
-def _as_in_a_chat(part: InputPart) -> TextPart | ImagePart | AudioPart:
+def _as_in_a_chat(part: InputPart) -> UserPart:
     if isinstance(part, InputText):
         return TextPart(type="text", text=part.text)
     if isinstance(part, InputImage):
@@ -239,18 +254,19 @@ class ResponseRequest(Described, Conversing):
         elif form and form.type == "json_object":
             schema = ANY_OBJECT
         # who said them is checked before what: roles other than the user have texts alone
-        pictures, sounds = self._media()
+        pictures, sounds, videos = self._media()
         messages = plain_messages(self._messages(), "input")
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        return self._asked(messages, self.tools or (), choice, schema, "text.format", pictures, sounds)
+        return self._asked(messages, self.tools or (), choice, schema, "text.format", pictures, sounds, videos)
 
-    def _media(self) -> tuple[list[Shown], list[Played]]:
+    def _media(self) -> tuple[list[Shown], list[Played], list[Filmed]]:
         """Of all items, in their order; RequestError: more than are taken at once, or not by the user."""
         items = enumerate(self.input if not isinstance(self.input, str) else ())
         said = [(f"input.{index}", item) for index, item in items if isinstance(item, InputMessage)]
         pictures = bounded((one for where, item in said for one in item.pictures(where)), "input")
-        return pictures, bounded_sounds((one for where, item in said for one in item.sounds(where)), "input")
+        sounds = bounded_sounds((one for where, item in said for one in item.sounds(where)), "input")
+        return pictures, sounds, bounded_videos((one for where, item in said for one in item.videos(where)), "input")
 
     def _messages(self) -> list[Any]:
         """Items as messages of a chat; what the model gave in one go is one message."""

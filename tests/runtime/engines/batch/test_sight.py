@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling
 from qwen_onnx.runtime.processing.images import prepare
 from tests.fixtures.pictures import SETTINGS, chart, noise
 
-ONE, OTHER = (prepare(image, SETTINGS, where="it") for image in (chart(112, 84), noise(112, 84)))
+ONE, OTHER, THIRD = (
+    prepare(image, SETTINGS, where="it") for image in (chart(112, 84), noise(112, 84), noise(112, 84, seed=1))
+)
 SEEDED = Sampling(seed=1)
 
 
@@ -139,6 +142,19 @@ def test_what_is_kept_is_bounded(seeing_artifact: Path, encoded: list[str]) -> N
     none.known(ONE, "")
     none.known(ONE, "")
     assert encoded == [ONE.digest] * 2
+
+
+def test_frames_of_a_video_are_encoded_once_at_whatever_speed(
+    engine: BatchEngine, image: int, encoded: list[str]
+) -> None:
+    """A longer video finds the pairs that it begins with, and the same frames another time."""
+    longer = (ONE, replace(OTHER, joined=True, moment=2), replace(THIRD, joined=True, moment=4))
+    begin, _ = answer(begun(engine, image, 5, *longer[:2], 6))
+    answer(begun(engine, image, 5, *longer, 6))
+    slower, cached = answer(begun(engine, image, 5, ONE, replace(OTHER, joined=True, moment=9), 6))
+    assert encoded == [ONE.digest, OTHER.digest, THIRD.digest]
+    assert cached == 1 + ONE.tokens
+    assert slower != begin
 
 
 def test_an_answer_never_has_the_token_of_a_picture(engine: BatchEngine, image: int) -> None:

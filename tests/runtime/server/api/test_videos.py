@@ -16,7 +16,7 @@ from tests.fixtures.clips import clip_file, frames
 from tests.fixtures.pictures import as_file, chart, noise
 from tests.fixtures.servers import ROOMY, Guarded, guarded
 from tests.fixtures.vision import stacked_artifact
-from tests.runtime.server.api.test_pictures import first, shown, told, uri
+from tests.runtime.server.api.test_pictures import first, item, responded, shown, told, uri
 
 __all__ = ["stacked_artifact"]
 
@@ -219,3 +219,16 @@ def test_a_newer_model_reads_when_each_pair_was_taken(stacked_artifact: Path) ->
         wanted += tokenizer.encode("?<|im_end|>\n<|im_start|>assistant\n", allow_special=True)
         assert list(ids) == wanted
         assert service.generate(ids, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
+
+
+def test_the_responses_api_watches_what_a_chat_watches(client: Guarded) -> None:
+    film = listed(*(as_file(frame) for frame in frames(4, 56, 56)), fps=1)
+    wanted = told(client, asked("see ", film))
+    answer = responded(client, item("see ", film))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["output"][0]["content"][0]["text"] == wanted["choices"][0]["message"]["content"]
+    assert answer.json()["usage"]["input_tokens"] == wanted["usage"]["prompt_tokens"]
+    answer = responded(client, item("so", film, role="system"), item("so?"))
+    assert answer.json()["error"]["message"] == "only the user shows videos, this role is system"
+    answer = responded(client, item("so", listed(SMALL, WIDE)))
+    assert answer.json()["error"]["param"] == "input.0.content.1.video.1"
