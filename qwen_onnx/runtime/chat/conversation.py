@@ -127,7 +127,7 @@ class Conversation:
         return ChatPrompt([*system, *plain], thinking=self.thinking, pictures=pictures, sounds=sounds, videos=videos)
 
     def attach(self, path: Path, command: str = IMAGE) -> None:
-        """Show the model a picture with the next question, or a video with ``VIDEO``, or play it a sound with ``AUDIO``.
+        """Show the model a picture with the next question, a video with ``VIDEO``, or play it a sound with ``AUDIO``.
 
         Raises:
             RequestError: the model does not take one, or the file is not whole.
