@@ -8,9 +8,10 @@ import pytest
 
 from qwen_onnx.artifact.manifest import open_runnable
 from qwen_onnx.runtime import QwenService
-from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
+from qwen_onnx.runtime.service.generation import Attached, AttachedVideo, ChatPrompt, GenerationConfig
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import run_cli
+from tests.fixtures.clips import frames
 from tests.fixtures.pictures import as_file, chart
 from tests.fixtures.vision import ARCHITECTURES, HYBRIDS, MIXTURE, STACKED, make_vision_checkpoint
 
@@ -32,11 +33,15 @@ def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path, architect
         else ["FisherGptq", "GenAIModelBuilder", "PackWeights"]
     )
     assert steps == [*own, "VisionEncoder"]
-    assert {"vision.onnx", "embedding.onnx", "processor_config.json"} <= opened.manifest.files.keys()
+    parts = {"vision.onnx", "embedding.onnx", "processor_config.json", "video_config.json"}
+    assert parts <= opened.manifest.files.keys()
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     prompt = ChatPrompt([{"role": "user", "content": content}], pictures=[Attached(as_file(chart(90, 60)), "it")])
     with QwenService(tmp_path / "artifact", threads=1, streams=1) as service:
         assert service.sees
+        assert service.generate(prompt, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
+        film = [AttachedVideo(tuple(map(as_file, frames(3, 90, 60))), "it")]
+        prompt = ChatPrompt([{"role": "user", "content": [{"type": "video"}, content[1]]}], videos=film)
         assert service.generate(prompt, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
 
 
