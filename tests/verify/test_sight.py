@@ -87,6 +87,20 @@ def test_a_good_artifact_passes(seeing_artifact: Path, seeing_checkpoint: Path) 
 
 
 @pytest.mark.slow
+def test_an_artifact_from_before_videos_is_asked_for_none(
+    seeing_artifact: Path, seeing_checkpoint: Path, tmp_path: Path
+) -> None:
+    older = Path(shutil.copytree(seeing_artifact, tmp_path / "older"))
+    (older / VIDEO_CONFIG).unlink()
+    options = VerifyOptions(checks=("processing", "sight"), threads=1)
+    report = verify_artifact(older, seeing_checkpoint, None, LIMITS, options=options)
+    processing, sight = (next(item for item in report.checks if item.name == name) for name in options.checks)
+    assert (processing.verdict, sight.verdict) == (Verdict.PASS, Verdict.PASS)
+    assert processing.measured["videos"] == 0
+    assert "kld_clip" not in sight.measured
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "failed"),
     [

@@ -13,7 +13,7 @@ from qwen_onnx.artifact.video_config import VIDEO_CONFIG
 from qwen_onnx.runtime import QwenService
 from qwen_onnx.runtime.service.generation import AttachedVideo, ChatPrompt, GenerationConfig
 from tests.fixtures.clips import clip_file, frames
-from tests.fixtures.pictures import as_file, chart, noise
+from tests.fixtures.pictures import as_file, chart, declared, noise
 from tests.fixtures.servers import ROOMY, Guarded, guarded
 from tests.fixtures.vision import stacked_artifact
 from tests.runtime.server.api.test_pictures import first, item, responded, shown, told, uri
@@ -122,7 +122,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "text": ({"type": "video_url", "video_url": {"url": "data:text/html;base64,AA"}}, "video_url", "not a data URI of"),
     # 2 positions a second and pair, of a context of 1,024
     "slow": (listed(*[SMALL] * 8, fps=0.002), "video", "reach position"),
-    "long": (listed(*[as_file(chart(220, 220))] * 40), "video", "text and 1 videos exceed the context of"),
+    # none of these can be decoded, and none is
+    "long": (listed(*[declared(220, 220)] * 40), "video", "text and 1 videos exceed the context of"),
+    "broken": (listed(*[declared(60, 60)] * 4), "video.0", "damaged"),
 }
 
 
