@@ -37,6 +37,7 @@ ARCHITECTURES: dict[str, Known] = {
     "Qwen2MoeForCausalLM": Known("mixture", "qwen2_moe"),
     "Qwen2VLForConditionalGeneration": Known("dense", "qwen2_vl", sees=True),
     "Qwen2_5_VLForConditionalGeneration": Known("dense", "qwen2_5_vl", sees=True),
+    "Qwen3ASRForConditionalGeneration": Known("dense", "qwen3_asr", hears=True, renamed=True),
     "Qwen3ForCausalLM": Known("dense", "qwen3"),
     "Qwen3VLForConditionalGeneration": Known("dense", "qwen3_vl", sees=True, renamed=True),
     "Qwen3VLMoeForConditionalGeneration": Known("mixture", "qwen3_vl_moe", sees=True, renamed=True),
@@ -68,12 +69,35 @@ UNSAID = {
 }
 
 
+def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` as transformers has it: Qwen publishes that of Qwen3-ASR within a ``thinker_config``."""
+    thinker = config.get("thinker_config")
+    if config.get("model_type") != "qwen3_asr" or not isinstance(thinker, Mapping):
+        return dict(config)
+    told = {name: thinker[name] for name in ("audio_config", "text_config", "audio_token_id") if name in thinker}
+    return {**{name: value for name, value in config.items() if name != "thinker_config"}, **told}
+
+
 def text_config(config: Mapping[str, Any]) -> Any:
     """The part of a ``config.json`` that is about text, which may not be an object: it is checked later."""
+    config = whole_config(config)
     text = config.get("text_config") or config
     if config.get("model_type") == "qwen2_audio" and isinstance(text, Mapping):
         return {**UNSAID, **text}
+    if config.get("model_type") == "qwen3_asr" and isinstance(text, Mapping):
+        # transformers goes by what the whole says
+        return {**text, "tie_word_embeddings": is_tied(config)}
     return text
+
+
+def is_tied(config: Mapping[str, Any]) -> Any:
+    """Whether the head is the embedding, as a ``config.json`` says; checked later: it may be anything."""
+    told = config.get("tie_word_embeddings")
+    if told is None and config.get("model_type") == "qwen3_asr":
+        text = whole_config(config).get("text_config")
+        # transformers' own, where nobody says
+        return text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
+    return False if told is None else told
 
 
 def senses(architecture: str, modality: str) -> bool:

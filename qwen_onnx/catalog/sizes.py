@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwen_onnx.bounded import read_object
-from qwen_onnx.catalog.architectures import DENSE, MIXTURES, QWEN1, text_config
+from qwen_onnx.catalog.architectures import DENSE, MIXTURES, QWEN1, is_tied, text_config
 from qwen_onnx.catalog.costs import Dimensions, Stored, as_floats
 from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions, options_of
@@ -84,7 +84,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
             kv_heads=text.get("num_key_value_heads", text["num_attention_heads"]),
             head_dim=text.get("head_dim"),
             vocab_size=text["vocab_size"],
-            tied=config.get("tie_word_embeddings", False),
+            tied=is_tied(config),
             # a dense model may say that it has none; transformers 5 writes Qwen3-MoE's under another name
             experts=text.get("num_experts") or text.get("num_local_experts") or None,
             experts_per_token=text.get("num_experts_per_tok") or None,

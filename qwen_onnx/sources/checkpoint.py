@@ -32,6 +32,12 @@ NESTED = (
     ("language_model.lm_head.", "lm_head."),
     ("model.audio_tower.", "audio_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    # as Qwen publishes Qwen3-ASR; the projection is within the tower
+    ("thinker.model.", "model."),
+    ("thinker.lm_head.", "lm_head."),
+    ("thinker.audio_tower.proj1.", "multi_modal_projector.linear_1."),
+    ("thinker.audio_tower.proj2.", "multi_modal_projector.linear_2."),
+    ("thinker.audio_tower.", "audio_tower."),
 )
 # bare and visible: what a manifest lists
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,240}\.safetensors")

@@ -3,7 +3,7 @@
 For text the three axes of their positions are equal, and pictures add nothing: the language model of Qwen2-VL and
 Qwen2.5-VL is a Qwen2ForCausalLM, that of Qwen3-VL a Qwen3ForCausalLM or, as a mixture, a Qwen3MoeForCausalLM, down to
 the names of the weights within a layer; published mixtures have their experts transposed. A Qwen3.5 reads text as it
-is, and the language model of Qwen2-Audio is a Qwen2ForCausalLM anyway.
+is, and the language model of Qwen2-Audio is a Qwen2ForCausalLM anyway, that of Qwen3-ASR a Qwen3ForCausalLM.
 In that form every step and every check for these takes it; the tower's weights stay in the same files under
 ``visual.`` or ``audio_tower.``, and its config in a file of its own.
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_onnx import bounded
-from qwen_onnx.catalog.architectures import text_config
+from qwen_onnx.catalog.architectures import HEARING, is_tied, text_config, whole_config
 from qwen_onnx.errors import SourceError, UnsupportedModelError
-from qwen_onnx.sources.audio_tower import QWEN2_AUDIO, AudioTower, audio_tower_of
+from qwen_onnx.sources.audio_tower import QWEN2_AUDIO, AudioTower
 from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, plain_name, read_json, shards, weight_map
+from qwen_onnx.sources.chunked_tower import QWEN3_ASR, ChunkedTower, hearing_tower_of
 from qwen_onnx.sources.stacked import Experts, turn_data, turn_header
 from qwen_onnx.sources.vision_config import (
     PREPROCESSOR,
@@ -34,11 +35,15 @@ from qwen_onnx.sources.vision_config import (
     tower_of,
 )
 
+AnyTower = Tower | AudioTower | ChunkedTower
+# where transformers 5 writes how sounds are prepared, beside more
+PROCESSOR = "processor_config.json"
 # key of the text model's config.json: the architecture of the whole
 WHOLE_ARCHITECTURE = "whole_architecture"
 # architecture and model_type of the text model
 TEXT = {
     QWEN2_AUDIO: ("Qwen2ForCausalLM", "qwen2"),
+    QWEN3_ASR: ("Qwen3ForCausalLM", "qwen3"),
     QWEN2_VL: ("Qwen2ForCausalLM", "qwen2"),
     QWEN2_5_VL: ("Qwen2ForCausalLM", "qwen2"),
     QWEN3_VL: ("Qwen3ForCausalLM", "qwen3"),
@@ -83,14 +88,9 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
             preprocessor_config.json.
         SourceError: a file is missing or damaged.
     """
-    config = read_json(checkpoint / "config.json")
+    config = whole_config(read_json(checkpoint / "config.json"))
     tower = _tower(config, str(checkpoint / "config.json"))
-    if not (checkpoint / PREPROCESSOR).exists():
-        raise UnsupportedModelError(
-            f"the checkpoint has no {PREPROCESSOR}, which says how pictures or sounds are prepared",
-            where=str(checkpoint),
-            hint="take it from the model that this one was made of",
-        )
+    prepared = _preprocessor(checkpoint, tower)
     names = _names(checkpoint)
     _require_weights(names, tower, checkpoint)
     nested = tower.architecture not in WHOLE and _renamed(names) != names
@@ -107,17 +107,38 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
     if nested and (folder / INDEX_FILE).exists():
         index = json.dumps({"metadata": {}, "weight_map": _renamed(names)})
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
+    (folder / PREPROCESSOR).write_text(json.dumps(prepared, indent=2), encoding="utf-8")
     (folder / tower.config_name).write_text(json.dumps(config, indent=2), encoding="utf-8")
     whole = {**config, WHOLE_ARCHITECTURE: tower.architecture}
     told = whole if tower.architecture in WHOLE else text_settings(config, tower)
     (folder / "config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
 
 
-def _tower(config: dict[str, Any], where: str) -> Tower | AudioTower:
-    return (audio_tower_of if config["architectures"][0] == QWEN2_AUDIO else tower_of)(config, where)
+def _tower(config: dict[str, Any], where: str) -> AnyTower:
+    return (hearing_tower_of if config["architectures"][0] in HEARING else tower_of)(config, where)
 
 
-def text_settings(config: dict[str, Any], tower: Tower | AudioTower) -> dict[str, Any]:
+def _preprocessor(checkpoint: Path, tower: AnyTower) -> dict[str, Any]:
+    """How pictures or sounds are prepared; transformers 5 writes it of a sound into the processor's own file.
+
+    Raises:
+        UnsupportedModelError: the checkpoint does not say.
+        SourceError: the file is damaged.
+    """
+    if (checkpoint / PREPROCESSOR).exists():
+        return read_json(checkpoint / PREPROCESSOR)
+    if isinstance(tower, ChunkedTower) and (checkpoint / PROCESSOR).exists():
+        told = read_json(checkpoint / PROCESSOR).get("feature_extractor")
+        if isinstance(told, dict):
+            return told
+    raise UnsupportedModelError(
+        f"the checkpoint has no {PREPROCESSOR}, which says how pictures or sounds are prepared",
+        where=str(checkpoint),
+        hint="take it from the model that this one was made of",
+    )
+
+
+def text_settings(config: dict[str, Any], tower: AnyTower) -> dict[str, Any]:
     """``config.json`` of the text model, in its own terms."""
     text = text_config(config)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -134,7 +155,7 @@ def text_settings(config: dict[str, Any], tower: Tower | AudioTower) -> dict[str
         "architectures": [architecture],
         "model_type": model_type,
         "use_sliding_window": False,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": bool(is_tied(config)),
         "torch_dtype": dtype or "bfloat16",
         "rope_parameters": {
             "rope_type": "default",
@@ -151,7 +172,7 @@ def _expert_count(text: dict[str, Any]) -> int | None:
     return text.get("num_experts") or text.get("num_local_experts") or None
 
 
-def _experts(config: dict[str, Any], tower: Tower | AudioTower, checkpoint: Path) -> Experts | None:
+def _experts(config: dict[str, Any], tower: AnyTower, checkpoint: Path) -> Experts | None:
     """Of a mixture.
 
     Raises:
@@ -186,7 +207,7 @@ def _renamed(names: dict[str, str]) -> dict[str, str]:
     return {plain_name(name): file for name, file in names.items()}
 
 
-def _require_weights(names: dict[str, str], tower: Tower | AudioTower, checkpoint: Path) -> None:
+def _require_weights(names: dict[str, str], tower: AnyTower, checkpoint: Path) -> None:
     """Names as Qwen publishes them, and as transformers saves them."""
     plain = _renamed(names)
     wanted = ["model.embed_tokens.weight", *(f"{part}.weight" for part in tower.required)]

@@ -10,8 +10,9 @@ import numpy as np
 
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.runtime.engines.media import Medium, Picture, Sound
-from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, audio_tower_of
+from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG
 from qwen_onnx.sources.checkpoint import read_json
+from qwen_onnx.sources.chunked_tower import ChunkedTower, hearing_tower_of
 from qwen_onnx.sources.vision_config import VISION_CONFIG, tower_of
 from qwen_onnx.verify.softmax import Logits
 
@@ -70,16 +71,20 @@ class AudioTower(Tower):
     def __init__(self, checkpoint: Path) -> None:
         super().__init__()
         settings = read_json(checkpoint / AUDIO_TOWER_CONFIG)
-        self.form = audio_tower_of(settings, str(checkpoint / AUDIO_TOWER_CONFIG))
+        self.form = hearing_tower_of(settings, str(checkpoint / AUDIO_TOWER_CONFIG))
         whole, config = _empty(settings)
         self._module = _filled(type(whole.audio_tower)(config.audio_config), checkpoint, "audio_tower.")
         projector = type(whole.multi_modal_projector)(config)
         self._projector = _filled(projector, checkpoint, "multi_modal_projector.")
 
     def _encoded(self, medium: Sound) -> Logits:
-        """As transformers computes it: all seconds that fit, and a mask over what is behind the sound."""
+        """As transformers computes it: for Qwen2-Audio all seconds that fit, with a mask over what is no sound."""
         import torch
 
+        if isinstance(self.form, ChunkedTower):
+            there = (torch.arange(medium.mel.shape[1]) < medium.frames).long()[None]
+            state = self._module(torch.tensor(medium.mel)[None], input_features_mask=there).last_hidden_state
+            return np.asarray(self._projector(state).numpy())
         steps = self.form.positions
         mel = torch.zeros(1, self.form.bands, 2 * steps)
         mel[0, :, : medium.mel.shape[1]] = torch.tensor(medium.mel)

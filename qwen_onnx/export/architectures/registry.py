@@ -18,6 +18,7 @@ from qwen_onnx.export.architectures import linear_attention, moe, qwen3_next, vi
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.sources.audio_tower import QWEN2_AUDIO
 from qwen_onnx.sources.checkpoint import read_json
+from qwen_onnx.sources.chunked_tower import QWEN3_ASR
 from qwen_onnx.sources.text_form import WHOLE_ARCHITECTURE
 from qwen_onnx.sources.vision_config import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE
 
@@ -51,8 +52,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     # right. A Qwen 1.0 arrives as one: sources.py converts it, since PyTorch and the quantiser have to read it, too
     "Qwen2ForCausalLM": Architecture("Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": Architecture("Qwen3ForCausalLM"),
-    # a Qwen2 beside its tower
+    # a Qwen2 and a Qwen3 beside their towers
     QWEN2_AUDIO: Architecture("Qwen2ForCausalLM"),
+    QWEN3_ASR: Architecture("Qwen3ForCausalLM"),
     # a decoder without tower or embedding; of Qwen2-VL "not currently supported"
     QWEN2_VL: SEEING,
     QWEN2_5_VL: SEEING,

@@ -50,17 +50,14 @@ class Sound:
     Attributes:
         mel: float32 [bands, frames], its log-mel spectrogram, and of the silence behind it what convolutions see.
         frames: that are of the sound itself.
-        digest: SHA-256 of both: equal sounds have equal ones.
+        tokens: how many tokens of a prompt it takes.
+        digest: SHA-256 of spectrogram and frames: equal sounds have equal ones.
     """
 
     mel: np.ndarray[Any, np.dtype[np.float32]]
     frames: int
+    tokens: int
     digest: str
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens of a prompt it takes: one for two steps of the encoder, which has one for two frames."""
-        return (self.frames + 1) // 2 // 2
 
 
 Medium = Picture | Sound

@@ -1,7 +1,8 @@
 """Sounds as the audio encoder takes them, in NumPy and soundfile: decoded, resampled, as a log-mel spectrogram.
 
-What is computed is what transformers' ``WhisperFeatureExtractor`` computes for Qwen2-Audio. A sound comes from
-strangers: its first bytes choose the format from a short list, and no more is decoded than the model hears.
+What is computed is what transformers' ``WhisperFeatureExtractor`` computes for Qwen2-Audio, and its
+``Qwen3ASRFeatureExtractor`` for one sound. A sound comes from strangers: its first bytes choose the format from a
+short list, and no more is decoded than the model hears.
 """
 
 from __future__ import annotations
@@ -43,15 +44,20 @@ FEWEST_RATE, MOST_RATE, MOST_CHANNELS = 4000, 192_000, 8
 # of the mel scale, by Slaney: linear up to 1 kHz, then logarithmic
 HIGHEST, KNEE, LINEAR, STEP = 8000.0, 1000.0, 200 / 3, math.log(6.4) / 27
 FLOOR, RANGE = 1e-10, 8.0
-# tokens of the shortest sound that has one
-FEWEST_FRAMES = 3
+# of a spectrogram at once: their windows are copied
+PIECE = 2048
 
 
 @dataclass(frozen=True)
 class SoundLimits:
-    """What one sound may cost; how long it may be is the model's."""
+    """What one sound may cost; how long it may be is the model's.
+
+    Attributes:
+        most_samples: of one channel, before they are resampled: twenty minutes at 48 kHz.
+    """
 
     most_bytes: int = MOST_BYTES
+    most_samples: int = 1200 * 48_000
 
 
 def require_decoder() -> None:
@@ -98,18 +104,41 @@ def decode_sound(
         raise RequestError(f"this is not a sound of a known format: {', '.join(FORMATS)}", where=where)
     if declared not in (None, found):
         raise RequestError(f"the request says {declared}, the sound is {found}", where=where)
-    samples, rate = _decoded(content, found, settings.chunk_length, where)
+    samples, rate = _decoded(content, found, _Most(settings.chunk_length, limits.most_samples), where)
     if not np.isfinite(samples).all():
         raise _damaged("it holds samples that are no numbers", where)
     heard = resample(samples, rate, settings.sampling_rate)
-    if _frames(len(heard), settings) < FEWEST_FRAMES:
+    if not settings.tokens_of(settings.frames_of(len(heard))):
         raise RequestError(
             f"the sound has {len(samples):,} samples, too few for a token", where=where, hint="send a longer one"
         )
     return heard
 
 
-def _decoded(content: bytes, kind: Format, seconds: int, where: str) -> tuple[Samples, int]:
+@dataclass(frozen=True)
+class _Most:
+    """Seconds that a model hears, and samples that are decoded."""
+
+    seconds: int
+    samples: int
+
+    def check(self, count: int, rate: int, where: str) -> None:
+        """RequestError for more samples of this rate."""
+        if count > self.seconds * rate:
+            raise RequestError(
+                f"the sound lasts {count / rate:,.1f} s, the model hears {self.seconds} s",
+                where=where,
+                hint="cut it, or send parts of it",
+            )
+        if count > self.samples:
+            raise RequestError(
+                f"the sound has {count:,} samples or more, the most are {self.samples:,}",
+                where=where,
+                hint="send it at a lower rate, or parts of it",
+            )
+
+
+def _decoded(content: bytes, kind: Format, limit: _Most, where: str) -> tuple[Samples, int]:
     """Samples and their rate."""
     import soundfile
 
@@ -118,14 +147,13 @@ def _decoded(content: bytes, kind: Format, seconds: int, where: str) -> tuple[Sa
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             if file.format not in FORMATS[kind] or (kind == "wav" and file.subtype not in PLAIN):
                 raise RequestError(f"sounds of {file.format} in {file.subtype} are not read", where=where)
-            _check_form(file, seconds, where)
-            most, parts, count = seconds * file.samplerate, [], 0
+            _check_form(file, limit, where)
+            parts, count = [], 0
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                 parts.append(block.mean(axis=1))
                 count += len(block)
                 # a header need not say how much follows
-                if count > most:
-                    raise _too_long(count / file.samplerate, seconds, where)
+                limit.check(count, file.samplerate, where)
             # of MP3 it is an estimate, unless the encoder left the number
             told = kind != "mp3" or b"Xing" in content[:BLOCK] or b"Info" in content[:BLOCK]
             if told and count < file.frames:
@@ -135,15 +163,14 @@ def _decoded(content: bytes, kind: Format, seconds: int, where: str) -> tuple[Sa
         raise _damaged(str(error), where) from error
 
 
-def _check_form(file: Any, seconds: int, where: str) -> None:
+def _check_form(file: Any, limit: _Most, where: str) -> None:
     """RequestError for what its header says."""
     if not FEWEST_RATE <= file.samplerate <= MOST_RATE:
         told = f"the sound has {file.samplerate:,} samples a second, not {FEWEST_RATE:,} to {MOST_RATE:,}"
         raise RequestError(told, where=where)
     if file.channels > MOST_CHANNELS:
         raise RequestError(f"the sound has {file.channels} channels, the most are {MOST_CHANNELS}", where=where)
-    if file.frames > seconds * file.samplerate:
-        raise _too_long(file.frames / file.samplerate, seconds, where)
+    limit.check(file.frames, file.samplerate, where)
 
 
 def _require_whole(content: bytes, kind: Format, where: str) -> None:
@@ -161,30 +188,32 @@ def _damaged(why: str, where: str) -> RequestError:
     return RequestError(f"the sound is damaged: {why.strip()}", where=where, hint="save it again")
 
 
-def _too_long(found: float, seconds: int, where: str) -> RequestError:
-    return RequestError(
-        f"the sound lasts {found:,.1f} s, the model hears {seconds} s", where=where, hint="cut it, or send parts of it"
-    )
-
-
-def _frames(samples: int, settings: AudioSettings) -> int:
-    """Of the spectrogram that are of the sound."""
-    return -(-min(samples, settings.samples) // settings.hop_length)
-
-
 def prepare_sound(samples: Samples, settings: AudioSettings) -> Sound:
     """Samples at the model's rate as the encoder takes them."""
-    size, hop, frames = settings.n_fft, settings.hop_length, _frames(len(samples), settings)
-    filled = np.zeros(settings.samples)
-    filled[: len(samples)] = samples[: settings.samples]
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(filled, size // 2, mode="reflect"), size)[::hop]
-    # two convolutions see two frames of what is behind the sound; of more silence no token hears anything
-    given = min(frames + 2, settings.frames)
-    power = np.abs(np.fft.rfft(windows[:given] * np.hanning(size + 1)[:-1])) ** 2
-    log = np.log10(np.maximum(_filters(settings) @ power.T, FLOOR))
-    mel = ((np.maximum(log, log.max() - RANGE) + 4) / 4).astype(np.float32)
+    frames = settings.frames_of(len(samples))
+    if settings.chunk is None:
+        # two convolutions see two frames of what is behind the sound; of more silence no token hears anything
+        filled, given = settings.samples, min(frames + 2, settings.frames)
+    else:
+        filled, given = max(len(samples), settings.min_length), frames
+    mel = _log_mel(np.pad(samples[:filled], (0, max(0, filled - len(samples)))), given, settings)
+    if settings.chunk is not None:
+        # behind the spectrogram, where no sound is but what transformers fills it with
+        mel = np.pad(mel, ((0, 0), (0, -frames % settings.chunk)))
     digest = hashlib.sha256(repr((mel.shape, frames)).encode() + mel.tobytes()).hexdigest()
-    return Sound(mel, frames, digest)
+    return Sound(mel, frames, settings.tokens_of(frames), digest)
+
+
+def _log_mel(samples: Samples, frames: int, settings: AudioSettings) -> Samples:
+    """The first ``frames`` of a spectrogram, float32 [bands, frames]."""
+    size, found = settings.n_fft, np.empty((settings.feature_size, frames))
+    padded = np.pad(samples, size // 2, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: settings.hop_length][:frames]
+    for begin in range(0, frames, PIECE):
+        power = np.abs(np.fft.rfft(windows[begin : begin + PIECE] * np.hanning(size + 1)[:-1])) ** 2
+        found[:, begin : begin + PIECE] = np.log10(np.maximum(_filters(settings) @ power.T, FLOOR))
+    np.maximum(found, found.max() - RANGE, out=found)
+    return ((found + 4) / 4).astype(np.float32)
 
 
 def _mel(hertz: float) -> float:

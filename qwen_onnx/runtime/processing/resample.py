@@ -24,7 +24,7 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
     count = -(-len(samples) * up // down)
     scale = PASSED * min(1.0, up / down)
     reach = math.ceil(CROSSINGS / scale)
-    padded = np.pad(samples.astype(np.float64), (reach - 1, reach))
+    padded = np.pad(samples, (reach - 1, reach))
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach)
     places = np.arange(1 - reach, reach + 1)
     found = np.zeros(count, np.float32)

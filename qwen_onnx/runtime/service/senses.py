@@ -232,9 +232,8 @@ class Ears(Sense):
         from qwen_onnx.runtime.processing.audio import decode_sound, prepare_sound
 
         samples = decode_sound(one.content, self._settings, where=one.where, declared=one.form)
-        # its spectrogram costs less than decoding it did
-        sound = prepare_sound(samples, self._settings)
-        return sound.tokens, lambda: sound
+        tokens = self._settings.tokens_of(self._settings.frames_of(len(samples)))
+        return tokens, lambda: prepare_sound(samples, self._settings)
 
 
 def sense_of(folder: Path) -> Sense | None:

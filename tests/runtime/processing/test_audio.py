@@ -17,6 +17,7 @@ from qwen_onnx.runtime.processing.audio import SoundLimits, decode_sound, format
 from qwen_onnx.runtime.processing.resample import resample
 from tests.conftest import rewrite_json
 from tests.fixtures.sounds import RATE, SETTINGS, Array, as_sound, hiss, sweep, tone
+from tests.fixtures.speech import SETTINGS as CHUNKED
 
 PLACE = "messages.0.content.1.input_audio"
 
@@ -60,6 +61,37 @@ def test_spectrograms_are_those_of_transformers(name: str, extractor: Any) -> No
     assert given == min(frames + 2, SETTINGS.frames)
     assert np.abs(found.mel - exact[:, :given]).max() <= 1e-5
     assert np.abs(found.mel - np.asarray(wanted["input_features"])[0][:, :given]).max() <= 2e-4
+
+
+# the least, what is filled up, and lengths that neither a frame nor a chunk divides; the last is read in pieces
+@pytest.mark.parametrize("samples", [1, 1600, 7999, 8000, 8159, 8160, 16_161, 40_000, 500_123])
+def test_spectrograms_of_any_length_are_those_of_transformers(samples: int) -> None:
+    """Qwen3-ASR's, whose FFT PyTorch rounds to float32."""
+    from transformers import Qwen3ASRFeatureExtractor
+
+    heard = hiss(samples / RATE + 0.01)[:samples]
+    found = prepare_sound(heard, CHUNKED)
+    wanted = Qwen3ASRFeatureExtractor()(heard, sampling_rate=RATE, padding=True, return_attention_mask=True)
+    assert found.frames == int(wanted["attention_mask"].sum())
+    # as Qwen3ASRProcessor counts them
+    whole, rest = divmod(found.frames, 100)
+    assert found.tokens == 13 * whole + ((((rest - 1) // 2 + 1 - 1) // 2 + 1) - 1) // 2 + 1
+    assert found.mel.dtype == np.float32
+    assert found.mel.shape == wanted["input_features"].shape[1:]
+    assert np.abs(found.mel - wanted["input_features"][0].numpy()).max() <= 2e-4
+
+
+def test_twenty_minutes_are_heard_and_no_more() -> None:
+    """Whatever a file says: it is FLAC of silence, of some kilobytes."""
+    silence = as_sound(np.zeros(1200 * 8000, np.float32), 8000, form="FLAC")
+    assert len(silence) < 1 << 20
+    assert len(decode_sound(silence, CHUNKED, where="it")) == 1200 * RATE
+    with pytest.raises(RequestError, match=r"lasts 1,200\.1 s, the model hears 1200 s"):
+        decode_sound(as_sound(np.zeros(1200 * 8000 + 800, np.float32), 8000, form="FLAC"), CHUNKED, where="it")
+    with pytest.raises(RequestError, match="samples or more, the most are 16,000"):
+        decode_sound(as_sound(hiss(1.1)), CHUNKED, where="it", limits=SoundLimits(most_samples=RATE))
+    with pytest.raises(RequestError, match="0 samples, too few"):
+        decode_sound(as_sound(np.zeros(0, np.float32)), CHUNKED, where="it")
 
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000])
@@ -207,6 +239,10 @@ def test_settings_come_back_from_the_file_and_a_strange_one_is_refused(tmp_path:
         ({"n_fft": 10**9}, "n_fft"),
         ({"hop_length": 161}, "whole number of frames"),
         ({"chunk_length": None}, "chunk_length"),
+        ({"chunk_length": 121}, "more than 120 s"),
+        ({"chunk": 100}, "chunk and window go together"),
+        ({"chunk": 100, "window": 250}, "not a whole number of chunks"),
+        ({"chunk": 100, "window": 200, "min_length": 399}, "less than a frame"),
     ):
         rewrite_json(path, **change)
         with pytest.raises(ArtifactError, match=message):

@@ -14,14 +14,16 @@ from qwen_onnx.artifact.audio_config import AUDIO_CONFIG
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import Drawing
 from qwen_onnx.export.embedding import configure, copy_decoder, write_embedding
+from qwen_onnx.export.passes.audio_encoder import chunked
 from qwen_onnx.export.passes.audio_encoder.options import AudioEncoderOptions
 from qwen_onnx.export.passes.audio_encoder.tower import FEATURES, FRAMES, MEL, draw_tower, inputs, outputs
 from qwen_onnx.export.passes.pack_weights.data_file import DataFile
 from qwen_onnx.export.progress import progress
 from qwen_onnx.export.tower_pass import TowerPass
 from qwen_onnx.export.weights import CheckpointWeights
-from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, audio_settings_of, audio_tower_of
+from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, AudioTower
 from qwen_onnx.sources.checkpoint import read_json
+from qwen_onnx.sources.chunked_tower import hearing_settings_of, hearing_tower_of
 
 AUDIO_FILE = "audio.onnx"
 
@@ -34,28 +36,33 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
 
     Raises:
         ExportError: there is no tower, a weight is missing or has another shape, or the decoder takes token ids.
-        UnsupportedModelError: see ``audio_tower_of`` and ``audio_settings_of``.
+        UnsupportedModelError: see ``hearing_tower_of`` and ``hearing_settings_of``.
     """
     where = checkpoint / AUDIO_TOWER_CONFIG
     if not where.exists():
         raise ExportError("the checkpoint has no audio tower", where=str(checkpoint), hint="qwen-onnx list")
-    tower = audio_tower_of(read_json(where), str(where))
-    settings = audio_settings_of(checkpoint, tower)
+    tower = hearing_tower_of(read_json(where), str(where))
+    settings = hearing_settings_of(checkpoint, tower)
+    whisper = isinstance(tower, AudioTower)
     copy_decoder(decoder, output)
     progress(f"writing the audio encoder: {tower.depth} layers of {tower.width}")
     with DataFile(output / f"{AUDIO_FILE}.data") as data:
         draw = Drawing(CheckpointWeights(checkpoint), data)
-        draw_tower(draw, tower)
+        if isinstance(tower, AudioTower):
+            draw_tower(draw, tower)
+        else:
+            chunked.draw_tower(draw, tower)
         draw.save(output / AUDIO_FILE, inputs(tower), outputs(tower))
     write_embedding(checkpoint, output, features=FEATURES, token=tower.token, hidden=tower.output, width=tower.output)
-    (output / AUDIO_CONFIG).write_text(settings.model_dump_json(indent=1), encoding="utf-8")
+    told_settings = settings.model_dump_json(indent=1, exclude_defaults=True)
+    (output / AUDIO_CONFIG).write_text(told_settings, encoding="utf-8")
     speech = {
         "filename": AUDIO_FILE,
         "config_filename": AUDIO_CONFIG,
         "inputs": {MEL: MEL, FRAMES: FRAMES},
         "outputs": {FEATURES: FEATURES},
     }
-    told = {"type": "qwen2_audio", "audio_token_id": tower.token, "speech": speech}
+    told = {"type": "qwen2_audio" if whisper else "qwen3_asr", "audio_token_id": tower.token, "speech": speech}
     configure(decoder, output, features=FEATURES, width=tower.output, told=told)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from qwen_onnx.artifact.audio_config import AudioSettings
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines.batch.session import open_session
@@ -118,11 +119,20 @@ class Hearing(Sense):
             raise _lacking(folder)
         self._speech, inputs = model.speech, model.speech.inputs.model_dump()
         super().__init__(folder, threads, model.speech.filename, inputs, model.audio_token_id, kept_bytes)
+        self._window = AudioSettings.read(folder).window
 
     def encode(self, medium: Sound) -> Floats:
-        """See ``Sense``."""
+        """See ``Sense``. Windows that do not hear each other are encoded one by one: memory does not grow with them."""
+        window = self._window or medium.mel.shape[1]
+        begins = range(0, medium.frames, window)
+        parts = [
+            self._part(medium.mel[:, begin : begin + window], min(window, medium.frames - begin)) for begin in begins
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _part(self, mel: Floats, frames: int) -> Floats:
         names = self._speech.inputs
-        given = {names.audio_embeds: medium.mel[None], names.audio_lengths: np.array([medium.frames], np.int64)}
+        given = {names.audio_embeds: mel[None], names.audio_lengths: np.array([frames], np.int64)}
         (features,) = self._encoder.run([self._speech.outputs.audio_features], given)
         return np.asarray(features, np.float32)
 
