@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 # other files that an architecture has instead; sources.py converts them
 TOKENIZER_FILES = {"QWenLMHeadModel": "qwen.tiktoken"}
+# what may stand for it where a model gets another form anyway
+SPLIT_TOKENIZER, SPLIT = ("vocab.json", "merges.txt"), {"Qwen3ASRForConditionalGeneration"}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # how published models with a tower begin the names of their weights, and how a language model and a tower do alone
@@ -138,13 +140,14 @@ def check_checkpoint(
             hint="choose the recipe that fits (qwen-onnx list), or correct the row's shape",
         )
     tokenizer = TOKENIZER_FILES.get(architecture, TOKENIZER_FILE)
-    if not (folder / tokenizer).exists():
+    split = architecture in SPLIT and all((folder / name).exists() for name in SPLIT_TOKENIZER)
+    if not (folder / tokenizer).exists() and not split:
         raise UnsupportedModelError(
             f"the checkpoint has no {tokenizer}",
             where=str(folder),
             hint="save one beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
         )
-    if tokenizer == TOKENIZER_FILE:
+    if tokenizer == TOKENIZER_FILE and (folder / tokenizer).exists():
         read_json(folder / tokenizer, most_bytes=LARGEST_TOKENIZER, most_values=MOST_TOKENIZER_VALUES)
     settings = text_config(config)
     for shard in shards(folder):

@@ -35,7 +35,9 @@ from qwen_onnx.sources.transfer import Progress, Transfer
 from qwen_onnx.sources.web import PASSING, Ranges, bounded, make_client, reaching, reading, require_encrypted, secret
 
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "vocab.json", "merges.txt")
-WANTED_TOO = ("*.tiktoken", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", *LICENCE_FILES)
+# chat_template.json: where processors kept theirs before transformers 5
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+WANTED_TOO = ("*.tiktoken", *TEMPLATES, "special_tokens_map.json", "added_tokens.json", *LICENCE_FILES)
 ENDPOINTS = {
     "huggingface": ("HF_ENDPOINT", "https://huggingface.co"),
     "modelscope": ("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn"),

@@ -28,6 +28,7 @@ from qwen_onnx.sources.facts import ADAPTER, CARD, CONFIG, TEMPLATE, TOKENIZER_C
 from qwen_onnx.sources.fetch import has_recipes_weights
 from qwen_onnx.sources.plain import PICKLES
 from qwen_onnx.sources.quantized import HINT, quantization_of
+from qwen_onnx.sources.split_tokenizer import TEMPLATE_JSON
 from qwen_onnx.sources.transfer import Progress
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 
@@ -126,7 +127,7 @@ def own_family(catalog: Catalog, facts: Facts, model: str) -> Family:
         quantization=quantization,
         rope=_scaling(config, architecture, facts.where),
         # a Qwen3.5 is also published without its tower, which its config.json announces all the same
-        modality=_modality(architecture) if PREPROCESSOR in facts.names else "text",
+        modality=_modality(architecture) if PREPROCESSOR in facts.names or architecture in HEARING else "text",
         read_in={"default": CONFIG, "license": CARD, "kind": "the chat template"},
     )
     known = (family.targets for family in catalog.families.values() if family.architecture == architecture)
@@ -277,6 +278,8 @@ def _scaling(config: dict[str, Any], architecture: str, where: str) -> Literal["
 
 def _kind(facts: Facts) -> Kind:
     """By what the chat template does; without one a model continues text."""
+    if TEMPLATE_JSON in facts.names:
+        return "chat"
     template = facts.texts.get(TEMPLATE) or facts.texts.get(TOKENIZER_CONFIG, "")
     if TEMPLATE not in facts.texts and '"chat_template"' not in template:
         return "base"

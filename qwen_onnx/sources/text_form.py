@@ -20,8 +20,9 @@ from qwen_onnx import bounded
 from qwen_onnx.catalog.architectures import HEARING, is_tied, text_config, whole_config
 from qwen_onnx.errors import SourceError, UnsupportedModelError
 from qwen_onnx.sources.audio_tower import QWEN2_AUDIO, AudioTower
-from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, plain_name, read_json, shards, weight_map
+from qwen_onnx.sources.checkpoint import INDEX_FILE, LARGEST_INDEX, SPLIT, plain_name, read_json, shards, weight_map
 from qwen_onnx.sources.chunked_tower import QWEN3_ASR, ChunkedTower, hearing_tower_of
+from qwen_onnx.sources.split_tokenizer import write_tokenizer
 from qwen_onnx.sources.stacked import Experts, turn_data, turn_header
 from qwen_onnx.sources.vision_config import (
     PREPROCESSOR,
@@ -104,6 +105,8 @@ def write_text_form(checkpoint: Path, folder: Path) -> None:
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in other and path.suffix not in {".safetensors", ".bin"}:
             shutil.copyfile(path, folder / path.name)
+    if tower.architecture in SPLIT:
+        write_tokenizer(checkpoint, folder)
     if nested and (folder / INDEX_FILE).exists():
         index = json.dumps({"metadata": {}, "weight_map": _renamed(names)})
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,8 @@ RUN = frozenset({Verification.RUN})
 # transformers rounds its FFT to float32, ours does not
 SPECTRUM_DIFF = 3e-4
 SEVERAL = "several"
+# how a model that transcribes begins an answer
+TRANSCRIBES, SPOKEN = "qwen3_asr", "language English<asr_text>"
 WORDS = "There are several sounds. The first is lower than the second, and what follows is a noise that fades."
 
 
@@ -40,23 +43,43 @@ def _prepared(artifact: Path) -> dict[str, Sound]:
     from qwen_onnx.runtime.processing.audio import prepare_sound
 
     settings = AudioSettings.read(artifact)
-    return {kind: prepare_sound(samples, settings) for kind, samples in drawn.sounds().items()}
+    return {kind: prepare_sound(samples, settings) for kind, samples in _drawn(settings).items()}
+
+
+def _drawn(settings: AudioSettings) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """By kind; one of several windows for an encoder that has them, its last chunk incomplete."""
+    sounds = drawn.sounds()
+    if settings.window is not None:
+        count = (5 * settings.window // 2 + 37) * settings.hop_length
+        sounds["long"] = np.resize(np.concatenate(list(sounds.values())), count)
+    return sounds
+
+
+def _extracted(told: dict[str, Any], samples: np.ndarray[Any, Any], settings: AudioSettings) -> tuple[Any, int]:
+    """A spectrogram by transformers with the settings ``told``, and how many frames of it are of the sound."""
+    from transformers import Qwen3ASRFeatureExtractor, WhisperFeatureExtractor
+
+    given = {name: told[name] for name in told if not name.endswith("_type")}
+    kind, filled = (WhisperFeatureExtractor, "max_length")
+    if settings.chunk is not None:
+        kind, filled = (Qwen3ASRFeatureExtractor, "longest")
+    found = kind(**given)(
+        samples, sampling_rate=drawn.RATE, padding=filled, return_attention_mask=True, return_tensors="np"
+    )
+    return np.asarray(found["input_features"])[0], int(found["attention_mask"].sum())
 
 
 @check("spectrogram", RUN)
 def spectrogram_parity(context: Context) -> CheckResult:
     """Spectrograms and numbers of frames are those of transformers with the checkpoint's own settings."""
-    from transformers import WhisperFeatureExtractor
-
-    told = read_json(context.checkpoint / PREPROCESSOR)
-    extractor = WhisperFeatureExtractor(**{name: told[name] for name in told if not name.endswith("_type")})
-    worst_diff, lengths, sounds = 0.0, 0, drawn.sounds()
+    told, settings = read_json(context.checkpoint / PREPROCESSOR), AudioSettings.read(context.artifact)
+    worst_diff, lengths, sounds = 0.0, 0, _drawn(settings)
     for kind, sound in _prepared(context.artifact).items():
-        wanted = extractor(sounds[kind], sampling_rate=drawn.RATE, return_attention_mask=True, return_tensors="np")
-        if int(wanted["attention_mask"].sum()) != sound.frames:
+        wanted, frames = _extracted(told, sounds[kind], settings)
+        given = wanted[:, : sound.mel.shape[1]]
+        if frames != sound.frames or given.shape != sound.mel.shape:
             lengths += 1
             continue
-        given = np.asarray(wanted["input_features"])[0][:, : sound.mel.shape[1]]
         worst_diff = max(worst_diff, float(np.abs(given - sound.mel).max()))
     return CheckResult(
         name="spectrogram",
@@ -96,6 +119,8 @@ def _prompts(context: Context) -> dict[str, senses.Asked]:
             soundfile.write(file, samples, drawn.RATE, format="WAV", subtype="FLOAT")
             files[kind] = file.getvalue()
         turns = {**{kind: [kind] for kind in files}, SEVERAL: list(files)[:2]}
-        return senses.asked_of(context, turns, files, WORDS)
+        model = senses.model_of(context.artifact)
+        words = f"{SPOKEN}{WORDS}" if model is not None and model.type == TRANSCRIBES else WORDS
+        return senses.asked_of(context, turns, files, words)
 
     return context.once("sounds", made)

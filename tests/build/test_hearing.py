@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,17 @@ from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, Generatio
 from tests.conftest import run_cli
 from tests.fixtures.hearing import make_hearing_checkpoint
 from tests.fixtures.sounds import as_sound, sweep
+from tests.fixtures.speech import make_speech_checkpoint
 
 
 @pytest.mark.release
-def test_a_folder_is_built_and_answers_about_a_sound(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [make_hearing_checkpoint, make_speech_checkpoint])
+def test_a_folder_is_built_and_answers_about_a_sound(tmp_path: Path, make: Callable[..., Path]) -> None:
     """Through the INT4 pipeline of the CPU and every check, with encoder and embedding beside the decoder.
 
     Of 288 tokens one stands for sounds, so that a random model draws it.
     """
-    folder = make_hearing_checkpoint(tmp_path / "tiny-audio", max_position_embeddings=4096)
+    folder = make(tmp_path / "tiny-audio", max_position_embeddings=4096)
     done = run_cli("optimize", folder, "--output", tmp_path / "artifact")
     # a model of 64 dimensions may be too quick for its time to be told
     assert set(json.loads(done.stdout.splitlines()[-1])["not_passed"]) <= {"latency"}, done.stdout

@@ -22,6 +22,7 @@ from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.runtime.engines.batch.sight import Hearing
 from qwen_onnx.runtime.engines.media import Sound
 from qwen_onnx.runtime.processing.audio import prepare_sound
+from qwen_onnx.runtime.processing.tokenizer import TextTokenizer
 from qwen_onnx.sources.chunked_tower import QWEN3_ASR
 from qwen_onnx.sources.text_form import PROCESSOR, write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
@@ -179,6 +180,7 @@ def published(case: Case, folder: Path) -> Path:
     extractor = json.loads((folder / PROCESSOR).read_text())["feature_extractor"]
     (folder / PROCESSOR).unlink()
     (folder / PREPROCESSOR).write_text(json.dumps(extractor | {"feature_extractor_type": "WhisperFeatureExtractor"}))
+    split_tokenizer(folder)
     renamed = {}
     projection = {f"multi_modal_projector.linear_{index}.": f"audio_tower.proj{index}." for index in (1, 2)}
     for name, tensor in load_file(case.text / "model.safetensors").items():
@@ -186,6 +188,19 @@ def published(case: Case, folder: Path) -> Path:
         renamed[f"thinker.{projection.get(head, head)}{name.removeprefix(head)}"] = tensor
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def split_tokenizer(folder: Path) -> None:
+    """Vocabulary and merges in files of their own, and the template as processors kept it."""
+    core = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(core["model"]["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    added = {str(entry.pop("id")): entry for entry in core["added_tokens"]}
+    rewrite_json(folder / "tokenizer_config.json", added_tokens_decoder=added, tokenizer_class="Qwen2Tokenizer")
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
 
 
 def test_published_names_are_known(case: Case, tmp_path: Path) -> None:
@@ -197,6 +212,12 @@ def test_published_names_are_known(case: Case, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], plain[name]) for name in plain)
     told, wanted = (json.loads((folder / "config.json").read_text()) for folder in (text, case.text))
     assert told == wanted
+    assert (text / "chat_template.jinja").read_text() == (case.text / "chat_template.jinja").read_text()
+    one, other = (TextTokenizer(folder) for folder in (text, case.text))
+    for told in ("Hi <|audio_start|><|audio_pad|>", "language English<asr_text>héllo 12", "<|im_end|>"):
+        ids = other.encode(told, allow_special=True)
+        assert one.encode(told, allow_special=True) == ids
+        assert one.decode(ids) == other.decode(ids)
     write_parts(text, case.fp32.with_name("fp32-decoder"), tmp_path / "out")
     assert AudioSettings.read(tmp_path / "out") == SETTINGS
     assert (tmp_path / "out" / AUDIO_CONFIG).read_text() == (case.fp32 / AUDIO_CONFIG).read_text()

@@ -18,9 +18,10 @@ from qwen_onnx.verify.hearing import AUDIBLE, hears
 from qwen_onnx.verify.sight import VISUAL
 from tests.conftest import rewrite_json
 from tests.fixtures.hearing import hearing_artifact, hearing_checkpoint
+from tests.fixtures.speech import speech_artifact, speech_checkpoint
 from tests.verify.test_sight import LIMITS, LOOSE, verdicts
 
-__all__ = ["hearing_artifact", "hearing_checkpoint"]
+__all__ = ["hearing_artifact", "hearing_checkpoint", "speech_artifact", "speech_checkpoint"]
 
 
 @pytest.mark.slow
@@ -28,6 +29,22 @@ def test_a_good_artifact_passes(hearing_artifact: Path, hearing_checkpoint: Path
     assert hears(hearing_artifact)
     found = verdicts(hearing_artifact, hearing_checkpoint, *sorted(AUDIBLE))
     assert found == dict.fromkeys(AUDIBLE, Verdict.PASS)
+
+
+@pytest.mark.slow
+def test_a_good_artifact_that_transcribes_passes(speech_artifact: Path, speech_checkpoint: Path) -> None:
+    found = verdicts(speech_artifact, speech_checkpoint, *sorted(AUDIBLE))
+    assert found == dict.fromkeys(AUDIBLE, Verdict.PASS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "failed"), [({"window": 100}, "audio"), ({"min_length": 16_000}, "spectrogram")])
+def test_other_windows_or_lengths_fail_their_check(
+    speech_artifact: Path, speech_checkpoint: Path, tmp_path: Path, change: dict[str, int], failed: str
+) -> None:
+    broken = Path(shutil.copytree(speech_artifact, tmp_path / "broken"))
+    rewrite_json(broken / AUDIO_CONFIG, **change)
+    assert verdicts(broken, speech_checkpoint, failed) == {failed: Verdict.FAIL}
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-from jinja2 import Environment, Template, meta
+from jinja2 import Environment, Template, meta, nodes
 from jinja2 import TemplateError as JinjaError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_onnx.processes.limited import serve
@@ -18,6 +20,17 @@ MOST_CHARACTERS = 16 << 20
 MOST_WORDS = 500
 # what templates come to; anything else ends the process
 FAULTS = (JinjaError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class Generation(Extension):
+    """``{% generation %}`` of transformers, which marks what a model is trained on: here its content alone."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the two tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def make_environment() -> Environment:
@@ -30,7 +43,7 @@ def make_environment() -> Environment:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = fail

@@ -124,3 +124,11 @@ def test_a_special_token_that_is_not_a_text_is_refused(tmp_path: Path, token: ob
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 }}", "eos_token": token}))
     with pytest.raises(ArtifactError, match=r"eos_token of tokenizer_config\.json is not a text"):
         ChatTemplate(tmp_path)
+
+
+def test_what_marks_a_turn_for_training_is_its_content_alone(tmp_path: Path) -> None:
+    """As transformers' own tag: published templates of Qwen3-ASR have it."""
+    marked = "{% for m in messages %}<a>{% generation %}{{- m.content + '</a>' -}}{% endgeneration %}{% endfor %}"
+    assert template(tmp_path, marked).render(HELLO) == "<a>hello</a>"
+    with pytest.raises(ArtifactError, match="does not parse"):
+        template(tmp_path, "{% generation %}never ended")
