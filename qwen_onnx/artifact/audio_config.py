@@ -12,6 +12,8 @@ from qwen_onnx.errors import ArtifactError
 from qwen_onnx.records import Record
 
 AUDIO_CONFIG = "audio_config.json"
+# what genai_config.json calls a model that hears, and one that hears and makes transcripts
+HEARS, TRANSCRIBES = "qwen2_audio", "qwen3_asr"
 MOST_CONFIG = 64 << 10
 # frames of a chunk of which three convolutions make a token; seconds that every sound may be filled up to
 REDUCED, MOST_FILLED = 8, 120

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from qwen_onnx.artifact.audio_config import AudioSettings
+from qwen_onnx.artifact.audio_config import TRANSCRIBES, AudioSettings
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.sight import Hearing
 from qwen_onnx.runtime.engines.media import Sound
+from qwen_onnx.runtime.processing.transcripts import prefill
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from qwen_onnx.verify import drawn, senses
@@ -29,7 +30,7 @@ RUN = frozenset({Verification.RUN})
 SPECTRUM_DIFF = 3e-4
 SEVERAL = "several"
 # how a model that transcribes begins an answer
-TRANSCRIBES, SPOKEN = "qwen3_asr", "language English<asr_text>"
+SPOKEN = prefill("English")
 WORDS = "There are several sounds. The first is lower than the second, and what follows is a noise that fades."
 
 

@@ -11,11 +11,21 @@ from openai import OpenAI
 from qwen_onnx.runtime import QwenService
 from tests.fixtures.hearing import hearing_artifact
 from tests.fixtures.servers import served
+from tests.fixtures.speech import speech_artifact
 from tests.fixtures.templates import qwen3, qwen3_artifact, qwen3_service
 from tests.fixtures.vision import seeing_artifact
 
 # fixtures are found from here
-__all__ = ["client", "hearing_artifact", "qwen3", "qwen3_artifact", "qwen3_service", "seeing_artifact", "service"]
+__all__ = [
+    "client",
+    "hearing_artifact",
+    "qwen3",
+    "qwen3_artifact",
+    "qwen3_service",
+    "seeing_artifact",
+    "service",
+    "speech_artifact",
+]
 
 
 @pytest.fixture(scope="session")

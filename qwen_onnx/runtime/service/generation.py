@@ -104,6 +104,7 @@ class ChatPrompt:
         schema: JSON schema that the answer is held to; the template is not told, but its characters are input too.
         pictures, sounds, videos: in the order of the parts ``{"type": "image"}``, ``{"type": "audio"}`` and
             ``{"type": "video"}`` of the messages.
+        prefill: how the answer begins, of this program's own words: the model goes on behind it.
     """
 
     messages: Sequence[Message]
@@ -113,6 +114,7 @@ class ChatPrompt:
     pictures: Sequence[Attached] = ()
     sounds: Sequence[Attached] = ()
     videos: Sequence[AttachedVideo] = ()
+    prefill: str = ""
 
 
 # text to continue, token ids to continue, or a conversation to answer

@@ -88,6 +88,7 @@ class QwenService(TextService):
             self.template = ChatTemplate(folder) if has_template(folder) else None
             self._sense = sense_of(folder)
             self.sees, self.hears = isinstance(self._sense, Eyes), isinstance(self._sense, Ears)
+            self.transcribes = isinstance(self._sense, Ears) and self._sense.transcribes
             self.longest_sound = self._sense.longest if isinstance(self._sense, Ears) else None
             self.fingerprint = _fingerprint(folder)
             if seal:

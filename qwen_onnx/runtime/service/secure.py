@@ -48,6 +48,7 @@ class GuardedService(TextService):
         self._inner = inner
         self.tokenizer, self.template, self.engine = inner.tokenizer, inner.template, inner.engine
         self.sees, self.hears, self.fingerprint = inner.sees, inner.hears, inner.fingerprint
+        self.transcribes, self.most_tokens = inner.transcribes, policy.max_tokens
         self.policy, self._observers = policy, tuple(observers)
         if self.template:
             self.template.seconds = policy.request_seconds

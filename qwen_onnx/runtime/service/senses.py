@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qwen_onnx.artifact.audio_config import AudioSettings
+from qwen_onnx.artifact.audio_config import TRANSCRIBES, AudioSettings
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.artifact.video_config import VIDEO_CONFIG, VideoSettings
@@ -209,6 +209,7 @@ class Ears(Sense):
 
     Args:
         settings: how a sound becomes a spectrogram.
+        transcribes: whether the model is made to write down what is said.
 
     Raises:
         EnvironmentFault: no soundfile.
@@ -216,11 +217,11 @@ class Ears(Sense):
 
     kind, most = "sound", MOST_SOUNDS
 
-    def __init__(self, token: int, settings: AudioSettings) -> None:
+    def __init__(self, token: int, settings: AudioSettings, *, transcribes: bool) -> None:
         from qwen_onnx.runtime.processing.audio import require_decoder
 
         super().__init__(token)
-        self._settings = settings
+        self._settings, self.transcribes = settings, transcribes
         require_decoder()
 
     @property
@@ -251,5 +252,6 @@ def sense_of(folder: Path) -> Sense | None:
             films = Films(model.video_token_id, model.vision_start_token_id, videos, settings)
         return Eyes(model.image_token_id, settings, films)
     if model.speech is not None and model.audio_token_id is not None:
-        return Ears(model.audio_token_id, AudioSettings.read(folder))
+        settings = AudioSettings.read(folder)
+        return Ears(model.audio_token_id, settings, transcribes=model.type == TRANSCRIBES)
     return None

@@ -48,6 +48,10 @@ class TextService(ABC):
     # whether it takes pictures, and sounds
     sees: bool
     hears: bool
+    # whether it is made to write down what is said
+    transcribes: bool
+    # of an answer; None: what the context leaves
+    most_tokens: int | None = None
     # changes with the artifact: OpenAI's ``system_fingerprint``
     fingerprint: str
 
@@ -97,7 +101,9 @@ class TextService(ABC):
         """Token ids of that prompt; special tokens that users typed stay text. ``change``: see the template."""
         chat = as_chat(messages)
         context = self.engine.shape.context_length
-        return self._chat_template().encode(chat.messages, self.tokenizer, context, change=change, **variables(chat))
+        ids = self._chat_template().encode(chat.messages, self.tokenizer, context, change=change, **variables(chat))
+        begun = self.tokenizer.encode(chat.prefill, allow_special=True, add_special_tokens=False)
+        return ids + begun if chat.prefill else ids
 
     def stream(
         self, prompt: Prompt, config: GenerationConfig = DEFAULT, *, cancelled: Cancelled | None = None

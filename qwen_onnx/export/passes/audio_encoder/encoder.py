@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen_onnx.artifact.audio_config import AUDIO_CONFIG
+from qwen_onnx.artifact.audio_config import AUDIO_CONFIG, HEARS, TRANSCRIBES
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import Drawing
 from qwen_onnx.export.embedding import configure, copy_decoder, write_embedding
@@ -62,7 +62,7 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
         "inputs": {MEL: MEL, FRAMES: FRAMES},
         "outputs": {FEATURES: FEATURES},
     }
-    told = {"type": "qwen2_audio" if whisper else "qwen3_asr", "audio_token_id": tower.token, "speech": speech}
+    told = {"type": HEARS if whisper else TRANSCRIBES, "audio_token_id": tower.token, "speech": speech}
     configure(decoder, output, features=FEATURES, width=tower.output, told=told)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from qwen_onnx.errors import QwenOnnxError, RequestError
 from qwen_onnx.runtime.engines.media import Sound
@@ -17,15 +15,16 @@ from qwen_onnx.runtime.server.adapter_folder import AdapterFolder
 from qwen_onnx.runtime.server.api.adapters import add_adapters
 from qwen_onnx.runtime.server.api.asked import Asked, understood
 from qwen_onnx.runtime.server.api.chat_request import ChatRequest
-from qwen_onnx.runtime.server.api.chat_response import DONE, ChatAnswers, ChatCompletion, sse
+from qwen_onnx.runtime.server.api.chat_response import DONE, ChatAnswers, ChatCompletion
 from qwen_onnx.runtime.server.api.completions import CompletionRequest, TextAnswers, TextCompletion
 from qwen_onnx.runtime.server.api.events import Answer, End, Reader, Reading, Step
 from qwen_onnx.runtime.server.api.parsed import ParsedRoute
-from qwen_onnx.runtime.server.api.protocol import REFUSALS, Model, ModelList, configs, error_body
+from qwen_onnx.runtime.server.api.protocol import REFUSALS, Model, ModelList, configs
 from qwen_onnx.runtime.server.api.responses import ResponseAnswers, ResponseBody
 from qwen_onnx.runtime.server.api.responses_request import ResponseRequest
-from qwen_onnx.runtime.server.api.running import ClientLeft, unless_left
+from qwen_onnx.runtime.server.api.running import answered, documented
 from qwen_onnx.runtime.server.api.served import Served
+from qwen_onnx.runtime.server.api.transcriptions import add_transcriptions
 from qwen_onnx.runtime.server.fetching import Fetcher
 from qwen_onnx.runtime.service.generation import Delta
 from qwen_onnx.runtime.service.generations import Generations, Job
@@ -33,46 +32,12 @@ from qwen_onnx.runtime.service.text import Prepared, TextService
 
 # says, in a header, to how many tokens what was asked for was lowered: the context holds no more
 CLAMPED = "X-Max-Tokens-Clamped"
-EVENT_STREAM = "text/event-stream"
-# nginx's name for "no request": a status that nobody receives, for the logs
-CLIENT_LEFT = 499
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; the generations stop when it ends, also when the client leaves before the first event."""
-
-    def __init__(self, events: AsyncIterator[str], running: Generations, headers: Mapping[str, str]) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-        super().__init__(_or_error(events), media_type=EVENT_STREAM, headers=headers)
-        self._running = running
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._running.cancel()
-
-
-async def _or_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    try:
-        async for event in events:
-            yield event
-    except QwenOnnxError as error:
-        # the status line is long gone: an error event is what the openai client raises from
-        kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
-        yield sse(error_body(error.what, kind=kind, param=error.where))
-
-
-def _documented(events: str) -> dict[int | str, dict[str, Any]]:
-    stream = {"schema": {"type": "string"}}
-    whole = {"description": f"The answer; with stream set {events}", "content": {EVENT_STREAM: stream}}
-    return {**REFUSALS, 200: whole}
 
 
 def make_router(
     service: TextService, model_name: str, fetcher: Fetcher | None = None, folder: AdapterFolder | None = None
 ) -> APIRouter:
-    """Models, chat completions, completions and responses of one model, and of its adapters.
+    """Models, chat completions, completions, responses and transcriptions of one model, and of its adapters.
 
     Args:
         fetcher: gets pictures by their URL; None refuses URLs.
@@ -83,6 +48,7 @@ def make_router(
     _add_chat(router, service, served, fetcher)
     _add_completions(router, service, served)
     _add_responses(router, service, served, fetcher)
+    add_transcriptions(router, service, served)
     if folder is not None:
         add_adapters(router, service, served, folder)
     return router
@@ -117,27 +83,8 @@ def _clamped(service: TextService, asked: int | None, prompts: Sequence[Prepared
     return {CLAMPED: str(room)} if asked is not None and asked > room else {}
 
 
-async def _answered(
-    request: Request,
-    running: Generations,
-    stream: bool | None,
-    headers: Mapping[str, str],
-    events: Callable[[], AsyncIterator[str]],
-    whole: Callable[[], Coroutine[None, None, bytes]],
-) -> Response:
-    """Events or a whole answer, unless the client leaves."""
-    if stream:
-        return EventStream(events(), running, headers)
-    try:
-        return Response(await unless_left(request, whole()), media_type="application/json", headers=headers)
-    except ClientLeft:
-        return Response(status_code=CLIENT_LEFT)
-    finally:
-        running.cancel()
-
-
 def _add_chat(router: APIRouter, service: TextService, served: Served, fetcher: Fetcher | None) -> None:
-    @router.post("/chat/completions", response_model=ChatCompletion, responses=_documented("chat.completion.chunk"))
+    @router.post("/chat/completions", response_model=ChatCompletion, responses=documented("chat.completion.chunk"))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         unknown = served.unknown(body.model)
@@ -156,7 +103,7 @@ def _add_chat(router: APIRouter, service: TextService, served: Served, fetcher: 
             with_usage=body.with_usage,
             audio=sum(medium.tokens for medium in ids.media if isinstance(medium, Sound)),
         )
-        return await _answered(
+        return await answered(
             request,
             running,
             body.stream,
@@ -195,7 +142,7 @@ async def _chat_events(running: Generations, count: int, reading: Reading, bodie
 
 
 def _add_completions(router: APIRouter, service: TextService, served: Served) -> None:
-    @router.post("/completions", response_model=TextCompletion, responses=_documented("text_completion objects"))
+    @router.post("/completions", response_model=TextCompletion, responses=documented("text_completion objects"))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
         unknown = served.unknown(body.model)
@@ -210,7 +157,7 @@ def _add_completions(router: APIRouter, service: TextService, served: Served) ->
         bodies = TextAnswers(
             body.model, service.fingerprint, len(each), logprobs=body.logprobs, with_usage=body.with_usage
         )
-        return await _answered(
+        return await answered(
             request,
             running,
             body.stream,
@@ -238,7 +185,7 @@ async def _text_events(running: Generations, bodies: TextAnswers) -> AsyncIterat
 
 
 def _add_responses(router: APIRouter, service: TextService, served: Served, fetcher: Fetcher | None) -> None:
-    @router.post("/responses", response_model=ResponseBody, responses=_documented("response.* events"))
+    @router.post("/responses", response_model=ResponseBody, responses=documented("response.* events"))
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation, in the form of OpenAI's Responses API. Nothing is kept."""
         unknown = served.unknown(body.model)
@@ -249,7 +196,7 @@ def _add_responses(router: APIRouter, service: TextService, served: Served, fetc
         ids, options["grammar"], reading = await asyncio.to_thread(understood, service, asked, fetcher)
         running = await Generations.begin(service, [(ids, configs(options, 1, service.engine.features)[0])])
         bodies = ResponseAnswers(body)
-        return await _answered(
+        return await answered(
             request,
             running,
             body.stream,
