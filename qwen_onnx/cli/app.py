@@ -16,7 +16,7 @@ from rich.markup import escape
 from qwen_onnx.cli.adapter import adapter_app
 from qwen_onnx.cli.build import compare, fetch, optimize, verify
 from qwen_onnx.cli.catalog import list_models, plan, plans, select_models, where
-from qwen_onnx.cli.chat import chat, generate
+from qwen_onnx.cli.chat import chat, generate, transcribe
 from qwen_onnx.cli.finetune import finetune
 from qwen_onnx.cli.foundry import foundry_check
 from qwen_onnx.cli.machine import doctor, environments
@@ -57,6 +57,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "publish": publish,
     "pull": pull,
     "chat": chat,
+    "transcribe": transcribe,
     "serve": serve,
     "doctor": doctor,
     "environments": environments,

@@ -1,4 +1,4 @@
-"""``qwen-onnx generate`` and ``qwen-onnx chat``: an artifact answers in the terminal."""
+"""``qwen-onnx generate``, ``chat`` and ``transcribe``: an artifact answers in the terminal."""
 
 from __future__ import annotations
 
@@ -66,3 +66,37 @@ def chat(
     config = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, adapter=next(iter(given), None))
     with QwenService(opened.path, threads=threads, streams=1, adapters=given) as service:
         Terminal(Conversation(service, config, model=opened.manifest.plan.model, system=system)).run()
+
+
+def transcribe(
+    artifact: ArtifactPath,
+    file: Annotated[Path, typer.Argument(help="a sound: WAV, FLAC or MP3")],
+    language: Annotated[
+        str | None, typer.Option(help="what is spoken, e.g. en or English; default: the model finds out")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="words that may come, or what it is about")] = "",
+    temperature: Temperature = 0.0,
+    threads: Threads = None,
+) -> None:
+    """Write down what is said in FILE; prints the text alone, once it is whole."""
+    from qwen_onnx import bounded
+    from qwen_onnx.artifact.manifest import open_runnable
+    from qwen_onnx.errors import RequestError
+    from qwen_onnx.runtime.processing.data_uri import MOST_BYTES
+    from qwen_onnx.runtime.service.generation import Attached, GenerationConfig
+    from qwen_onnx.runtime.service.qwen import QwenService
+    from qwen_onnx.runtime.service.transcription import transcribing
+
+    content = bounded.read_bytes(file, most_bytes=MOST_BYTES, error=RequestError)
+    opened = open_runnable(artifact.resolve())
+    with QwenService(opened.path, threads=threads, streams=1) as service:
+        work = transcribing(
+            service,
+            Attached(content, str(file)),
+            language=language,
+            prompt=prompt,
+            called=opened.manifest.plan.model,
+        )
+        for delta in service.stream(work.prompt, GenerationConfig(temperature=temperature, **work.options)):
+            work.push(delta)
+    sys.stdout.write(f"{work.transcript.text}\n")
