@@ -16,6 +16,7 @@ OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
     "/v1/responses": "chat",
+    "/v1/audio/transcriptions": "transcription",
 }
 
 
