@@ -136,7 +136,9 @@ def read_tower(config: dict[str, Any], usual: dict[str, tuple[int, int]], fixed:
     audio = told if isinstance(told, dict) else {}
     if not audio:
         faults.append("audio_config is missing")
-    numbers = {name: audio.get(name, audio.get(ALIASES.get(name, name), at)) for name, (at, _) in usual.items()}
+    numbers: dict[str, Any] = {
+        name: audio.get(name, audio.get(ALIASES.get(name, name), at)) for name, (at, _) in usual.items()
+    }
     for name, value in numbers.items():
         if not (type(value) is int and 1 <= value <= usual[name][1]):
             faults.append(f"audio_config.{name} is {str(value)[:40]}, not a number from 1 to {usual[name][1]:,}")

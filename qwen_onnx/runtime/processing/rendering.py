@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import Environment, Template, meta, nodes
 from jinja2 import TemplateError as JinjaError
@@ -25,7 +25,7 @@ FAULTS = (JinjaError, ArithmeticError, AttributeError, LookupError, RecursionErr
 class Generation(Extension):
     """``{% generation %}`` of transformers, which marks what a model is trained on: here its content alone."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - an attribute of instances to jinja2's types
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The nodes between the two tags."""

@@ -8,6 +8,8 @@ later convolutions see what the earlier ones make of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from qwen_onnx.artifact.audio_config import REDUCED
@@ -53,7 +55,7 @@ def _convolved(draw: Drawing, tower: ChunkedTower) -> str:
         name = f"audio_tower.conv2d{index}"
         weight = draw.weight(f"{name}.weight", tower.channels, inner, KERNEL, KERNEL)
         bias = draw.weight(f"{name}.bias", tower.channels)
-        form = {"kernel_shape": [KERNEL] * 2, "pads": [1] * 4, "strides": [STRIDE] * 2}
+        form: dict[str, Any] = {"kernel_shape": [KERNEL] * 2, "pads": [1] * 4, "strides": [STRIDE] * 2}
         state = draw.node("Gelu", draw.node("Conv", state, weight, bias, **form))
     joined = tower.channels * tower.heights
     rows = draw.node("Reshape", draw.node("Transpose", state, perm=[0, 3, 1, 2]), draw.integer([-1, joined]))

@@ -52,7 +52,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "temperature": {"type": "number", "minimum": 0, "default": 0},
     "stream": {"type": "boolean", "description": "Server-sent events instead of one body."},
 }
-SCHEMA = {"type": "object", "required": ["file", "model"], "properties": FIELDS, "additionalProperties": False}
+REQUIRED = ("file", "model")
+SCHEMA = {"type": "object", "required": REQUIRED, "properties": FIELDS, "additionalProperties": False}
 BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": SCHEMA}}}}
 
 
@@ -105,7 +106,7 @@ class TranscriptionRequest:
                 raise RequestError(f"{name} is not supported: {REFUSED[name]}", where=name)
             if name not in FIELDS:
                 raise RequestError(f"{name[:60]}: there is no such field", where=name)
-        for name in SCHEMA["required"]:
+        for name in REQUIRED:
             if name not in form:
                 raise RequestError(f"{name}: Field required", where=name)
         told = {name: part.text for name, part in form.items() if name != "file"}

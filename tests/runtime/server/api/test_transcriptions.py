@@ -20,7 +20,8 @@ from qwen_onnx.runtime.service.generation import Attached, GenerationConfig
 from qwen_onnx.runtime.service.transcription import transcribing
 from tests.fixtures.servers import ROOMY, Guarded, guarded
 from tests.fixtures.sounds import RATE, as_sound, hiss, sweep, tone
-from tests.runtime.server.api.test_sounds import played, told
+from tests.runtime.server.api.test_pictures import told
+from tests.runtime.server.api.test_sounds import played
 
 ROUTE = "/v1/audio/transcriptions"
 WAV = as_sound(sweep(1))
@@ -81,7 +82,7 @@ def test_prompts_are_those_of_transformers(service: QwenService) -> None:
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3"])
 def test_the_official_client_gets_a_transcript(official: openai.OpenAI, service: QwenService, form: str) -> None:
     content = as_sound(tone(440, 1.2), form=form)
-    found = official.audio.transcriptions.create(
+    found: Any = official.audio.transcriptions.create(
         model="tiny", file=(f"a.{form.lower()}", content), language="en", prompt="Ada", temperature=0
     )
     assert found.text == raw(service, content, language="en", prompt="Ada").strip()
