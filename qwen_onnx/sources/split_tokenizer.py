@@ -33,7 +33,8 @@ def write_tokenizer(checkpoint: Path, folder: Path) -> None:
 
         try:
             made = Qwen2Tokenizer.from_pretrained(checkpoint, local_files_only=True)
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        # tokenizers raises bare Exception for what it cannot use
+        except Exception as error:
             raise UnsupportedModelError(
                 f"no tokenizer can be made of {vocabulary.name} and {merges.name}: {str(error)[:200]}",
                 where=str(checkpoint),
