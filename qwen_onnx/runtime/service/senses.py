@@ -252,6 +252,6 @@ def sense_of(folder: Path) -> Sense | None:
             films = Films(model.video_token_id, model.vision_start_token_id, videos, settings)
         return Eyes(model.image_token_id, settings, films)
     if model.speech is not None and model.audio_token_id is not None:
-        settings = AudioSettings.read(folder)
-        return Ears(model.audio_token_id, settings, transcribes=model.type == TRANSCRIBES)
+        heard = AudioSettings.read(folder)
+        return Ears(model.audio_token_id, heard, transcribes=model.type == TRANSCRIBES)
     return None
