@@ -26,12 +26,8 @@ def test_a_folder_is_built_and_answers_about_a_picture(tmp_path: Path, architect
     assert "nothing states the weights' licence" in done.stderr
     opened = open_runnable(tmp_path / "artifact")
     steps = [step["type"] for step in opened.manifest.plan.olive["passes"].values()]
-    # experts and linear attention are quantised by the builder
-    own = (
-        ["GenAIModelBuilder"]
-        if architecture in (MIXTURE, *HYBRIDS)
-        else ["FisherGptq", "GenAIModelBuilder", "PackWeights"]
-    )
+    # experts beside a tower are quantised by the builder
+    own = ["GenAIModelBuilder"] if architecture == MIXTURE else ["FisherGptq", "GenAIModelBuilder", "PackWeights"]
     assert steps == [*own, "VisionEncoder"]
     parts = {"vision.onnx", "embedding.onnx", "processor_config.json", "video_config.json"}
     assert parts <= opened.manifest.files.keys()
