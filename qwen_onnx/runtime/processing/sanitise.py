@@ -47,10 +47,16 @@ class Sanitiser:
 
     def flush(self) -> str:
         """What was held back; an element that began and never ended is removed too."""
-        held, self._held = self._held, ""
-        if self._inside is None and held:
-            self._out.append(MARK if held[1:].lower() in ELEMENTS and held[0] == "<" else held)
-        self._inside = None
+        while self._held and self._inside is None:
+            held, self._held = self._held, ""
+            if held[0] == "<" and held[1:].lower() in ELEMENTS:
+                self._out.append(MARK)
+                break
+            # no pattern begins here: one may begin behind
+            self._out.append(held[0])
+            for character in held[1:]:
+                self._feed(character)
+        self._held, self._inside = "", None
         return self._taken()
 
     def _taken(self) -> str:

@@ -54,6 +54,8 @@ def test_nothing_is_told_before_it_is_certain(text: str) -> None:
         ("a<script>alert(1)</script>b", "a[removed]b"),
         ("a<ScRiPt src='x'>y</sCrIpT foo >b", "a[removed]b"),
         ("a<script>never ends", "a[removed]"),
+        ("data:;base64javascript:", "data:;base64[removed]"),
+        ("data:;a<script", "data:;a[removed]"),
         ("a<script", "a[removed]"),
         ("<iframe src='//x'></iframe>!", "[removed]!"),
         ("[x](javascript:alert(1))", "[x]([removed]alert(1))"),
