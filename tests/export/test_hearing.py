@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.errors import ArtifactError, ExportError, UnsupportedModelError
 from qwen_onnx.export.passes.audio_encoder.encoder import AUDIO_FILE, write_parts
-from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
@@ -27,9 +26,8 @@ from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG, QWEN2_AUDIO
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
-from tests.export.test_vision import FP32, INT4
 from tests.fixtures.hearing import SECONDS, make_hearing_checkpoint
-from tests.fixtures.media import assert_positions, assert_served, dequantized
+from tests.fixtures.media import Case, assert_positions, assert_served, dequantized, exported, greedy_by
 from tests.fixtures.sight import EOS, words
 from tests.fixtures.sounds import SETTINGS as WHOLE
 from tests.fixtures.sounds import hiss, sweep, tone
@@ -43,28 +41,9 @@ PADDED = 100 * SECONDS
 SETTINGS = WHOLE.model_copy(update={"chunk_length": SECONDS})
 
 
-class Case(NamedTuple):
-    """A tiny checkpoint, its text form and its two exports."""
-
-    original: Path
-    text: Path
-    fp32: Path
-    int4: Path
-
-    def model(self) -> Any:
-        return getattr(transformers, QWEN2_AUDIO).from_pretrained(self.original, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("hearing")
-    original = make_hearing_checkpoint(folder / "original")
-    (text := folder / "text").mkdir()
-    write_text_form(original, text)
-    for name, config in (("fp32", FP32), ("int4", INT4)):
-        build(text, folder / f"{name}-decoder", config)
-        write_parts(text, folder / f"{name}-decoder", folder / name)
-    return Case(original, text, folder / "fp32", folder / "int4")
+    return exported(tmp_path_factory.mktemp("hearing"), QWEN2_AUDIO, make_hearing_checkpoint, write_parts)
 
 
 def prompt_of(*parts: list[int] | Sound) -> list[int]:
@@ -112,13 +91,7 @@ def _behind(sound: Sound) -> tuple[int, int]:
     return 0, PADDED - sound.mel.shape[1]
 
 
-def torch_greedy(model: Any, ids: Sequence[int], sounds: Sequence[Sound], count: int) -> list[int]:
-    found = list(ids)
-    for _ in range(count):
-        logits = torch_logits(model, found, sounds)[-1].copy()
-        logits[EOS] = -np.inf
-        found.append(int(logits.argmax()))
-    return found[len(ids) :]
+torch_greedy = greedy_by(torch_logits, EOS)
 
 
 def assert_same(folder: Path, model: Any, limit: float) -> None:

@@ -6,19 +6,17 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from qwen_onnx.artifact.audio_config import AUDIO_CONFIG, AudioSettings
 from qwen_onnx.errors import UnsupportedModelError
 from qwen_onnx.export.passes.audio_encoder.encoder import AUDIO_FILE, write_parts
-from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.runtime.engines.batch.sight import Hearing
 from qwen_onnx.runtime.engines.media import Sound
 from qwen_onnx.runtime.processing.audio import prepare_sound
@@ -28,8 +26,7 @@ from qwen_onnx.sources.text_form import PROCESSOR, write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
 from tests.export.test_hearing import prompt_of
-from tests.export.test_vision import FP32, INT4
-from tests.fixtures.media import assert_positions, assert_served, dequantized
+from tests.fixtures.media import Case, assert_positions, assert_served, dequantized, exported, greedy_by
 from tests.fixtures.sight import EOS, words
 from tests.fixtures.sounds import RATE, hiss, sweep, tone
 from tests.fixtures.speech import SETTINGS, WINDOW, make_speech_checkpoint
@@ -41,28 +38,9 @@ pytestmark = pytest.mark.slow
 LENGTHS = (1, 1600, 7999, 8001, 8160, 16_000, 16_159, 16_160, 31_999, 32_001, 33_280, 48_000, 64_160, 160_001, 512_345)
 
 
-class Case(NamedTuple):
-    """A tiny checkpoint, its text form and its two exports."""
-
-    original: Path
-    text: Path
-    fp32: Path
-    int4: Path
-
-    def model(self) -> Any:
-        return getattr(transformers, QWEN3_ASR).from_pretrained(self.original, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("speech")
-    original = make_speech_checkpoint(folder / "original")
-    (text := folder / "text").mkdir()
-    write_text_form(original, text)
-    for name, config in (("fp32", FP32), ("int4", INT4)):
-        build(text, folder / f"{name}-decoder", config)
-        write_parts(text, folder / f"{name}-decoder", folder / name)
-    return Case(original, text, folder / "fp32", folder / "int4")
+    return exported(tmp_path_factory.mktemp("speech"), QWEN3_ASR, make_speech_checkpoint, write_parts)
 
 
 def prompts() -> dict[str, tuple[list[int], list[Sound]]]:
@@ -97,13 +75,7 @@ def torch_logits(model: Any, ids: Sequence[int], sounds: Sequence[Sound]) -> np.
     return np.asarray(model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given).logits[0])
 
 
-def torch_greedy(model: Any, ids: Sequence[int], sounds: Sequence[Sound], count: int) -> list[int]:
-    found = list(ids)
-    for _ in range(count):
-        logits = torch_logits(model, found, sounds)[-1].copy()
-        logits[EOS] = -np.inf
-        found.append(int(logits.argmax()))
-    return found[len(ids) :]
+torch_greedy = greedy_by(torch_logits, EOS)
 
 
 def assert_same(folder: Path, model: Any, limit: float) -> None:

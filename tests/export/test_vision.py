@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +19,6 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.errors import ArtifactError, ExportError, RequestError, UnsupportedModelError
 from qwen_onnx.export.passes.genai_builder.build import build
-from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.vision_encoder.encoder import VISION_FILE, write_parts
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
@@ -29,7 +28,7 @@ from qwen_onnx.sources.checkpoint import SINGLE_FILE
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
-from tests.fixtures.media import assert_positions, assert_served, dequantized
+from tests.fixtures.media import FP32, Case, assert_positions, assert_served, dequantized, exported
 from tests.fixtures.pictures import noise
 from tests.fixtures.sight import IMAGE, genai_answer, prompt_of, prompts, seen, torch_greedy, torch_logits, words
 from tests.fixtures.tools import first
@@ -38,31 +37,6 @@ from tests.runtime.engines.batch.test_engine import Heard
 
 # each builds and loads two exports
 pytestmark = pytest.mark.slow
-
-FP32 = GenAIModelBuilderOptions(precision="fp32")
-INT4 = GenAIModelBuilderOptions(
-    precision="int4",
-    block_size=32,
-    is_symmetric=True,
-    accuracy_level=1,
-    algo_config="rtn_last",
-    prune_lm_head=True,
-    qmoe_block_size=32,
-)
-
-
-class Case(NamedTuple):
-    """A tiny checkpoint, its text form and its two exports."""
-
-    architecture: str
-    original: Path
-    text: Path
-    fp32: Path
-    int4: Path
-
-    def model(self) -> Any:
-        return getattr(transformers, self.architecture).from_pretrained(self.original, dtype=torch.float32).eval()
-
 
 WINDOWS = ARCHITECTURES[0]
 
@@ -77,13 +51,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def built(folder: Path, architecture: str) -> Case:
     """Below ``folder``."""
-    original = make_vision_checkpoint(folder / "original", architecture)
-    (text := folder / "text").mkdir()
-    write_text_form(original, text)
-    for name, config in (("fp32", FP32), ("int4", INT4)):
-        build(text, folder / f"{name}-decoder", config)
-        write_parts(text, folder / f"{name}-decoder", folder / name)
-    return Case(architecture, original, text, folder / "fp32", folder / "int4")
+    return exported(folder, architecture, lambda original: make_vision_checkpoint(original, architecture), write_parts)
 
 
 def assert_same(folder: Path, model: Any, limit: float) -> None:

@@ -16,8 +16,8 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
 from qwen_onnx.verify.tower import VisionTower
-from tests.export.test_vision import Case, built
-from tests.fixtures.media import assert_served, dequantized
+from tests.export.test_vision import built
+from tests.fixtures.media import Case, assert_served, dequantized
 from tests.fixtures.pictures import as_file, chart
 from tests.fixtures.sight import prompt_of, prompts, seen, torch_greedy, torch_logits, words
 from tests.fixtures.tools import first
