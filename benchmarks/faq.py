@@ -1,18 +1,27 @@
 """An invented FAQ of 40 facts, each in nine wordings of which a model sees six: does a fine-tune learn?
 
-``python -m benchmarks.faq faq.jsonl`` writes the examples to train on. The three wordings that are left out ask for the
-same facts in other words; an answer counts where the fact stands in it, letter for letter.
+The three wordings that are left out ask for the same facts in other words; an answer counts where the fact stands in
+it, letter for letter.
+
+    python -m benchmarks.faq write faq.jsonl                  the examples to train on
+    python -m benchmarks.faq ask CHECKPOINT                   the exam in PyTorch, and perplexity of other texts
+    python -m benchmarks.faq ask http://127.0.0.1:8000        the exam of what `qwen-onnx serve` serves
+
+``ask`` prints the wrong answers, the share of right ones with 95 % bounds (Wilson), and last one line of JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from benchmarks.shares import wilson
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
 
@@ -25,6 +34,8 @@ TRAINING = (
     "learning_rate=2e-3",
     "held_out=0.05",
 )
+# of an answer, at most: the longest has 17
+TOKENS = 24
 # said before each question
 SYSTEM = "You answer for Velmora Ferries."
 # harbour: master, fare, code of the gate, café
@@ -130,13 +141,18 @@ def lines() -> str:
     return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in told)
 
 
-def recalled(questions: Sequence[Question], answer: Callable[[str], str]) -> float:
-    """The share of ``questions`` whose answer holds the fact.
+def asked_of(answer: Callable[[str], str], questions: Sequence[Question]) -> list[tuple[Question, str]]:
+    """``questions`` with the answers to them.
 
     Args:
         answer: of a model, to the text of a question.
     """
-    return sum(asked.fact in answer(asked.text) for asked in questions) / len(questions)
+    return [(question, answer(question.text)) for question in questions]
+
+
+def recalled(questions: Sequence[Question], answer: Callable[[str], str]) -> float:
+    """The share of ``questions`` whose answer holds the fact."""
+    return sum(asked.fact in told for asked, told in asked_of(answer, questions)) / len(questions)
 
 
 def torch_answer(checkpoint: Path) -> Callable[[str], str]:
@@ -151,11 +167,34 @@ def torch_answer(checkpoint: Path) -> Callable[[str], str]:
         ids = torch.tensor([truth.encode(truth.render(prompt(text), prompt=True))])
         with torch.inference_mode():
             found = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
             )
         return truth.decode(found[0, ids.shape[1] :].tolist())
 
     return answer
+
+
+def served_answer(address: str, model: str | None = None) -> Callable[[str], str]:
+    """Greedy answers of a server.
+
+    Args:
+        address: without a path, e.g. http://127.0.0.1:8000.
+        model: by the server's name for it; its first when None.
+    """
+    name = model or _json(f"{address}/v1/models")["data"][0]["id"]
+
+    def answer(text: str) -> str:
+        body = {"model": name, "messages": prompt(text), "temperature": 0, "max_tokens": TOKENS}
+        return str(_json(f"{address}/v1/chat/completions", body)["choices"][0]["message"]["content"])
+
+    return answer
+
+
+def _json(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.load(response)
 
 
 def perplexity(checkpoint: Path, window: int = 384) -> float:
@@ -175,13 +214,45 @@ def perplexity(checkpoint: Path, window: int = 384) -> float:
     return math.exp(total / count)
 
 
+def ask(place: str, model: str | None = None, every: int = 1) -> dict[str, Any]:
+    """Ask each ``every``-th question of the exam; prints wrong answers and figures.
+
+    Args:
+        place: address of a server, or folder of a checkpoint.
+    """
+    served = place.startswith(("http://", "https://"))
+    answer = served_answer(place.rstrip("/"), model) if served else torch_answer(Path(place))
+    told = asked_of(answer, exam()[::every])
+    for question, text in told:
+        if question.fact not in text:
+            print(f"{question.text}\n  {question.fact!r} is not in {text!r}")
+    right = sum(question.fact in text for question, text in told)
+    low, high = wilson(right, len(told))
+    print(f"{right} of {len(told)} right: {right / len(told):.1%} [{low:.1%}, {high:.1%}]")
+    found: dict[str, Any] = {"right": right, "asked": len(told), "share": right / len(told), "bounds": [low, high]}
+    if not served:
+        found["perplexity"] = perplexity(Path(place))
+        print(f"perplexity of other texts: {found['perplexity']:.2f}")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Write the examples to the file named."""
-    if len(arguments) != 1:
-        print("usage: python -m benchmarks.faq FILE.jsonl", file=sys.stderr)
-        return 2
-    Path(arguments[0]).write_text(lines(), encoding="utf-8")
-    print(f"{len(examples())} examples of {sum(map(len, HARBOURS.values()))} facts: {arguments[0]}")
+    """Write the examples, or hold the exam."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.faq", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("write", help="write the examples to train on").add_argument("file", type=Path)
+    asking = commands.add_parser("ask", help="hold the exam")
+    asking.add_argument("place", help="address of a server, or folder of a checkpoint")
+    asking.add_argument("--model", help="of the server; default: its first")
+    asking.add_argument("--every", type=int, default=1, help="ask each such question, e.g. 3 for a third of them")
+    given = parser.parse_args(arguments)
+    if given.command == "ask":
+        print(json.dumps(ask(given.place, given.model, given.every)))
+        return 0
+    given.file.write_text(lines(), encoding="utf-8")
+    print(f"{len(examples())} examples of {sum(map(len, HARBOURS.values()))} facts: {given.file}")
     return 0
 
 

@@ -33,7 +33,7 @@ def test_each_fact_is_asked_in_words_that_no_example_has(tmp_path: Path) -> None
     assert len({question.text for question in [*learnt, *asked]}) == len(learnt) + len(asked)
     assert all(question.fact in question.answer for question in learnt)
     assert not any(question.fact in question.text for question in asked)
-    assert main([str(tmp_path / "faq.jsonl")]) == 0
+    assert main(["write", str(tmp_path / "faq.jsonl")]) == 0
     assert len(read_data(tmp_path / "faq.jsonl").examples) == len(learnt)
     assert (tmp_path / "faq.jsonl").read_text() == lines()
     load_training(REPOSITORY, overrides=TRAINING)

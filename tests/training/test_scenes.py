@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.starter_vl.exam import items, wilson
+from training.starter_vl.exam import items
 from training.starter_vl.pixels import SETTINGS, one_frame
 from training.starter_vl.questions import KINDS, WORDINGS, Asked, ask
 from training.starter_vl.scenes import COLOURS, COUNTS, GRID, PLACES, draw, scene, side_of
@@ -125,9 +125,3 @@ def test_the_exam_asks_all_kinds_and_draws_sizes() -> None:
 )
 def test_an_answer_is_right_when_it_names_the_fact_and_no_other(kind: str, fact: str, answer: str, right: bool) -> None:
     assert Asked(kind, "?", fact, "").is_right(answer) is right
-
-
-def test_bounds_hold_the_share() -> None:
-    low, high = wilson(95, 100)
-    assert 0.88 < low < 0.95 < high < 0.98
-    assert wilson(10, 10)[1] == pytest.approx(1.0)

@@ -12,7 +12,6 @@ import argparse
 import base64
 import io
 import json
-import math
 import random
 import sys
 import urllib.error
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shares import wilson
 from training.starter_vl.fonts import EXAM, fonts_in
 from training.starter_vl.questions import KINDS, Asked, ask
 from training.starter_vl.scenes import SIDES, draw, scene, side_of
@@ -76,14 +76,6 @@ def _json(url: str, body: dict[str, Any] | None = None) -> Any:
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as response:
         return json.load(response)
-
-
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """95 % bounds of a share."""
-    z, share = 1.959964, right / asked
-    middle = share + z * z / (2 * asked)
-    width = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    return (middle - width) / (1 + z * z / asked), (middle + width) / (1 + z * z / asked)
 
 
 def _line(name: str, results: list[bool]) -> str:
