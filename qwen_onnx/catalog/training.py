@@ -77,7 +77,7 @@ def load_training(root: Path, file: Path | None = None, overrides: Sequence[str]
         return Training.model_validate({**data, **changed})
     except ValidationError as error:
         lines = [_blamed(line, name, changed) for line in describe(name, error)]
-        raise ConfigError(lines, hint=f"{FILE} has every key, recipes/training.schema.json describes them") from error
+        raise ConfigError(lines, hint=f"the keys are {', '.join(Training.model_fields)}") from error
 
 
 def _overrides(texts: Sequence[str], faults: list[str]) -> dict[str, Any]:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from qwen_onnx.finetune.estimate import Cost
 
 out = Console()
+# of ``catalog.training.Training``, which loads what the help of other verbs does not need: a test compares
+KEYS = (
+    "rank, alpha, dropout, targets, learning_rate, schedule, warmup, weight_decay, max_grad_norm, epochs, window, "
+    "batch, accumulate, packing, longer, held_out, patience, every, precision, gradient_checkpointing, seed"
+)
 
 
 def finetune(
@@ -24,7 +29,8 @@ def finetune(
     output: Annotated[Path | None, typer.Option(help="folder of the adapter; default adapters/MODEL/FILE")] = None,
     training: Annotated[Path | None, typer.Option(help="YAML of options; default pipelines/finetune/lora.yaml")] = None,
     change: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one option, e.g. epochs=3; repeatable")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help=f"one option, e.g. epochs=3; repeatable; keys: {KEYS}"),
     ] = None,
     source: SourceOption = None,
     against: Annotated[
@@ -76,8 +82,10 @@ def finetune(
 def _print_cost(cost: Cost, notes: list[str]) -> None:
     from rich.table import Table
 
-    table = Table("training", "about", title=f"{cost.examples:,} examples, {cost.held_out:,} held out")
-    table.add_row("time", f"{cost.seconds / 60:.0f} min" if cost.seconds >= 120 else f"{cost.seconds:.0f} s")
+    from qwen_onnx.finetune.estimate import duration
+
+    table = Table("training", "about", title=f"{cost.examples:,} examples to learn from, {cost.held_out:,} held out")
+    table.add_row("time", duration(cost.seconds))
     table.add_row(f"memory ({cost.device})", f"{cost.memory / 1e9:.1f} GB")
     table.add_row("steps", f"{cost.steps:,}")
     table.add_row("tokens of an epoch", f"{cost.tokens:,}")

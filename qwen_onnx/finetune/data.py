@@ -16,6 +16,8 @@ LONGEST_LINE, LARGEST_FILE, MOST_LINES = 1 << 20, 4 << 30, 1_000_000
 # faults that are shown
 SHOWN = 40
 ROLES = ("system", "user", "assistant")
+# Windows' editors begin a file with it
+MARK = b"\xef\xbb\xbf"
 FORMS = 'a line is {"messages": [{"role": …, "content": …}, …]} or {"instruction": …, "input": …, "output": …}'
 
 Message = dict[str, str]
@@ -44,8 +46,12 @@ def read_data(path: Path) -> Data:
         TrainingError: the file is missing, not plain, too large or empty, or lines are wrong: each with its number.
     """
     found, faults, digest = [], Faults(path), hashlib.sha256()
-    for number, line in _lines(path):
-        digest.update(line)
+    for number, read in _lines(path):
+        digest.update(read)
+        line = read.removeprefix(MARK) if number == 1 else read
+        if not (found or faults) and line.lstrip().startswith(b"["):
+            hint = f"a line for each example: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+            raise TrainingError("a JSON array, not JSONL", where=str(path), hint=hint)
         if line.strip():
             try:
                 found.append(Example(number, _messages(line)))
@@ -66,6 +72,9 @@ class Faults:
     def add(self, line: int, what: str) -> None:
         """Line ``line`` is wrong, the first reason counts."""
         self._found.setdefault(line, what)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
 
     def require_none(self, what: str, hint: str) -> None:
         """TrainingError with every line, when there are some."""
@@ -113,20 +122,27 @@ def _conversation(turns: Any) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns:
         raise TrainingError("messages is not a list of messages")
     found: list[Message] = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise TrainingError(f"message {len(found) + 1} is not an object")
-        _require_keys(turn, {"role", "content"}, set())
-        role = turn["role"]
-        if role not in ROLES:
-            raise TrainingError(f"message {len(found) + 1}: the role is {str(role)[:40]!r}, not {', '.join(ROLES)}")
-        found.append({"role": str(role), "content": _text(turn, "content")})
+    for number, turn in enumerate(turns, 1):
+        try:
+            found.append(_message(turn))
+        except TrainingError as error:
+            raise TrainingError(f"message {number}: {error.what}") from error
     roles = [turn["role"] for turn in found]
     spoken = roles[1:] if roles[0] == "system" else roles
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
         order = "one system message at most, then user and assistant in turns, an answer last"
         raise TrainingError(f"roles out of order: {', '.join(roles[:12])}; {order}")
     return tuple(found)
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise TrainingError("it is not an object")
+    _require_keys(turn, {"role", "content"}, set())
+    role = turn["role"]
+    if role not in ROLES:
+        raise TrainingError(f"the role is {str(role)[:40]!r}, not {', '.join(ROLES)}")
+    return {"role": str(role), "content": _text(turn, "content")}
 
 
 def _require_keys(value: Mapping[str, Any], needed: set[str], allowed: set[str]) -> None:

@@ -61,6 +61,11 @@ class Cost:
         return json.dumps(asdict(self))
 
 
+def duration(seconds: float) -> str:
+    """For people: in seconds, or in minutes where it is some of them."""
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
 def cost(
     plan: Plan,
     checkpoint: Path,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from qwen_onnx.finetune.estimate import duration
 from qwen_onnx.records import Record, Verdict
 from qwen_onnx.sources.adapter import AdapterManifest
 from qwen_onnx.verify import plots
@@ -45,7 +46,14 @@ class TrainingReport(Record):
         fell = "fell" if made.verdict is Verdict.PASS else "did not fall"
         figures = f"from {made.loss_before:.4g} to {made.loss_after:.4g}"
         rounded = f", with the weights of {made.against.artifact}" if made.against else ""
-        return f"the loss of {made.data.held_out} held-out examples {fell}: {figures} nats per answer token{rounded}"
+        held = f"{made.data.held_out} held-out example{'s' if made.data.held_out > 1 else ''}"
+        return f"the loss of {held} {fell}: {figures} nats per answer token{rounded}"
+
+    @property
+    def effort(self) -> str:
+        """Steps, tokens and time of the process that ended it."""
+        made = self.manifest
+        return f"{made.steps:,} steps, {made.tokens:,} tokens, {duration(made.seconds)}"
 
     def save(self, folder: Path) -> None:
         """Write both files into ``folder``."""
@@ -96,7 +104,7 @@ class TrainingReport(Record):
             ("held-out loss after", shown(made.loss_after)),
             ("kept step, of", f"{self.best:,}, {made.steps:,}"),
             ("tokens", f"{made.tokens:,}"),
-            ("seconds", f"{made.seconds:,.0f}"),
+            ("time", duration(made.seconds)),
             ("tokens per second", f"{made.tokens / max(made.seconds, 1e-9):.0f}"),
         ):
             table.add_row(name, value)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import SourceError, TrainingError
 from qwen_onnx.finetune.encode import Encoded
+from qwen_onnx.finetune.estimate import duration
 from qwen_onnx.sources.adapter import WEIGHTS
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             left = now / (steps + 1) * (state.max_steps - state.global_step)
             self._progress(
                 f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.1f}: loss {told['loss']:.3f}, "
-                f"{tokens / steps * (steps + 1) / now:.0f} tok/s, {_duration(left)} left"
+                f"{tokens / steps * (steps + 1) / now:.0f} tok/s, {duration(left)} left"
             )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
@@ -177,10 +178,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 def _evaluations(state: Any) -> list[dict[str, Any]]:
     return [entry for entry in state.log_history if "eval_loss" in entry and entry["step"]]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _loss_before(trainer: Any, work: Path) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -11,6 +12,8 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from benchmarks.faq import lines
+from qwen_onnx.catalog.training import Training
+from qwen_onnx.cli.finetune import KEYS
 from qwen_onnx.sources.fetch import cache_root
 from tests.conftest import REPOSITORY, run_cli
 
@@ -31,18 +34,59 @@ def test_faults_of_options_and_of_data_are_told(data: Path, tmp_path: Path) -> N
     against = run_cli("finetune", "starter", "--data", data, "--against", tmp_path / "none")
     assert against.returncode == 6
     assert "there is no artifact" in against.stderr
-    data.write_text('{"instruction": "a", "output": "b"}\n{\n[]\n')
+    turned = json.dumps({"messages": [{"role": role, "content": "x"} for role in ("assistant", "user")]})
+    data.write_text(f'{{"instruction": "a", "output": "b"}}\n{{\n{turned}\n[]\n')
     broken = run_cli("finetune", "starter", "--data", data)
     assert broken.returncode == 13
-    assert "2 lines cannot be learnt from" in broken.stderr
-    assert "line 2" in broken.stderr
-    assert "line 3" in broken.stderr
+    assert "3 lines cannot be learnt from" in broken.stderr
+    for line in (
+        "line 2: it is not JSON",
+        "line 3: roles out of order: assistant, user",
+        "line 4: it is not an object",
+    ):
+        assert line in broken.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep me")
     occupied = run_cli("finetune", "starter", "--data", data, "--output", tmp_path / "mine")
     assert occupied.returncode == 13
     assert "something else" in occupied.stderr
     assert (tmp_path / "mine/notes.txt").exists()
+
+
+@pytest.mark.slow
+def test_an_example_beyond_the_window_is_refused_cut_or_left_out_as_asked(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with data.open("a") as file:
+        file.write(json.dumps({"instruction": "Go on.", "output": "word " * 900}) + "\n")
+    asked = ("finetune", "starter", "--source", tiny_checkpoint, "--data", data, "--dry-run")
+    refused = run_cli(*asked)
+    assert refused.returncode == 13
+    assert re.search(r"line 13: \d,\d+ tokens, a window holds 512", refused.stderr)
+    assert "--set longer=truncate or --set longer=skip" in refused.stderr
+    for option, done, rows in (("truncate", "cut", 13), ("skip", "left out", 12)):
+        told = run_cli(*asked, "--set", f"longer={option}")
+        assert told.returncode == 0, told.stderr
+        assert f"{done}: line 13" in " ".join(told.stdout.split())
+        cost = json.loads(told.stdout.splitlines()[-1])
+        assert cost["examples"] + cost["held_out"] == rows
+
+
+@pytest.mark.slow
+def test_nothing_is_left_to_learn_from_where_one_example_is_held_out(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"instruction": "a", "output": "b"}\n')
+    done = run_cli("finetune", "starter", "--source", tiny_checkpoint, "--data", one, "--output", tmp_path / "faq")
+    assert done.returncode == 13
+    assert "1 held out, none left to learn from" in done.stderr
+    assert not (tmp_path / "faq").exists()
+
+
+def test_the_help_names_every_option_and_so_does_a_wrong_one(data: Path) -> None:
+    assert sorted(["name", *KEYS.split(", ")]) == sorted(Training.model_fields)
+    wrong = run_cli("finetune", "starter", "--data", data, "--set", "epoch=3")
+    assert wrong.returncode == 2
+    assert "gradient_checkpointing" in wrong.stderr
 
 
 def test_an_adapter_that_is_none_is_refused_before_anything_is_built(tmp_path: Path) -> None:

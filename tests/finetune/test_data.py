@@ -49,8 +49,10 @@ WRONG = {
     '{"instruction": "a", "output": 7}': "output is not a text",
     '{"instruction": "a", "input": 7, "output": "b"}': "input is not a text",
     '{"messages": []}': "not a list of messages",
-    '{"messages": [1]}': "message 1 is not an object",
-    json.dumps(_asked("user", "tool")): "the role is 'tool'",
+    '{"messages": [1]}': "message 1: it is not an object",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "message 2: content is",
+    '{"messages": [{"role": "user", "text": "a"}]}': "message 1: content is missing; unknown key 'text'",
+    json.dumps(_asked("user", "tool")): "message 2: the role is 'tool'",
     json.dumps(_asked("assistant", "user")): "roles out of order: assistant, user",
     json.dumps(_asked("user", "assistant", "system")): "roles out of order",
     json.dumps(_asked("user", "user", "assistant")): "roles out of order",
@@ -76,6 +78,25 @@ def test_a_flood_of_wrong_lines_is_cut(tmp_path: Path) -> None:
         read_data(_file(tmp_path, *["x"] * 200))
     assert "and 160 more" in str(caught.value)
     assert len(str(caught.value).splitlines()) < 60
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_passed_over(tmp_path: Path) -> None:
+    path = _file(tmp_path, {"instruction": "Greet.", "output": "Hello."}, _asked("user", "assistant"))
+    plain = read_data(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    found = read_data(path)
+    assert found.examples == plain.examples
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_told_as_one_not_line_by_line(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "faq.json"
+    path.write_text("\n" + json.dumps([{"instruction": "a", "output": "b"}] * 30, indent=indent))
+    with pytest.raises(TrainingError, match="a JSON array, not JSONL") as caught:
+        read_data(path)
+    assert str(caught.value.hint).endswith("jq -c '.[]' faq.json > faq.jsonl")
+    assert "line 1" not in str(caught.value)
 
 
 def test_nothing_is_not_a_data_set(tmp_path: Path) -> None:

@@ -116,14 +116,15 @@ def test_packed_examples_do_not_see_each_other(tiny_checkpoint: Path, tmp_path: 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
     examples: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    wild = ("alpha=10000", "rank=1", "learning_rate=1", "warmup=0")
-    job = _job(examples, tiny_checkpoint, tmp_path, *wild, "every=1")
-    with pytest.raises(TrainingError, match=r"became nan at step 2; the checkpoint of step 1 is kept") as caught:
-        finetune(job, prepare(job))
-    assert not job.target.exists()
-    kept = job.target.with_name("faq.stopped")
-    assert caught.value.where == str(kept)
-    assert "--set learning_rate=0.25" in str(caught.value.hint)
+    target, kept = tmp_path / "faq", tmp_path / "faq.stopped"
+    wild = [part for change in ("alpha=10000", "rank=1", "learning_rate=1", "every=1") for part in ("--set", change)]
+    places = ("--data", examples, "--source", tiny_checkpoint, "--output", target)
+    done = run_cli("finetune", "starter", *places, *wild, "--set", "warmup=0")
+    assert done.returncode == 13
+    assert "became nan at step 2; the checkpoint of step 1 is kept" in done.stderr
+    assert str(kept) in done.stderr
+    assert "--set learning_rate=0.25" in done.stderr
+    assert not target.exists()
     assert open_adapter(kept).manifest is None
     from safetensors.torch import load_file
 
