@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,8 +14,8 @@ import pytest
 from qwen_onnx.artifact.adapter_file import names_in_file
 from qwen_onnx.errors import ArtifactError, ConfigError, RequestError
 from qwen_onnx.runtime import Engine, QwenService
-from qwen_onnx.runtime.engines.adapters import AdapterSource, parse_adapters
-from qwen_onnx.runtime.engines.batch import BatchEngine
+from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping, parse_adapters
+from qwen_onnx.runtime.engines.batch import BatchEngine, session
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 from qwen_onnx.runtime.engines.interface import TokenRequest
@@ -68,9 +69,12 @@ def test_logits_are_those_of_peft(
     np.testing.assert_allclose(model.every_position(0, ids, 0), plain, atol=1e-4)
 
 
+@pytest.mark.parametrize("most", [session.MOST_TWICE, 0])
 def test_without_an_adapter_nothing_changes(
-    slotted_artifact: Path, exact_artifact: Path, adapters: dict[str, Path]
+    most: int, slotted_artifact: Path, exact_artifact: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # a larger graph is not loaded a second time without its slots
+    monkeypatch.setattr(session, "MOST_TWICE", most)
     ids = np.array(IDS, np.int64)
     plain, closed, empty = [
         BatchModel(folder, rows=1, capacity=64, threads=1, adapters=given).every_position(0, ids, 0).copy()
@@ -94,6 +98,22 @@ def test_slots_that_nobody_fills_are_taken_out(slotted_artifact: Path, exact_art
     for field in ("node", "input", "initializer"):
         names = [sorted(item.name for item in getattr(each, field)) for each in (graph, exact)]
         assert names[0] == names[1], field
+
+
+@pytest.mark.parametrize("swapping", [None, Swapping(budget=1 << 20)])
+def test_a_small_model_pays_for_no_slots_where_no_adapter_answers(
+    swapping: Swapping | None, slotted_artifact: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slots(**given: Any) -> list[int]:
+        model = BatchModel(slotted_artifact, rows=1, capacity=64, threads=1, **given)
+        return [len(each.get_overridable_initializers()) for each in model._sessions]
+
+    given = {"swapping": swapping} if swapping else {"adapters": sources(adapters)}
+    # A and B of five slots in two layers
+    assert slots(**given) == [20, 0]
+    assert slots() == [0, 0]
+    monkeypatch.setattr(session, "MOST_TWICE", 0)
+    assert slots(**given) == [20, 20]
 
 
 def test_slots_stay_that_some_adapter_fills(slotted_artifact: Path, adapters: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from qwen_onnx.processes.memory import free_memory, return_free_memory
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.int8_cache import Scales, with_int8_cache
-from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
-from qwen_onnx.runtime.engines.batch.session import open_session
+from qwen_onnx.runtime.engines.batch.session import open_with_slots
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
 from qwen_onnx.runtime.engines.batch.sight import require_width, sense_of
 from qwen_onnx.runtime.engines.genai import Shape
@@ -136,8 +135,9 @@ class BatchModel:
         layout = KvLayout.read(folder)
         # where others may come, any slot may be filled
         filled = None if swapping else {name for source in adapters for name in names_in_file(source.file)}
-        self._session = _session(folder, threads, layout, kv_scales, filled)
-        self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
+        # with the slots, and for the model alone
+        self._sessions = _sessions(folder, threads, layout, kv_scales, filled)
+        self._inputs = {entry.name: entry for entry in self._sessions[0].get_inputs()}
         past = {name for name, _ in layout.names}
         foreign = sorted(
             set(self._inputs) - past - {"input_ids", "attention_mask", "position_ids", POSITIONS, EMBEDDED}
@@ -150,7 +150,7 @@ class BatchModel:
         if self.sense is not None:
             require_width(self._inputs[EMBEDDED], self.sense.width, folder)
         types = TYPES if kv_scales is None else INT8
-        logits = _logits_of(self._session, layout, shape, folder, types)
+        logits = _logits_of(self._sessions[0], layout, shape, folder, types)
         self._type = types[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
         self.capacity = _capacity(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
@@ -160,7 +160,7 @@ class BatchModel:
         # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
-        self.adapters = Shelf(folder, self._session, adapters, swapping, filled)
+        self.adapters = Shelf(folder, self._sessions[0], adapters, swapping, filled)
         self._bindings: dict[tuple[int, int, str | None], Any] = {}
         self._check_rows()
 
@@ -258,13 +258,13 @@ class BatchModel:
         kept = 1 if self._pruned or (chosen and not every) else new
         logits = self._logits[: count * kept].reshape(count, kept, self.vocab_size)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        self._sessions[adapter is None].run_with_iobinding(binding)
         return logits
 
     def _binding(self, first: int, count: int, adapter: str | None) -> Any:
         """Past and present of these rows are one memory, which GroupQueryAttention then writes in place."""
         if (first, count, adapter) not in self._bindings:
-            binding = self._session.io_binding()
+            binding = self._sessions[adapter is None].io_binding()
             shape = (count, self._layout.heads, self.capacity, self._layout.head_size)
             for (past, present), buffer in zip(self._layout.names, self._kv, strict=True):
                 address = buffer[first:].ctypes.data
@@ -359,10 +359,10 @@ def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, An
     return np.frombuffer(memory, kind).reshape(sizes)
 
 
-def _session(
+def _sessions(
     folder: Path, threads: int | None, layout: KvLayout, kv_scales: Scales | None, filled: Collection[str] | None
-) -> ort.InferenceSession:
-    """Args: ``filled``: inputs whose slots stay; None: all of them."""
+) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """See ``open_with_slots``."""
 
     def int8(graph: Any) -> bool:
         if kv_scales is None:
@@ -373,14 +373,11 @@ def _session(
             raise UnsupportedGraphError("not every layer keeps its keys and values in GroupQueryAttention")
         return True
 
-    changes: list[Callable[[Any], bool]] = [with_positions, int8]
-    if filled is not None:
-        changes.append(lambda graph: without_slots(graph, filled))
     graph = folder / GenaiConfig.read(folder).graph_file
-    session = open_session(graph, threads, lambda file: rewritten(file, changes))
-    # what it folded meanwhile
+    sessions = open_with_slots(graph, threads, [with_positions, int8], filled)
+    # what they folded meanwhile
     return_free_memory()
-    return session
+    return sessions
 
 
 def _capacity(context: int, asked: int | None, rows: int, layout: KvLayout, item: int) -> int:
