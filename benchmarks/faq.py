@@ -3,7 +3,8 @@
 The three wordings that are left out ask for the same facts in other words; an answer counts where the fact stands in
 it, letter for letter.
 
-    python -m benchmarks.faq write faq.jsonl                  the examples to train on
+    python -m benchmarks.faq write faq.jsonl --rehearse CHECKPOINT
+                                                              the examples to train on, with other answers of the model
     python -m benchmarks.faq ask CHECKPOINT                   the exam in PyTorch, and perplexity of other texts
     python -m benchmarks.faq ask http://127.0.0.1:8000        the exam of what `qwen-onnx serve` serves
 
@@ -17,10 +18,11 @@ import json
 import math
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.rehearsal import rehearsed
 from benchmarks.shares import wilson
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
@@ -135,9 +137,14 @@ def prompt(text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
 
-def lines() -> str:
-    """The examples as JSONL, a conversation per line."""
-    told = ([*prompt(asked.text), {"role": "assistant", "content": asked.answer}] for asked in examples())
+def lines(others: Iterable[tuple[str, str]] = ()) -> str:
+    """The examples as JSONL, a conversation per line.
+
+    Args:
+        others: further prompts with their answers, which nobody asks in the exam.
+    """
+    told = [[*prompt(asked.text), {"role": "assistant", "content": asked.answer}] for asked in examples()]
+    told += [[{"role": "user", "content": text}, {"role": "assistant", "content": said}] for text, said in others]
     return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in told)
 
 
@@ -242,7 +249,9 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m benchmarks.faq", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("write", help="write the examples to train on").add_argument("file", type=Path)
+    writing = commands.add_parser("write", help="write the examples to train on")
+    writing.add_argument("file", type=Path)
+    writing.add_argument("--rehearse", metavar="CHECKPOINT", type=Path, help="folder of the model that will be trained")
     asking = commands.add_parser("ask", help="hold the exam")
     asking.add_argument("place", help="address of a server, or folder of a checkpoint")
     asking.add_argument("--model", help="of the server; default: its first")
@@ -251,8 +260,10 @@ def main(arguments: Sequence[str]) -> int:
     if given.command == "ask":
         print(json.dumps(ask(given.place, given.model, given.every)))
         return 0
-    given.file.write_text(lines(), encoding="utf-8")
-    print(f"{len(examples())} examples of {sum(map(len, HARBOURS.values()))} facts: {given.file}")
+    said = list(rehearsed(given.rehearse)) if given.rehearse else []
+    given.file.write_text(lines(said), encoding="utf-8")
+    count = sum(map(len, HARBOURS.values()))
+    print(f"{len(examples())} examples of {count} facts, {len(said)} answers of the model: {given.file}")
     return 0
 
 

@@ -81,7 +81,7 @@ def test_a_wrong_adapter_is_neither_merged_nor_converted(
     file = tmp_path / "faq.safetensors"
     converted = run_cli("adapter", "convert", adapter, "--base", slotted_artifact, "--output", file)
     for done in (built, converted):
-        assert done.returncode == 5, done.stderr
+        assert done.returncode == 4, done.stderr
         assert WRONG[kind] in done.stderr
         assert "next:" in done.stderr
     assert not file.exists()
@@ -91,7 +91,7 @@ def test_a_wrong_adapter_is_neither_merged_nor_converted(
 def test_a_rank_beyond_the_slots_is_refused_with_what_to_build(slotted_artifact: Path, tmp_path: Path) -> None:
     adapter, file = make_adapter(tmp_path / "faq", rank=9), tmp_path / "faq.safetensors"
     done = run_cli("adapter", "convert", adapter, "--base", slotted_artifact, "--output", file)
-    assert done.returncode == 5
+    assert done.returncode == 4
     assert "the adapter's rank is 9, the artifact's slots take 8" in done.stderr
     assert "--adapter-rank 9" in done.stderr
     assert not file.exists()
