@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from qwen_onnx.catalog.faults import describe
 from qwen_onnx.catalog.load import read_yaml
 from qwen_onnx.errors import ConfigError
-from qwen_onnx.records import Name, Record
+from qwen_onnx.records import Grown, Name
 
 FILE = "pipelines/finetune/lora.yaml"
 # matrices of a dense layer, by the names that every architecture of ours gives them
@@ -28,8 +28,10 @@ def _once(names: tuple[Matrix, ...]) -> tuple[Matrix, ...]:
     return names
 
 
-class Training(Record):
+class Training(Grown):
     """Options of a fine-tune by LoRA (Hu et al. 2021, arXiv:2106.09685)."""
+
+    added = frozenset({"strength"})
 
     name: Name
     rank: int = Field(ge=1, le=MOST_RANK, description="columns of A and B")
@@ -40,6 +42,9 @@ class Training(Record):
     schedule: Literal["linear", "cosine", "constant"] = Field(description="of the rate, behind the warm-up")
     warmup: Share = Field(description="share of the steps in which the rate grows")
     weight_decay: Share
+    strength: float = Field(
+        default=1, gt=0, le=1, description="share of the change that is kept in the end: less keeps more of the base"
+    )
     max_grad_norm: float = Field(gt=0, le=1000)
     epochs: int = Field(ge=1, le=1000)
     window: int = Field(ge=16, le=1 << 20, description="tokens of a row: of one example, or of several packed together")

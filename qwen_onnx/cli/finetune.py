@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 out = Console()
 # of ``catalog.training.Training``, which loads what the help of other verbs does not need: a test compares
 KEYS = (
-    "rank, alpha, dropout, targets, learning_rate, schedule, warmup, weight_decay, max_grad_norm, epochs, window, "
-    "batch, accumulate, packing, longer, held_out, patience, every, precision, gradient_checkpointing, seed"
+    "rank, alpha, dropout, targets, strength, learning_rate, schedule, warmup, weight_decay, max_grad_norm, epochs, "
+    "window, batch, accumulate, packing, longer, held_out, patience, every, precision, gradient_checkpointing, seed"
 )
 
 

@@ -202,14 +202,18 @@ def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> tu
         raise EnvironmentFault(f"the memory of the {ready.cost.device} is full", hint=LESS) from error
     _plain(folder, job.plan)
     manifest = _manifest(job, ready, done)
-    stopped = ["training stopped early: the held-out loss no longer fell"] if done.stopped else []
+    told = ["training stopped early: the held-out loss no longer fell"] if done.stopped else []
+    if job.training.strength < 1:
+        told += [
+            f"strength {job.training.strength:g}: the held-out loss is {done.kept:.4g} with that share of the change"
+        ]
     report = TrainingReport(
         manifest=manifest,
         device=f"{ready.cost.device}, {'bf16' if ready.in_bf16 else 'fp32'}",
         curve=done.curve,
         held_out=done.held_out,
         best=done.best,
-        notes=(*ready.notes, *stopped),
+        notes=(*ready.notes, *told),
         environment=machine(),
     )
     report.save(folder)
@@ -225,7 +229,7 @@ def _manifest(job: FinetuneJob, ready: Prepared, done: Trained) -> AdapterManife
     """Of the adapter, before its files are listed."""
     from qwen_onnx.finetune.report import versions
 
-    before, kept = done.held_out[0][1], min(loss for _, loss in done.held_out[1:] or done.held_out)
+    before, kept = done.held_out[0][1], done.kept
     checkpoint, held = ready.checkpoint, len(ready.held_out)
     return AdapterManifest(
         name=job.name,

@@ -38,6 +38,7 @@ class Trained:
 
     Attributes:
         curve: loss of each step; ``held_out`` of the held-out examples, at step 0 before anything was learnt.
+        kept: loss of the held-out examples with what was saved.
         best: the step whose weights were kept.
         tokens: that were read, those of questions too; ``seconds`` of this process alone.
         stopped: whether it ended early, since the held-out loss no longer fell.
@@ -45,6 +46,7 @@ class Trained:
 
     curve: Curve
     held_out: Curve
+    kept: float
     best: int
     steps: int
     tokens: int
@@ -105,10 +107,16 @@ def train(
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     state = trainer.state
+    told = tuple((entry["step"], entry["eval_loss"]) for entry in _evaluations(state))
+    kept = min((loss for _, loss in told), default=before)
+    if training.strength < 1:
+        _weaken(trainer.model, training.strength)
+        kept = float(trainer.evaluate()["eval_loss"])
     trainer.model.save_pretrained(adapter)
     return Trained(
         curve=tuple((entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry),
-        held_out=((0, before), *((entry["step"], entry["eval_loss"]) for entry in _evaluations(state))),
+        held_out=((0, before), *told),
+        kept=kept,
         best=int(state.best_global_step or state.global_step),
         steps=state.global_step,
         tokens=watch.tokens,
@@ -178,6 +186,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 def _evaluations(state: Any) -> list[dict[str, Any]]:
     return [entry for entry in state.log_history if "eval_loss" in entry and entry["step"]]
+
+
+def _weaken(model: Any, strength: float) -> None:
+    """B counts ``strength`` times as much: how far the model's answers change falls with the square of it."""
+    for name, weights in model.named_parameters():
+        if ".lora_B." in name:
+            weights.data.mul_(strength)
 
 
 def _loss_before(trainer: Any, work: Path) -> float:

@@ -92,6 +92,26 @@ def test_the_report_has_the_curve(trained: Any) -> None:
     assert (line["verdict"], line["best_step"]) == ("PASS", report.best)
 
 
+@pytest.mark.slow
+def test_a_part_of_the_change_is_kept_where_that_is_asked_for(
+    trained: Any, examples: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    _, whole, folder = trained
+    job = _job(examples, tiny_checkpoint, tmp_path, *GENTLE, "strength=0.5")
+    report, weak = finetune(job, prepare(job))
+    assert (report.curve, report.held_out, report.best) == (whole.curve, whole.held_out, whole.best)
+    full, half = (load_file(place / WEIGHTS) for place in (folder, weak))
+    assert full.keys() == half.keys()
+    for name, tensor in full.items():
+        torch.testing.assert_close(half[name], tensor * 0.5 if ".lora_B." in name else tensor, atol=0, rtol=0)
+    assert whole.manifest.loss_after < report.manifest.loss_after < report.manifest.loss_before
+    assert any("0.5 of the change is kept" in note for note in report.notes)
+    # what asks for the whole says nothing of it
+    assert "strength" not in (folder / MANIFEST).read_text()
+
+
 def test_packed_examples_do_not_see_each_other(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
