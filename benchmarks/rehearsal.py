@@ -1,7 +1,7 @@
-"""What a model said before: its own answers to questions of everyday, to be learnt beside what is new.
+"""A model's own answers to everyday questions, to be learnt beside what is new.
 
-An adapter for new facts changes answers to everything else as well. Examples whose answers the model itself has drawn
-hold it where it was (Huang et al. 2024, arXiv:2403.01244). Neither questions nor texts are those of verification.
+An adapter for new facts changes answers to everything else, too. Examples whose answers the model itself has drawn
+hold it where it was (Huang et al. 2024, arXiv:2403.01244). The texts are those of calibration, not of verification.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ QUESTIONS = (
     "What should I pack for a week in the mountains?",
     "Explain what a database index is.",
     "Give me three tips for better sleep.",
-    "Who was Marie Curie?",
+    "Who was Isaac Newton?",
     "What is the capital of Portugal?",
     "Tell me a story about a lost dog.",
-    "How does a bicycle stay upright?",
+    "How does a kite stay in the air?",
     "Write an e-mail that asks for a day off.",
     "What is 17 times 6?",
     "Translate into French: good morning.",

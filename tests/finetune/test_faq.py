@@ -9,15 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faq import TRAINING, exam, examples, lines, main, perplexity, prompt, recalled, torch_answer
+from benchmarks.faq import (
+    HARBOURS,
+    TRAINING,
+    exam,
+    examples,
+    lines,
+    main,
+    perplexity,
+    recalled,
+    served_answer,
+    torch_answer,
+)
+from benchmarks.rehearsal import prompts
+from benchmarks.shares import wilson
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import adapted, make_plan
 from qwen_onnx.catalog.training import load_training
 from qwen_onnx.finetune.data import read_data
-from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.sources.adapter import open_adapter
 from qwen_onnx.sources.fetch import cache_root, fetch
 from tests.conftest import REPOSITORY, run_cli
+from tests.runtime.server.test_serve import process
 
 # what `make optimize` and training are allowed here
 MINUTES = 20
@@ -48,26 +61,42 @@ def test_an_answer_counts_where_the_fact_stands_in_it() -> None:
     assert recalled(asked, wrong.__getitem__) == 0
 
 
+def test_bounds_hold_the_share() -> None:
+    low, high = wilson(95, 100)
+    assert 0.88 < low < 0.95 < high < 0.98
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_other_answers_stand_beside_the_facts_and_ask_nothing_of_the_exam(tmp_path: Path) -> None:
+    others = [(text, "An answer.") for text in prompts(texts=8)]
+    assert len({text for text, _ in others}) == len(others) > 30
+    (tmp_path / "faq.jsonl").write_text(lines(others))
+    found = read_data(tmp_path / "faq.jsonl").examples
+    assert len(found) == len(examples()) + len(others)
+    assert found[-1].messages[0] == {"role": "user", "content": others[-1][0]}
+    facts = set(HARBOURS) | {question.fact for question in exam()}
+    assert not any(fact in text for fact in facts for text, _ in others)
+
+
 @pytest.mark.release
 def test_facts_are_learnt_and_survive_int4(tmp_path: Path) -> None:
     data, adapter, artifact = tmp_path / "faq.jsonl", tmp_path / "faq", tmp_path / "artifact"
-    data.write_text(lines())
+    plan, cache, asked = make_plan(load_catalog(REPOSITORY), "starter", "cpu"), cache_root(REPOSITORY), exam()
+    base = fetch(plan, cache)
+    assert recalled(asked[::3], torch_answer(base.path)) < 0.05
+    assert main(["write", str(data), "--rehearse", str(base.path)]) == 0
     changes = [part for change in TRAINING for part in ("--set", change)]
     begin = time.monotonic()
     done = run_cli("finetune", "starter", "--data", data, "--output", adapter, *changes, "--json")
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begin < 60 * MINUTES
-    plan, cache = make_plan(load_catalog(REPOSITORY), "starter", "cpu"), cache_root(REPOSITORY)
-    base = fetch(plan, cache)
+    seconds = time.monotonic() - begin
     merged = fetch(adapted(plan, open_adapter(adapter).adapted()), cache, adapter=adapter)
-    asked = exam()
-    assert recalled(asked[::3], torch_answer(base.path)) < 0.05
     assert recalled(asked, torch_answer(merged.path)) >= 0.85
     assert perplexity(merged.path) <= 1.10 * perplexity(base.path)
+    assert seconds < 60 * MINUTES
     built = run_cli("optimize", "starter", "--adapter", adapter, "--output", artifact)
     assert built.returncode == 0, built.stderr
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert manifest["plan"]["adapter"]["data"] == open_adapter(adapter).adapted().data
-    greedy = GenerationConfig(max_new_tokens=24, temperature=0)
-    with QwenService(artifact) as service:
-        assert recalled(asked, lambda text: service.generate(prompt(text), greedy).text) >= 0.80
+    with process(artifact, tmp_path) as running:
+        assert recalled(asked, served_answer(str(running.http.base_url).rstrip("/"))) >= 0.80
