@@ -44,12 +44,14 @@ def fetch(
     ),
     output: Path | None = typer.Option(None, help="folder for the dithered copy"),
     recipe: RecipeOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Fetch and verify the checkpoint of MODEL; prints its folder."""
     from qwen_onnx.sources.fetch import fetch as fetch_source
 
     asked = wanted(model, "cpu", source=source, recipes=recipe)
-    checkpoint = fetch_source(asked.plan, cache_here(), local=asked.source, progress=progress)
+    plan = _with_adapter(asked.plan, adapter)
+    checkpoint = fetch_source(plan, cache_here(), local=asked.source, adapter=adapter, progress=progress)
     if dither is None:
         print(checkpoint.path)
         return
@@ -100,12 +102,7 @@ def optimize(
     from qwen_onnx.catalog.load import work_root
 
     asked = wanted(model, target, precision, source, recipe)
-    plan = _bounded(asked.plan, max_size, max_kld)
-    if adapter:
-        from qwen_onnx.catalog.plan import adapted
-        from qwen_onnx.sources.adapter import open_adapter
-
-        plan = adapted(plan, open_adapter(adapter).adapted())
+    plan = _with_adapter(_bounded(asked.plan, max_size, max_kld), adapter)
     if adapter_rank is not None:
         from qwen_onnx.catalog.slots import slotted
 
@@ -132,6 +129,16 @@ def optimize(
     else:
         progress(f"published {_shown(outcome.artifact.path)} ({manifest.size_bytes / 1e6:.1f} MB)")
     _show_report(outcome.artifact.path, manifest.verdict)
+
+
+def _with_adapter(plan: Plan, adapter: Path | None) -> Plan:
+    """The plan with the adapter in this folder merged, if one is given."""
+    if adapter is None:
+        return plan
+    from qwen_onnx.catalog.plan import adapted
+    from qwen_onnx.sources.adapter import open_adapter
+
+    return adapted(plan, open_adapter(adapter).adapted())
 
 
 def _bounded(plan: Plan, max_size: str | None, max_kld: float | None) -> Plan:

@@ -53,6 +53,7 @@ def finetune(
     from qwen_onnx.catalog.training import load_training
     from qwen_onnx.finetune.job import FinetuneJob, prepare
     from qwen_onnx.finetune.job import finetune as run
+    from qwen_onnx.processes.progress import progress
     from qwen_onnx.records import Verdict
     from qwen_onnx.sources.adapter import adapter_name
 
@@ -63,7 +64,10 @@ def finetune(
     rounded = against.resolve() if against else None
     job = FinetuneJob(asked.plan, options, data, place.resolve(), name, cache_here(), asked.source, rounded, wait)
     ready = prepare(job)
-    if not as_json:
+    if as_json:
+        for note in ready.notes:
+            progress(note)
+    else:
         _print_cost(ready.cost, ready.notes)
     if dry_run:
         print(ready.cost.line())

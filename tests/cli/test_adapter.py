@@ -6,7 +6,9 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from qwen_onnx.runtime import GenerationConfig, QwenService
 from qwen_onnx.sources.adapter import CONFIG
@@ -86,6 +88,17 @@ def test_a_wrong_adapter_is_neither_merged_nor_converted(
         assert "next:" in done.stderr
     assert not file.exists()
     assert not (tmp_path / "artifact").exists()
+
+
+def test_the_merged_checkpoint_is_fetched(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "faq", modules=("self_attn.o_proj",))
+    done = run_cli("fetch", "starter", "--source", tiny_checkpoint, "--adapter", adapter)
+    assert done.returncode == 0, done.stderr
+    plain, merged = (
+        load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, Path(done.stdout.splitlines()[-1]))
+    )
+    others = {name for name in plain if not np.array_equal(plain[name], merged[name])}
+    assert others == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)}
 
 
 def test_a_rank_beyond_the_slots_is_refused_with_what_to_build(slotted_artifact: Path, tmp_path: Path) -> None:
