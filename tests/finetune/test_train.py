@@ -107,7 +107,7 @@ def test_a_part_of_the_change_is_kept_where_that_is_asked_for(
     for name, tensor in full.items():
         torch.testing.assert_close(half[name], tensor * 0.5 if ".lora_B." in name else tensor, atol=0, rtol=0)
     assert whole.manifest.loss_after < report.manifest.loss_after < report.manifest.loss_before
-    assert any("0.5 of the change is kept" in note for note in report.notes)
+    assert any("strength 0.5: the held-out loss is" in note for note in report.notes)
     # what asks for the whole says nothing of it
     assert "strength" not in (folder / MANIFEST).read_text()
 
