@@ -11,7 +11,7 @@ import onnxruntime as ort
 from qwen_onnx.errors import ArtifactError, QwenOnnxError
 from qwen_onnx.runtime.engines.batch.rewritten import rewritten, without_slots
 
-# bytes of a graph up to which it is loaded twice; of a larger one empty slots take less than 3 % of a step
+# bytes of a graph up to which it is loaded twice; of a larger one empty slots are by count less than 3 % of a step
 MOST_TWICE = 256 << 20
 
 
