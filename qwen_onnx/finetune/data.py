@@ -45,7 +45,8 @@ def read_data(path: Path) -> Data:
     Raises:
         TrainingError: the file is missing, not plain, too large or empty, or lines are wrong: each with its number.
     """
-    found, faults, digest = [], Faults(path), hashlib.sha256()
+    found: list[Example] = []
+    faults, digest = Faults(path), hashlib.sha256()
     for number, read in _lines(path):
         digest.update(read)
         line = read.removeprefix(MARK) if number == 1 else read
