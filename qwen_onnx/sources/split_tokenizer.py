@@ -32,7 +32,7 @@ def write_tokenizer(checkpoint: Path, folder: Path) -> None:
         from transformers import Qwen2Tokenizer
 
         try:
-            made = Qwen2Tokenizer.from_pretrained(checkpoint, local_files_only=True)
+            made = Qwen2Tokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         # tokenizers raises bare Exception for what it cannot use
         except Exception as error:
             raise UnsupportedModelError(

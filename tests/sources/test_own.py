@@ -182,7 +182,11 @@ def test_yarn_is_part_of_the_model(catalog: Catalog, folder: Path) -> None:
             "Qwen3For",
         ),
         ({"architectures": ["Qwen2ForRewardModel"]}, "cannot be built yet: it gives a score", "qwen-onnx list"),
-        ({"architectures": ["Qwen3ASRForConditionalGeneration"]}, "cannot be built yet: ", "qwen-onnx list"),
+        (
+            {"architectures": ["Qwen3ASRForConditionalGeneration"]},
+            "model_type is 'qwen3', not 'qwen3_asr'",
+            "the model's own config.json",
+        ),
         ({"architectures": None}, "names no architecture", '"Qwen3ForCausalLM"'),
         ({"architectures": [], "model_type": "gpt2"}, "names no architecture", "own config.json"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2', not 'qwen3'", ""),
