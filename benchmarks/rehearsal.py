@@ -1,7 +1,8 @@
-"""A model's own answers to everyday questions, to be learnt beside what is new.
+"""A model's own answers to everyday questions, and passages of text, to be learnt beside what is new.
 
 An adapter for new facts changes answers to everything else, too. Examples whose answers the model itself has drawn
-hold it where it was (Huang et al. 2024, arXiv:2403.01244). The texts are those of calibration, not of verification.
+hold it where it was (Huang et al. 2024, arXiv:2403.01244), and so does text as it stands. The texts are those of
+calibration, not of verification.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ QUESTIONS = (
     "Write a headline about a new bridge.",
     "How do I say no politely?",
 )
+# characters of a passage behind its beginning, at most
+LONGEST = 450
 # texts to go on with: characters of a beginning
 BEGINNING = 80
 # tokens of an answer, at most; prompts that are answered together
@@ -67,7 +70,30 @@ def prompts(texts: int, seed: int = 0) -> list[str]:
     return [*QUESTIONS, *begun]
 
 
-def rehearsed(checkpoint: Path, texts: int = 32, seed: int = 0) -> Iterator[tuple[str, str]]:
+def passages(topics: int = 10, pieces: int = 6) -> list[tuple[str, str]]:
+    """Beginnings of calibration's texts with what follows there: other languages, documentation and code."""
+    draw = random.Random(0)
+    found = [_continued(text, 220) for text in calibration.multilingual().strip().split("\n\n")]
+    sections = list(calibration.topics().items())
+    draw.shuffle(sections)
+    for name, text in sections[:topics]:
+        found.append((f"What does Python's reference say about {name.lower()}?", text[:LONGEST].strip()))
+    code = calibration.code()
+    for _ in range(pieces):
+        begin = code.find("\n    def ", draw.randrange(len(code) - 2000))
+        found.append(_continued(code[begin : begin + 480], LONGEST))
+    return found
+
+
+def _continued(text: str, longest: int) -> tuple[str, str]:
+    """The beginning of a text, which ends at a space where it has one, and at most ``longest`` characters behind."""
+    text = text.strip()
+    cut = text.find(" ", 60)
+    cut = cut if cut > 0 else 30
+    return f"Go on with this text:\n\n{text[:cut]}", text[cut : cut + longest].strip()
+
+
+def rehearsed(checkpoint: Path, texts: int = 12, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Prompts with the answers that a checkpoint draws in PyTorch fp32."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -18,6 +18,8 @@ SHOWN = 40
 ROLES = ("system", "user", "assistant")
 # Windows' editors begin a file with it
 MARK = b"\xef\xbb\xbf"
+# of a line, beside its form: whether it may be among those that the training is judged by
+HELD_OUT = "held_out"
 FORMS = 'a line is {"messages": [{"role": …, "content": …}, …]} or {"instruction": …, "input": …, "output": …}'
 
 Message = dict[str, str]
@@ -25,10 +27,16 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with an answer, and the ``line`` of the file that it stands in."""
+    """A conversation that ends with an answer.
+
+    Attributes:
+        line: of the file that it stands in.
+        held_out: whether it may be; an example that only keeps the model where it was is not what it is judged by.
+    """
 
     line: int
     messages: tuple[Message, ...]
+    held_out: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def read_data(path: Path) -> Data:
             raise TrainingError("a JSON array, not JSONL", where=str(path), hint=hint)
         if line.strip():
             try:
-                found.append(Example(number, _messages(line)))
+                found.append(_example(number, line))
             except TrainingError as error:
                 faults.add(number, error.what)
     faults.require_none("cannot be learnt from", FORMS)
@@ -104,8 +112,15 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _messages(line: bytes) -> tuple[Message, ...]:
+def _example(number: int, line: bytes) -> Example:
     example = read_object(line, most_bytes=LONGEST_LINE, error=TrainingError, what="it")
+    may = example.pop(HELD_OUT, True)
+    if not isinstance(may, bool):
+        raise TrainingError(f"{HELD_OUT} is not true or false")
+    return Example(number, _messages(example), may)
+
+
+def _messages(example: dict[str, Any]) -> tuple[Message, ...]:
     if "messages" in example:
         _require_keys(example, {"messages"}, set())
         return _conversation(example["messages"])

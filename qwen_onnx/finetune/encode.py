@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -81,8 +81,13 @@ def encode(
     return rows, notes
 
 
-def split(rows: Sequence[Encoded], share: float, seed: int, path: Path) -> tuple[list[Encoded], list[Encoded]]:
+def split(
+    rows: Sequence[Encoded], share: float, seed: int, path: Path, learnt: Collection[int] = ()
+) -> tuple[list[Encoded], list[Encoded]]:
     """Rows to learn from, and ``share`` of them held out; rows of one line, or of the same ids, stay together.
+
+    Args:
+        learnt: lines whose rows are never held out, and of which no share is.
 
     Raises:
         TrainingError: either would be empty.
@@ -93,10 +98,15 @@ def split(rows: Sequence[Encoded], share: float, seed: int, path: Path) -> tuple
     for row in rows:
         group = of_line.setdefault(row.line, same.setdefault(tuple(row.ids), row.line))
         groups.setdefault(group, []).append(row)
-    order = sorted(groups)
+    order = sorted(line for line, group in groups.items() if not any(row.line in learnt for row in group))
     random.Random(seed).shuffle(order)
     count = max(1, round(share * len(order)))
-    if count >= len(order):
+    if not order:
+        hint = "leave held_out out of some examples"
+        raise TrainingError(
+            "no example may be held out, so that nothing judges the training", where=str(path), hint=hint
+        )
+    if count >= len(groups):
         raise TrainingError(
             f"{len(order)} different example{'s' if len(order) > 1 else ''}: {count} held out, none left to learn from",
             where=str(path),

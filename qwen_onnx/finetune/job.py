@@ -113,7 +113,8 @@ def prepare(job: FinetuneJob) -> Prepared:
         longer=training.longer,
         path=job.data,
     )
-    learnt, held_out = split(rows, training.held_out, training.seed, job.data)
+    always = {example.line for example in data.examples if not example.held_out}
+    learnt, held_out = split(rows, training.held_out, training.seed, job.data, always)
     device, in_bf16 = device_of(training)
     apart = against is not None and against.parts_tables
     found = cost(job.plan, checkpoint.path, learnt, held_out, training, device, in_bf16, tables_apart=apart)

@@ -29,13 +29,14 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
         _asked("system", "user", "assistant", "user", "assistant"),
         "",
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
-        {"instruction": "Greet.", "input": "", "output": "Hello."},
+        {"instruction": "Greet.", "input": "", "output": "Hello.", "held_out": False},
     )
     found = read_data(path)
     assert [example.line for example in found.examples] == [1, 3, 4]
     assert [turn["role"] for turn in found.examples[0].messages] == ["system", *("user", "assistant") * 2]
     assert [turn["content"] for turn in found.examples[1].messages] == ["Add.\n\n1 and 2", "3"]
     assert found.examples[2].messages[0]["content"] == "Greet."
+    assert [example.held_out for example in found.examples] == [True, True, False]
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -48,6 +49,7 @@ WRONG = {
     '{"instruction": " ", "output": "b"}': "instruction is not a text",
     '{"instruction": "a", "output": 7}': "output is not a text",
     '{"instruction": "a", "input": 7, "output": "b"}': "input is not a text",
+    '{"instruction": "a", "output": "b", "held_out": 0}': "held_out is not true or false",
     '{"messages": []}': "not a list of messages",
     '{"messages": [1]}': "message 1: it is not an object",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "message 2: content is",

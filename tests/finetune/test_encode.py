@@ -109,6 +109,15 @@ def test_nothing_is_learnt_and_held_out_at_once() -> None:
     assert not {tuple(row.ids) for row in learnt} & {tuple(row.ids) for row in held}
 
 
+def test_what_only_keeps_the_model_where_it_was_is_not_held_out() -> None:
+    learnt, held = split(_rows(40), 0.1, 3, PATH, range(20, 40))
+    assert len(held) == 2
+    assert all(row.line < 20 for row in held)
+    assert len(learnt) == 38
+    with pytest.raises(TrainingError, match="nothing judges the training"):
+        split(_rows(5), 0.1, 0, PATH, range(5))
+
+
 @pytest.mark.parametrize("rows", [_rows(1), [Encoded(line, [1], [1]) for line in range(9)]])
 def test_an_empty_split_is_refused(rows: list[Encoded]) -> None:
     with pytest.raises(TrainingError, match="none left to learn from"):

@@ -21,7 +21,7 @@ from benchmarks.faq import (
     served_answer,
     torch_answer,
 )
-from benchmarks.rehearsal import prompts
+from benchmarks.rehearsal import passages, prompts
 from benchmarks.shares import wilson
 from qwen_onnx.catalog.load import load_catalog
 from qwen_onnx.catalog.plan import adapted, make_plan
@@ -68,12 +68,13 @@ def test_bounds_hold_the_share() -> None:
 
 
 def test_other_answers_stand_beside_the_facts_and_ask_nothing_of_the_exam(tmp_path: Path) -> None:
-    others = [(text, "An answer.") for text in prompts(texts=8)]
+    others = [*((text, "An answer.") for text in prompts(texts=8)), *passages()]
     assert len({text for text, _ in others}) == len(others) > 30
     (tmp_path / "faq.jsonl").write_text(lines(others))
     found = read_data(tmp_path / "faq.jsonl").examples
     assert len(found) == len(examples()) + len(others)
     assert found[-1].messages[0] == {"role": "user", "content": others[-1][0]}
+    assert [example.held_out for example in found] == [True] * len(examples()) + [False] * len(others)
     facts = set(HARBOURS) | {question.fact for question in exam()}
     assert not any(fact in text for fact in facts for text, _ in others)
 
