@@ -134,7 +134,7 @@ def test_a_graph_that_is_not_what_was_asked_for_is_refused(
     checkout: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     edit_int4(
-        checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["readback"].update(block_size=32, finer_blocks=[])
+        checkout / "pipelines/cpu.yaml", lambda pipeline: pipeline["readback"].update(block_size=128, finer_blocks=[])
     )
     target = tmp_path / "out/int4"
     done = optimize(tiny_checkpoint, target, "--no-verify", cwd=checkout)

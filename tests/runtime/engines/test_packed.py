@@ -35,14 +35,14 @@ def test_genai_gives_the_same_logits_to_the_bit(folders: tuple[Path, Path]) -> N
 def test_the_batch_engine_gives_the_same_log_probabilities(folders: tuple[Path, Path]) -> None:
     answers: dict[Path, list[object]] = {}
     for folder in folders:
-        engine = BatchEngine(folder, streams=2, queue_size=4, capacity=512, threads=1)
-        # one after the other: who shares a step is up to the clock
         for length in (20, 7):
+            # each alone: who shares a step is up to the clock, and steps of several rows round otherwise
+            engine = BatchEngine(folder, streams=2, queue_size=4, capacity=512, threads=1)
             heard = Heard(engine, endless(tuple(PROMPT[:length]), COUNT, logprobs=3))
             tokens = heard.tokens()
             answers.setdefault(folder, []).append((tokens, [(event.logprob, event.top) for event in heard.all]))
             assert len(tokens) == COUNT
-        engine.close()
+            engine.close()
     plain, packed = answers.values()
     assert plain == packed
 

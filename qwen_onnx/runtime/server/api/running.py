@@ -77,7 +77,13 @@ async def _or_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 def documented(events: str) -> dict[int | str, dict[str, Any]]:
     """Responses of a route that streams; ``events`` are what it streams."""
-    stream = {"schema": {"type": "string"}}
+    # OpenAPI 3.2 has a schema for the whole stream and one for each event
+    event = {
+        "type": "object",
+        "required": ["data"],
+        "properties": {name: {"type": "string"} for name in ("event", "data")},
+    }
+    stream = {"schema": {"type": "string"}, "itemSchema": event}
     whole = {"description": f"The answer; with stream set {events}", "content": {EVENT_STREAM: stream}}
     return {**REFUSALS, 200: whole}
 
