@@ -19,7 +19,6 @@ from qwen_onnx.errors import ExportError, UnsupportedModelError
 from qwen_onnx.export.architectures.stock import builder
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.mapped_model import UNUSED
-from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.genai_builder.repairs import ROUTER_WEIGHTS
 from qwen_onnx.export.readback.onnx import compare, read_graph
 from qwen_onnx.runtime.engines.genai import Engine
@@ -31,20 +30,10 @@ from qwen_onnx.verify.scoring import OnnxScorer
 from tests.conftest import rewrite_json
 from tests.fixtures.architectures import MAKERS, make_checkpoint
 from tests.fixtures.dequantized import with_weights_of
+from tests.fixtures.media import FP32, INT4
 from tests.fixtures.qwen1 import PublishedQwen1, make_qwen1_checkpoint
 from tests.runtime.engines.batch.test_engine import Heard
 
-FP32 = GenAIModelBuilderOptions(precision="fp32")
-# level 1 keeps the activations in fp32: what is left is the arithmetic of the operators
-INT4 = GenAIModelBuilderOptions(
-    precision="int4",
-    block_size=32,
-    is_symmetric=True,
-    accuracy_level=1,
-    algo_config="rtn_last",
-    qmoe_block_size=32,
-    prune_lm_head=True,
-)
 # longer than one piece of the runtime's prefill, so that all states go from one piece to the next
 PROMPT = np.random.default_rng(0).integers(2, 256, 150).tolist()
 CONTINUATION = np.random.default_rng(1).integers(2, 256, 8).tolist()

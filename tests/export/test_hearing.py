@@ -27,7 +27,7 @@ from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
 from tests.fixtures.hearing import SECONDS, make_hearing_checkpoint
-from tests.fixtures.media import Case, assert_positions, assert_served, dequantized, exported, greedy_by
+from tests.fixtures.media import Case, assert_same, dequantized, exported, greedy_by
 from tests.fixtures.sight import EOS, words
 from tests.fixtures.sounds import SETTINGS as WHOLE
 from tests.fixtures.sounds import hiss, sweep, tone
@@ -94,14 +94,8 @@ def _behind(sound: Sound) -> tuple[int, int]:
 torch_greedy = greedy_by(torch_logits, EOS)
 
 
-def assert_same(folder: Path, model: Any, limit: float) -> None:
-    asked = prompts()
-    assert_positions(folder, asked, model, torch_logits, limit)
-    assert_served(folder, asked, torch_greedy, model, "batch")
-
-
 def test_fp32_equals_pytorch(case: Case) -> None:
-    assert_same(case.fp32, case.model(), 2e-4)
+    assert_same(case.fp32, prompts(), case.model(), torch_logits, torch_greedy, 2e-4)
 
 
 def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
@@ -109,7 +103,7 @@ def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     matrices = dequantized(case.int4 / "model.onnx", prompts(), model, torch_logits)
     # queries, keys and values are one
     assert matrices == 5 * model.config.text_config.num_hidden_layers + 1
-    assert_same(case.int4, model, 1e-4)
+    assert_same(case.int4, prompts(), model, torch_logits, torch_greedy, 1e-4)
 
 
 def test_an_answer_depends_on_the_sound(case: Case) -> None:

@@ -28,7 +28,7 @@ from qwen_onnx.sources.checkpoint import SINGLE_FILE
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from tests.conftest import rewrite_json
-from tests.fixtures.media import FP32, Case, assert_positions, assert_served, dequantized, exported
+from tests.fixtures.media import FP32, Case, assert_same, dequantized, exported
 from tests.fixtures.pictures import noise
 from tests.fixtures.sight import IMAGE, genai_answer, prompt_of, prompts, seen, torch_greedy, torch_logits, words
 from tests.fixtures.tools import first
@@ -54,14 +54,8 @@ def built(folder: Path, architecture: str) -> Case:
     return exported(folder, architecture, lambda original: make_vision_checkpoint(original, architecture), write_parts)
 
 
-def assert_same(folder: Path, model: Any, limit: float) -> None:
-    asked = prompts(folder)
-    assert_positions(folder, asked, model, torch_logits, limit)
-    assert_served(folder, asked, torch_greedy, model, "batch")
-
-
 def test_fp32_equals_pytorch(case: Case) -> None:
-    assert_same(case.fp32, case.model(), 2e-4)
+    assert_same(case.fp32, prompts(case.fp32), case.model(), torch_logits, torch_greedy, 2e-4)
 
 
 def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
@@ -70,7 +64,7 @@ def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     # q, k, v, o, and gate, up, down or the experts' two
     each = 6 if case.architecture == MIXTURE else 7
     assert matrices == each * model.config.text_config.num_hidden_layers + 1
-    assert_same(case.int4, model, 1e-4)
+    assert_same(case.int4, prompts(case.int4), model, torch_logits, torch_greedy, 1e-4)
 
 
 def test_an_answer_depends_on_the_picture(case: Case) -> None:
