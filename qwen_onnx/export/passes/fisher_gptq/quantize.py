@@ -269,14 +269,11 @@ def _assemble(
         kernels["lm_head"] = kernel_of(head_grid(config), config)
     for index in range(skeleton.count):
         for name in skeleton.linears(index):
-            grid, whole = (
-                Grid.of(allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"]),
-                f"model.layers.{index}.{name}",
-            )
+            grid = Grid.of(allocation.options[f"{index}.{named_as(name, ONE_PRECISION)}"])
             if grid.bits == FLOAT_BITS:
-                floats.append(whole)
+                floats.append(f"model.layers.{index}.{name}")
             else:
-                kernels[whole] = kernel_of(grid, config)
+                kernels[f"model.layers.{index}.{name}"] = kernel_of(grid, config)
     overrides = {
         name: {"bits": kernel.bits, "group_size": kernel.block} for name, kernel in kernels.items() if kernel != usual
     }
