@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from safetensors.numpy import load_file
 from qwen_onnx.artifact.adapter_file import RECORD, write_adapter_file
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.runtime import QwenService
+from qwen_onnx.runtime.engines.batch.engine import BatchEngine
+from qwen_onnx.runtime.engines.batch.stream import Stream
 from qwen_onnx.runtime.server.app import create_app
 from qwen_onnx.runtime.server.keys import KeyRing, digest_of
 from qwen_onnx.runtime.server.settings import ServerSettings
@@ -128,20 +131,36 @@ def test_the_least_recently_used_one_makes_room(server: Adapters) -> None:
     assert server.loaded() == ["all-2", "kept", "some"]
 
 
-def test_those_that_answer_are_not_dropped(server: Adapters) -> None:
-    server.load("all")
-    body = {"model": "tiny:all", "prompt": "hello", "max_tokens": 1024, "temperature": 0, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as answer:
-        lines = answer.iter_lines()
-        assert next(lines).startswith("data: ")
-        refused = server.drop("all")
-        assert refused.status_code == 409, refused.text
-        assert "are under way" in refused.json()["error"]["message"]
-        assert server.load("some").status_code == 200
-        # `all` is older, and busy
-        assert server.load("some-2").status_code == 200
-        assert "all" in server.loaded()
-    until(lambda: server.drop("all").status_code == 200)
+def test_those_that_answer_are_not_dropped(
+    slotted_artifact: Path, adapters: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine is in this process and waits behind the first token: a tiny model would be done before it is asked."""
+    goes, decode = threading.Event(), BatchEngine._decode
+
+    def held(engine: BatchEngine, streams: list[Stream]) -> None:
+        assert goes.wait(60)
+        decode(engine, streams)
+
+    monkeypatch.setattr(BatchEngine, "_decode", held)
+    settings = ServerSettings(adapter_folder=folder, adapter_budget=BUDGET)
+    options = {"context": 2048, "isolated": False, "adapters": {"kept": adapters["all"]}, "adapter_budget": BUDGET}
+    with guarded(slotted_artifact, settings, options=options, keys=KeyRing({digest_of(KEY): "alice"})) as client:
+        server = Adapters(client, folder)
+        assert server.load("all").status_code == 200
+        body = {"model": "tiny:all", "prompt": "hello", "max_tokens": 8, "temperature": 0, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            refused = server.drop("all")
+            assert refused.status_code == 409, refused.text
+            assert "are under way" in refused.json()["error"]["message"]
+            assert server.load("some").status_code == 200
+            # `all` is older, and busy
+            assert server.load("all-2").status_code == 200
+            assert server.loaded() == ["all", "all-2", "kept"]
+            goes.set()
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        until(lambda: server.drop("all").status_code == 200)
 
 
 def test_another_of_one_name_is_refused_and_finds_no_prefix_of_the_first(
