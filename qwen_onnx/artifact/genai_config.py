@@ -280,10 +280,17 @@ class Model(Part):
 
     @property
     def medium_token(self) -> int | None:
-        """What stands for a part of a picture or a sound, and in no answer; None: the model reads text alone."""
+        """What stands for a part of a picture or a sound; None: the model reads text alone."""
         if self.vision is None and self.speech is None:
             return None
         return self.image_token_id if self.speech is None else self.audio_token_id
+
+    @property
+    def unspoken(self) -> tuple[int, ...]:
+        """What stands for a part of a medium, and in no answer: none where the model reads text alone."""
+        if self.medium_token is None:
+            return ()
+        return tuple(token for token in (self.medium_token, self.video_token_id) if token is not None)
 
 
 class Search(Part):

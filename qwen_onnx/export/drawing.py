@@ -87,6 +87,12 @@ class Drawing:
         given += [self.weight(f"{name}.bias", outputs)] if bias else []
         return str(self.node("Gemm", *given, transB=1))
 
+    def result(self, name: str, kind: int) -> None:
+        """Call the last node's output ``name``, in the type ``kind``; until here it has float32."""
+        if kind != FLOAT:
+            self.node("Cast", self.nodes[-1].output[0], to=kind)
+        self.nodes[-1].output[0] = name
+
     def save(self, path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Write the graph; ``inputs`` and ``outputs`` are (name, type, shape)."""
         import onnx

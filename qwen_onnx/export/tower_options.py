@@ -14,15 +14,16 @@ class TowerOptions(PassOptions):
 
     Attributes:
         weights: the most that a tower of the published models has.
+        providers: execution providers whose runtime takes such an artifact.
     """
 
     weights: ClassVar[int]
+    providers: ClassVar[tuple[str, ...]] = ("CPUExecutionProvider",)
 
     def faults(self, execution_provider: str) -> list[str]:
-        """Its operators were tried on the CPU alone."""
-        fits = execution_provider == "CPUExecutionProvider"
-        told = f"type: {self.pass_name()} is for CPUExecutionProvider, the target's is {execution_provider}"
-        return [] if fits else [told]
+        """See ``providers``."""
+        told = f"type: {self.pass_name()} is for {', '.join(self.providers)}, the target's is {execution_provider}"
+        return [] if execution_provider in self.providers else [told]
 
     def reference(self) -> Self:
         """Itself: nothing is quantised."""

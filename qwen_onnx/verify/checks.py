@@ -42,6 +42,8 @@ ANY = frozenset(Verification)
 COMPUTED = ANY - {Verification.STRUCTURE}
 # by engines that load the whole artifact, whatever runs it
 LOADED = COMPUTED - {Verification.IN_SLICES}
+# of artifacts whose parts are graphs for the CPU here, whatever runs them in the end
+GRAPH = frozenset({Verification.RUN, Verification.NUMERICS_ON_CPU})
 TIMED = frozenset({Verification.RUN})
 SIMULATED = frozenset({Verification.SIMULATOR})
 

@@ -15,6 +15,7 @@ from qwen_onnx.processes.progress import progress
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
 from qwen_onnx.verify.drift import DriftStudy, Prepared, Scorer
+from qwen_onnx.verify.ends import widened_parts
 from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.loaded import Loaded
 from qwen_onnx.verify.nibbles import in_nibbles
@@ -226,7 +227,8 @@ class Context:
         graph.in_float32()
         # one token at a time, it would make matrices of 8 bits anew for each
         in_nibbles(graph)
-        return Engine(self.artifact, threads=self.options.threads, on_cpu=True, graph=graph.serialized())
+        graphs = {graph.file.name: graph.serialized()} | widened_parts(self.artifact)
+        return Engine(self.artifact, threads=self.options.threads, on_cpu=True, graphs=graphs)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:

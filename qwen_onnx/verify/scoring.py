@@ -155,12 +155,14 @@ class Session:
         feeds = {}
         for spec in self._session.get_inputs():
             if spec.name in given:
-                feeds[spec.name] = given[spec.name]
+                value = given[spec.name]
+                # embeddings in fp16 for a graph that was widened to fp32
+                feeds[spec.name] = value.astype(_DTYPES.get(spec.type, value.dtype), copy=False)
                 continue
             if spec.name == EMBEDDED:
                 # of a model that sees: another graph makes them
                 self._table = self._table or Table(self.folder, 1)
-                value: npt.NDArray[Any] = self._table.embed(ids)
+                value = self._table.embed(ids)
             elif spec.name.startswith(STATES):
                 value = np.zeros([self._size(size, spec.name) for size in spec.shape])
             elif spec.name in known:

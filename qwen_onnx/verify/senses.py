@@ -138,14 +138,16 @@ def watches(context: Context) -> bool:
 
 def encoder_parity(context: Context, name: str, sense: Sense, media: Sequence[Medium], parts: int = 1) -> CheckResult:
     """The encoder gives the features that PyTorch's tower gives in fp32; a row has ``parts`` of its own deviations."""
-    diffs, cosines = [], []
+    diffs, cosines, half = [], [], sense.kind is np.float16
     for medium in media:
         both = context.tower.features(medium), sense.encode(medium)
         if both[0].shape != both[1].shape:
             detail = f"the encoder gives {list(both[1].shape)}, PyTorch {list(both[0].shape)}"
             return CheckResult(name=name, verdict=Verdict.FAIL, detail=detail)
         for wanted, found in zip(*(np.split(side, parts, axis=-1) for side in both), strict=True):
-            diffs.append(float(np.abs(found - wanted).max() / wanted.std()))
+            # of fp16 a place of its own is no difference
+            apart = np.abs(found - wanted) - (np.spacing(np.abs(wanted).astype(sense.kind)) if half else 0)
+            diffs.append(max(0.0, float(apart.max() / wanted.std())))
             norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
             cosines.append(float(((found * wanted).sum(-1) / np.maximum(norms, 1e-30)).min()))
     verdicts = [at_most(certain(max(diffs)), ENCODER_DIFF), at_least(certain(min(cosines)), ENCODER_COSINE)]
@@ -171,9 +173,11 @@ def graph_parity(context: Context, name: str, asked: Asked) -> CheckResult:
     ids, media = asked
     # one copy of the weights at a time
     context.release()
-    wanted = teacher_logits(student_of(context.checkpoint, graph, threads), context.tower, ids, media, token)
+    table = Table(context.artifact, threads)
+    student = student_of(context.checkpoint, graph, threads)
+    wanted = teacher_logits(student, context.tower, ids, media, token, kind=table.kind)
     features = np.concatenate([context.tower.features(medium) for medium in media])
-    given = _given(Table(context.artifact, threads), ids, media, features, token)
+    given = given_of(table, ids, media, features, token)
     exact = OnnxScorer(context.artifact, threads, in_float32=True)
     found = compare(wanted, exact.logits(ids, given), ids, threads)
     diff, kld = float(found.diff.max()), float(found.kld.mean())
@@ -219,13 +223,13 @@ def _student(context: Context, capacity: int) -> Callable[[Sequence[int], Sequen
 
     def whole(ids: Sequence[int], media: Sequence[Medium]) -> Logits:
         features = np.concatenate([sense.encode(medium) for medium in media])
-        return scorer.logits(ids, _given(sense, ids, media, features, sense.token))
+        return scorer.logits(ids, given_of(sense, ids, media, features, sense.token))
 
     return whole
 
 
-def _given(
-    table: Table, ids: Sequence[int], media: Sequence[Medium], features: Logits, token: int | None
+def given_of(
+    table: Table, ids: Sequence[int], media: Sequence[Medium], features: Logits | None, token: int | None
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of the decoder for a whole prompt."""
     given: dict[str, np.ndarray[Any, Any]] = {EMBEDDED: table.embed(np.array([ids]), features)}
@@ -241,17 +245,27 @@ def student_logits(model: BatchModel, ids: Sequence[int], media: Sequence[Medium
 
 
 def teacher_logits(
-    teacher: Teacher, tower: Tower, ids: Sequence[int], media: Sequence[Medium], token: int | None
+    teacher: Teacher,
+    tower: Tower,
+    ids: Sequence[int],
+    media: Sequence[Medium],
+    token: int | None,
+    kind: type[np.generic] = np.float32,
 ) -> Logits:
-    """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary]; pictures have three axes and DeepStack."""
+    """Of the checkpoint, layer by layer in fp32, [tokens, vocabulary]; pictures have three axes and DeepStack.
+
+    Args:
+        kind: that embeddings and features are rounded to before the first layer.
+    """
     import torch
 
     from qwen_onnx.export.skeleton import call
     from qwen_onnx.verify.matrices import linear
 
     with torch.inference_mode():
-        state = teacher.embed(torch.tensor([list(ids)])).clone()
-        features = torch.tensor(np.concatenate([tower.features(medium) for medium in media]))
+        state = torch.tensor(teacher.embed(torch.tensor([list(ids)])).numpy().astype(kind)).float()
+        features = np.concatenate([tower.features(medium) for medium in media])
+        features = torch.tensor(features.astype(kind)).float()
         shown, *stacked = features.chunk(features.shape[-1] // state.shape[-1], dim=-1)
         places = torch.tensor(list(ids)) == token
         state[0, places] = shown

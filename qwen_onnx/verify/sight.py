@@ -9,14 +9,13 @@ import numpy as np
 
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.artifact.video_config import VideoSettings
-from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.sight import Sight
 from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.vision_config import PREPROCESSOR
 from qwen_onnx.verify import clips, drawn, senses
-from qwen_onnx.verify.checks import check
+from qwen_onnx.verify.checks import GRAPH, check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.records import CheckResult
 from qwen_onnx.verify.results import certain
@@ -24,7 +23,6 @@ from qwen_onnx.verify.statistics import at_most
 
 # made of artifacts that see alone
 VISUAL = frozenset({"processing", "vision", "sight_parity", "sight"})
-RUN = frozenset({Verification.RUN})
 PATCH_DIFF = 1e-5
 SEVERAL, CLIP = "several", "clip"
 WORDS = "The picture shows several things. From left to right they differ in colour, in size and in what they mean."
@@ -54,7 +52,7 @@ def _clip(artifact: Path) -> tuple[Picture, ...]:
     return prepare_clip(clip, ImageSettings.read(artifact), settings)
 
 
-@check("processing", RUN)
+@check("processing", GRAPH)
 def processing_parity(context: Context) -> CheckResult:
     """Patches and grids are those of transformers' slow processor with the checkpoint's own settings.
 
@@ -88,7 +86,7 @@ def processing_parity(context: Context) -> CheckResult:
     )
 
 
-@check("vision", RUN)
+@check("vision", GRAPH)
 def encoder_parity(context: Context) -> CheckResult:
     """The encoder gives the features that PyTorch's tower gives in fp32, and what DeepStack adds."""
     sight = Sight(context.artifact, context.options.threads)
@@ -97,7 +95,7 @@ def encoder_parity(context: Context) -> CheckResult:
     return senses.encoder_parity(context, "vision", sight, pictures, form.features // form.output)
 
 
-@check("sight_parity", RUN)
+@check("sight_parity", GRAPH)
 def graph_parity_with_pictures(context: Context) -> CheckResult:
     """With a picture's features the graph computes what PyTorch computes with the same matrices, both in fp32.
 
@@ -106,7 +104,7 @@ def graph_parity_with_pictures(context: Context) -> CheckResult:
     return senses.graph_parity(context, "sight_parity", _prompts(context)[SEVERAL])
 
 
-@check("sight", RUN)
+@check("sight", GRAPH)
 def drift_with_pictures(context: Context) -> CheckResult:
     """Teacher-forced on conversations with pictures, the artifact predicts what PyTorch predicts."""
     return senses.drift(context, "sight", _prompts(context))

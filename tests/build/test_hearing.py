@@ -44,4 +44,4 @@ def test_a_folder_is_built_and_answers_about_a_sound(tmp_path: Path, make: Calla
 def test_a_target_without_an_encoder_says_so(tmp_path: Path) -> None:
     done = run_cli("plan", make_hearing_checkpoint(tmp_path / "tiny-audio"), "--target", "cuda")
     assert done.returncode == 2
-    assert "the audio encoder was tried on the CPU alone" in done.stderr
+    assert "has no model type that hears and does not see" in done.stderr

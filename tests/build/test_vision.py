@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,30 @@ def test_a_hybrid_without_its_preparation_of_pictures_reads_text(tmp_path: Path)
     assert "VisionEncoder" not in done.stdout
 
 
-def test_a_target_without_an_encoder_says_so(tmp_path: Path) -> None:
+def test_gpus_get_an_encoder_and_other_targets_say_why_not(tmp_path: Path) -> None:
     folder = make_vision_checkpoint(tmp_path / "tiny-vl")
-    done = run_cli("plan", folder, "--target", "cuda")
+    for target in ("cuda", "dml", "webgpu"):
+        done = run_cli("plan", folder, "--target", target)
+        assert done.returncode == 0, done.stderr
+        assert "VisionEncoder" in done.stdout
+    done = run_cli("plan", folder, "--target", "npu-qnn")
     assert done.returncode == 2
-    assert "the vision encoder was tried on the CPU alone" in done.stderr
+    assert "an NPU wants pictures of one size; the encoder takes any" in done.stderr
+
+
+@pytest.mark.release
+@pytest.mark.parametrize(
+    ("architecture", "target", "precision"),
+    [(ARCHITECTURES[0], "dml", "fp16"), (STACKED, "cuda", "fp16"), (STACKED, "webgpu", "int4")],
+)
+def test_a_folder_is_built_for_a_gpu_and_proven_on_the_cpu(
+    tmp_path: Path, architecture: str, target: str, precision: str
+) -> None:
+    folder = make_vision_checkpoint(tmp_path / "tiny-vl", architecture)
+    told = ("--target", target, "--precision", precision, "--output", tmp_path / "artifact")
+    done = run_cli("optimize", folder, *told)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "artifact" / "report.json").read_text())
+    assert report["verification"] == "numerics-on-cpu"
+    made = {check["name"]: check["verdict"] for check in report["checks"]}
+    assert {made[name] for name in ("kv_decode", "processing", "vision", "sight_parity", "sight")} == {"PASS"}

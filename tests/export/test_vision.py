@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG
 from qwen_onnx.artifact.processor_config import ImageSettings
 from qwen_onnx.errors import ArtifactError, ExportError, RequestError, UnsupportedModelError
+from qwen_onnx.export.embedding import EMBEDDING_FILE
 from qwen_onnx.export.passes.genai_builder.build import build
+from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.export.passes.vision_encoder.encoder import VISION_FILE, write_parts
+from qwen_onnx.runtime.engines.batch.sight import Sight
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.media import Picture
@@ -27,6 +30,8 @@ from qwen_onnx.runtime.processing.images import prepare
 from qwen_onnx.sources.checkpoint import SINGLE_FILE
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
+from qwen_onnx.verify.scoring import OnnxScorer
+from qwen_onnx.verify.senses import given_of
 from tests.conftest import rewrite_json
 from tests.fixtures.media import FP32, Case, assert_same, dequantized, exported
 from tests.fixtures.pictures import noise
@@ -39,6 +44,8 @@ from tests.runtime.engines.batch.test_engine import Heard
 pytestmark = pytest.mark.slow
 
 WINDOWS = ARCHITECTURES[0]
+# as the pipelines of GPUs have it: the CPU computes no norms of q and k within an attention
+UNFUSED = {"fuse_qk_norm_gqa": False}
 
 
 @pytest.fixture(
@@ -65,6 +72,24 @@ def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
     each = 6 if case.architecture == MIXTURE else 7
     assert matrices == each * model.config.text_config.num_hidden_layers + 1
     assert_same(case.int4, prompts(case.int4), model, torch_logits, torch_greedy, 1e-4)
+
+
+@pytest.mark.parametrize("provider", [*first(("cuda", "dml", "webgpu"), "cuda")])
+def test_fp16_for_a_gpu_equals_pytorch_but_for_its_rounding(case: Case, tmp_path: Path, provider: str) -> None:
+    """On the CPU, which widens it operator by operator; genai hands on what encoder and embedding give, as it is."""
+    decoder, folder, model = tmp_path / "decoder", tmp_path / "artifact", case.model()
+    build(case.text, decoder, GenAIModelBuilderOptions(precision="fp16", execution_provider=provider, **UNFUSED))
+    write_parts(case.text, decoder, folder)
+    scorer, sight = OnnxScorer(folder, 1), Sight(folder, 1)
+    assert sight.kind is np.float16
+    for name, (ids, pictures) in prompts(folder).items():
+        features = np.concatenate([sight.encode(picture) for picture in pictures]) if pictures else None
+        found = scorer.logits(ids, given_of(sight, ids, pictures, features, IMAGE))
+        assert np.abs(found - torch_logits(model, ids, pictures)).max() <= 1e-2, name
+    for file in case.fp32.glob(f"{EMBEDDING_FILE}*"):
+        shutil.copy(file, folder)
+    with pytest.raises(ArtifactError, match=r"image_features is a tensor\(float16\), the embedding is in float32"):
+        Sight(folder, 1)
 
 
 def test_an_answer_depends_on_the_picture(case: Case) -> None:

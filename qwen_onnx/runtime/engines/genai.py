@@ -7,7 +7,7 @@ execution provider. It is what verification measures, and what ``serial`` serves
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,19 @@ class Engine:
         folder: flat folder with ``genai_config.json`` and ``model.onnx``.
         threads: threads within an operator; None leaves it to onnxruntime.
         on_cpu: run on the CPU whatever provider the artifact was built for.
-        graph: run this serialised graph, whose weights are in the folder, instead of the folder's.
+        graphs: run these serialised graphs, whose weights are in the folder, instead of the folder's of such names.
 
     Raises:
         ArtifactError: the folder holds no model that genai loads.
     """
 
     def __init__(
-        self, folder: Path, *, threads: int | None = None, on_cpu: bool = False, graph: bytes | None = None
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        on_cpu: bool = False,
+        graphs: Mapping[str, bytes] | None = None,
     ) -> None:
         self.shape = Shape.read(folder)
         self.context_length = self.shape.context_length
@@ -112,15 +117,15 @@ class Engine:
         model = GenaiConfig.read(folder).model
         # what stands for a part of a picture; None: it reads text alone
         self.image_token = model.image_token_id if model.vision is not None else None
-        self._medium_token = model.medium_token
+        self._unspoken = list(model.unspoken)
         try:
             config = og.Config(str(folder))
             session: dict[str, Any] = {} if threads is None else {"intra_op_num_threads": threads}
             if on_cpu:
                 config.clear_providers()
                 session |= UNPACK_QDQ
-            if graph is not None:
-                config.add_model_data(GenaiConfig.read(folder).graph_file, graph)
+            for name, content in (graphs or {}).items():
+                config.add_model_data(name, content)
             told: dict[str, Any] = {"decoder": {"session_options": session}, **_presented(GenaiConfig.read(folder))}
             config.overlay(json.dumps({"model": told}))
             self._model = og.Model(config)
@@ -193,10 +198,10 @@ class Engine:
         for _ in range(max_new_tokens):
             if cancelled():
                 return
-            if self._medium_token is not None:
+            if self._unspoken:
                 # genai would put a part of the prompt's pictures there, or fail for want of one
                 logits = np.array(generator.get_logits())
-                logits[..., self._medium_token] = -np.inf
+                logits[..., self._unspoken] = -np.inf
                 generator.set_logits(logits)
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])

@@ -21,14 +21,14 @@ KERNEL, STRIDE = 3, 2
 LONGEST_WAVE = 10_000
 
 
-def draw_tower(draw: Drawing, tower: ChunkedTower) -> None:
-    """A window: ``MEL`` [1, bands, frames] of whole chunks, and ``FRAMES`` of the sound, to ``FEATURES``."""
+def draw_tower(draw: Drawing, tower: ChunkedTower, kind: int) -> None:
+    """A window: ``MEL`` [1, bands, frames] of whole chunks, and ``FRAMES`` of the sound, to ``FEATURES`` of ``kind``."""
     placed = draw.node("Add", _convolved(draw, tower), draw.floats("positions", positions(tower.places, tower.width)))
     state = first(draw, draw.node("Reshape", placed, draw.integer([-1, tower.width])), _tokens(draw, tower))
     state = norm(draw, "audio_tower.ln_post", layers(draw, tower, state, biased="qkv"), tower.width)
     inner = draw.node("Gelu", draw.linear("multi_modal_projector.linear_1", state, tower.width, tower.width))
     draw.linear("multi_modal_projector.linear_2", inner, tower.width, tower.output)
-    draw.nodes[-1].output[0] = FEATURES
+    draw.result(FEATURES, kind)
 
 
 def positions(places: int, width: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen_onnx.artifact.audio_config import AUDIO_CONFIG, HEARS, TRANSCRIBES
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import Drawing
-from qwen_onnx.export.embedding import configure, copy_decoder, write_embedding
+from qwen_onnx.export.embedding import configure, copy_decoder, embedded_kind, write_embedding
 from qwen_onnx.export.passes.audio_encoder import chunked
 from qwen_onnx.export.passes.audio_encoder.options import AudioEncoderOptions
 from qwen_onnx.export.passes.audio_encoder.tower import FEATURES, FRAMES, MEL, draw_tower, inputs, outputs
@@ -44,16 +44,25 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
     tower = hearing_tower_of(read_json(where), str(where))
     settings = hearing_settings_of(checkpoint, tower)
     whisper = isinstance(tower, AudioTower)
+    kind = embedded_kind(decoder)
     copy_decoder(decoder, output)
     progress(f"writing the audio encoder: {tower.depth} layers of {tower.width}")
     with DataFile(output / f"{AUDIO_FILE}.data") as data:
         draw = Drawing(CheckpointWeights(checkpoint), data)
         if isinstance(tower, AudioTower):
-            draw_tower(draw, tower)
+            draw_tower(draw, tower, kind)
         else:
-            chunked.draw_tower(draw, tower)
-        draw.save(output / AUDIO_FILE, inputs(tower), outputs(tower))
-    write_embedding(checkpoint, output, features=FEATURES, token=tower.token, hidden=tower.output, width=tower.output)
+            chunked.draw_tower(draw, tower, kind)
+        draw.save(output / AUDIO_FILE, inputs(tower), outputs(tower, kind))
+    write_embedding(
+        checkpoint,
+        output,
+        features=FEATURES,
+        token=tower.token,
+        hidden=tower.output,
+        width=tower.output,
+        kind=kind,
+    )
     told_settings = settings.model_dump_json(indent=1, exclude_defaults=True)
     (output / AUDIO_CONFIG).write_text(told_settings, encoding="utf-8")
     speech = {

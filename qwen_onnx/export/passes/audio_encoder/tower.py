@@ -16,8 +16,8 @@ EPSILON = 1e-5
 KERNEL, STRIDE = 3, 2
 
 
-def draw_tower(draw: Drawing, tower: AudioTower) -> None:
-    """The whole encoder: ``MEL`` and ``FRAMES`` to ``FEATURES`` [tokens, output]."""
+def draw_tower(draw: Drawing, tower: AudioTower, kind: int) -> None:
+    """The whole encoder: ``MEL`` and ``FRAMES`` to ``FEATURES`` [tokens, output] of type ``kind``."""
     steps = _half(draw, draw.node("Add", FRAMES, draw.integer(1)))
     table = draw.weight("audio_tower.embed_positions.weight", tower.positions, tower.width)
     state = draw.node("Add", first(draw, _convolved(draw, tower), steps), first(draw, table, steps))
@@ -28,7 +28,7 @@ def draw_tower(draw: Drawing, tower: AudioTower) -> None:
     pooled = draw.node("ReduceMean", pairs, draw.integer([1]), keepdims=0)
     normed = norm(draw, "audio_tower.layer_norm", pooled, tower.width)
     draw.linear("multi_modal_projector.linear", normed, tower.width, tower.output)
-    draw.nodes[-1].output[0] = FEATURES
+    draw.result(FEATURES, kind)
 
 
 def layers(draw: Drawing, tower: AudioTower | ChunkedTower, state: str, *, biased: str) -> str:
@@ -48,9 +48,9 @@ def inputs(tower: AudioTower | ChunkedTower) -> list[tuple[str, int, list[str | 
     return [(MEL, FLOAT, [1, tower.bands, "num_frames"]), (FRAMES, INT64, [1])]
 
 
-def outputs(tower: AudioTower | ChunkedTower) -> list[tuple[str, int, list[str | int]]]:
+def outputs(tower: AudioTower | ChunkedTower, kind: int) -> list[tuple[str, int, list[str | int]]]:
     """(name, type, shape) of the output."""
-    return [(FEATURES, FLOAT, ["num_tokens", tower.output])]
+    return [(FEATURES, kind, ["num_tokens", tower.output])]
 
 
 def _half(draw: Drawing, value: str) -> str:

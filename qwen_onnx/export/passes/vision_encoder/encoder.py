@@ -2,7 +2,7 @@
 
 ``vision.onnx`` makes features of one picture, ``embedding.onnx`` puts them between the embeddings of the tokens,
 ``processor_config.json`` says how a picture becomes patches, ``video_config.json`` how a video does. Their weights are
-the checkpoint's, in its own type.
+the checkpoint's, in its own type; features and embeddings have the type that the decoder takes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qwen_onnx.artifact.processor_config import PROCESSOR_CONFIG, ImageSettings
 from qwen_onnx.artifact.video_config import VIDEO_CONFIG
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.drawing import Drawing
-from qwen_onnx.export.embedding import configure, copy_decoder, write_embedding
+from qwen_onnx.export.embedding import configure, copy_decoder, embedded_kind, write_embedding
 from qwen_onnx.export.passes.pack_weights.data_file import DataFile
 from qwen_onnx.export.passes.vision_encoder.options import VisionEncoderOptions
 from qwen_onnx.export.passes.vision_encoder.tower import FEATURES, GRID, PIXELS, draw_tower, inputs, outputs
@@ -66,14 +66,21 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
         raise ExportError("the checkpoint has no vision tower", where=str(checkpoint), hint="qwen-onnx list")
     settings = read_json(checkpoint / VISION_CONFIG)
     tower = tower_of(settings, str(checkpoint / VISION_CONFIG))
+    kind = embedded_kind(decoder)
     copy_decoder(decoder, output)
     progress(f"writing the vision encoder: {tower.depth} layers of {tower.width}")
     with DataFile(output / f"{VISION_FILE}.data") as data:
         draw = Drawing(CheckpointWeights(checkpoint, plain=True), data)
-        draw_tower(draw, tower)
-        draw.save(output / VISION_FILE, inputs(tower), outputs(tower))
+        draw_tower(draw, tower, kind)
+        draw.save(output / VISION_FILE, inputs(tower), outputs(tower, kind))
     write_embedding(
-        checkpoint, output, features=FEATURES, token=tower.image_token, hidden=tower.output, width=tower.features
+        checkpoint,
+        output,
+        features=FEATURES,
+        token=tower.image_token,
+        hidden=tower.output,
+        width=tower.features,
+        kind=kind,
     )
     preparation = preparation_of(checkpoint, tower)
     images = ImageSettings(

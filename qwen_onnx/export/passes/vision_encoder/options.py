@@ -15,3 +15,9 @@ class VisionEncoderOptions(TowerOptions):
     architectures: ClassVar = SEEING
     # of the towers of Qwen2-VL and Qwen2.5-VL, of all sizes: 0.67 billion at most
     weights: ClassVar = 700_000_000
+    providers: ClassVar = (
+        "CPUExecutionProvider",
+        "CUDAExecutionProvider",
+        "DmlExecutionProvider",
+        "WebGpuExecutionProvider",
+    )

@@ -55,8 +55,8 @@ class _Places:
     back: str = ""
 
 
-def draw_tower(draw: Drawing, tower: Tower) -> None:
-    """The whole encoder: ``PIXELS`` and ``GRID`` to ``FEATURES`` [patches / merge², features]."""
+def draw_tower(draw: Drawing, tower: Tower, kind: int) -> None:
+    """The whole encoder: ``PIXELS`` and ``GRID`` to ``FEATURES`` [patches / merge², features] of type ``kind``."""
     width = tower.width
     size = CHANNELS * tower.temporal_patch * tower.patch**2
     pixels = draw.node("Reshape", PIXELS, draw.integer([-1, size]))
@@ -81,7 +81,7 @@ def draw_tower(draw: Drawing, tower: Tower) -> None:
     features = _tokens(draw, tower, "visual.merger", _merged(draw, tower, normed))
     if stacked:
         draw.node("Concat", features, *stacked, axis=-1)
-    draw.nodes[-1].output[0] = FEATURES
+    draw.result(FEATURES, kind)
 
 
 def inputs(tower: Tower) -> list[tuple[str, int, list[str | int]]]:
@@ -90,9 +90,9 @@ def inputs(tower: Tower) -> list[tuple[str, int, list[str | int]]]:
     return [(PIXELS, FLOAT, ["num_patches", size]), (GRID, INT64, [1, 3])]
 
 
-def outputs(tower: Tower) -> list[tuple[str, int, list[str | int]]]:
+def outputs(tower: Tower, kind: int) -> list[tuple[str, int, list[str | int]]]:
     """(name, type, shape) of the output."""
-    return [(FEATURES, FLOAT, ["num_tokens", tower.features])]
+    return [(FEATURES, kind, ["num_tokens", tower.features])]
 
 
 def _merged(draw: Drawing, tower: Tower, value: str) -> str:

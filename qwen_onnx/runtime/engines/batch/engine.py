@@ -113,7 +113,7 @@ class BatchEngine:
         forbidden = () if request.stop_on_eos else tuple(self.shape.eos_token_ids)
         if self._model.sense is not None:
             # in an answer it would stand for a medium that nobody sent, and the embedding fails for want of it
-            forbidden += (self._model.sense.token,)
+            forbidden += self._model.sense.unspoken
         stream = Stream(request, listener, Sampler(request, matcher, forbidden), looked, self._speculator(request))
         with self._changed:
             if self._closing or self._failed:

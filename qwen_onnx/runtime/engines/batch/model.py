@@ -26,14 +26,13 @@ from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.int8_cache import Scales, with_int8_cache
 from qwen_onnx.runtime.engines.batch.session import open_with_slots
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
-from qwen_onnx.runtime.engines.batch.sight import require_width, sense_of
+from qwen_onnx.runtime.engines.batch.sight import TYPES, sense_of
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.media import Positions
 
 # of a graph that has them made of token ids and media
 EMBEDDED = "inputs_embeds"
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 INT8: dict[str, type[np.generic]] = {"tensor(int8)": np.int8}
 # of the free memory, for the KV cache; pages are taken only when a conversation reaches them
 KV_SHARE = 0.5
@@ -148,7 +147,7 @@ class BatchModel:
             )
         self.sense = sense_of(folder, threads) if EMBEDDED in self._inputs else None
         if self.sense is not None:
-            require_width(self._inputs[EMBEDDED], self.sense.width, folder)
+            self.sense.require(self._inputs[EMBEDDED], folder)
         types = TYPES if kv_scales is None else INT8
         logits = _logits_of(self._sessions[0], layout, shape, folder, types)
         self._type = types[self._inputs[layout.names[0][0]].type]

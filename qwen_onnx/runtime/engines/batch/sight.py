@@ -18,6 +18,8 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.media import Medium, Picture, Positions, Sound, keys_of, places_of, positions_of
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+# of a graph's floating inputs and outputs, by ONNX Runtime's names
+TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # of encoded media that are kept: pictures of some megapixels each
 KEPT_BYTES = 64 << 20
 
@@ -27,13 +29,14 @@ class Table:
 
     Attributes:
         width: numbers that the decoder gets for a token: its embedding, and behind it what DeepStack adds.
+        kind: type of features and embeddings, float32 or float16.
 
     Args:
         folder: of the artifact.
         threads: within an operator; None leaves it to onnxruntime.
 
     Raises:
-        ArtifactError: it is missing, does not load, or has other inputs than ``genai_config.json`` says.
+        ArtifactError: it is missing, does not load, has other inputs than ``genai_config.json`` says, or another type.
     """
 
     def __init__(self, folder: Path, threads: int | None) -> None:
@@ -43,15 +46,38 @@ class Table:
         self._embedding = found
         self._table = _session(folder / found.filename, threads, found.inputs.model_dump(exclude_none=True))
         self.width = _width(self._table.get_outputs()[0])
-        self._none: Floats = np.zeros((0, self.width), np.float32)
+        self._place = found.inputs.image_features or found.inputs.audio_features or ""
+        told = {entry.name: entry.type for entry in [*self._table.get_inputs(), *self._table.get_outputs()]}
+        kinds = {told.get(self._place), told.get(found.outputs.inputs_embeds)}
+        if len(kinds) > 1 or not kinds <= TYPES.keys():
+            text = f"features and embeddings have the types {sorted(map(str, kinds))}, not one of {sorted(TYPES)}"
+            raise ArtifactError(text, where=str(folder / found.filename), hint="get the artifact again, or build it")
+        self.kind = TYPES[str(kinds.pop())]
+        self._none = np.zeros((0, self.width), self.kind)
 
-    def embed(self, tokens: np.ndarray[Any, Any], features: Floats | None = None) -> Floats:
-        """Embeddings of ids [rows, tokens], float32 [rows, tokens, width]; ``features`` are those of its media."""
-        names = self._embedding.inputs
-        place = names.image_features or names.audio_features or ""
-        given = {names.input_ids: tokens, place: self._none if features is None else features}
-        (embedded,) = self._table.run([self._embedding.outputs.inputs_embeds], given)
-        return np.asarray(embedded, np.float32)
+    def require(self, entry: Any, file: Path) -> None:
+        """What an encoder gives, or a decoder takes, has the width and the type of this table.
+
+        Raises:
+            ArtifactError: it has not, as when one was built with DeepStack and the other without.
+        """
+        if _width(entry) and self.width and _width(entry) != self.width:
+            told = f"{entry.name} has {_width(entry)} numbers a token, the embedding has {self.width}"
+        elif TYPES.get(entry.type) != self.kind:
+            told = f"{entry.name} is a {entry.type}, the embedding is in {np.dtype(self.kind).name}"
+        else:
+            return
+        raise ArtifactError(told, where=str(file), hint="get the artifact again, or build it")
+
+    def embed(self, tokens: np.ndarray[Any, Any], features: Floats | None = None) -> np.ndarray[Any, Any]:
+        """Embeddings of ids [rows, tokens], [rows, tokens, width] of ``kind``; ``features`` are those of its media."""
+        names = self._embedding
+        given = {names.inputs.input_ids: tokens, self._place: self._none}
+        if features is not None:
+            given[self._place] = features.astype(self.kind, copy=False)
+        (embedded,) = self._table.run([names.outputs.inputs_embeds], given)
+        found: np.ndarray[Any, Any] = embedded
+        return found
 
 
 class Sense(Table):
@@ -59,6 +85,9 @@ class Sense(Table):
 
     Encoded media are kept: rows remember a prompt from its beginning alone, and not for requests with a seed, while
     a picture is the same wherever it stands. Nobody finds what another scope left. For one thread.
+
+    Attributes:
+        unspoken: tokens that no answer has.
 
     Args:
         file: of the encoder, whose inputs and output ``genai_config.json`` names.
@@ -71,9 +100,10 @@ class Sense(Table):
     ) -> None:
         super().__init__(folder, threads)
         self.token, self._kept_bytes = token, kept_bytes
+        self.unspoken = GenaiConfig.read(folder).model.unspoken
         self._kept: OrderedDict[tuple[str, str], Floats] = OrderedDict()
         self._encoder = _session(folder / file, threads, inputs)
-        require_width(self._encoder.get_outputs()[0], self.width, folder / file)
+        self.require(self._encoder.get_outputs()[0], folder / file)
 
     @abstractmethod
     def encode(self, medium: Any) -> Floats:
@@ -188,20 +218,6 @@ def _width(entry: Any) -> int:
     """Of the last dimension of an input or an output; 0 where only a run tells."""
     size = entry.shape[-1] if entry.shape else 0
     return size if isinstance(size, int) else 0
-
-
-def require_width(entry: Any, width: int, file: Path) -> None:
-    """What one graph of a model that sees or hears hands to another has the width that the other expects.
-
-    Raises:
-        ArtifactError: it has not, as when one was built with DeepStack and the other without.
-    """
-    if _width(entry) and width and _width(entry) != width:
-        raise ArtifactError(
-            f"{entry.name} has {_width(entry)} numbers a token, the embedding has {width}",
-            where=str(file),
-            hint="get the artifact again, or build it",
-        )
 
 
 def _lacking(folder: Path) -> ArtifactError:
