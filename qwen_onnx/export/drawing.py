@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.passes.gptq.solver import round_to_nearest
 from qwen_onnx.export.passes.pack_weights.data_file import DataFile
+from qwen_onnx.export.tower_options import BLOCK
 from qwen_onnx.export.weights import CheckpointWeights
 
 OPSET, IR_VERSION = 21, 10
@@ -21,7 +23,11 @@ KINDS: dict[torch.dtype, tuple[int, Any]] = {
     torch.float16: (10, np.float16),
     torch.bfloat16: (16, np.int16),
 }
-FLOAT, INT64 = 1, 7
+FLOAT, UINT8, INT64 = 1, 2, 7
+# behind a weight's name: what MatMulNBits takes of it
+CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"
+# activations are rounded to 8 bits by the same blocks
+ACCURACY_LEVEL = 4
 
 
 class Drawing:
@@ -29,10 +35,11 @@ class Drawing:
 
     Args:
         weights: of the checkpoint; data: the file that gets the bytes of those that are used.
+        bits: of the weights of linear modules; None: their own type.
     """
 
-    def __init__(self, weights: CheckpointWeights, data: DataFile) -> None:
-        self._weights, self._data = weights, data
+    def __init__(self, weights: CheckpointWeights, data: DataFile, bits: int | None = None) -> None:
+        self._weights, self._data, self._bits = weights, data, bits
         self.nodes: list[Any] = []
         self._tensors: dict[str, Any] = {}
         self._constants: dict[tuple[int, ...] | int, str] = {}
@@ -65,27 +72,53 @@ class Drawing:
 
     def table(self, name: str, shape: Sequence[int]) -> tuple[str, int]:
         """A weight in its own type, and that type; ExportError unless it holds as many numbers as ``shape``."""
-        tensor = self._weights.tensor(name)
-        if tensor.dtype not in KINDS:
-            raise ExportError(f"the type {tensor.dtype} has no place in a graph", where=name)
-        if tensor.numel() != int(np.prod(shape)):
-            raise ExportError(f"{list(tensor.shape)} is not the shape {list(shape)} that config.json says", where=name)
+        tensor = self._read(name, shape)
         kind, numpy_type = KINDS[tensor.dtype]
         flat = tensor.contiguous()
         raw = flat.view(torch.int16) if tensor.dtype is torch.bfloat16 else flat
         self._tensors[name] = self._data.tensor(name, kind, shape, [raw.numpy().astype(numpy_type, copy=False)])
         return name, kind
 
+    def _read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        tensor = self._weights.tensor(name)
+        if tensor.dtype not in KINDS:
+            raise ExportError(f"the type {tensor.dtype} has no place in a graph", where=name)
+        if tensor.numel() != int(np.prod(shape)):
+            raise ExportError(f"{list(tensor.shape)} is not the shape {list(shape)} that config.json says", where=name)
+        return tensor
+
     def weight(self, name: str, *shape: int) -> str:
         """A weight in float32: ONNX Runtime widens it once, when it loads."""
         found, kind = self.table(name, shape)
         return found if kind == FLOAT else str(self.node("Cast", found, to=FLOAT))
 
-    def linear(self, name: str, value: str, inputs: int, outputs: int, *, bias: bool = True) -> str:
-        """A linear module of PyTorch on [rows, inputs]."""
+    def linear(
+        self, name: str, value: str, inputs: int, outputs: int, *, bias: bool = True, exact: bool = False
+    ) -> str:
+        """A linear module of PyTorch on [rows, inputs]; ``exact`` keeps its weights' type whatever the others have."""
+        if self._bits is not None and not exact:
+            return self._coded(name, value, inputs, outputs, bias, self._bits)
         given = [value, self.weight(f"{name}.weight", outputs, inputs)]
         given += [self.weight(f"{name}.bias", outputs)] if bias else []
         return str(self.node("Gemm", *given, transB=1))
+
+    def _coded(self, name: str, value: str, inputs: int, outputs: int, bias: bool, bits: int) -> str:
+        """The same of codes in blocks of inputs, the last of which zeros fill."""
+        weight = self._read(f"{name}.weight", (outputs, inputs)).float().reshape(outputs, inputs)
+        blocks = -(-inputs // BLOCK)
+        found = round_to_nearest(torch.nn.functional.pad(weight, (0, blocks * BLOCK - inputs)), bits, BLOCK)
+        parts = {
+            CODES: (UINT8, found.codes.to(torch.uint8), (outputs, blocks, BLOCK)),
+            SCALES: (FLOAT, found.scales, (outputs, blocks)),
+            ZEROS: (UINT8, found.zeros.to(torch.uint8), (outputs, blocks)),
+        }
+        given = [value]
+        for part, (kind, tensor, shape) in parts.items():
+            given.append(f"{name}.weight{part}")
+            self._tensors[given[-1]] = self._data.tensor(given[-1], kind, shape, [tensor.contiguous().numpy()])
+        told = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
+        product = str(self.node("MatMulNBits", *given, domain=MICROSOFT, **told))
+        return str(self.node("Add", product, self.weight(f"{name}.bias", outputs))) if bias else product
 
     def result(self, name: str, kind: int) -> None:
         """Call the last node's output ``name``, in the type ``kind``; until here it has float32."""

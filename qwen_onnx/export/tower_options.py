@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field
 
 from qwen_onnx.catalog.costs import Dimensions, Stored
 from qwen_onnx.catalog.registry import PassOptions
 
+# weights of 8 bits that share a scale, and activations that are rounded together
+BLOCK = 32
+
 
 class TowerOptions(PassOptions):
-    """Such a pass has no options: encoder and embedding keep the type of the checkpoint's weights.
+    """The embedding keeps the type of the checkpoint's weights, and so does the encoder unless ``bits`` are given.
 
     Attributes:
         weights: the most that a tower of the published models has.
         providers: execution providers whose runtime takes such an artifact.
     """
+
+    bits: Literal[8] | None = Field(
+        default=None, description="of the weights of the encoder's layers; null: the checkpoint's own type"
+    )
 
     weights: ClassVar[int]
     providers: ClassVar[tuple[str, ...]] = ("CPUExecutionProvider",)
@@ -26,15 +35,17 @@ class TowerOptions(PassOptions):
         return [] if execution_provider in self.providers else [told]
 
     def reference(self) -> Self:
-        """Itself: nothing is quantised."""
-        return self
+        """Without fewer bits."""
+        return self.model_copy(update={"bits": None})
 
     def written(self, model: Dimensions, before: Stored) -> Stored:
         """The tower, and a table of embeddings beside the head."""
         embedding = model.stored * model.tables
         # beside a small model a small tower
         tower = min(self.weights, model.weights)
-        return replace(before, embedding=embedding, rest=before.rest + model.stored * tower)
+        # codes, and a scale and a zero point of each block
+        each = model.stored if self.bits is None else self.bits / 8 * (1 + 5 / BLOCK)
+        return replace(before, embedding=embedding, rest=before.rest + int(each * tower))
 
     def scratch(self, model: Dimensions, before: Stored) -> int:
         """The decoder's files are there twice for a moment."""

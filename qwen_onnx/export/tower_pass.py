@@ -11,7 +11,7 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.export.embedding import CHECKPOINT
-from qwen_onnx.export.options import parameters
+from qwen_onnx.export.options import chosen, parameters
 from qwen_onnx.export.tower_options import TowerOptions
 
 
@@ -20,11 +20,11 @@ class TowerPass(Pass):  # type: ignore[misc]
 
     Attributes:
         kind: its options.
-        write: gets the folders of checkpoint, decoder and output.
+        write: gets the folders of checkpoint, decoder and output, and the bits of the encoder's layers.
     """
 
     kind: ClassVar[type[TowerOptions]]
-    write: ClassVar[staticmethod[[Path, Path, Path], None]]
+    write: ClassVar[staticmethod[[Path, Path, Path, int | None], None]]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
@@ -34,5 +34,6 @@ class TowerPass(Pass):  # type: ignore[misc]
         self, model: ONNXModelHandler, config: BasePassConfig, output_model_path: str
     ) -> ONNXModelHandler:
         source = Path(model.model_path)
-        self.write(Path(CHECKPOINT).resolve(), source.parent, Path(output_model_path))
+        bits = chosen(self.kind, config).bits
+        self.write(Path(CHECKPOINT).resolve(), source.parent, Path(output_model_path), bits)
         return ONNXModelHandler(output_model_path, onnx_file_name=source.name)

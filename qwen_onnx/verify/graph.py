@@ -116,6 +116,12 @@ class Graph:
 
         Serving rounds activations to 8 bits (level 4) or to float16; what the graph itself says shows without it.
         """
+        self.at_level_one()
+        if self.half:
+            self._widen()
+
+    def at_level_one(self) -> None:
+        """Have products with codes keep their activations in float32."""
         import onnx
 
         for node in self.nodes:
@@ -123,8 +129,6 @@ class Graph:
                 kept = [item for item in node.attribute if item.name != "accuracy_level"]
                 del node.attribute[:]
                 node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", 1)])
-        if self.half:
-            self._widen()
 
     def _widen(self) -> None:
         import onnx

@@ -93,8 +93,7 @@ def spectrogram_parity(context: Context) -> CheckResult:
 @check("audio", RUN)
 def encoder_parity(context: Context) -> CheckResult:
     """The encoder gives the features that PyTorch's tower and projection give in fp32."""
-    hearing = Hearing(context.artifact, context.options.threads)
-    return senses.encoder_parity(context, "audio", hearing, list(_prepared(context.artifact).values()))
+    return senses.encoder_parity(context, "audio", Hearing, list(_prepared(context.artifact).values()))
 
 
 @check("hearing_parity", RUN)

@@ -13,24 +13,26 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import TemplateError, VerificationError
 from qwen_onnx.records import Verdict
 from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel, UnsupportedGraphError
-from qwen_onnx.runtime.engines.batch.sight import Looked, Sense, Table
+from qwen_onnx.runtime.engines.batch.sight import Hearing, Looked, Sense, Sight, Table
 from qwen_onnx.runtime.engines.batch.sight import sense_of as encoder_of
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.media import Medium, Picture, places_of, positions_of
 from qwen_onnx.sources.vision_config import Tower as Form
 from qwen_onnx.verify.context import Context
+from qwen_onnx.verify.graph import Graph
+from qwen_onnx.verify.matrices import Matrix, linear
 from qwen_onnx.verify.records import CheckResult, worst
 from qwen_onnx.verify.results import certain
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.served import served_logits
 from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.statistics import at_least, at_most
+from qwen_onnx.verify.tower import Tower, coded_matrices, tower_beside
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.processing.template import ChatTemplate
     from qwen_onnx.runtime.service.senses import Sense as PreparedBy
     from qwen_onnx.verify.teacher import Teacher
-    from qwen_onnx.verify.tower import Tower
 
 # fp32 on both sides: the order of additions is all that differs
 ENCODER_DIFF, ENCODER_COSINE = 2e-3, 0.99999
@@ -136,11 +138,27 @@ def watches(context: Context) -> bool:
         template.close()
 
 
-def encoder_parity(context: Context, name: str, sense: Sense, media: Sequence[Medium], parts: int = 1) -> CheckResult:
-    """The encoder gives the features that PyTorch's tower gives in fp32; a row has ``parts`` of its own deviations."""
-    diffs, cosines, half = [], [], sense.kind is np.float16
+def encoder_parity(
+    context: Context, name: str, kind: type[Sight | Hearing], media: Sequence[Medium], parts: int = 1
+) -> CheckResult:
+    """The encoder gives the features that PyTorch's tower gives in fp32; a row has ``parts`` of its own deviations.
+
+    One whose matrices have fewer bits is compared to PyTorch with these, in fp32 arithmetic; ``cosine_to_own`` is what
+    their rounding costs. What that and rounded activations do to answers is another check's.
+    """
+    coded: dict[str, Matrix] = {}
+
+    def exactly(file: Path) -> bytes | None:
+        graph = Graph(file)
+        coded.update(coded_matrices(graph))
+        graph.at_level_one()
+        return graph.serialized() if coded else None
+
+    sense: Sense = kind(context.artifact, context.options.threads, rewritten=exactly)
+    tower = tower_beside(context.checkpoint, coded) if coded else context.tower
+    diffs, cosines, own, half = [], [], [], sense.kind is np.float16
     for medium in media:
-        both = context.tower.features(medium), sense.encode(medium)
+        both = tower.features(medium), sense.encode(medium)
         if both[0].shape != both[1].shape:
             detail = f"the encoder gives {list(both[1].shape)}, PyTorch {list(both[0].shape)}"
             return CheckResult(name=name, verdict=Verdict.FAIL, detail=detail)
@@ -148,16 +166,24 @@ def encoder_parity(context: Context, name: str, sense: Sense, media: Sequence[Me
             # of fp16 a place of its own is no difference
             apart = np.abs(found - wanted) - (np.spacing(np.abs(wanted).astype(sense.kind)) if half else 0)
             diffs.append(max(0.0, float(apart.max() / wanted.std())))
-            norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
-            cosines.append(float(((found * wanted).sum(-1) / np.maximum(norms, 1e-30)).min()))
+            cosines.append(_cosine(found, wanted))
+        if coded:
+            own.append(_cosine(both[0], context.tower.features(medium)))
     verdicts = [at_most(certain(max(diffs)), ENCODER_DIFF), at_least(certain(min(cosines)), ENCODER_COSINE)]
+    measured: dict[str, float | str] = {"media": len(media), "max_diff": max(diffs), "cosine": min(cosines)}
     return CheckResult(
         name=name,
         verdict=worst(verdicts),
-        measured={"media": len(media), "max_diff": max(diffs), "cosine": min(cosines)},
+        measured=measured | ({"coded_matrices": len(coded), "cosine_to_own": min(own)} if coded else {}),
         limit={"max_diff": ENCODER_DIFF, "cosine": ENCODER_COSINE},
         detail="differences in deviations of the features",
     )
+
+
+def _cosine(one: Logits, other: Logits) -> float:
+    """Of the rows that are least alike."""
+    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    return float(((one * other).sum(-1) / np.maximum(norms, 1e-30)).min())
 
 
 def graph_parity(context: Context, name: str, asked: Asked) -> CheckResult:
@@ -260,12 +286,11 @@ def teacher_logits(
     import torch
 
     from qwen_onnx.export.skeleton import call
-    from qwen_onnx.verify.matrices import linear
 
     with torch.inference_mode():
         state = torch.tensor(teacher.embed(torch.tensor([list(ids)])).numpy().astype(kind)).float()
-        features = np.concatenate([tower.features(medium) for medium in media])
-        features = torch.tensor(features.astype(kind)).float()
+        encoded = np.concatenate([tower.features(medium) for medium in media])
+        features = torch.tensor(encoded.astype(kind)).float()
         shown, *stacked = features.chunk(features.shape[-1] // state.shape[-1], dim=-1)
         places = torch.tensor(list(ids)) == token
         state[0, places] = shown

@@ -89,10 +89,9 @@ def processing_parity(context: Context) -> CheckResult:
 @check("vision", GRAPH)
 def encoder_parity(context: Context) -> CheckResult:
     """The encoder gives the features that PyTorch's tower gives in fp32, and what DeepStack adds."""
-    sight = Sight(context.artifact, context.options.threads)
     pictures = [*_pictures(context.artifact).values(), *_clip(context.artifact)]
     form = context.tower.form
-    return senses.encoder_parity(context, "vision", sight, pictures, form.features // form.output)
+    return senses.encoder_parity(context, "vision", Sight, pictures, form.features // form.output)
 
 
 @check("sight_parity", GRAPH)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen_onnx.errors import VerificationError
+from qwen_onnx.export.drawing import CODES
 from qwen_onnx.runtime.engines.media import Medium, Picture, Sound
 from qwen_onnx.sources.audio_tower import AUDIO_TOWER_CONFIG
 from qwen_onnx.sources.checkpoint import read_json
 from qwen_onnx.sources.chunked_tower import ChunkedTower, hearing_tower_of
 from qwen_onnx.sources.vision_config import VISION_CONFIG, tower_of
+from qwen_onnx.verify.graph import QUANTIZED, Graph, attributes
+from qwen_onnx.verify.matrices import Matrix, Packed
 from qwen_onnx.verify.softmax import Logits
 
 
@@ -50,12 +54,12 @@ class VisionTower(Tower):
         VerificationError: its weights do not fit.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, coded: Mapping[str, Matrix]) -> None:
         super().__init__()
         settings = read_json(checkpoint / VISION_CONFIG)
         self.form = tower_of(settings, str(checkpoint / VISION_CONFIG))
         whole, config = _empty(settings)
-        self._module = _filled(type(whole.visual)(config.vision_config), checkpoint, "visual.")
+        self._module = _filled(type(whole.visual)(config.vision_config), checkpoint, "visual.", coded)
 
     def _encoded(self, medium: Picture) -> Logits:
         import torch
@@ -68,14 +72,14 @@ class VisionTower(Tower):
 class AudioTower(Tower):
     """Of a model that hears, with its projection. Raises VerificationError like ``VisionTower``."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, coded: Mapping[str, Matrix]) -> None:
         super().__init__()
         settings = read_json(checkpoint / AUDIO_TOWER_CONFIG)
         self.form = hearing_tower_of(settings, str(checkpoint / AUDIO_TOWER_CONFIG))
         whole, config = _empty(settings)
-        self._module = _filled(type(whole.audio_tower)(config.audio_config), checkpoint, "audio_tower.")
+        self._module = _filled(type(whole.audio_tower)(config.audio_config), checkpoint, "audio_tower.", coded)
         projector = type(whole.multi_modal_projector)(config)
-        self._projector = _filled(projector, checkpoint, "multi_modal_projector.")
+        self._projector = _filled(projector, checkpoint, "multi_modal_projector.", coded)
 
     def _encoded(self, medium: Sound) -> Logits:
         """As transformers computes it: for Qwen2-Audio all seconds that fit, with a mask over what is no sound."""
@@ -94,9 +98,26 @@ class AudioTower(Tower):
         return np.asarray(self._projector(state)[0, : medium.tokens].numpy())
 
 
-def tower_beside(checkpoint: Path) -> Tower:
-    """Of a checkpoint as ``write_text_form`` writes it."""
-    return AudioTower(checkpoint) if (checkpoint / AUDIO_TOWER_CONFIG).exists() else VisionTower(checkpoint)
+def tower_beside(checkpoint: Path, coded: Mapping[str, Matrix] | None = None) -> Tower:
+    """Of a checkpoint as ``write_text_form`` writes it; ``coded`` are matrices to have in place of its own, by name."""
+    kind = AudioTower if (checkpoint / AUDIO_TOWER_CONFIG).exists() else VisionTower
+    return kind(checkpoint, coded or {})
+
+
+def coded_matrices(graph: Graph) -> dict[str, Matrix]:
+    """Those of an encoder that have fewer bits, by the names of the checkpoint.
+
+    Raises:
+        VerificationError: codes, scales or zero points are not there.
+    """
+    import torch
+
+    found: dict[str, Matrix] = {}
+    for node in (node for node in graph.nodes if node.op_type in QUANTIZED):
+        told = attributes(node)
+        codes, scales, zeros = (torch.tensor(graph.tensor(name)) for name in node.input[1:4])
+        found[node.input[1].removesuffix(CODES)] = Packed(codes, scales, zeros, told["bits"], told["K"])
+    return found
 
 
 def _empty(settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -109,11 +130,12 @@ def _empty(settings: dict[str, Any]) -> tuple[Any, Any]:
         return getattr(transformers, settings["architectures"][0])(config).model, config
 
 
-def _filled(module: Any, checkpoint: Path, prefix: str) -> Any:
+def _filled(module: Any, checkpoint: Path, prefix: str, coded: Mapping[str, Matrix]) -> Any:
     from qwen_onnx.export.weights import CheckpointWeights
 
     weights = CheckpointWeights(checkpoint, plain=True)
     stored = weights.tensors(weights.names(prefix))
+    stored |= {name: coded[name].rows(slice(None)) for name in coded if name.startswith(prefix)}
     try:
         module.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in stored.items()})
     except RuntimeError as error:

@@ -30,8 +30,10 @@ from qwen_onnx.runtime.processing.images import prepare
 from qwen_onnx.sources.checkpoint import SINGLE_FILE
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import PREPROCESSOR
+from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.scoring import OnnxScorer
 from qwen_onnx.verify.senses import given_of
+from qwen_onnx.verify.tower import coded_matrices, tower_beside
 from tests.conftest import rewrite_json
 from tests.fixtures.media import FP32, Case, assert_same, dequantized, exported
 from tests.fixtures.pictures import noise
@@ -90,6 +92,22 @@ def test_fp16_for_a_gpu_equals_pytorch_but_for_its_rounding(case: Case, tmp_path
         shutil.copy(file, folder)
     with pytest.raises(ArtifactError, match=r"image_features is a tensor\(float16\), the embedding is in float32"):
         Sight(folder, 1)
+
+
+def test_an_encoder_of_8_bits_equals_pytorch_with_its_matrices(case: Case, tmp_path: Path) -> None:
+    """At level 1; as it is served, activations are rounded to 8 bits, too."""
+    write_parts(case.text, case.fp32.with_name("fp32-decoder"), tmp_path, bits=8)
+    graph, [large], [whole] = Graph(tmp_path / VISION_FILE), seen(tmp_path, (220, 200)), seen(case.fp32, (220, 200))
+    coded = coded_matrices(graph)
+    # all but the first, which sees pixels
+    assert len(coded) == sum(node.op_type == "Gemm" for node in Graph(case.fp32 / VISION_FILE).nodes) - 1
+    graph.at_level_one()
+    own, wanted = (tower_beside(case.text, matrices).features(large) for matrices in ({}, coded))
+    exact = Sight(tmp_path, 1, rewritten=lambda file: graph.serialized()).encode(large)
+    served, before = Sight(tmp_path, 1).encode(large), Sight(case.fp32, 1).encode(whole)
+    assert np.abs(exact - wanted).max() <= 2e-5
+    assert np.abs(before - own).max() <= 2e-5
+    assert 1e-4 < np.abs(wanted - own).max() < np.abs(served - own).max() < 0.1 * own.std()
 
 
 def test_an_answer_depends_on_the_picture(case: Case) -> None:

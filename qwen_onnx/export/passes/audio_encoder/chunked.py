@@ -22,7 +22,7 @@ LONGEST_WAVE = 10_000
 
 
 def draw_tower(draw: Drawing, tower: ChunkedTower, kind: int) -> None:
-    """A window: ``MEL`` [1, bands, frames] of whole chunks, and ``FRAMES`` of the sound, to ``FEATURES`` of ``kind``."""
+    """A window: ``MEL`` [1, bands, frames] of whole chunks, and ``FRAMES`` of the sound, to ``FEATURES``."""
     placed = draw.node("Add", _convolved(draw, tower), draw.floats("positions", positions(tower.places, tower.width)))
     state = first(draw, draw.node("Reshape", placed, draw.integer([-1, tower.width])), _tokens(draw, tower))
     state = norm(draw, "audio_tower.ln_post", layers(draw, tower, state, biased="qkv"), tower.width)

@@ -28,11 +28,12 @@ from qwen_onnx.sources.chunked_tower import hearing_settings_of, hearing_tower_o
 AUDIO_FILE = "audio.onnx"
 
 
-def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
+def write_parts(checkpoint: Path, decoder: Path, output: Path, bits: int | None = None) -> None:
     """The files of ``decoder`` and the parts that hear, in ``output``.
 
     Args:
         checkpoint: as ``write_text_form`` writes it.
+        bits: of the weights of the encoder's layers; None: the checkpoint's own type.
 
     Raises:
         ExportError: there is no tower, a weight is missing or has another shape, or the decoder takes token ids.
@@ -48,7 +49,7 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
     copy_decoder(decoder, output)
     progress(f"writing the audio encoder: {tower.depth} layers of {tower.width}")
     with DataFile(output / f"{AUDIO_FILE}.data") as data:
-        draw = Drawing(CheckpointWeights(checkpoint), data)
+        draw = Drawing(CheckpointWeights(checkpoint), data, bits)
         if isinstance(tower, AudioTower):
             draw_tower(draw, tower, kind)
         else:

@@ -9,7 +9,7 @@ from qwen_onnx.export.tower_options import TowerOptions
 
 
 class AudioEncoderOptions(TowerOptions):
-    """``AudioEncoder`` has no options."""
+    """Of towers that hear."""
 
     implementation: ClassVar = "encoder.AudioEncoder"
     architectures: ClassVar = HEARING

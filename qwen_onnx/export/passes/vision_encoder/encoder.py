@@ -2,7 +2,8 @@
 
 ``vision.onnx`` makes features of one picture, ``embedding.onnx`` puts them between the embeddings of the tokens,
 ``processor_config.json`` says how a picture becomes patches, ``video_config.json`` how a video does. Their weights are
-the checkpoint's, in its own type; features and embeddings have the type that the decoder takes.
+the checkpoint's, in its own type unless the encoder's are told to have 8 bits; features and embeddings have the type
+that the decoder takes.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ PREPARED_AS = GENAI_TYPES | {QWEN3_5: "qwen3_vl", QWEN3_5_MOE: "qwen3_vl"}
 SECONDS = 2.0
 
 
-def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
+def write_parts(checkpoint: Path, decoder: Path, output: Path, bits: int | None = None) -> None:
     """The files of ``decoder`` and the parts that see, in ``output``.
 
     Args:
         checkpoint: as ``write_text_form`` writes it.
+        bits: of the weights of the encoder's layers; None: the checkpoint's own type.
 
     Raises:
         ExportError: there is no tower, a weight is missing or has another shape, or the decoder takes token ids.
@@ -70,7 +72,7 @@ def write_parts(checkpoint: Path, decoder: Path, output: Path) -> None:
     copy_decoder(decoder, output)
     progress(f"writing the vision encoder: {tower.depth} layers of {tower.width}")
     with DataFile(output / f"{VISION_FILE}.data") as data:
-        draw = Drawing(CheckpointWeights(checkpoint, plain=True), data)
+        draw = Drawing(CheckpointWeights(checkpoint, plain=True), data, bits)
         draw_tower(draw, tower, kind)
         draw.save(output / VISION_FILE, inputs(tower), outputs(tower, kind))
     write_embedding(

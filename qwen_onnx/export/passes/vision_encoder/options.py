@@ -9,7 +9,7 @@ from qwen_onnx.export.tower_options import TowerOptions
 
 
 class VisionEncoderOptions(TowerOptions):
-    """``VisionEncoder`` has no options."""
+    """Of towers that see."""
 
     implementation: ClassVar = "encoder.VisionEncoder"
     architectures: ClassVar = SEEING

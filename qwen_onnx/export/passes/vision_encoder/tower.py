@@ -61,7 +61,7 @@ def draw_tower(draw: Drawing, tower: Tower, kind: int) -> None:
     size = CHANNELS * tower.temporal_patch * tower.patch**2
     pixels = draw.node("Reshape", PIXELS, draw.integer([-1, size]))
     grid = _grid(draw, tower)
-    state = draw.linear("visual.patch_embed.proj", pixels, size, width, bias=bool(tower.positions))
+    state = draw.linear("visual.patch_embed.proj", pixels, size, width, bias=bool(tower.positions), exact=True)
     if tower.positions:
         state = draw.node("Add", state, _learned(draw, tower, grid))
     places, stacked = _places(draw, tower, grid), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.media import Medium, Picture, Positions, Sound, keys_of, places_of, positions_of
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Rewritten = Callable[[Path], bytes | None]
 # of a graph's floating inputs and outputs, by ONNX Runtime's names
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # of encoded media that are kept: pictures of some megapixels each
@@ -93,16 +95,24 @@ class Sense(Table):
         file: of the encoder, whose inputs and output ``genai_config.json`` names.
         token: that stands for a part of a medium.
         kept_bytes: of media that are kept; the one that was used last stays longest.
+        rewritten: see ``open_session``, of the encoder.
     """
 
     def __init__(
-        self, folder: Path, threads: int | None, file: str, inputs: dict[str, str], token: int, kept_bytes: int
+        self,
+        folder: Path,
+        threads: int | None,
+        file: str,
+        inputs: dict[str, str],
+        token: int,
+        kept_bytes: int,
+        rewritten: Rewritten | None,
     ) -> None:
         super().__init__(folder, threads)
         self.token, self._kept_bytes = token, kept_bytes
         self.unspoken = GenaiConfig.read(folder).model.unspoken
         self._kept: OrderedDict[tuple[str, str], Floats] = OrderedDict()
-        self._encoder = _session(folder / file, threads, inputs)
+        self._encoder = _session(folder / file, threads, inputs, rewritten)
         self.require(self._encoder.get_outputs()[0], folder / file)
 
     @abstractmethod
@@ -123,14 +133,16 @@ class Sense(Table):
 
 
 class Sight(Sense):
-    """``vision.onnx`` of an artifact."""
+    """``vision.onnx`` of an artifact; see ``Sense``."""
 
-    def __init__(self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(
+        self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES, rewritten: Rewritten | None = None
+    ) -> None:
         model = GenaiConfig.read(folder).model
         if model.vision is None or model.image_token_id is None:
             raise _lacking(folder)
         self._vision, inputs = model.vision, model.vision.inputs.model_dump()
-        super().__init__(folder, threads, model.vision.filename, inputs, model.image_token_id, kept_bytes)
+        super().__init__(folder, threads, model.vision.filename, inputs, model.image_token_id, kept_bytes, rewritten)
 
     def encode(self, medium: Picture) -> Floats:
         """See ``Sense``."""
@@ -141,14 +153,16 @@ class Sight(Sense):
 
 
 class Hearing(Sense):
-    """``audio.onnx`` of an artifact."""
+    """``audio.onnx`` of an artifact; see ``Sense``."""
 
-    def __init__(self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(
+        self, folder: Path, threads: int | None, *, kept_bytes: int = KEPT_BYTES, rewritten: Rewritten | None = None
+    ) -> None:
         model = GenaiConfig.read(folder).model
         if model.speech is None or model.audio_token_id is None:
             raise _lacking(folder)
         self._speech, inputs = model.speech, model.speech.inputs.model_dump()
-        super().__init__(folder, threads, model.speech.filename, inputs, model.audio_token_id, kept_bytes)
+        super().__init__(folder, threads, model.speech.filename, inputs, model.audio_token_id, kept_bytes, rewritten)
         self._window = AudioSettings.read(folder).window
 
     def encode(self, medium: Sound) -> Floats:
@@ -228,8 +242,10 @@ def _lacking(folder: Path) -> ArtifactError:
     )
 
 
-def _session(path: Path, threads: int | None, inputs: dict[str, str]) -> ort.InferenceSession:
-    session = open_session(path, threads, called="it")
+def _session(
+    path: Path, threads: int | None, inputs: dict[str, str], rewritten: Rewritten | None = None
+) -> ort.InferenceSession:
+    session = open_session(path, threads, rewritten, called="it")
     if sorted(entry.name for entry in session.get_inputs()) != sorted(inputs.values()):
         raise ArtifactError(f"{GENAI_CONFIG} names other inputs than the graph has", where=str(path))
     return session
