@@ -46,7 +46,8 @@ def further_faults(recipes: dict[str, Any], pipelines: dict[str, Any]) -> list[s
     faults, builds = [], {}
     for file, data in pipelines.items():
         precisions = _dict(_get(data, "precisions"))
-        builds[_get(data, "target")] = [_layers(build) for build in precisions.values()]
+        towers = [*_list(_get(data, "vision")), *_list(_get(data, "audio"))]
+        builds[_get(data, "target")] = [_layers(build, towers) for build in precisions.values()]
         for precision, layers in zip(precisions, builds[_get(data, "target")], strict=True):
             for name, step in layers["steps"].items():
                 faults += step_faults(f"{file}: precisions.{precision}: steps.{name}", step)
@@ -108,9 +109,9 @@ def _dict(data: Any) -> dict[Any, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _layers(build: Any) -> dict[str, Any]:
-    """What an override addresses, of a build of which nothing is known to be right."""
-    steps = [step for step in _list(_get(build, "steps")) if isinstance(step, dict)]
+def _layers(build: Any, towers: list[Any]) -> dict[str, Any]:
+    """What an override addresses, of a build and steps for towers of which nothing is known to be right."""
+    steps = [step for step in (*_list(_get(build, "steps")), *towers) if isinstance(step, dict)]
     return {
         "steps": {str(step.get("name")): {**_dict(step.get("config")), "type": step.get("type")} for step in steps},
         "readback": _dict(_get(build, "readback")),

@@ -7,6 +7,7 @@ each (model, target, precision), so that an edit shows which sizes it moved.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -25,6 +26,7 @@ from qwen_onnx.catalog.schema import (
     Readback,
     Row,
     Shape,
+    Step,
     Variant,
     Verification,
 )
@@ -215,12 +217,11 @@ def _compose(
     faults: list[str] = []
     build = pipeline.precisions[precision]
     place = pipeline_file or f"pipelines/{pipeline.target}.yaml: precisions.{precision}"
-    layers = _layers(build)
+    tower = pipeline.tower(family.architecture) if senses(family.architecture, row.modality) else ()
+    layers = _layers(build, tower)
     steps: dict[str, dict[str, Any]] = layers["steps"]
-    if senses(family.architecture, row.modality):
-        steps |= {step.name: {"type": step.type, **step.config} for step in pipeline.tower(family.architecture)}
     _apply_size(layers, row, build, place, faults)
-    _apply_override(layers, row, pipeline, precision, file, faults)
+    _apply_override(layers, row, pipeline, precision, tower, file, faults)
     _check_steps(steps, pipeline.execution_provider, place, faults)
     _check_speeds(layers["limits"], pipeline.verification, place, faults)
     _check_quantiser(steps, family.architecture, f"{file}: sizes.{row.id}.targets.{pipeline.target}", faults)
@@ -301,10 +302,10 @@ def adapted(plan: Plan, adapter: Adapted) -> Plan:
     )
 
 
-def _layers(build: Build) -> dict[str, Any]:
+def _layers(build: Build, tower: Sequence[Step]) -> dict[str, Any]:
     """What an override addresses."""
     return {
-        "steps": {step.name: {"type": step.type, **step.config} for step in build.steps},
+        "steps": {step.name: {"type": step.type, **step.config} for step in (*build.steps, *tower)},
         "readback": build.readback.model_dump(),
         "limits": build.limits.model_dump(),
     }
@@ -324,7 +325,13 @@ def _apply_size(layers: dict[str, Any], row: Row, build: Build, place: str, faul
 
 
 def _apply_override(
-    layers: dict[str, Any], row: Row, pipeline: Pipeline, precision: Precision, file: str, faults: list[str]
+    layers: dict[str, Any],
+    row: Row,
+    pipeline: Pipeline,
+    precision: Precision,
+    tower: Sequence[Step],
+    file: str,
+    faults: list[str],
 ) -> None:
     override = row.targets.get(pipeline.target)
     if override is None:
@@ -332,7 +339,7 @@ def _apply_override(
     builds = [build for name, build in pipeline.precisions.items() if name in override.precisions]
     for address, value in override.set.items():
         found = find(layers, address, value)
-        matching = [build for build in builds if find(_layers(build), address, value)]
+        matching = [build for build in builds if find(_layers(build, tower), address, value)]
         # a build that has it, but no longer: the step was left out by an address before this one
         gone = found is None and pipeline.precisions[precision] in matching
         if not matching or gone:

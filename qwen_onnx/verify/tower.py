@@ -58,13 +58,13 @@ class VisionTower(Tower):
         super().__init__()
         settings = read_json(checkpoint / VISION_CONFIG)
         self.form = tower_of(settings, str(checkpoint / VISION_CONFIG))
-        whole, config = _empty(settings)
-        self._module = _filled(type(whole.visual)(config.vision_config), checkpoint, "visual.", coded)
+        whole, config = empty_model(settings)
+        self.module = _filled(type(whole.visual)(config.vision_config), checkpoint, "visual.", coded)
 
     def _encoded(self, medium: Picture) -> Logits:
         import torch
 
-        found = self._module(torch.tensor(medium.pixels), torch.tensor([medium.grid]))
+        found = self.module(torch.tensor(medium.pixels), torch.tensor([medium.grid]))
         stacked = found.deepstack_features if self.form.deepstack else []
         return np.concatenate([part.numpy() for part in (found.pooler_output, *stacked)], axis=-1)
 
@@ -76,8 +76,8 @@ class AudioTower(Tower):
         super().__init__()
         settings = read_json(checkpoint / AUDIO_TOWER_CONFIG)
         self.form = hearing_tower_of(settings, str(checkpoint / AUDIO_TOWER_CONFIG))
-        whole, config = _empty(settings)
-        self._module = _filled(type(whole.audio_tower)(config.audio_config), checkpoint, "audio_tower.", coded)
+        whole, config = empty_model(settings)
+        self.module = _filled(type(whole.audio_tower)(config.audio_config), checkpoint, "audio_tower.", coded)
         projector = type(whole.multi_modal_projector)(config)
         self._projector = _filled(projector, checkpoint, "multi_modal_projector.", coded)
 
@@ -87,14 +87,14 @@ class AudioTower(Tower):
 
         if isinstance(self.form, ChunkedTower):
             there = (torch.arange(medium.mel.shape[1]) < medium.frames).long()[None]
-            state = self._module(torch.tensor(medium.mel)[None], input_features_mask=there).last_hidden_state
+            state = self.module(torch.tensor(medium.mel)[None], input_features_mask=there).last_hidden_state
             return np.asarray(self._projector(state).numpy())
         steps = self.form.positions
         mel = torch.zeros(1, self.form.bands, 2 * steps)
         mel[0, :, : medium.mel.shape[1]] = torch.tensor(medium.mel)
         there = torch.arange(steps) < (medium.frames + 1) // 2
         mask = torch.where(there, 0.0, -torch.inf)[None, None, None]
-        state = self._module(mel, attention_mask=mask).last_hidden_state
+        state = self.module(mel, attention_mask=mask).last_hidden_state
         return np.asarray(self._projector(state)[0, : medium.tokens].numpy())
 
 
@@ -120,7 +120,7 @@ def coded_matrices(graph: Graph) -> dict[str, Matrix]:
     return found
 
 
-def _empty(settings: dict[str, Any]) -> tuple[Any, Any]:
+def empty_model(settings: dict[str, Any]) -> tuple[Any, Any]:
     """The model without weights, and its config."""
     import torch
     import transformers
