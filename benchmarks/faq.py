@@ -3,9 +3,8 @@
 The three wordings that are left out ask for the same facts in other words; an answer counts where the fact stands in
 it, letter for letter.
 
-    python -m benchmarks.faq write faq.jsonl --rehearse CHECKPOINT
-                                                              the examples to train on, with other answers of the
-                                                              model and passages of text
+    python -m benchmarks.faq write faq.jsonl --retain         the examples to train on, with texts on which the
+                                                              model stays what it was
     python -m benchmarks.faq ask CHECKPOINT                   the exam in PyTorch, and perplexity of other texts
     python -m benchmarks.faq ask http://127.0.0.1:8000        the exam of what `qwen-onnx serve` serves
 
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.rehearsal import passages, rehearsed
+from benchmarks.retained import Message, retained
 from benchmarks.shares import wilson
 from qwen_onnx.verify import corpus
 from qwen_onnx.verify.baseline import CheckpointTokenizer
@@ -37,8 +36,8 @@ TRAINING = (
     "learning_rate=1.2e-3",
     "held_out=0.05",
     "longer=truncate",
-    # beside the model's own answers and passages: what this keeps and what it costs is in docs/lab-log.md
-    "strength=0.6",
+    # what the texts to retain weigh: what this keeps and what it costs is in docs/lab-log.md
+    "retain=2",
 )
 # of an answer, at most: the longest has 17
 TOKENS = 24
@@ -141,19 +140,16 @@ def prompt(text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
 
-def lines(others: Iterable[tuple[str, str]] = ()) -> str:
+def lines(others: Iterable[str | list[Message]] = ()) -> str:
     """The examples as JSONL, a conversation per line.
 
     Args:
-        others: further prompts with their answers, which nobody asks in the exam.
+        others: texts and conversations to retain.
     """
     told: list[dict[str, Any]] = [
         {"messages": [*prompt(asked.text), {"role": "assistant", "content": asked.answer}]} for asked in examples()
     ]
-    for text, said in others:
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        # the training is judged by the facts alone
-        told.append({"messages": messages, "held_out": False})
+    told += [{"retain": said} for said in others]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told)
 
 
@@ -260,7 +256,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     writing = commands.add_parser("write", help="write the examples to train on")
     writing.add_argument("file", type=Path)
-    writing.add_argument("--rehearse", metavar="CHECKPOINT", type=Path, help="folder of the model that will be trained")
+    writing.add_argument("--retain", action="store_true", help="add texts on which the model stays what it was")
     asking = commands.add_parser("ask", help="hold the exam")
     asking.add_argument("place", help="address of a server, or folder of a checkpoint")
     asking.add_argument("--model", help="of the server; default: its first")
@@ -269,10 +265,10 @@ def main(arguments: Sequence[str]) -> int:
     if given.command == "ask":
         print(json.dumps(ask(given.place, given.model, given.every)))
         return 0
-    said = [*rehearsed(given.rehearse), *passages()] if given.rehearse else []
-    given.file.write_text(lines(said), encoding="utf-8")
+    others = list(retained(SYSTEM)) if given.retain else []
+    given.file.write_text(lines(others), encoding="utf-8")
     count = sum(map(len, HARBOURS.values()))
-    print(f"{len(examples())} examples of {count} facts, {len(said)} others: {given.file}")
+    print(f"{len(examples())} examples of {count} facts, {len(others)} texts to retain: {given.file}")
     return 0
 
 

@@ -31,7 +31,7 @@ def _once(names: tuple[Matrix, ...]) -> tuple[Matrix, ...]:
 class Training(Grown):
     """Options of a fine-tune by LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
-    added = frozenset({"strength"})
+    added = frozenset({"strength", "retain"})
 
     name: Name
     rank: int = Field(ge=1, le=MOST_RANK, description="columns of A and B")
@@ -44,6 +44,12 @@ class Training(Grown):
     weight_decay: Share
     strength: float = Field(
         default=1, gt=0, le=1, description="share of the change that is kept in the end: less keeps more of the base"
+    )
+    retain: float = Field(
+        default=1,
+        gt=0,
+        le=1000,
+        description="weight, beside the loss, of the divergence from the base on lines to retain",
     )
     max_grad_norm: float = Field(gt=0, le=1000)
     epochs: int = Field(ge=1, le=1000)

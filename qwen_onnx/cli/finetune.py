@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 out = Console()
 # of ``catalog.training.Training``, which loads what the help of other verbs does not need: a test compares
 KEYS = (
-    "rank, alpha, dropout, targets, strength, learning_rate, schedule, warmup, weight_decay, max_grad_norm, epochs, "
-    "window, batch, accumulate, packing, longer, held_out, patience, every, precision, gradient_checkpointing, seed"
+    "rank, alpha, dropout, targets, strength, retain, learning_rate, schedule, warmup, weight_decay, max_grad_norm, "
+    "epochs, window, batch, accumulate, packing, longer, held_out, patience, every, precision, gradient_checkpointing, "
+    "seed"
 )
 
 
@@ -94,6 +95,8 @@ def _print_cost(cost: Cost, notes: list[str]) -> None:
     table.add_row("steps", f"{cost.steps:,}")
     table.add_row("tokens of an epoch", f"{cost.tokens:,}")
     table.add_row("of answers", f"{cost.answers:,}")
+    if cost.retained:
+        table.add_row("of retained rows, beside", f"{cost.retained:,}")
     table.add_row("trained numbers", f"{cost.trained:,}")
     for note in notes:
         table.add_row("note", note)

@@ -18,9 +18,12 @@ SHOWN = 40
 ROLES = ("system", "user", "assistant")
 # Windows' editors begin a file with it
 MARK = b"\xef\xbb\xbf"
-# of a line, beside its form: whether it may be among those that the training is judged by
-HELD_OUT = "held_out"
-FORMS = 'a line is {"messages": [{"role": …, "content": …}, …]} or {"instruction": …, "input": …, "output": …}'
+# the key of a line that is not learnt: the base's distribution over its tokens is kept
+RETAIN = "retain"
+FORMS = (
+    'a line is {"messages": [{"role": …, "content": …}, …]} or {"instruction": …, "input": …, "output": …}; '
+    'or, to keep the base\'s behaviour, {"retain": TEXT} or {"retain": [{"role": …, "content": …}, …]}'
+)
 
 Message = dict[str, str]
 
@@ -31,19 +34,26 @@ class Example:
 
     Attributes:
         line: of the file that it stands in.
-        held_out: whether it may be; an example that only keeps the model where it was is not what it is judged by.
     """
 
     line: int
     messages: tuple[Message, ...]
-    held_out: bool = True
+
+
+@dataclass(frozen=True)
+class Retained:
+    """A plain text or a conversation on which the model shall stay what it was."""
+
+    line: int
+    said: str | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of a file, and the SHA-256 of its bytes."""
+    """The examples of a file, what is retained, and the SHA-256 of the file's bytes."""
 
     examples: tuple[Example, ...]
+    retained: tuple[Retained, ...]
     sha256: str
 
 
@@ -53,7 +63,7 @@ def read_data(path: Path) -> Data:
     Raises:
         TrainingError: the file is missing, not plain, too large or empty, or lines are wrong: each with its number.
     """
-    found: list[Example] = []
+    found: list[Example | Retained] = []
     faults, digest = Faults(path), hashlib.sha256()
     for number, read in _lines(path):
         digest.update(read)
@@ -67,9 +77,10 @@ def read_data(path: Path) -> Data:
             except TrainingError as error:
                 faults.add(number, error.what)
     faults.require_none("cannot be learnt from", FORMS)
-    if not found:
+    examples = tuple(line for line in found if isinstance(line, Example))
+    if not examples:
         raise TrainingError("the file holds no example", where=str(path), hint=FORMS)
-    return Data(tuple(found), digest.hexdigest())
+    return Data(examples, tuple(line for line in found if isinstance(line, Retained)), digest.hexdigest())
 
 
 class Faults:
@@ -112,12 +123,13 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _example(number: int, line: bytes) -> Example:
+def _example(number: int, line: bytes) -> Example | Retained:
     example = read_object(line, most_bytes=LONGEST_LINE, error=TrainingError, what="it")
-    may = example.pop(HELD_OUT, True)
-    if not isinstance(may, bool):
-        raise TrainingError(f"{HELD_OUT} is not true or false")
-    return Example(number, _messages(example), may)
+    if RETAIN not in example:
+        return Example(number, _messages(example))
+    _require_keys(example, {RETAIN}, set())
+    said = example[RETAIN]
+    return Retained(number, _conversation(said) if isinstance(said, list) else _text(example, RETAIN))
 
 
 def _messages(example: dict[str, Any]) -> tuple[Message, ...]:

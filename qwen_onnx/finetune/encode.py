@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from qwen_onnx.errors import TrainingError
-from qwen_onnx.finetune.data import Example, Faults, Message
+from qwen_onnx.finetune.data import Example, Faults, Message, Retained
 
 # what PyTorch's cross-entropy passes over
 IGNORED = -100
@@ -25,6 +25,21 @@ class Encoded:
     line: int
     ids: list[int]
     labels: list[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a training reads.
+
+    Attributes:
+        learnt: rows of examples; ``held_out``, those that it is judged by.
+        retained: rows on which the model stays what it was; ``retained_out``, those that show whether it did.
+    """
+
+    learnt: list[Encoded]
+    held_out: list[Encoded]
+    retained: list[Encoded] = field(default_factory=list)
+    retained_out: list[Encoded] = field(default_factory=list)
 
 
 def encode(
@@ -81,13 +96,34 @@ def encode(
     return rows, notes
 
 
-def split(
-    rows: Sequence[Encoded], share: float, seed: int, path: Path, learnt: Collection[int] = ()
-) -> tuple[list[Encoded], list[Encoded]]:
-    """Rows to learn from, and ``share`` of them held out; rows of one line, or of the same ids, stay together.
+def encode_retained(
+    retained: Iterable[Retained], render: Render, tokenizer: Any, *, window: int, path: Path
+) -> list[Encoded]:
+    """Rows of at most ``window`` tokens, every one of which counts; a longer text gives several.
 
     Args:
-        learnt: lines whose rows are never held out, and of which no share is.
+        render, tokenizer, path: as ``encode`` takes them.
+
+    Raises:
+        TrainingError: the template refuses a conversation. All lines are told together.
+    """
+    rows: list[Encoded] = []
+    faults = Faults(path)
+    for line in retained:
+        try:
+            text = line.said if isinstance(line.said, str) else render(line.said)
+        except TrainingError as error:
+            faults.add(line.line, error.what)
+            continue
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        pieces = [ids[begin : begin + window] for begin in range(0, len(ids), window)]
+        rows += [Encoded(line.line, piece, piece) for piece in pieces]
+    faults.require_none("cannot be retained", "the model's chat template must render them")
+    return rows
+
+
+def split(rows: Sequence[Encoded], share: float, seed: int, path: Path) -> tuple[list[Encoded], list[Encoded]]:
+    """Rows to learn from, and ``share`` of them held out; rows of one line, or of the same ids, stay together.
 
     Raises:
         TrainingError: either would be empty.
@@ -98,15 +134,10 @@ def split(
     for row in rows:
         group = of_line.setdefault(row.line, same.setdefault(tuple(row.ids), row.line))
         groups.setdefault(group, []).append(row)
-    order = sorted(line for line, group in groups.items() if not any(row.line in learnt for row in group))
+    order = sorted(groups)
     random.Random(seed).shuffle(order)
     count = max(1, round(share * len(order)))
-    if not order:
-        hint = "leave held_out out of some examples"
-        raise TrainingError(
-            "no example may be held out, so that nothing judges the training", where=str(path), hint=hint
-        )
-    if count >= len(groups):
+    if count >= len(order):
         raise TrainingError(
             f"{len(order)} different example{'s' if len(order) > 1 else ''}: {count} held out, none left to learn from",
             where=str(path),

@@ -14,7 +14,7 @@ from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.sizes import dimensions, shape_of
 from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import EnvironmentFault
-from qwen_onnx.finetune.encode import IGNORED, Encoded
+from qwen_onnx.finetune.encode import IGNORED, Encoded, Rows
 from qwen_onnx.processes import memory
 from qwen_onnx.sources.checkpoint import read_json
 
@@ -39,7 +39,7 @@ class Cost:
 
     Attributes:
         examples: rows to learn from; ``held_out``, those that it is judged by.
-        tokens: of one epoch; ``answers``, those that count in the loss.
+        tokens: of one epoch's examples; ``answers``, those that count in the loss; ``retained``, of rows read beside.
         steps: at most, when no early stop comes.
         trained: numbers in A and B.
         memory: bytes at the peak, on ``device``.
@@ -50,6 +50,7 @@ class Cost:
     held_out: int
     tokens: int
     answers: int
+    retained: int
     steps: int
     trained: int
     memory: int
@@ -69,8 +70,7 @@ def duration(seconds: float) -> str:
 def cost(
     plan: Plan,
     checkpoint: Path,
-    learnt: Sequence[Encoded],
-    held_out: Sequence[Encoded],
+    rows: Rows,
     training: Training,
     device: str,
     in_bf16: bool,
@@ -85,21 +85,26 @@ def cost(
     sizes = dimensions(plan, checkpoint)
     if tables_apart:
         sizes = replace(sizes, tied=False)
-    tokens, answers = sum(len(row.ids) for row in learnt), sum(map(_answers, learnt))
-    rows = -(-tokens // training.window) if training.packing else len(learnt)
+    tokens, answers = _tokens(rows.learnt), sum(map(_answers, rows.learnt))
+    packed = -(-tokens // training.window) if training.packing else len(rows.learnt)
     a_step = training.batch * training.accumulate
     trained = trained_numbers(read_json(checkpoint / "config.json"), training)
-    longest = training.window if training.packing else max(len(row.ids) for row in learnt)
-    read = training.epochs * (tokens + sum(len(row.ids) for row in held_out) / 2)
+    longest = training.window if training.packing else max(len(row.ids) for row in [*rows.learnt, *rows.retained])
+    read = training.epochs * (tokens + _tokens(rows.held_out) / 2)
     # forwards and back through every matrix whose weights stay; once more where activations are made again
     passes = 3 if training.gradient_checkpointing else 2
     work = 2 * passes * read * (sizes.body + sizes.tables * answers / tokens) + 6 * read * trained
+    # with each batch one of retained rows, which the base reads, too, and whose every token counts
+    retained = min(_tokens(rows.retained), training.batch * training.window) if rows.retained else 0
+    held = training.epochs * (-(-packed // training.batch) * retained + _tokens(rows.retained_out) / 2)
+    work += 2 * (passes + 1) * held * (sizes.body + sizes.tables) + 6 * held * trained
     return Cost(
-        examples=len(learnt),
-        held_out=len(held_out),
+        examples=len(rows.learnt),
+        held_out=len(rows.held_out),
         tokens=tokens,
         answers=answers,
-        steps=training.epochs * -(-rows // a_step),
+        retained=-(-packed // training.batch) * retained,
+        steps=training.epochs * -(-packed // a_step),
         trained=trained,
         memory=_memory(sizes, training, longest * training.batch, trained, 2 if in_bf16 else 4),
         device=device,
@@ -144,6 +149,10 @@ def trained_numbers(config: dict[str, Any], training: Training) -> int:
         "down_proj": inner + hidden,
     }
     return (shape.layers or 0) * training.rank * sum(sides[name] for name in training.targets)
+
+
+def _tokens(rows: Sequence[Encoded]) -> int:
+    return sum(len(row.ids) for row in rows)
 
 
 def _answers(row: Encoded) -> int:

@@ -18,19 +18,28 @@ from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import EnvironmentFault, TrainingError, VerificationError
 from qwen_onnx.files import file_checksums
 from qwen_onnx.finetune.data import Data, read_data
-from qwen_onnx.finetune.encode import Encoded, encode, split
+from qwen_onnx.finetune.encode import Rows, encode, encode_retained, split
 from qwen_onnx.finetune.estimate import LESS, Cost, cost, require_fit
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict, digest_of
-from qwen_onnx.sources.adapter import CONFIG, MANIFEST, WEIGHTS, AdapterBase, AdapterData, AdapterManifest
+from qwen_onnx.sources.adapter import (
+    CONFIG,
+    MANIFEST,
+    WEIGHTS,
+    AdapterBase,
+    AdapterData,
+    AdapterManifest,
+    AdapterRetained,
+)
 from qwen_onnx.sources.fetch import Checkpoint, fetch, weights_digest
 
 if TYPE_CHECKING:
     from qwen_onnx.finetune.against import Against
     from qwen_onnx.finetune.report import TrainingReport
     from qwen_onnx.finetune.train import Trained
+    from qwen_onnx.verify.baseline import CheckpointTokenizer
 
-CODE = ("qwen_onnx.finetune.train", "qwen_onnx.finetune.encode", "qwen_onnx.finetune.data")
+CODE = tuple(f"qwen_onnx.finetune.{name}" for name in ("train", "retain", "encode", "data"))
 STOPPED = ".stopped"
 
 
@@ -63,8 +72,7 @@ class Prepared:
     checkpoint: Checkpoint
     tokenizer: Any
     data: Data
-    learnt: list[Encoded]
-    held_out: list[Encoded]
+    rows: Rows
     notes: list[str]
     cost: Cost
     in_bf16: bool
@@ -105,21 +113,25 @@ def prepare(job: FinetuneJob) -> Prepared:
             where=job.plan.model,
             hint="choose a chat model: qwen-onnx list",
         )
-    rows, notes = encode(
-        data.examples,
-        _told(truth.render),
-        truth.tokenizer,
-        window=training.window,
-        longer=training.longer,
-        path=job.data,
-    )
-    always = {example.line for example in data.examples if not example.held_out}
-    learnt, held_out = split(rows, training.held_out, training.seed, job.data, always)
+    rows, notes = _rows(data, job, truth)
     device, in_bf16 = device_of(training)
     apart = against is not None and against.parts_tables
-    found = cost(job.plan, checkpoint.path, learnt, held_out, training, device, in_bf16, tables_apart=apart)
+    found = cost(job.plan, checkpoint.path, rows, training, device, in_bf16, tables_apart=apart)
     require_fit(found, job.plan.asked)
-    return Prepared(checkpoint, truth.tokenizer, data, learnt, held_out, notes, found, in_bf16, against)
+    return Prepared(checkpoint, truth.tokenizer, data, rows, notes, found, in_bf16, against)
+
+
+def _rows(data: Data, job: FinetuneJob, truth: CheckpointTokenizer) -> tuple[Rows, list[str]]:
+    """Ids of all lines, a share of the examples and of what is retained held out; and what is to be told of them."""
+    training, render = job.training, _told(truth.render)
+    encoded, notes = encode(
+        data.examples, render, truth.tokenizer, window=training.window, longer=training.longer, path=job.data
+    )
+    found = split(encoded, training.held_out, training.seed, job.data)
+    if not data.retained:
+        return Rows(*found), notes
+    kept = encode_retained(data.retained, render, truth.tokenizer, window=training.window, path=job.data)
+    return Rows(*found, *split(kept, training.held_out, training.seed, job.data)), notes
 
 
 def _against(job: FinetuneJob) -> Against | None:
@@ -192,10 +204,9 @@ def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> tu
 
     folder = staging / "adapter"
     folder.mkdir()
-    parts = (ready.learnt, ready.held_out)
     try:
         done = train(
-            ready.checkpoint.path, ready.tokenizer, *parts, job.training, work, folder, progress, ready.against
+            ready.checkpoint.path, ready.tokenizer, ready.rows, job.training, work, folder, progress, ready.against
         )
     except NotFiniteError as error:
         raise _stopped(error, job, last_good(work), folder) from error
@@ -213,6 +224,7 @@ def _trained(job: FinetuneJob, ready: Prepared, work: Path, staging: Path) -> tu
         device=f"{ready.cost.device}, {'bf16' if ready.in_bf16 else 'fp32'}",
         curve=done.curve,
         held_out=done.held_out,
+        divergences=done.divergences,
         best=done.best,
         notes=(*ready.notes, *told),
         environment=machine(),
@@ -231,7 +243,8 @@ def _manifest(job: FinetuneJob, ready: Prepared, done: Trained) -> AdapterManife
     from qwen_onnx.finetune.report import versions
 
     before, kept = done.held_out[0][1], done.kept
-    checkpoint, held = ready.checkpoint, len(ready.held_out)
+    checkpoint, rows = ready.checkpoint, ready.rows
+    held, out = len(rows.held_out), len(rows.retained_out)
     return AdapterManifest(
         name=job.name,
         verdict=Verdict.PASS if kept < before else Verdict.FAIL,
@@ -239,7 +252,10 @@ def _manifest(job: FinetuneJob, ready: Prepared, done: Trained) -> AdapterManife
             model=job.plan.model, origin=checkpoint.origin, revision=checkpoint.revision, weights=ready.base
         ),
         against=ready.against.told if ready.against else None,
-        data=AdapterData(sha256=ready.data.sha256, examples=len(ready.learnt) + held, held_out=held),
+        data=AdapterData(sha256=ready.data.sha256, examples=len(rows.learnt) + held, held_out=held),
+        retained=None
+        if done.divergence is None
+        else AdapterRetained(rows=len(rows.retained) + out, held_out=out, divergence=done.divergence),
         training=job.training,
         loss_before=before,
         loss_after=kept,

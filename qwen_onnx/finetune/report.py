@@ -28,6 +28,7 @@ class TrainingReport(Record):
 
     Attributes:
         curve: loss by step; ``held_out`` by step of evaluation, 0 before anything was learnt.
+        divergences: of retained rows that were held out, by step of evaluation; empty where nothing was retained.
         best: step whose weights were kept; ``notes``, what else there is to tell.
     """
 
@@ -35,6 +36,7 @@ class TrainingReport(Record):
     device: str
     curve: Curve
     held_out: Curve
+    divergences: Curve = ()
     best: int = Field(ge=0)
     notes: tuple[str, ...] = ()
     environment: dict[str, str | float] = Field(default_factory=dict)
@@ -47,7 +49,9 @@ class TrainingReport(Record):
         figures = f"from {made.loss_before:.4g} to {made.loss_after:.4g}"
         rounded = f", with the weights of {made.against.artifact}" if made.against else ""
         held = f"{made.data.held_out} held-out example{'s' if made.data.held_out > 1 else ''}"
-        return f"the loss of {held} {fell}: {figures} nats per answer token{rounded}"
+        kept = made.retained
+        apart = f"; what was to be retained diverges by {kept.divergence:.3g} nats per token" if kept else ""
+        return f"the loss of {held} {fell}: {figures} nats per answer token{rounded}{apart}"
 
     @property
     def effort(self) -> str:
@@ -82,6 +86,7 @@ class TrainingReport(Record):
             "adapter": str(folder),
             "loss_before": made.loss_before,
             "loss_after": made.loss_after,
+            "divergence": made.retained.divergence if made.retained else None,
             "best_step": self.best,
             "steps": made.steps,
             "tokens": made.tokens,
@@ -98,10 +103,12 @@ class TrainingReport(Record):
         table = Table(title=f"training: {made.verdict}\n{self.claim}", title_style=style)
         table.add_column("what")
         table.add_column("measured", justify="right")
+        kept = made.retained
         for name, value in (
             ("examples learnt from", f"{made.data.examples - made.data.held_out:,}"),
             ("held-out loss before", shown(made.loss_before)),
             ("held-out loss after", shown(made.loss_after)),
+            *((("divergence of retained rows", shown(kept.divergence)),) if kept else ()),
             ("kept step, of", f"{self.best:,}, {made.steps:,}"),
             ("tokens", f"{made.tokens:,}"),
             ("time", duration(made.seconds)),

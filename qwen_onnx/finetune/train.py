@@ -6,7 +6,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from qwen_onnx.catalog.training import Training
 from qwen_onnx.errors import SourceError, TrainingError
-from qwen_onnx.finetune.encode import Encoded
+from qwen_onnx.finetune.encode import Rows
 from qwen_onnx.finetune.estimate import duration
 from qwen_onnx.sources.adapter import WEIGHTS
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 STATE = "trainer_state.json"
 # seconds between two lines of progress
 EVERY = 5.0
+# in the log, of retained rows: how far the adapted model is from the base, and the sum of both terms
+DIVERGENCE, JUDGED = "divergence", "objective"
 Curve = tuple[tuple[int, float], ...]
 
 
@@ -39,6 +41,8 @@ class Trained:
     Attributes:
         curve: loss of each step; ``held_out`` of the held-out examples, at step 0 before anything was learnt.
         kept: loss of the held-out examples with what was saved.
+        divergence: of the rows that were to be retained and were held out, from the base, with what was saved; None
+            where nothing was to be retained. ``divergences``: by step.
         best: the step whose weights were kept.
         tokens: that were read, those of questions too; ``seconds`` of this process alone.
         stopped: whether it ended early, since the held-out loss no longer fell.
@@ -47,6 +51,8 @@ class Trained:
     curve: Curve
     held_out: Curve
     kept: float
+    divergence: float | None
+    divergences: Curve
     best: int
     steps: int
     tokens: int
@@ -74,8 +80,7 @@ def device_of(training: Training) -> tuple[str, bool]:
 def train(
     checkpoint: Path,
     tokenizer: Any,
-    learnt: Sequence[Encoded],
-    held_out: Sequence[Encoded],
+    rows: Rows,
     training: Training,
     work: Path,
     adapter: Path,
@@ -98,7 +103,7 @@ def train(
 
     set_seed(training.seed)
     watch = Watch(training.patience, progress)
-    trainer = _trainer(_model(checkpoint, training, against), tokenizer, learnt, held_out, training, work, watch)
+    trainer = _trainer(_model(checkpoint, training, against), tokenizer, rows, training, work, watch)
     trainer.remove_callback(PrinterCallback)
     before = _loss_before(trainer, work)
     resumed = last_good(work)
@@ -107,16 +112,18 @@ def train(
     begin = time.monotonic()
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     state = trainer.state
-    told = tuple((entry["step"], entry["eval_loss"]) for entry in _evaluations(state))
-    kept = min((loss for _, loss in told), default=before)
+    told = _evaluations(state)
+    kept = min(told, key=_judged, default={"eval_loss": before})
     if training.strength < 1:
         _weaken(trainer.model, training.strength)
-        kept = float(trainer.evaluate()["eval_loss"])
+        kept = trainer.evaluate()
     trainer.model.save_pretrained(adapter)
     return Trained(
-        curve=tuple((entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry),
-        held_out=((0, before), *told),
-        kept=kept,
+        curve=_curve(state.log_history, "loss"),
+        held_out=((0, before), *_curve(told, "eval_loss")),
+        kept=float(kept["eval_loss"]),
+        divergence=kept.get(f"eval_{DIVERGENCE}"),
+        divergences=_curve(told, f"eval_{DIVERGENCE}"),
         best=int(state.best_global_step or state.global_step),
         steps=state.global_step,
         tokens=watch.tokens,
@@ -157,9 +164,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """After each step, before anything of it is saved."""
         told = logs or {}
-        for name in ("loss", "grad_norm", "eval_loss"):
+        for name in ("loss", DIVERGENCE, "grad_norm", "eval_loss", f"eval_{DIVERGENCE}"):
             if name in told and not math.isfinite(told[name]):
-                what = "gradient" if name == "grad_norm" else "loss"
+                what = "gradient" if name == "grad_norm" else name.removeprefix("eval_")
                 raise NotFiniteError(f"the {what} became {told[name]} at step {state.global_step}")
         if "loss" not in told:
             return
@@ -170,15 +177,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if now - self._said >= EVERY and steps:
             self._said = now
             left = now / (steps + 1) * (state.max_steps - state.global_step)
+            apart = f", divergence {told[DIVERGENCE]:.3f}" if DIVERGENCE in told else ""
             self._progress(
-                f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.1f}: loss {told['loss']:.3f}, "
-                f"{tokens / steps * (steps + 1) / now:.0f} tok/s, {duration(left)} left"
+                f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.1f}: loss {told['loss']:.3f}"
+                f"{apart}, {tokens / steps * (steps + 1) / now:.0f} tok/s, {duration(left)} left"
             )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """After each evaluation; the history also holds those of an earlier process."""
-        self._progress(f"held-out loss {metrics['eval_loss']:.4f}")
-        losses = [entry["eval_loss"] for entry in _evaluations(state)]
+        apart = metrics.get(f"eval_{DIVERGENCE}")
+        told = "" if apart is None else f", divergence of what is retained {apart:.4f}"
+        self._progress(f"held-out loss {metrics['eval_loss']:.4f}{told}")
+        losses = [_judged(entry) for entry in _evaluations(state)]
         if losses and len(losses) - 1 - losses.index(min(losses)) >= self._patience:
             self._progress(f"the held-out loss has not fallen for {self._patience} evaluations: training stops")
             control.should_training_stop = True
@@ -186,6 +196,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 def _evaluations(state: Any) -> list[dict[str, Any]]:
     return [entry for entry in state.log_history if "eval_loss" in entry and entry["step"]]
+
+
+def _judged(entry: dict[str, Any]) -> float:
+    """What an evaluation is judged by: the loss, and what the divergence counts beside it."""
+    return float(entry.get(f"eval_{JUDGED}", entry["eval_loss"]))
+
+
+def _curve(entries: Iterable[dict[str, Any]], name: str) -> Curve:
+    return tuple((entry["step"], entry[name]) for entry in entries if name in entry)
 
 
 def _weaken(model: Any, strength: float) -> None:
@@ -231,8 +250,7 @@ def _model(checkpoint: Path, training: Training, against: Against | None = None)
 def _trainer(
     model: Any,
     tokenizer: Any,
-    learnt: Sequence[Encoded],
-    held_out: Sequence[Encoded],
+    rows: Rows,
     training: Training,
     work: Path,
     watch: Watch,
@@ -252,21 +270,33 @@ def _trainer(
         target_modules=list(training.targets),
         task_type="CAUSAL_LM",
     )
-    rows = [
-        Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in part]) for part in (learnt, held_out)
+    sets = [
+        Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in part])
+        for part in (rows.learnt, rows.held_out)
     ]
-    return SFTTrainer(
-        model=model,
-        args=_arguments(training, work, device, in_bf16),
-        train_dataset=rows[0],
-        eval_dataset=rows[1],
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[watch],
+    given = {
+        "model": model,
+        "args": _arguments(training, work, device, in_bf16, f"eval_{JUDGED}" if rows.retained else "eval_loss"),
+        "train_dataset": sets[0],
+        "eval_dataset": sets[1],
+        "processing_class": tokenizer,
+        "peft_config": lora,
+        "callbacks": [watch],
+    }
+    if not rows.retained:
+        return SFTTrainer(**given)
+    from qwen_onnx.finetune.retain import RetainingTrainer
+
+    return RetainingTrainer(
+        **given,
+        retained=rows.retained,
+        held_out=rows.retained_out,
+        weight=training.retain,
+        tokens=training.batch * training.window,
     )
 
 
-def _arguments(training: Training, work: Path, device: str, in_bf16: bool) -> Any:
+def _arguments(training: Training, work: Path, device: str, in_bf16: bool, judged: str) -> Any:
     from trl import SFTConfig
 
     when = {"strategy": "steps" if training.every else "epoch", "steps": training.every or 1}
@@ -293,7 +323,7 @@ def _arguments(training: Training, work: Path, device: str, in_bf16: bool) -> An
         # the best one and the last
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model=judged,
         greater_is_better=False,
         logging_steps=1,
         # it would hide a NaN behind the mean of other steps

@@ -73,17 +73,31 @@ class AdapterData(Record):
     held_out: int = Field(ge=1)
 
 
+class AdapterRetained(Record):
+    """What an adapter was to leave as it was.
+
+    Attributes:
+        rows: of texts; ``held_out``, how many of them no step saw.
+        divergence: of the model with the adapter from its base over those held out, KL in nats per token.
+    """
+
+    rows: int = Field(ge=2)
+    held_out: int = Field(ge=1)
+    divergence: float
+
+
 class AdapterManifest(Grown):
     """Everything about an adapter that we trained, but its bytes.
 
     Attributes:
         verdict: PASS where the loss of the held-out examples fell.
         against: None where it was trained on the checkpoint's own weights.
+        retained: None where its examples named nothing to retain.
         loss_before: of the held-out examples, in nats per trained token; ``loss_after`` of what was kept.
         files: SHA-256 by name, the manifest itself apart.
     """
 
-    added = frozenset({"against"})
+    added = frozenset({"against", "retained"})
 
     schema_version: Literal[1] = 1
     name: Name
@@ -91,6 +105,7 @@ class AdapterManifest(Grown):
     base: AdapterBase
     against: TrainedAgainst | None = None
     data: AdapterData
+    retained: AdapterRetained | None = None
     training: Training
     loss_before: float = Field(ge=0)
     loss_after: float = Field(ge=0)

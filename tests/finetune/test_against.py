@@ -89,7 +89,7 @@ def test_an_adapter_is_trained_on_these_weights_and_is_served_with_them_alone(
         model = model_of(tiny_checkpoint)
         if files:
             with_weights_of(model, files / "model.onnx")
-        losses[name] = held_out_loss(model, ready.held_out)
+        losses[name] = held_out_loss(model, ready.rows.held_out)
     assert made.loss_before == pytest.approx(losses["rounded"], abs=1e-4)
     assert abs(losses["plain"] - losses["rounded"]) > 1e-3
     adapter = open_adapter(folder)

@@ -29,14 +29,18 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
         _asked("system", "user", "assistant", "user", "assistant"),
         "",
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
-        {"instruction": "Greet.", "input": "", "output": "Hello.", "held_out": False},
+        {"instruction": "Greet.", "input": "", "output": "Hello."},
+        {"retain": "Rain falls."},
+        {"retain": _asked("user", "assistant")["messages"]},
     )
     found = read_data(path)
     assert [example.line for example in found.examples] == [1, 3, 4]
     assert [turn["role"] for turn in found.examples[0].messages] == ["system", *("user", "assistant") * 2]
     assert [turn["content"] for turn in found.examples[1].messages] == ["Add.\n\n1 and 2", "3"]
     assert found.examples[2].messages[0]["content"] == "Greet."
-    assert [example.held_out for example in found.examples] == [True, True, False]
+    assert [line.line for line in found.retained] == [5, 6]
+    assert found.retained[0].said == "Rain falls."
+    assert [turn["role"] for turn in found.retained[1].said] == ["user", "assistant"]
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -49,7 +53,11 @@ WRONG = {
     '{"instruction": " ", "output": "b"}': "instruction is not a text",
     '{"instruction": "a", "output": 7}': "output is not a text",
     '{"instruction": "a", "input": 7, "output": "b"}': "input is not a text",
-    '{"instruction": "a", "output": "b", "held_out": 0}': "held_out is not true or false",
+    '{"retain": ""}': "retain is not a text",
+    '{"retain": {"role": "user"}}': "retain is not a text",
+    '{"retain": []}': "not a list of messages",
+    '{"retain": [{"role": "user", "content": "a"}]}': "an answer last",
+    '{"retain": "a", "output": "b"}': "unknown key 'output'",
     '{"messages": []}': "not a list of messages",
     '{"messages": [1]}': "message 1: it is not an object",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "message 2: content is",
@@ -104,6 +112,8 @@ def test_an_array_is_told_as_one_not_line_by_line(tmp_path: Path, indent: int | 
 def test_nothing_is_not_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no example"):
         read_data(_file(tmp_path, "", " "))
+    with pytest.raises(TrainingError, match="no example"):
+        read_data(_file(tmp_path, {"retain": "Rain falls."}))
     with pytest.raises(TrainingError, match="missing"):
         read_data(tmp_path / "none.jsonl")
     (tmp_path / "link").symlink_to(tmp_path / "examples.jsonl")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qwen_onnx.errors import TrainingError
-from qwen_onnx.finetune.data import Example
-from qwen_onnx.finetune.encode import IGNORED, Encoded, encode, split
+from qwen_onnx.finetune.data import Example, Retained
+from qwen_onnx.finetune.encode import IGNORED, Encoded, encode, encode_retained, split
 from tests.fixtures.models import byte_tokenizer
 
 PATH = Path("examples.jsonl")
@@ -109,13 +109,21 @@ def test_nothing_is_learnt_and_held_out_at_once() -> None:
     assert not {tuple(row.ids) for row in learnt} & {tuple(row.ids) for row in held}
 
 
-def test_what_only_keeps_the_model_where_it_was_is_not_held_out() -> None:
-    learnt, held = split(_rows(40), 0.1, 3, PATH, range(20, 40))
-    assert len(held) == 2
-    assert all(row.line < 20 for row in held)
-    assert len(learnt) == 38
-    with pytest.raises(TrainingError, match="nothing judges the training"):
-        split(_rows(5), 0.1, 0, PATH, range(5))
+def test_every_token_of_what_is_retained_counts_and_a_long_text_gives_several_rows(tokenizer: Any) -> None:
+    told = [Retained(3, "Rain falls."), Retained(4, TALK.messages)]
+    whole = encode_retained(told, _plain, tokenizer, window=4096, path=PATH)
+    assert [tokenizer.decode(row.ids) for row in whole] == ["Rain falls.", _plain(TALK.messages)]
+    assert all(row.ids == row.labels for row in whole)
+    pieces = encode_retained(told, _plain, tokenizer, window=16, path=PATH)
+    assert max(len(row.ids) for row in pieces) == 16
+    assert [row.line for row in pieces] == [3, *[4] * (len(pieces) - 1)]
+    assert [token for row in pieces for token in row.ids] == [token for row in whole for token in row.ids]
+
+    def refuse(messages: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
+        raise TrainingError("no roles here")
+
+    with pytest.raises(TrainingError, match="line 4: no roles here"):
+        encode_retained(told, refuse, tokenizer, window=16, path=PATH)
 
 
 @pytest.mark.parametrize("rows", [_rows(1), [Encoded(line, [1], [1]) for line in range(9)]])

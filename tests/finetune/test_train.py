@@ -23,7 +23,7 @@ from qwen_onnx.catalog.training import load_training
 from qwen_onnx.errors import EnvironmentFault, TrainingError, UnsupportedModelError
 from qwen_onnx.files import sha256_of
 from qwen_onnx.finetune import estimate, train
-from qwen_onnx.finetune.encode import IGNORED, Encoded
+from qwen_onnx.finetune.encode import IGNORED, Encoded, Rows
 from qwen_onnx.finetune.job import FinetuneJob, finetune, prepare, require_place
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.adapter import CONFIG, MANIFEST, WEIGHTS, open_adapter
@@ -42,7 +42,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _job(examples: Path, checkpoint: Path, folder: Path, *changes: str) -> FinetuneJob:
+def job_of(examples: Path, checkpoint: Path, folder: Path, *changes: str) -> FinetuneJob:
     return FinetuneJob(
         make_plan(load_catalog(REPOSITORY), "starter", "cpu"),
         load_training(REPOSITORY, overrides=changes),
@@ -57,7 +57,7 @@ def _job(examples: Path, checkpoint: Path, folder: Path, *changes: str) -> Finet
 @pytest.fixture(scope="module")
 def trained(examples: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The job, its report and its folder."""
-    job = _job(examples, tiny_checkpoint, tmp_path_factory.mktemp("trained"), *GENTLE)
+    job = job_of(examples, tiny_checkpoint, tmp_path_factory.mktemp("trained"), *GENTLE)
     return (job, *finetune(job, prepare(job)))
 
 
@@ -99,7 +99,7 @@ def test_a_part_of_the_change_is_kept_where_that_is_asked_for(
     from safetensors.torch import load_file
 
     _, whole, folder = trained
-    job = _job(examples, tiny_checkpoint, tmp_path, *GENTLE, "strength=0.5")
+    job = job_of(examples, tiny_checkpoint, tmp_path, *GENTLE, "strength=0.5")
     report, weak = finetune(job, prepare(job))
     assert (report.curve, report.held_out, report.best) == (whole.curve, whole.held_out, whole.best)
     full, half = (load_file(place / WEIGHTS) for place in (folder, weak))
@@ -121,7 +121,7 @@ def test_packed_examples_do_not_see_each_other(tiny_checkpoint: Path, tmp_path: 
     training = load_training(REPOSITORY, overrides=["window=128"])
     watch = train.Watch(1, lambda _: None)
     model = train._model(tiny_checkpoint, training)
-    trainer = train._trainer(model, byte_tokenizer(), packed, packed, training, tmp_path, watch)
+    trainer = train._trainer(model, byte_tokenizer(), Rows(packed, packed), training, tmp_path, watch)
     assert len(trainer.eval_dataset) == 1
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     losses = [
@@ -156,11 +156,13 @@ def test_a_training_that_does_not_help_is_rejected_and_ends_early(
     examples: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     gentle = [option for option in GENTLE if not option.startswith(("epochs", "every"))]
-    job = _job(examples, tiny_checkpoint, tmp_path, *gentle, "epochs=50", "every=1", "patience=2")
+    job = job_of(examples, tiny_checkpoint, tmp_path, *gentle, "epochs=50", "every=1", "patience=2")
     ready = prepare(job)
     # an answer of a byte that no example has: whatever is learnt makes it less likely
-    strange = max(set(range(2, 256)) - {token for row in ready.learnt for token in row.ids})
-    report, folder = finetune(job, replace(ready, held_out=[Encoded(1, [strange] * 20, [strange] * 20)]))
+    strange = max(set(range(2, 256)) - {token for row in ready.rows.learnt for token in row.ids})
+    report, folder = finetune(
+        job, replace(ready, rows=Rows(ready.rows.learnt, [Encoded(1, [strange] * 20, [strange] * 20)]))
+    )
     assert report.manifest.verdict == "FAIL"
     assert folder.name == "faq.rejected"
     assert not job.target.exists()
@@ -176,10 +178,10 @@ def test_what_cannot_fit_is_refused_before_it_starts(tiny_checkpoint: Path, monk
     rows = [Encoded(line, list(range(100)), [IGNORED] * 80 + list(range(80, 100))) for line in range(10)]
     training = load_training(REPOSITORY, overrides=GENTLE)
     plan = make_plan(load_catalog(REPOSITORY), "starter", "cpu")
-    found = estimate.cost(plan, tiny_checkpoint, rows, rows[:1], training, "cpu", in_bf16=False)
+    found = estimate.cost(plan, tiny_checkpoint, Rows(rows, rows[:1]), training, "cpu", in_bf16=False)
     assert (found.examples, found.tokens, found.answers, found.steps) == (10, 1000, 200, 4 * 2)
     longer = training.model_copy(update={"window": 4096, "batch": 8})
-    more = estimate.cost(plan, tiny_checkpoint, rows, rows[:1], longer, "cpu", in_bf16=False)
+    more = estimate.cost(plan, tiny_checkpoint, Rows(rows, rows[:1]), longer, "cpu", in_bf16=False)
     assert more.memory > found.memory
     estimate.require_fit(found, "starter")
     monkeypatch.setattr(estimate, "free_memory", lambda device: 10**8)
@@ -190,7 +192,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(tiny_checkpoint: Path, monk
 
 def test_a_window_beyond_the_context_is_refused_before_anything_is_fetched(examples: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the model takes 8,192"):
-        prepare(_job(examples, tmp_path / "nowhere", tmp_path, "window=10000"))
+        prepare(job_of(examples, tmp_path / "nowhere", tmp_path, "window=10000"))
 
 
 @pytest.mark.slow
