@@ -25,8 +25,9 @@ PROCESS_BYTES = 750_000_000
 KEPT_HIDDEN, KEPT_INNER = 20, 4
 # of a number that is trained: itself, its gradient, two moments of Adam
 TRAINED_BYTES = 16
-# logits of the answers' tokens: made in pieces of so many, each kept three times
-LOGITS_PIECE, LOGITS_COPIES = 256, 3
+# logits of the answers' tokens: made in pieces of so many, each kept three times; of retained rows' five times, since
+# the base's are there, too
+LOGITS_PIECE, LOGITS_COPIES, RETAINED_COPIES = 256, 3, 5
 # what a training reaches of the speed of one large product
 EFFICIENCY = 0.55
 # seconds of measuring; rows of the product
@@ -89,7 +90,7 @@ def cost(
     packed = -(-tokens // training.window) if training.packing else len(rows.learnt)
     a_step = training.batch * training.accumulate
     trained = trained_numbers(read_json(checkpoint / "config.json"), training)
-    longest = training.window if training.packing else max(len(row.ids) for row in [*rows.learnt, *rows.retained])
+    longest = training.window if training.packing else max(len(row.ids) for row in rows.learnt)
     read = training.epochs * (tokens + _tokens(rows.held_out) / 2)
     # forwards and back through every matrix whose weights stay; once more where activations are made again
     passes = 3 if training.gradient_checkpointing else 2
@@ -106,7 +107,7 @@ def cost(
         retained=-(-packed // training.batch) * retained,
         steps=training.epochs * -(-packed // a_step),
         trained=trained,
-        memory=_memory(sizes, training, longest * training.batch, trained, 2 if in_bf16 else 4),
+        memory=_memory(sizes, training, longest * training.batch, retained, trained, 2 if in_bf16 else 4),
         device=device,
         seconds=work / (_speed(device, in_bf16) * EFFICIENCY),
     )
@@ -159,12 +160,15 @@ def _answers(row: Encoded) -> int:
     return sum(label != IGNORED for label in row.labels)
 
 
-def _memory(sizes: Dimensions, training: Training, tokens: int, trained: int, number: int) -> int:
+def _memory(sizes: Dimensions, training: Training, learnt: int, retained: int, trained: int, number: int) -> int:
+    """Bytes; ``learnt`` and ``retained`` are tokens of a batch, the one computed behind the other."""
     inner = sizes.layer // (3 * sizes.hidden)
     a_layer = KEPT_HIDDEN * sizes.hidden + KEPT_INNER * inner
     # made again on the way back: what goes into each layer, and one layer whole
     kept = sizes.layers * sizes.hidden + a_layer if training.gradient_checkpointing else sizes.layers * a_layer
-    logits = LOGITS_COPIES * 4 * min(tokens, LOGITS_PIECE) * sizes.vocabulary
+    tokens = max(learnt, retained)
+    copies = max(LOGITS_COPIES * min(learnt, LOGITS_PIECE), RETAINED_COPIES * min(retained, LOGITS_PIECE))
+    logits = 4 * copies * sizes.vocabulary
     return PROCESS_BYTES + number * sizes.weights + TRAINED_BYTES * trained + 4 * tokens * kept + logits
 
 

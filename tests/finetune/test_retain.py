@@ -94,6 +94,9 @@ def test_retained_rows_cost_time_and_none_of_them_costs_none(tiny_checkpoint: Pa
     assert (plain.retained, more.retained) == (0, 5 * 64)
     assert plain.steps == more.steps == 10
     assert more.memory > plain.memory
+    # of retained rows no more is read than there is
+    few = estimate.cost(plan, tiny_checkpoint, Rows(examples, examples, _rows(10), texts[:1]), training, "cpu", False)
+    assert few.retained == 5 * 10
 
 
 @pytest.mark.slow

@@ -209,8 +209,15 @@ def test_the_number_of_trained_weights_is_that_of_the_adapter(trained: Any, tiny
 def test_a_killed_training_goes_on_and_comes_to_the_same_adapter(
     examples: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    # with texts to retain, whose turn depends on the step
+    data = tmp_path / "kept.jsonl"
+    kept = "".join(
+        json.dumps({"retain": f"Rain falls {number} times. {'Then snow. ' * number}"}) + "\n" for number in range(30)
+    )
+    data.write_text(examples.read_text() + kept)
+
     def command(name: str) -> list[str]:
-        places = ("--data", str(examples), "--source", str(tiny_checkpoint), "--output", str(tmp_path / name / "faq"))
+        places = ("--data", str(data), "--source", str(tiny_checkpoint), "--output", str(tmp_path / name / "faq"))
         changes = [part for change in (*GENTLE, "epochs=30") for part in ("--set", change)][2:]
         return ["finetune", "starter", *places, *changes, "--set", "patience=99", "--json"]
 
@@ -221,9 +228,9 @@ def test_a_killed_training_goes_on_and_comes_to_the_same_adapter(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    kept = f"{digest_of(str(tmp_path / 'killed/faq'))[:12]}-*/checkpoint-16/trainer_state.json"
+    place = f"{digest_of(str(tmp_path / 'killed/faq'))[:12]}-*/checkpoint-16/trainer_state.json"
     work = cache_root(REPOSITORY) / "work"
-    _wait(lambda: any(work.glob(kept)) or process.poll() is not None)
+    _wait(lambda: any(work.glob(place)) or process.poll() is not None)
     assert process.poll() is None, process.stderr and process.stderr.read()
     process.send_signal(signal.SIGKILL)
     process.communicate()
