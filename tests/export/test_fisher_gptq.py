@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from qwen_onnx.errors import ExportError
-from qwen_onnx.export.passes.fisher_gptq.allocation import Choice, Unreachable, allocate
+from qwen_onnx.export.allocation import Choice, Unreachable, allocate
 from qwen_onnx.export.passes.fisher_gptq.options import FisherGptqOptions
 from qwen_onnx.export.passes.fisher_gptq.quantize import quantize
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damage, damped, nearest, refine, solve, stored_bytes

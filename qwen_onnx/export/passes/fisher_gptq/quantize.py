@@ -22,12 +22,12 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from qwen_onnx.errors import ExportError
+from qwen_onnx.export.allocation import Allocation, Choice, Unreachable, allocate
 from qwen_onnx.export.calibration import calibration_ids, own_text
 from qwen_onnx.export.experts import CODED, STACKED
 from qwen_onnx.export.gradients import Gradients, Kept
 from qwen_onnx.export.olive_format import UNCODED, assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
-from qwen_onnx.export.passes.fisher_gptq.allocation import Allocation, Choice, Unreachable, allocate
 from qwen_onnx.export.passes.fisher_gptq.experts import RoutedTokens
 from qwen_onnx.export.passes.fisher_gptq.head import HEAD_STEP, quantize_head
 from qwen_onnx.export.passes.fisher_gptq.kernels import Kernel, held, kernel_of, usual_kernel
