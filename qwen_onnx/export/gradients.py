@@ -95,6 +95,16 @@ class Gradients:
             self.work.commit(f"forward-{index + 1:04d}", [name])
             steps.step(index + 1)
 
+    def normed(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the head sees [windows, tokens, hidden], while the states of ``forward`` are kept."""
+        count, shape = self.skeleton.count, (*ids.shape, self.skeleton.config.hidden_size)
+        last = reopened(self.work.required(f"forward-{count:04d}", f"input-{count:04d}"), shape)
+        result = self.skeleton.scratch.zeros("normed", shape)
+        with self.skeleton.norm() as norm, torch.no_grad():
+            for window, state in enumerate(last):
+                result[window] = norm(state)
+        return result
+
     def head(self, ids: torch.Tensor, seed: int) -> None:
         """Write ``gradient-<count>``: of the loss, with labels sampled from the model, by what the last layer gave."""
         if self.work.finished("gradient") is not None:

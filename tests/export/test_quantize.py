@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export import calibration
+from qwen_onnx.export.passes.gptq.blocks import choose_blocks, rounding_damage
 from qwen_onnx.export.passes.gptq.options import CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.quantize import quantize
 from qwen_onnx.export.passes.gptq.sensitivity import choose_int8
@@ -23,6 +27,8 @@ from qwen_onnx.export.workfolder import OWN_TEXT, WorkFolder
 from qwen_onnx.files import sha256_of
 
 SMALL = CalibratedGptqOptions(group_size=32, int8_share=0.3, windows=4, window=64, sensitivity_windows=1)
+
+MIXED = CalibratedGptqOptions(bits=8, group_size=32, mixed_blocks=True, windows=4, window=64, sensitivity_windows=1)
 
 
 @pytest.fixture
@@ -113,6 +119,64 @@ def test_int8_keeps_to_its_share_and_to_whole_attention_inputs(tiny_checkpoint: 
         assert not chosen & together or together <= chosen
     none = SMALL.model_copy(update={"int8_share": 0.0})
     assert not choose_int8(skeleton, ids, none, WorkFolder(tmp_path / "work", "none"))
+
+
+def test_the_damage_of_rounded_inputs_is_what_rounding_them_does() -> None:
+    torch.manual_seed(3)
+    inputs = torch.randn(4096, 64) * torch.linspace(0.1, 4, 64)
+    weights = torch.rand(4096, 64)
+    found = rounding_damage(inputs, weights, [16, 32, 64])
+    for block, damage in found.items():
+        parts = inputs.unflatten(1, (-1, block))
+        steps = parts.abs().amax(-1, keepdim=True) / 127
+        error = ((parts / steps).round() * steps - parts).flatten(1)
+        # a little more: the largest of a block, which is rounded to itself, counts too
+        assert 1 < damage / (float((error.square() * weights).sum()) / 2) < 1 + 1.5 / block
+    assert found[16] < 0.9 * found[32] < 0.81 * found[64]
+
+
+def test_finer_blocks_go_where_a_channel_stands_out(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """One input of a layer's MLP is forty times as large as before, and its matrices' column is as much smaller."""
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][5] *= 40
+    outliers = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up")}
+    for name in outliers:
+        tensors[f"{name}.weight"][:, 5] /= 40
+    shutil.copytree(tiny_checkpoint, tmp_path / "outlier")
+    save_file(tensors, tmp_path / "outlier/model.safetensors", {"format": "pt"})
+    skeleton = Skeleton(tmp_path / "outlier", Scratch(tmp_path / "scratch"))
+    blocks = choose_blocks(skeleton, torch.randint(2, 200, (2, 64)), MIXED, WorkFolder(tmp_path / "work", "blocks"))
+    assert {blocks.get(name) for name in outliers} == {16}
+    assert set(blocks.values()) == {16, 64}
+    matrices = {
+        f"model.layers.{layer}.{name}": module.weight.numel()
+        for layer in range(skeleton.count)
+        for name, module in skeleton.linears(layer).items()
+    }
+    matrices["lm_head"] = skeleton.weights.tensor(skeleton.head_name).numel()
+    # not one scale more than without
+    assert sum(size // blocks.get(name, 32) for name, size in matrices.items()) <= sum(matrices.values()) // 32
+    for layer in range(2):
+        assert len({blocks.get(f"model.layers.{layer}.self_attn.{part}_proj", 32) for part in "qkv"}) == 1
+
+
+def test_blocks_are_mixed_only_where_there_are_kernels_for_half_and_for_twice() -> None:
+    for wrong in ({"group_size": 16}, {"group_size": 128}, {"int8_share": 0.1}):
+        with pytest.raises(ValidationError, match="mixed_blocks"):
+            CalibratedGptqOptions(mixed_blocks=True, **wrong)
+
+
+@pytest.mark.slow
+def test_the_checkpoint_says_which_blocks_it_has(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "out", MIXED)
+    settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    weights, found = CheckpointWeights(tmp_path / "out"), set()
+    for name in (name.removesuffix(".scales") for name in weights.names() if name.endswith(".scales")):
+        block = settings["overrides"].get(name, {}).get("group_size", settings["group_size"])
+        found.add(block)
+        codes, scales, zeros = (weights.tensor(f"{name}.{part}").shape[1] for part in ("qweight", "scales", "qzeros"))
+        assert (codes, zeros) == (block * scales, scales)
+    assert found > {32}
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from qwen_onnx.export.passes.fisher_gptq.sizes import head_grid
 from qwen_onnx.export.passes.fisher_gptq.solver import Grid, damped, nearest, solve, stored_bytes
 from qwen_onnx.export.passes.gptq.solver import Quantized
 from qwen_onnx.export.progress import Steps
-from qwen_onnx.export.skeleton import EMBEDDING, NORM, Skeleton
-from qwen_onnx.export.weights import create_safetensors, reopened
+from qwen_onnx.export.skeleton import EMBEDDING, NORM
+from qwen_onnx.export.weights import create_safetensors
 
 HEAD_STEP = "head"
 # of a tensor: its type and shape
@@ -49,7 +49,7 @@ def quantize_head(run: Gradients, ids: torch.Tensor, config: FisherGptqOptions) 
         _create(run, {**copied, skeleton.head_name: None})
         work.commit(HEAD_STEP, [name], {"bytes": stored_bytes(head, grid), "damage": 0.0})
         return
-    normed = _normed(run, ids)
+    normed = run.normed(ids)
     states = normed.reshape(-1, normed.shape[-1])
     hessian = damped(states.T @ states, config.damp)
     one_row = _parts(_quantized(head[:1].float(), hessian, grid), config)
@@ -81,18 +81,6 @@ def _create(run: Gradients, copied: Iterable[str], more: Mapping[str, Form] = EM
     for key in layout:
         file[key].copy_(weights.tensor(key))
     return file
-
-
-def _normed(run: Gradients, ids: torch.Tensor) -> torch.Tensor:
-    """What the head sees [windows, tokens, hidden]."""
-    skeleton: Skeleton = run.skeleton
-    count, shape = skeleton.count, (*ids.shape, skeleton.config.hidden_size)
-    last = reopened(run.work.required(f"forward-{count:04d}", f"input-{count:04d}"), shape)
-    result = skeleton.scratch.zeros("normed", shape)
-    with skeleton.norm() as norm:
-        for window, state in enumerate(last):
-            result[window] = norm(state)
-    return result
 
 
 def _quantized(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> Quantized:

@@ -9,6 +9,7 @@ was killed goes on behind the last of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from qwen_onnx.export.calibration import calibration_ids, own_text
 from qwen_onnx.export.olive_format import assemble, require_blocks, work_folder
 from qwen_onnx.export.options import chosen, parameters
-from qwen_onnx.export.passes.gptq.options import BATCH, CalibratedGptqOptions
+from qwen_onnx.export.passes.gptq.blocks import HEAD_MATRIX, choose_blocks
+from qwen_onnx.export.passes.gptq.options import BATCH, FLOAT_BITS, CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.sensitivity import LEADER, choose_int8, named_as
 from qwen_onnx.export.passes.gptq.solver import Quantized, gptq, round_to_nearest
 from qwen_onnx.export.progress import Steps
@@ -39,8 +41,6 @@ from qwen_onnx.export.workfolder import KEPT_FOLDER, WorkFolder
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.records import digest_of
 from qwen_onnx.sources.checkpoint import read_json
-
-FLOAT_BITS = 16  # a head of so many bits is not quantised
 
 
 class CalibratedGptq(Pass):  # type: ignore[misc]
@@ -81,15 +81,22 @@ def quantize(checkpoint: Path, output: Path, config: CalibratedGptqOptions, kept
         settings = read_json(checkpoint / "config.json")
         identity = digest_of([config.model_dump(mode="json"), settings, ids.tolist(), skeleton.weights.fingerprint()])
         work = WorkFolder(folder, identity)
-        precise = choose_int8(skeleton, ids[: config.sensitivity_windows], config, work)
-        quantize_layers(skeleton, ids, precise, config, work)
-        quantize_head(skeleton, config, work)
+        sampled = ids[: config.sensitivity_windows]
+        precise = choose_int8(skeleton, sampled, config, work)
+        blocks = choose_blocks(skeleton, sampled, config, work)
+        quantize_layers(skeleton, ids, precise, blocks, config, work)
+        quantize_head(skeleton, config, blocks.get(HEAD_MATRIX, config.group_size), work)
         _assemble(skeleton, work, checkpoint, output, config)
 
 
 @torch.no_grad()
 def quantize_layers(
-    skeleton: Skeleton, ids: torch.Tensor, precise: set[str], config: CalibratedGptqOptions, work: WorkFolder
+    skeleton: Skeleton,
+    ids: torch.Tensor,
+    precise: set[str],
+    blocks: Mapping[str, int],
+    config: CalibratedGptqOptions,
+    work: WorkFolder,
 ) -> None:
     """GPTQ layer by layer; each layer sees the inputs that the quantised layers before it produce.
 
@@ -98,6 +105,7 @@ def quantize_layers(
     Args:
         ids: [windows, tokens].
         precise: names of the matrices with 8 bits.
+        blocks: of matrices that have another than ``config.group_size``.
     """
     # whole batches only: all share the masks and positions of one
     batch = min(BATCH, len(ids))
@@ -118,7 +126,7 @@ def quantize_layers(
             continue
         before = "embedded" if index == 0 else _step(index - 1)
         states = reopened(work.required(before, _states(index)), shape)
-        _Layer(skeleton, index, arguments[index], config, work).quantize(states, precise)
+        _Layer(skeleton, index, arguments[index], config, work).quantize(states, precise, blocks)
         work.release(before, _states(index))
         steps.step(index + 1)
 
@@ -139,20 +147,20 @@ class _Layer:
     config: CalibratedGptqOptions
     work: WorkFolder
 
-    def quantize(self, states: torch.Tensor, precise: set[str]) -> None:
+    def quantize(self, states: torch.Tensor, precise: set[str], blocks: Mapping[str, int]) -> None:
         """Quantise the layer on ``states`` [batches, windows, tokens, hidden] and commit it with its outputs."""
         name, after = f"{_step(self.index)}.safetensors", _states(self.index + 1)
         prefix = f"model.layers.{self.index}"
         with self.skeleton.layer(self.index) as layer:
             hessians = self._hessians(layer, states)
             tensors = {f"{prefix}.{key}": value for key, value in layer.state_dict().items()}
-            bits = {}
+            forms: dict[str, dict[str, int]] = {}
             for matrix, module in self.skeleton.linears(self.index).items():
                 full = f"{prefix}.{matrix}"
-                bits[full] = 8 if full in precise else self.config.bits
+                bits, block = 8 if full in precise else self.config.bits, blocks.get(full, self.config.group_size)
+                forms[full] = {"bits": bits, "group_size": block}
                 hessian = hessians[named_as(matrix, LEADER)]
-                grid = (self.config.group_size, self.config.damp, self.config.symmetric)
-                found = gptq(module.weight, hessian, bits[full], *grid)
+                found = gptq(module.weight, hessian, bits, block, self.config.damp, self.config.symmetric)
                 del tensors[f"{full}.weight"]
                 tensors |= {f"{full}.{part}": value for part, value in _parts(found, self.config).items()}
                 module.weight.copy_(found.dequantize())
@@ -160,7 +168,7 @@ class _Layer:
             outputs = mapped(self.work.temporary(after), tuple(states.shape))
             for number, state in enumerate(states):
                 outputs[number] = call(layer, state, self.arguments)
-        self.work.commit(_step(self.index), [name, after], {"bits": bits})
+        self.work.commit(_step(self.index), [name, after], {"forms": forms})
 
     def _hessians(self, layer: torch.nn.Module, states: torch.Tensor) -> dict[str, torch.Tensor]:
         """Sum of x·xᵀ over all tokens, by the matrix that leads those with the same input x."""
@@ -187,7 +195,7 @@ class _Layer:
 
 
 @torch.no_grad()
-def quantize_head(skeleton: Skeleton, config: CalibratedGptqOptions, work: WorkFolder) -> None:
+def quantize_head(skeleton: Skeleton, config: CalibratedGptqOptions, block: int, work: WorkFolder) -> None:
     """Round the head to its grid by rows, unless it stays float, and copy what is outside of the layers."""
     if work.finished("outer") is not None:
         return
@@ -198,19 +206,20 @@ def quantize_head(skeleton: Skeleton, config: CalibratedGptqOptions, work: WorkF
     if not quantized and skeleton.head_name == HEAD:
         copied.append(HEAD)
     layout = {key: (torch.float32, tuple(weights.tensor(key).shape)) for key in copied}
-    for part, row in _head_rows(head[:1], config).items() if quantized else ():
+    for part, row in _head_rows(head[:1], block, config).items() if quantized else ():
         layout[f"lm_head.{part}"] = (row.dtype, (head.shape[0], row.shape[1]))
     file = create_safetensors(work.temporary(name), layout)
     for key in copied:
         file[key].copy_(weights.tensor(key))
     for piece in row_pieces(*head.shape) if quantized else ():
-        for part, rows in _head_rows(head[piece], config).items():
+        for part, rows in _head_rows(head[piece], block, config).items():
             file[f"lm_head.{part}"][piece] = rows
-    work.commit("outer", [name])
+    form = {HEAD_MATRIX: {"bits": config.head_bits, "group_size": block}} if quantized else {}
+    work.commit("outer", [name], {"forms": form})
 
 
-def _head_rows(rows: torch.Tensor, config: CalibratedGptqOptions) -> dict[str, torch.Tensor]:
-    return _parts(round_to_nearest(rows.float(), config.head_bits, config.group_size, config.symmetric), config)
+def _head_rows(rows: torch.Tensor, block: int, config: CalibratedGptqOptions) -> dict[str, torch.Tensor]:
+    return _parts(round_to_nearest(rows.float(), config.head_bits, block, config.symmetric), config)
 
 
 def _parts(matrix: Quantized, config: CalibratedGptqOptions) -> dict[str, torch.Tensor]:
@@ -222,24 +231,21 @@ def _assemble(
     skeleton: Skeleton, work: WorkFolder, checkpoint: Path, output: Path, config: CalibratedGptqOptions
 ) -> None:
     steps = ["outer", *(_step(index) for index in range(skeleton.count))]
-    quantized = config.head_bits < FLOAT_BITS
-    overrides: dict[str, dict[str, int]] = {}
-    for step in steps:
-        bits = (
-            ({"lm_head": config.head_bits} if quantized else {})
-            if step == "outer"
-            else (work.finished(step) or {})["bits"]
-        )
-        overrides |= {matrix: {"bits": count} for matrix, count in bits.items() if count != config.bits}
+    usual = {"bits": config.bits, "group_size": config.group_size}
+    forms = {name: form for step in steps for name, form in (work.finished(step) or {})["forms"].items()}
+    overrides = {
+        name: {key: value for key, value in form.items() if value != usual[key]}
+        for name, form in forms.items()
+        if form != usual
+    }
     assemble(
         [work.required(step, f"{step}.safetensors") for step in steps],
         checkpoint,
         output,
         {
-            "bits": config.bits,
+            **usual,
             "symmetric": config.symmetric,
-            "group_size": config.group_size,
-            "lm_head": quantized,
+            "lm_head": HEAD_MATRIX in forms,
             "overrides": overrides,
         },
     )
