@@ -15,14 +15,12 @@ import json
 import random
 import sys
 import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.shares import wilson
+from training.asking import HINT, answer_of, model_of, table, told
 from training.starter_vl.fonts import EXAM, fonts_in
 from training.starter_vl.questions import KINDS, Asked, ask
 from training.starter_vl.scenes import SIDES, draw, scene, side_of
@@ -54,34 +52,11 @@ def items(count: int, fonts: list[str], first: int = FIRST_SEED) -> Iterator[Ite
         yield Item(seed, content.getvalue(), asked)
 
 
-def answer_of(server: str, model: str, item: Item) -> str:
-    """What the server says, greedily."""
+def answer_to(server: str, model: str, item: Item) -> str:
+    """What the server says."""
     picture = base64.b64encode(item.png).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-        {"type": "text", "text": item.asked.question},
-    ]
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": content}],
-        "temperature": 0,
-        "max_tokens": MOST_TOKENS,
-    }
-    found = _json(f"{server}/v1/chat/completions", body)
-    return str(found["choices"][0]["message"]["content"])
-
-
-def _json(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)
-
-
-def _line(name: str, results: list[bool]) -> str:
-    low, high = wilson(sum(results), len(results))
-    share = f"{sum(results) / len(results):.1%}"
-    return f"{name:<10}{sum(results):>6}{len(results):>7}{share:>9}  [{low:.1%}, {high:.1%}]"
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    return answer_of(server, model, part, item.asked.question, MOST_TOKENS)
 
 
 def main() -> int:
@@ -97,25 +72,20 @@ def main() -> int:
     server = options.server.rstrip("/")
     results: dict[str, list[bool]] = defaultdict(list)
     try:
-        model = _json(f"{server}/v1/models")["data"][0]["id"]
+        model = model_of(server)
         for item in items(options.pictures, fonts):
-            answer = answer_of(server, model, item)
+            answer = answer_to(server, model, item)
             results[item.asked.kind].append(right := item.asked.is_right(answer))
             if not right and options.show:
                 options.show -= 1
                 print(f"seed {item.seed}: {item.asked.question} → {answer!r}, right: {item.asked.fact}")
     except (urllib.error.URLError, OSError) as error:
-        print(f"the server does not answer: {error}; start it: qwen-onnx serve ARTIFACT", file=sys.stderr)
+        print(f"the server does not answer: {error}; {HINT}", file=sys.stderr)
         return 1
     every = [right for kind in KINDS for right in results[kind]]
-    print(f"{'kind':<10}{'right':>6}{'asked':>7}{'share':>9}  95 % bounds")
-    for kind in KINDS:
-        if results[kind]:
-            print(_line(kind, results[kind]))
-    print(_line("all", every))
-    told = {kind: {"right": sum(found), "asked": len(found)} for kind, found in results.items()}
+    print(table({kind: results[kind] for kind in KINDS} | {"all": every}, "kind"))
     share = sum(every) / len(every)
-    print(json.dumps({"model": model, "pictures": len(every), "share": round(share, 4), "kinds": told}))
+    print(json.dumps({"model": model, "pictures": len(every), "share": round(share, 4), "kinds": told(results)}))
     return 0 if share >= options.least else 1
 
 

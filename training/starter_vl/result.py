@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.loop import WORDS_TABLE, learned_by
 from training.starter_vl.fonts import TRAINING, fonts_in
 from training.starter_vl.language import Language, right_by_question
 from training.starter_vl.pixels import batch
 from training.starter_vl.questions import ask
 from training.starter_vl.scenes import scene, side_of
-from training.starter_vl.stages import BOUND, SEEDS, TOWER, WORDS_TABLE, learned_by
+from training.starter_vl.stages import BOUND, SEEDS, TOWER
 from training.starter_vl.tower import OUTPUT, VisionTower
 from training.starter_vl.towerfile import write_tower
 from training.starter_vl.train import HINTS, Learner, Vocabulary

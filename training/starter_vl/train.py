@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from training.loop import Judged, learned_by, rank, run, start_processes
 from training.starter_vl.fonts import TRAINING, fonts_in
 from training.starter_vl.language import Language, right_by_question
 from training.starter_vl.pixels import batch
 from training.starter_vl.questions import Asked, ask, ask_more
 from training.starter_vl.scenes import Scene, side_of
-from training.starter_vl.stages import BOUND, TOWER, WORDS, Judged, Stage, learned_by, rank, run, start_processes
+from training.starter_vl.stages import BOUND, TOWER, WORDS, Stage
 from training.starter_vl.tower import MERGE, VisionTower
 from training.starter_vl.tower import WIDTH as TOWER_WIDTH
 from training.starter_vl.words import PARTS, SAID, first_words, said
