@@ -51,7 +51,7 @@ def test_the_committed_file_is_the_recipes(pinned: TowerFile) -> None:
     assert path.stat().st_size <= 8_000_000
     shapes = {name: entry.shape for name, entry in tensors_of([path]).items()}
     with safe_open(path, framework="pt") as file:
-        header = joined.Told.model_validate_json(file.metadata()[joined.TOLD])
+        header = joined.Sees.model_validate_json(file.metadata()[joined.TOLD])
     assert header == told()
     visual = {name: tuple(tensor.shape) for name, tensor in weights(VisionTower()).items()}
     assert visual == {name: shape for name, shape in shapes.items() if name.startswith(joined.VISUAL)}

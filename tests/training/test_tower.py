@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from qwen_onnx.sources.joined import TOLD, Told
+from qwen_onnx.sources.joined import TOLD, Sees
 from training.starter_vl.pixels import batch
 from training.starter_vl.questions import Asked, ask
 from training.starter_vl.scenes import scene
@@ -54,7 +54,7 @@ def test_its_file_is_what_transformers_computes(tower: VisionTower, tmp_path: Pa
 def test_its_header_says_what_joins_it(tower: VisionTower, tmp_path: Path) -> None:
     write_tower(tower, nn.ModuleDict(), tmp_path / "tower.safetensors")
     with safe_open(tmp_path / "tower.safetensors", framework="pt") as file:
-        told = Told.model_validate(json.loads(file.metadata()[TOLD]))
+        told = Sees.model_validate(json.loads(file.metadata()[TOLD]))
     assert told.vision_config["depth"] == DEPTH
     assert set(told.ids.values()) == set(told.tokens.values())
 

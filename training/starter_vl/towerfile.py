@@ -9,17 +9,17 @@ from typing import Any
 from torch import nn
 
 from qwen_onnx.files import sha256_of
-from qwen_onnx.sources.joined import TOLD, Told
+from qwen_onnx.sources.joined import TOLD, Sees
 from training.starter_vl.language import IMAGE, SECTIONS, VIDEO, VISION_END, VISION_START
 from training.starter_vl.lora import RANK, adapter_weights
 from training.starter_vl.pixels import LEAST, MIDDLE, MOST
 from training.starter_vl.tower import FRAMES, MERGE, PATCH, VisionTower, vision_config, weights
 
 
-def told() -> Told:
+def told() -> Sees:
     """What the header says."""
     time, down, across = SECTIONS
-    return Told(
+    return Sees(
         mrope_section=(time, down, across),
         rank=RANK,
         tokens={
