@@ -90,6 +90,6 @@ def disturbed(sounds: Sequence[Clean], seed: int) -> Batch:
         gain = draw(-2.5, 0.0)
         # of what is behind a sound nothing is heard
         log = torch.full((power.shape[0], longest), -10.0)
-        log[:, : power.shape[1]] = power.clamp_min(1e-10).log10() + gain
+        log[:, : power.shape[1]] = (power * 10**gain).clamp_min(1e-10).log10()
         rows.append((log.maximum(log.max() - RANGE) + ADDED) / SCALE)
     return Batch(torch.stack(rows), frames, [one.digits for one in sounds])
