@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from qwen_onnx.runtime.processing.audio import prepare_sound
-from training.loop import learned_by
+from training.loop import WORDS_TABLE, learned_by
 from training.starter_audio.exam import SPLITS, Item, items
 from training.starter_audio.language import Asked, Language
 from training.starter_audio.sounds import as_file
 from training.starter_audio.tower import OUTPUT, SAID, WIDTH, Learner, heard
 from training.starter_audio.towerfile import write_tower
-from training.starter_audio.train import HEAR, HINT, WORDS, Vocabulary, right_by_row
+from training.starter_audio.train import ANSWER, HEAR, HINT, Vocabulary, right_by_row
 
 # sounds of each split; those that are kept, and the most samples of each
 TRIED, KEPT, LONGEST = 100, 4, 24_000
@@ -43,7 +43,7 @@ def learner_of(work: Path) -> Learner:
 def projector_of(learner: Learner, work: Path) -> nn.Linear:
     """What makes of the tower's output what the language model reads."""
     words = Vocabulary(torch.zeros(SAID, OUTPUT))
-    words.load_state_dict({"table": learned_by(WORDS, work)["words.table"]})
+    words.load_state_dict({"table": learned_by(ANSWER, work)[WORDS_TABLE]})
     found = nn.Linear(WIDTH, OUTPUT)
     with torch.no_grad():
         found.weight.copy_(words.table.T @ learner.says.weight)

@@ -1,11 +1,13 @@
-"""Train starter-audio: ``hear`` and ``words``, in any order or side by side.
+"""Train starter-audio: ``hear`` and ``words``, in any order or side by side, and then ``answer``.
 
     python -m training.starter_audio.train hear
     python -m training.starter_audio.train words --checkpoint FOLDER
+    python -m training.starter_audio.train answer --checkpoint FOLDER
 
 ``hear`` teaches the tower by CTC which digit each of its tokens says, without the language model. ``words`` tunes the
-vectors that say a digit, and nothing, through the frozen language model, without a sound. Every step follows from its
-number, and a run that was interrupted goes on where it was saved.
+vectors that say a digit, and nothing, through the frozen language model, without a sound; ``answer`` goes on with what
+the tower says of sounds: by CTC it may say the first digit in the first token, and a digit in two. Every step follows
+from its number, and a run that was interrupted goes on where it was saved.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.loop import Judged, Schedule, run, start_processes
+from training.loop import WORDS_TABLE, Judged, Schedule, learned_by, run, start_processes
 from training.starter_audio.features import Clean, clean, disturbed
-from training.starter_audio.language import Asked, Language, asked
+from training.starter_audio.language import QUESTIONS, Asked, Language, asked
 from training.starter_audio.tower import SAID, Learner, heard, peaks, tokens_of
 
 SOUNDS, FIRST_SEED = 4000, 200_000_000
@@ -34,6 +36,7 @@ CHOICE = 4
 NOISE = 0.05
 HEAR = Schedule("hear", steps=900, batch=32, rate=2e-3, warm=30)
 WORDS = Schedule("words", steps=120, batch=8, rate=8e-3, warm=5)
+ANSWER = Schedule("answer", steps=75, batch=8, rate=6e-3, warm=3)
 HINT = "qwen-onnx fetch starter prints it"
 
 
@@ -96,15 +99,39 @@ def right_by_row(logits: Tensor, wanted: Tensor, owner: Tensor, rows: int) -> li
     return [row not in wrong for row in range(rows)]
 
 
-def train_words(checkpoint: Path, work: Path, stage: Schedule) -> None:
-    """Tune the vectors, from where the embeddings of the words are."""
+def told(learner: Learner, kept: Sequence[Clean], step: int, size: int) -> tuple[list[Asked], list[Tensor]]:
+    """Questions about sounds that the tower hears right, and what its tokens say of them."""
+    batch = disturbed(batch_of(kept, step, size), FIRST_SEED + step)
+    chance, rows, says = random.Random(step), [], []
+    with torch.no_grad():
+        output = learner(batch.mel, batch.frames)
+    for row, tokens, digits in zip(output, tokens_of(batch.frames).tolist(), batch.digits, strict=True):
+        classes = row[:tokens].argmax(-1).tolist()
+        if heard(classes) == digits:
+            rows.append(Asked(classes, list(digits), chance.choice(QUESTIONS["training"])))
+            says.append(row[:tokens])
+    return rows, says
+
+
+def train_words(checkpoint: Path, work: Path, stage: Schedule, sounds: int) -> None:
+    """Tune the vectors: ``words`` from the embeddings of the words, ``answer`` from there by what the tower says."""
     language = Language(checkpoint)
-    words = Vocabulary(language.first_words())
+    words, learner, kept = Vocabulary(language.first_words()), Learner().eval(), list[Clean]()
+    if stage.name == ANSWER.name:
+        words.load_state_dict({"table": learned_by(WORDS, work)[WORDS_TABLE]})
+        learner.load_state_dict(learned_by(HEAR, work))
+        kept = clean(range(FIRST_SEED, FIRST_SEED + sounds), work / f"sounds-{sounds}.npz")
 
     def loss_of(step: int) -> Judged:
-        chance = random.Random(step)
-        rows = [asked(chance, "training") for _ in range(stage.batch)]
-        logits, wanted, owner = language.answers(rows, features(rows, words.table, step))
+        if kept:
+            # beyond the steps of the tower
+            rows, says = told(learner, kept, HEAR.steps + step, stage.batch)
+            given = [row @ words.table for row in says]
+        else:
+            chance = random.Random(step)
+            rows = [asked(chance, "training") for _ in range(stage.batch)]
+            given = features(rows, words.table, step)
+        logits, wanted, owner = language.answers(rows, given)
         loss = nn.functional.cross_entropy(logits, wanted)
         tokens = (logits.argmax(-1) == wanted).float().mean()
         right = right_by_row(logits, wanted, owner, len(rows))
@@ -116,22 +143,22 @@ def train_words(checkpoint: Path, work: Path, stage: Schedule) -> None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("hear", "words"))
+    parser.add_argument("stage", choices=("hear", "words", "answer"))
     parser.add_argument("--checkpoint", type=Path, help=f"the starter: {HINT}")
     parser.add_argument("--work", type=Path, default=Path(".cache/starter-audio"), help="states, and what was said")
     parser.add_argument("--steps", type=int, help="instead of the stage's own number: fewer to try, more to learn more")
     parser.add_argument("--threads", type=int, default=1)
     options: Any = parser.parse_args()
-    if options.stage == "words" and options.checkpoint is None:
-        parser.error(f"words needs --checkpoint: {HINT}")
+    if options.stage != "hear" and options.checkpoint is None:
+        parser.error(f"{options.stage} needs --checkpoint: {HINT}")
     start_processes(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    own = {stage.name: stage for stage in (HEAR, WORDS)}[options.stage]
+    own = {stage.name: stage for stage in (HEAR, WORDS, ANSWER)}[options.stage]
     stage = replace(own, steps=options.steps or own.steps)
     if own is HEAR:
         train_tower(options.work, stage, SOUNDS)
     else:
-        train_words(options.checkpoint, options.work, stage)
+        train_words(options.checkpoint, options.work, stage, SOUNDS)
 
 
 if __name__ == "__main__":
