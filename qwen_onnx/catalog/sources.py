@@ -34,7 +34,7 @@ class HubSource(Record):
 
 
 class TowerFile(Record):
-    """A vision tower of our own, in ``qwen_onnx/sources/towers``, for the model that it was trained with."""
+    """A tower of our own in ``qwen_onnx/sources/towers``, for the model that it was trained with."""
 
     file: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*\.safetensors$", description="its bare name")
     sha256: Sha256
@@ -50,7 +50,7 @@ class WheelSource(Grown):
     version: str = Field(min_length=1)
     file: str = Field(min_length=1, description="path of the GGUF inside the wheel")
     sha256: Sha256
-    tower: TowerFile | None = Field(default=None, description="what it sees with; null: it reads text alone")
+    tower: TowerFile | None = Field(default=None, description="what it sees or hears with; null: it reads text alone")
 
 
 class FolderSource(Record):

@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Any
 
 from qwen_onnx.artifact.audio_config import AudioSettings
@@ -80,13 +79,7 @@ def ask(server: str, model: str, content: bytes, form: str, question: str) -> st
     return answer_of(server, model, part, question, MOST_TOKENS)
 
 
-def kept(folder: Path) -> Iterator[tuple[str, bytes, tuple[int, ...]]]:
-    """Sounds of ``folder``, whose names begin with what is said in them: ``372-awb.flac``."""
-    for path in sorted(folder.glob("*.flac")):
-        yield path.name, path.read_bytes(), tuple(int(one) for one in path.stem.split("-")[0])
-
-
-def exam(server: str, sounds: int, folder: Path | None, show: int) -> tuple[str, dict[str, list[bool]]]:
+def exam(server: str, sounds: int, show: int) -> tuple[str, dict[str, list[bool]]]:
     """The model's name, and right answers by voices and number of digits."""
     model, results = model_of(server), defaultdict[str, list[bool]](list)
 
@@ -100,10 +93,6 @@ def exam(server: str, sounds: int, folder: Path | None, show: int) -> tuple[str,
             show -= 1
             print(f"{label}: {answer!r}, right: {' '.join(map(str, digits))}")
 
-    if folder:
-        for number, (label, content, digits) in enumerate(kept(folder)):
-            count("kept", label, digits, ask(server, model, content, "flac", question_of(number)))
-        return model, results
     for split in SPLITS:
         for item in items(sounds, split):
             answer = ask(server, model, as_file(item.samples), "wav", item.question)
@@ -116,12 +105,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("server", help="address of qwen-onnx serve, e.g. http://127.0.0.1:8000")
     parser.add_argument("--sounds", type=int, default=200, help="of each program's voices")
-    parser.add_argument("--folder", type=Path, help="ask about its FLAC files instead: 372-awb.flac says 3 7 2")
     parser.add_argument("--least", type=float, default=0.0, help="share of right answers that is needed")
     parser.add_argument("--show", type=int, default=0, help="wrong answers to print")
     options: Any = parser.parse_args()
     try:
-        model, results = exam(options.server.rstrip("/"), options.sounds, options.folder, options.show)
+        model, results = exam(options.server.rstrip("/"), options.sounds, options.show)
     except (urllib.error.URLError, OSError) as error:
         print(f"the server does not answer: {error}; {HINT}", file=sys.stderr)
         return 1

@@ -2,18 +2,15 @@
 
     python -m training.starter_audio.result try --checkpoint FOLDER
     python -m training.starter_audio.result join --output starter-audio.safetensors
-    python -m training.starter_audio.result keep --output FOLDER
 
 ``try`` asks tower and language model about unseen sounds, in PyTorch. ``join`` multiplies what the tower says and the
-vectors into the projector, and writes the file that the recipe names. ``keep`` writes a few short sounds of the exam,
-for tests where neither espeak-ng nor flite is.
+vectors into the projector, and writes the file that the recipe names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,12 @@ from qwen_onnx.runtime.processing.audio import prepare_sound
 from training.loop import WORDS_TABLE, learned_by
 from training.starter_audio.exam import SPLITS, Item, items
 from training.starter_audio.language import Asked, Language
-from training.starter_audio.sounds import as_file
 from training.starter_audio.tower import OUTPUT, SAID, WIDTH, Learner, heard
 from training.starter_audio.towerfile import write_tower
 from training.starter_audio.train import ANSWER, HEAR, HINT, Vocabulary, right_by_row
 
-# sounds of each split; those that are kept, and the most samples of each
-TRIED, KEPT, LONGEST = 100, 4, 24_000
+# sounds of each split
+TRIED = 100
 
 
 def learner_of(work: Path) -> Learner:
@@ -75,22 +71,10 @@ def try_out(checkpoint: Path, work: Path, sounds: int) -> dict[str, str]:
     return found
 
 
-def keep(folder: Path) -> dict[str, Any]:
-    """Write the first short sounds of each split, named by what is said in them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        short = (item for item in items(1000, split) if len(item.samples) <= LONGEST and len(item.digits) > 1)
-        for item in islice(short, KEPT):
-            name = "".join(map(str, item.digits))
-            (folder / f"{name}-{item.voice}.flac").write_bytes(as_file(item.samples, "FLAC"))
-    files = sorted(folder.glob("*.flac"))
-    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("try", "join", "keep"))
+    parser.add_argument("step", choices=("try", "join"))
     parser.add_argument("--checkpoint", type=Path, help=f"the starter: {HINT}")
     parser.add_argument("--work", type=Path, default=Path(".cache/starter-audio"), help="states of the stages")
     parser.add_argument("--output", type=Path, default=Path("starter-audio.safetensors"))
@@ -102,8 +86,6 @@ def main() -> None:
         if options.checkpoint is None:
             parser.error(f"try needs --checkpoint: {HINT}")
         found = dict(try_out(options.checkpoint, options.work, options.sounds))
-    elif options.step == "keep":
-        found = keep(options.output)
     else:
         learner = learner_of(options.work)
         found = write_tower(learner.tower, projector_of(learner, options.work), options.output)
