@@ -57,7 +57,7 @@ def inner(learner: Learner, item: Item) -> Tensor:
 @torch.no_grad()
 def try_out(checkpoint: Path, work: Path, sounds: int) -> dict[str, str]:
     """Of each split, the sounds that the tower hears right, and those of which the answer is right to the letter."""
-    learner, language, found = learner_of(work), Language(checkpoint), {}
+    learner, language, found = learner_of(work), Language(checkpoint), dict[str, str]()
     projector = projector_of(learner, work)
     for split in SPLITS:
         told, answered = 0, 0

@@ -92,7 +92,7 @@ class AudioTower(nn.Module):
         mask = torch.arange(steps) < ((frames + 1) // 2)[:, None]
         for layer in self.layers:
             state = layer(state, mask[:, None, None])
-        pairs = state[:, : steps // 2 * 2].unflatten(1, (-1, 2)).mean(2)
+        pairs = state[:, : steps // 2 * 2].reshape(len(state), -1, 2, WIDTH).mean(2)
         found: Tensor = self.layer_norm(pairs)
         return found
 
