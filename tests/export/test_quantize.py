@@ -160,10 +160,36 @@ def test_finer_blocks_go_where_a_channel_stands_out(tiny_checkpoint: Path, tmp_p
         assert len({blocks.get(f"model.layers.{layer}.self_attn.{part}_proj", 32) for part in "qkv"}) == 1
 
 
+@pytest.mark.parametrize(("share", "blocks"), [(1.01, None), (0.95, None), (1e-6, 16)])
+def test_a_bound_on_the_kld_of_rounding_makes_blocks_finer(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float, blocks: int | None
+) -> None:
+    """Above what is predicted nothing changes; what no block keeps to has the finest."""
+
+    def chosen(name: str, **told: float) -> tuple[dict[str, int], float]:
+        config = MIXED.model_copy(update=told)
+        skeleton = Skeleton(tiny_checkpoint, Scratch(tmp_path / "scratch"))
+        ids = torch.randint(2, 200, (2, 64), generator=torch.Generator().manual_seed(1))
+        found = choose_blocks(skeleton, ids, config, WorkFolder(tmp_path / name, "blocks"))
+        return found, float(capsys.readouterr().out.rsplit("activations ", 1)[1])
+
+    usual, predicted = chosen("usual")
+    found, kept = chosen("bounded", rounding_kld=share * predicted)
+    if blocks:
+        assert set(found.values()) == {blocks}
+    elif share > 1:
+        assert found == usual
+    else:
+        assert kept <= share * predicted
+        assert sum(1 / block for block in found.values()) > sum(1 / block for block in usual.values())
+
+
 def test_blocks_are_mixed_only_where_there_are_kernels_for_half_and_for_twice() -> None:
     for wrong in ({"group_size": 16}, {"group_size": 128}, {"int8_share": 0.1}):
         with pytest.raises(ValidationError, match="mixed_blocks"):
             CalibratedGptqOptions(mixed_blocks=True, **wrong)
+    with pytest.raises(ValidationError, match="rounding_kld: only with mixed_blocks"):
+        CalibratedGptqOptions(rounding_kld=0.004)
 
 
 @pytest.mark.slow

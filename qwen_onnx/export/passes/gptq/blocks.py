@@ -1,7 +1,8 @@
 """Which block each matrix gets: ONNX Runtime rounds activations to 8 bits in the blocks of the matrix that they meet.
 
 Finer blocks keep that rounding small and cost time, a scale and a sum to read for each. Few matrices need them, and
-many do as well with coarser ones: together they take no more scales than one block for all.
+many do as well with coarser ones: together they take no more scales than one block for all, unless the KLD that is
+predicted asks for more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qwen_onnx.export.allocation import Choice, allocate
+from qwen_onnx.export.allocation import Allocation, Choice, Unreachable, allocate
 from qwen_onnx.export.gradients import Gradients, Kept
 from qwen_onnx.export.passes.gptq.options import FLOAT_BITS, CalibratedGptqOptions
 from qwen_onnx.export.passes.gptq.sensitivity import ONE_PRECISION, named_as
@@ -60,12 +61,24 @@ def _chosen(choices: dict[str, list[Choice]], skeleton: Skeleton, config: Calibr
     usual = str(config.group_size)
     same = [choice for options in choices.values() for choice in options if choice.option == usual]
     found = allocate(choices, most_bytes=sum(choice.bytes for choice in same))
+    if config.rounding_kld is not None and found.damage > config.rounding_kld:
+        found = _finer(choices, config.rounding_kld)
     counts = ", ".join(f"{count} of {block}" for block, count in sorted(Counter(found.options.values()).items()))
-    progress(f"blocks: {counts}; predicted KLD of rounded activations {found.damage:.4f}")
+    progress(f"blocks: {counts}; predicted KLD of rounded activations {found.damage:.4g}")
     blocks = {unit: int(option) for unit, option in found.options.items() if option != usual}
     names = [f"model.layers.{index}.{name}" for index in range(skeleton.count) for name in skeleton.linears(index)]
     fused = {name: named_as(name, ONE_PRECISION) for name in (*names, HEAD_MATRIX)}
     return {name: blocks[unit] for name, unit in fused.items() if unit in blocks}
+
+
+def _finer(choices: dict[str, list[Choice]], damage: float) -> Allocation:
+    """As few scales as keep to ``damage``; the finest blocks where nothing does, and the drift is then judged."""
+    try:
+        return allocate(choices, most_damage=damage)
+    except Unreachable:
+        return allocate(
+            choices, most_bytes=sum(max(choice.bytes for choice in options) for options in choices.values())
+        )
 
 
 def _choices(

@@ -39,6 +39,11 @@ class CalibratedGptqOptions(PassOptions):
         default=False,
         description="half or twice group_size, by what rounded activations cost; no more scales than without",
     )
+    rounding_kld: float | None = Field(
+        default=None,
+        gt=0,
+        description="most KLD predicted of rounded activations; mixed_blocks get finer to keep to it",
+    )
     int8_share: float = Field(default=0.0, ge=0, le=1, description="part of the body's weights that may have 8 bits")
     windows: int = Field(default=24, ge=4, description="calibration windows")
     window: int = Field(default=512, ge=32, description="tokens in a calibration window")
@@ -53,6 +58,8 @@ class CalibratedGptqOptions(PassOptions):
     def _one_choice(self) -> Self:
         if self.mixed_blocks and (self.group_size not in (32, 64) or self.int8_share):
             raise ValueError("mixed_blocks: only with group_size 32 or 64, and without int8_share")
+        if self.rounding_kld is not None and not self.mixed_blocks:
+            raise ValueError("rounding_kld: only with mixed_blocks")
         return self
 
     @property
