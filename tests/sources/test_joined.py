@@ -20,6 +20,7 @@ from qwen_onnx.sources.checkpoint import INDEX_FILE, SINGLE_FILE, check_checkpoi
 from qwen_onnx.sources.joined import TEMPLATE, TOLD, write_joined
 from qwen_onnx.sources.text_form import write_text_form
 from qwen_onnx.sources.vision_config import QWEN2_5_VL, preparation_of, tower_of
+from tests.fixtures.towers import spare_tokens
 
 MARKERS = {"<|vision_start|>": 258, "<|image_pad|>": 259, "<|vision_end|>": 260, "<|video_pad|>": 261}
 IDS = {"vision_start_token_id": 258, "image_token_id": 259, "vision_end_token_id": 260, "video_token_id": 261}
@@ -62,17 +63,7 @@ def low_rank(rank: int = 2, inner: int = 64, outer: int = 64, module: str = QUER
 @pytest.fixture
 def text(broken_checkpoint: Path) -> Path:
     """The tiny Qwen2, whose tokenizer has special tokens to spare."""
-    path = broken_checkpoint / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    for number in MARKERS.values():
-        spare = tokenizer["added_tokens"][0] | {"id": number, "content": f"<spare_{number}>", "special": True}
-        tokenizer["added_tokens"].append(spare)
-    path.write_text(json.dumps(tokenizer))
-    (broken_checkpoint / TEMPLATE).write_text(
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{{ message['content'] + '<|im_end|>' }}\n{% endfor %}"
-    )
-    return broken_checkpoint
+    return spare_tokens(broken_checkpoint, *MARKERS.values())
 
 
 @pytest.fixture

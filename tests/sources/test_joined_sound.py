@@ -15,8 +15,9 @@ from qwen_onnx.errors import SourceError
 from qwen_onnx.runtime.processing.template import ChatTemplate
 from qwen_onnx.sources.audio_tower import QWEN2_AUDIO, audio_settings_of, audio_tower_of
 from qwen_onnx.sources.checkpoint import INDEX_FILE, SINGLE_FILE, check_checkpoint
-from qwen_onnx.sources.joined import TEMPLATE, TOLD, write_joined
+from qwen_onnx.sources.joined import TOLD, write_joined
 from qwen_onnx.sources.text_form import write_text_form
+from tests.fixtures.towers import spare_tokens
 
 MARK, TOKEN = "<|AUDIO|>", 259
 HEADER: dict[str, Any] = {
@@ -45,18 +46,8 @@ def make_tower(path: Path, header: dict[str, Any] = HEADER) -> Path:
 
 @pytest.fixture
 def text(broken_checkpoint: Path) -> Path:
-    """The tiny Qwen2, with a special token to spare."""
-    path = broken_checkpoint / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    spare = tokenizer["added_tokens"][0] | {"id": TOKEN, "content": "<spare>", "special": True}
-    between = spare | {"id": TOKEN - 1, "content": "<other>"}
-    tokenizer["added_tokens"] += [between, spare]
-    path.write_text(json.dumps(tokenizer))
-    (broken_checkpoint / TEMPLATE).write_text(
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{{ message['content'] + '<|im_end|>' }}\n{% endfor %}"
-    )
-    return broken_checkpoint
+    """The tiny Qwen2, with special tokens to spare."""
+    return spare_tokens(broken_checkpoint, TOKEN - 1, TOKEN)
 
 
 @pytest.fixture
