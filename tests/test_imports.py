@@ -70,6 +70,11 @@ def test_the_runtime_loads_neither_torch_nor_olive() -> None:
     assert not loaded & {"torch", "olive", "transformers", "onnx"}
 
 
+def test_what_measures_an_artifact_loads_no_torch() -> None:
+    """It would count as memory of the engine: .25 GB."""
+    assert not _modules_after("import qwen_onnx.verify.latency_worker") & {"torch", "olive", "transformers", "onnx"}
+
+
 def test_help_loads_nothing_heavy() -> None:
     loaded = _modules_after(
         "import sys; sys.argv = ['qwen-onnx', '--help']\n"

@@ -20,19 +20,19 @@ from qwen_onnx.runtime.engines.media import Medium, Picture, places_of, position
 from qwen_onnx.sources.vision_config import Tower as Form
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.graph import Graph
-from qwen_onnx.verify.matrices import Matrix, linear
 from qwen_onnx.verify.records import CheckResult, worst
 from qwen_onnx.verify.results import certain
 from qwen_onnx.verify.scoring import OnnxScorer, Positions, compare
 from qwen_onnx.verify.served import served_logits
 from qwen_onnx.verify.softmax import Logits
 from qwen_onnx.verify.statistics import at_least, at_most
-from qwen_onnx.verify.tower import Tower, coded_matrices, tower_beside
 
 if TYPE_CHECKING:
     from qwen_onnx.runtime.processing.template import ChatTemplate
     from qwen_onnx.runtime.service.senses import Sense as PreparedBy
+    from qwen_onnx.verify.matrices import Matrix
     from qwen_onnx.verify.teacher import Teacher
+    from qwen_onnx.verify.tower import Tower
 
 # fp32 on both sides: the order of additions is all that differs
 ENCODER_DIFF, ENCODER_COSINE = 2e-3, 0.99999
@@ -146,6 +146,8 @@ def encoder_parity(
     One whose matrices have fewer bits is compared to PyTorch with these, in fp32 arithmetic; ``cosine_to_own`` is what
     their rounding costs. What that and rounded activations do to answers is another check's.
     """
+    from qwen_onnx.verify.tower import coded_matrices, tower_beside
+
     coded: dict[str, Matrix] = {}
 
     def exactly(file: Path) -> bytes | None:
@@ -286,6 +288,7 @@ def teacher_logits(
     import torch
 
     from qwen_onnx.export.skeleton import call
+    from qwen_onnx.verify.matrices import linear
 
     with torch.inference_mode():
         state = torch.tensor(teacher.embed(torch.tensor([list(ids)])).numpy().astype(kind)).float()
