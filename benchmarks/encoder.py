@@ -130,7 +130,7 @@ def _torch(folder: Path, threads: int) -> Any:
     from qwen_onnx.verify.tower import VisionTower
 
     torch.set_num_threads(threads)
-    module = VisionTower(folder, {}).module
+    module = VisionTower(folder).module
 
     @torch.inference_mode()
     def encode(pixels: Any, grid: Any) -> None:

@@ -54,7 +54,7 @@ class VisionTower(Tower):
         VerificationError: its weights do not fit.
     """
 
-    def __init__(self, checkpoint: Path, coded: Mapping[str, Matrix]) -> None:
+    def __init__(self, checkpoint: Path, coded: Mapping[str, Matrix] | None = None) -> None:
         super().__init__()
         settings = read_json(checkpoint / VISION_CONFIG)
         self.form = tower_of(settings, str(checkpoint / VISION_CONFIG))
@@ -72,7 +72,7 @@ class VisionTower(Tower):
 class AudioTower(Tower):
     """Of a model that hears, with its projection. Raises VerificationError like ``VisionTower``."""
 
-    def __init__(self, checkpoint: Path, coded: Mapping[str, Matrix]) -> None:
+    def __init__(self, checkpoint: Path, coded: Mapping[str, Matrix] | None = None) -> None:
         super().__init__()
         settings = read_json(checkpoint / AUDIO_TOWER_CONFIG)
         self.form = hearing_tower_of(settings, str(checkpoint / AUDIO_TOWER_CONFIG))
@@ -101,7 +101,7 @@ class AudioTower(Tower):
 def tower_beside(checkpoint: Path, coded: Mapping[str, Matrix] | None = None) -> Tower:
     """Of a checkpoint as ``write_text_form`` writes it; ``coded`` are matrices to have in place of its own, by name."""
     kind = AudioTower if (checkpoint / AUDIO_TOWER_CONFIG).exists() else VisionTower
-    return kind(checkpoint, coded or {})
+    return kind(checkpoint, coded)
 
 
 def coded_matrices(graph: Graph) -> dict[str, Matrix]:
@@ -130,12 +130,12 @@ def empty_model(settings: dict[str, Any]) -> tuple[Any, Any]:
         return getattr(transformers, settings["architectures"][0])(config).model, config
 
 
-def _filled(module: Any, checkpoint: Path, prefix: str, coded: Mapping[str, Matrix]) -> Any:
+def _filled(module: Any, checkpoint: Path, prefix: str, coded: Mapping[str, Matrix] | None) -> Any:
     from qwen_onnx.export.weights import CheckpointWeights
 
     weights = CheckpointWeights(checkpoint, plain=True)
     stored = weights.tensors(weights.names(prefix))
-    stored |= {name: coded[name].rows(slice(None)) for name in coded if name.startswith(prefix)}
+    stored |= {name: matrix.rows(slice(None)) for name, matrix in (coded or {}).items() if name.startswith(prefix)}
     try:
         module.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in stored.items()})
     except RuntimeError as error:
