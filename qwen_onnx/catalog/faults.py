@@ -48,8 +48,8 @@ def further_faults(recipes: dict[str, Any], pipelines: dict[str, Any]) -> list[s
         precisions = _dict(_get(data, "precisions"))
         towers = [*_list(_get(data, "vision")), *_list(_get(data, "audio"))]
         builds[_get(data, "target")] = [_layers(build, towers) for build in precisions.values()]
-        for precision, layers in zip(precisions, builds[_get(data, "target")], strict=True):
-            for name, step in layers["steps"].items():
+        for precision, build in precisions.items():
+            for name, step in _layers(build, [])["steps"].items():
                 faults += step_faults(f"{file}: precisions.{precision}: steps.{name}", step)
     for file, data in recipes.items():
         rows = [(f"sizes.{_get(row, 'id')}.", row) for row in _list(_get(data, "sizes"))]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen_onnx.artifact.genai_config import GenaiConfig
+from qwen_onnx.artifact.stored import FLOAT, FLOAT16
 from qwen_onnx.errors import VerificationError
-
-FLOAT, FLOAT16 = 1, 10
 
 
 def widened_parts(folder: Path) -> dict[str, bytes]:

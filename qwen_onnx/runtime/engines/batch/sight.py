@@ -32,6 +32,7 @@ class Table:
     Attributes:
         width: numbers that the decoder gets for a token: its embedding, and behind it what DeepStack adds.
         kind: type of features and embeddings, float32 or float16.
+        unspoken: tokens that no answer has.
 
     Args:
         folder: of the artifact.
@@ -42,7 +43,8 @@ class Table:
     """
 
     def __init__(self, folder: Path, threads: int | None) -> None:
-        found = GenaiConfig.read(folder).model.embedding
+        model = GenaiConfig.read(folder).model
+        found, self.unspoken = model.embedding, model.unspoken
         if found is None:
             raise _lacking(folder)
         self._embedding = found
@@ -88,9 +90,6 @@ class Sense(Table):
     Encoded media are kept: rows remember a prompt from its beginning alone, and not for requests with a seed, while
     a picture is the same wherever it stands. Nobody finds what another scope left. For one thread.
 
-    Attributes:
-        unspoken: tokens that no answer has.
-
     Args:
         file: of the encoder, whose inputs and output ``genai_config.json`` names.
         token: that stands for a part of a medium.
@@ -110,7 +109,6 @@ class Sense(Table):
     ) -> None:
         super().__init__(folder, threads)
         self.token, self._kept_bytes = token, kept_bytes
-        self.unspoken = GenaiConfig.read(folder).model.unspoken
         self._kept: OrderedDict[tuple[str, str], Floats] = OrderedDict()
         self._encoder = _session(folder / file, threads, inputs, rewritten)
         self.require(self._encoder.get_outputs()[0], folder / file)
