@@ -195,10 +195,13 @@ def test_no_word_of_prompt_or_answer_stands_in_the_log(tiny_build: Path, tmp_pat
 
 @pytest.mark.slow
 def test_the_server_says_when_its_worker_dies(tiny_build: Path) -> None:
-    with LiveServer("qwen_onnx.cli.app", ["serve", str(tiny_build), "--threads", "1"]) as server:
+    with LiveServer(
+        "qwen_onnx.cli.app", ["serve", str(tiny_build), "--threads", "1", "--max-tokens", "8000"]
+    ) as server:
         [worker] = [child for child in server.processes()[1:] if "spawn_main" in " ".join(child.cmdline())]
         client = httpx.Client(base_url=server.url, timeout=60, trust_env=False)
-        body = {"model": server.model, "messages": HELLO, "max_tokens": 1000, "stream": True}
+        # a tiny model says a thousand tokens in a tenth of a second, and the worker shall die before the end
+        body = {"model": server.model, "messages": HELLO, "max_tokens": 7000, "logit_bias": {"1": -100}, "stream": True}
         with client, client.stream("POST", CHAT, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
