@@ -1,8 +1,13 @@
-"""Random checkpoints of any size: to measure how a build behaves where no real weights can be had."""
+"""Random checkpoints of any size: to measure how a build behaves where no real weights can be had.
+
+``python -m benchmarks.synthetic qwen3-0.6b FOLDER`` writes one of that model's shape.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ class Size:
 
     Attributes:
         experts: number of experts per layer, each ``intermediate`` wide; 0 is a dense model.
+        qwen2: a dense Qwen2 instead: biases of q, k and v in place of norms.
     """
 
     hidden: int = 2048
@@ -32,6 +38,7 @@ class Size:
     vocabulary: int = 32768
     head_dim: int = 128
     experts: int = 0
+    qwen2: bool = False
 
     @property
     def largest(self) -> int:
@@ -49,9 +56,10 @@ class Size:
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
         }
+        name = "qwen2" if self.qwen2 else "qwen3"
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": [f"{name.title()}ForCausalLM"],
+            "model_type": name,
             **(mixture if self.experts else {}),
             "dtype": "bfloat16",
             "vocab_size": self.vocabulary,
@@ -80,8 +88,7 @@ class Size:
             "self_attn.k_proj": (narrow, self.hidden),
             "self_attn.v_proj": (narrow, self.hidden),
             "self_attn.o_proj": (self.hidden, wide),
-            "self_attn.q_norm": (self.head_dim,),
-            "self_attn.k_norm": (self.head_dim,),
+            **({} if self.qwen2 else dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (self.head_dim,))),
             "post_attention_layernorm": (self.hidden,),
             **({"mlp.gate": (self.experts, self.hidden)} if self.experts else {}),
         }
@@ -91,7 +98,17 @@ class Size:
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
         for index in range(self.layers):
             shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+            if self.qwen2:
+                names = {"q": wide, "k": narrow, "v": narrow}
+                shapes |= {f"model.layers.{index}.self_attn.{name}_proj.bias": (size,) for name, size in names.items()}
         return shapes | {"model.norm.weight": (self.hidden,)}
+
+
+# published shapes, by the rows of recipes/
+SHAPES = {
+    "qwen3-0.6b": Size(hidden=1024, intermediate=3072, layers=28, vocabulary=151936),
+    "qwen2.5-1.5b": Size(1536, 8960, layers=28, heads=12, kv_heads=2, vocabulary=151936, qwen2=True),
+}
 
 
 def write_checkpoint(folder: Path, size: Size, *, shard: int = SHARD, seed: int = 0) -> int:
@@ -128,7 +145,7 @@ def _values(
     name: str, shape: tuple[int, ...], drawn: dict[str, torch.Tensor], generator: torch.Generator
 ) -> torch.Tensor:
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     parts = name.split(".")
     if parts[1] == "layers":
         parts[2] = str(int(parts[2]) % 2)
@@ -152,3 +169,17 @@ def _write_tokenizer(folder: Path) -> None:
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=specials[0], eos_token=specials[1])
     tokenizer.save_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path, help="new")
+    given = parser.parse_args(arguments)
+    print(f"{write_checkpoint(given.folder, SHAPES[given.shape]) / 1e9:.2f} GB in {given.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
