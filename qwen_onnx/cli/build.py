@@ -178,9 +178,10 @@ def _show_report(artifact: Path, verdict: str) -> None:
     out.print(f"report: {_shown(artifact / 'report.html')}")
     print_report(report, out)
     if verdict != "PASS":
-        raise VerdictError(
-            f"the verdict is {verdict}", where=_shown(artifact), hint=f"open {_shown(artifact / 'report.html')}"
-        )
+        hint = f"open {_shown(artifact / 'report.html')}"
+        if verdict == "INCONCLUSIVE":
+            hint += f"; bounds too wide to decide: qwen-onnx verify {_shown(artifact)}, on a quiet machine"
+        raise VerdictError(f"the verdict is {verdict}", where=_shown(artifact), hint=hint)
 
 
 def verify(
