@@ -19,6 +19,7 @@ from qwen_onnx.catalog.plan import Plan
 from qwen_onnx.catalog.registry import PassOptions
 from qwen_onnx.catalog.schema import Verification
 from qwen_onnx.catalog.sizes import dimensions, steps_of, stored
+from qwen_onnx.catalog.sources import WheelSource
 from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.verify.layerwise import HEAD_BYTES
 from qwen_onnx.verify.nibbles import FOLDING, MOST_FOLDED
@@ -98,7 +99,10 @@ def estimate(plan: Plan, source: Path | None = None, *, verify: bool = True) -> 
     # the last step works beside the target
     working = max((step.scratch(found, before) for step, before in places[:-1] if step.kept(found, before)), default=0)
     number = 1 if plan.quantization else found.stored
-    fetched = 0 if source and source.is_dir() else found.weights * number + found.tokenizer
+    # the tower of a wheel's model comes with this package
+    tower = 0 if isinstance(plan.sources[0], WheelSource) else sum(step.adopted(found) for step in steps)
+    checkpoint = found.weights * number + found.stored * tower + found.tokenizer
+    fetched = 0 if source and source.is_dir() else checkpoint
     # copies of the checkpoint in another form: FP8 in bfloat16, other names, and one with an adapter merged in fp32
     others = bool(plan.quantization) + ARCHITECTURES[plan.architecture].renamed
     copies = others * found.weights * found.stored + (4 * found.weights if plan.adapter else 0)

@@ -66,6 +66,14 @@ class PassOptions(Record):
         """Bytes below the cache that stay until the build has ended, for one that is killed to go on with."""
         return 0
 
+    def adopted(self, model: Dimensions) -> int:
+        """Weights of the checkpoint that are not the language model's: those of the tower that the step exports."""
+        return 0
+
+    def widened(self, model: Dimensions) -> int:
+        """Bytes that a CPU's memory holds beyond what the step writes, since weights change their type when loaded."""
+        return 0
+
     def memory(self, model: Dimensions, before: Stored) -> int:
         """Bytes of anonymous memory at the step's peak, that of the process with its imports included."""
         return PROCESS_BYTES

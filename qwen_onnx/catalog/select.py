@@ -11,7 +11,7 @@ from typing import Any
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.plan import Plan, make_plan
 from qwen_onnx.catalog.schema import Family, Row, Verification
-from qwen_onnx.catalog.sizes import dimensions, graph_bytes
+from qwen_onnx.catalog.sizes import dimensions, graph_bytes, steps_of
 from qwen_onnx.catalog.sources import FolderSource
 from qwen_onnx.errors import ConfigError
 
@@ -19,6 +19,8 @@ from qwen_onnx.errors import ConfigError
 COMMERCIAL = frozenset({"Apache-2.0", "LicenseRef-Tongyi-Qianwen", "LicenseRef-Qwen"})
 # process, graph and activations of a piece of the prompt: the starter's peak of 362 MB less weights and cache
 RUNTIME_BYTES = 225_000_000
+# tasks that only some models can do at all, by what a row's modality calls the sense
+SENSES = {"vision": "sees pictures", "audio": "hears sounds"}
 
 
 def count(value: int | None) -> str:
@@ -163,7 +165,8 @@ class Wish:
 
     Attributes:
         ram: bytes that the served model may take.
-        task: ``general``, ``coding`` or ``math``.
+        task: ``general``, ``coding`` or ``math``, which a model may be made for; ``vision`` or ``audio``, which it can do
+            or not.
         context: tokens of prompt and answer together.
         language: ISO 639-1 code, or None.
         commercial: whether the licence has to allow commercial use.
@@ -220,7 +223,9 @@ def bytes_needed(plan: Plan, context: int) -> int | None:
     # OpenVINO's cache is fp16 on an NPU, whatever the model's inputs and outputs are
     number = 2 if plan.readback.provider == "OpenVINO" else plan.readback.io_bits // 8
     cache = 2 * shape.layers * shape.kv_heads * head_dim * number * context
-    return graph_bytes(dimensions(plan), plan) + cache + RUNTIME_BYTES
+    found = dimensions(plan)
+    widened = sum(step.widened(found) for step in steps_of(plan)) if plan.readback.provider == "cpu" else 0
+    return graph_bytes(found, plan) + widened + cache + RUNTIME_BYTES
 
 
 def targets_on(catalog: Catalog, device: str) -> list[str]:
@@ -279,6 +284,8 @@ def _rank(row: Row, wish: Wish) -> tuple[object, ...]:
 
 
 def _judged(row: Row, wish: Wish, catalog: Catalog, target: str) -> Choice | None:
+    if wish.task in SENSES and wish.task not in row.modality.split("+"):
+        return None
     plan, pipeline = make_plan(catalog, row.id, target), catalog.pipeline(target)
     # fixed shapes hold the whole context, used or not
     held = plan.context if pipeline.context else wish.context
@@ -288,7 +295,9 @@ def _judged(row: Row, wish: Wish, catalog: Catalog, target: str) -> Choice | Non
     if not fits or not allowed or not _speaks(row, wish.language) or needed is None:
         return None
     reasons = [f"{needed / 1e9:.1f} of {wish.ram / 1e9:.1f} GB at {held:,} tokens"]
-    if wish.task in row.tasks:
+    if wish.task in SENSES:
+        reasons.append(SENSES[wish.task])
+    elif wish.task in row.tasks:
         reasons.append(f"made for {wish.task}" if wish.task != "general" else "general purpose")
     else:
         reasons.append(f"not made for {wish.task}")

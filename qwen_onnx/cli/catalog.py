@@ -26,7 +26,7 @@ from qwen_onnx.cli.options import (
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.processes.progress import progress
 
-TASKS = ("general", "coding", "math")
+TASKS = ("general", "coding", "math", "vision", "audio")
 out = Console()
 
 
@@ -60,7 +60,7 @@ def list_models(
 
 def select_models(
     ram: Annotated[str, typer.Option(help="memory that the served model may take, e.g. 8GB")],
-    task: Annotated[str, typer.Option(help="general, coding or math")] = "general",
+    task: Annotated[str, typer.Option(help="general, coding, math, vision or audio")] = "general",
     device: Annotated[str, typer.Option(help="cpu, gpu or npu, or a target, see `qwen-onnx list`")] = "cpu",
     context: Annotated[str, typer.Option(help="tokens of prompt and answer, e.g. 32k")] = "4k",
     language: Annotated[str | None, typer.Option(help="ISO 639-1 code, e.g. pl")] = None,

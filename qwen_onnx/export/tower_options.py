@@ -41,11 +41,17 @@ class TowerOptions(PassOptions):
     def written(self, model: Dimensions, before: Stored) -> Stored:
         """The tower, and a table of embeddings beside the head."""
         embedding = model.stored * model.tables
-        # beside a small model a small tower
-        tower = min(self.weights, model.weights)
         # codes, and a scale and a zero point of each block
         each = model.stored if self.bits is None else self.bits / 8 * (1 + 5 / BLOCK)
-        return replace(before, embedding=embedding, rest=before.rest + int(each * tower))
+        return replace(before, embedding=embedding, rest=before.rest + int(each * self.adopted(model)))
+
+    def adopted(self, model: Dimensions) -> int:
+        """A bound: beside a small model a small tower."""
+        return min(self.weights, model.weights)
+
+    def widened(self, model: Dimensions) -> int:
+        """Floats of the encoder become float32."""
+        return 0 if self.bits else (4 - model.stored) * self.adopted(model)
 
     def scratch(self, model: Dimensions, before: Stored) -> int:
         """The decoder's files are there twice for a moment."""

@@ -95,6 +95,15 @@ def test_a_local_checkpoint_counts_instead_of_the_row(repository: Path, tiny_che
     assert local.download == 0
 
 
+# the files of the published checkpoints; that of a text model of this size alone would be 3.1, 15.2 and 65.5 GB
+PUBLISHED = {"qwen2-vl-2b-instruct": 4.42e9, "qwen2-vl-7b-instruct": 16.6e9, "qwen2.5-vl-32b-instruct": 68.3e9}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_tower_is_downloaded_too(repository: Path, model: str) -> None:
+    assert estimate(plan_of(repository, model)).download == pytest.approx(PUBLISHED[model], rel=0.03)
+
+
 STRANGE_CONFIGS = {
     "nested": "[" * 100_000,
     "large": " " * (5 << 20),

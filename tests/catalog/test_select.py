@@ -47,6 +47,23 @@ def test_coders_come_first_and_all_fit(catalog: Catalog) -> None:
     assert all((choice.row.context or 0) >= 32768 for choice in found)
 
 
+@pytest.mark.parametrize(
+    ("sense", "named"), [("vision", "qwen2-vl-2b-instruct"), ("audio", "qwen3-asr-0.6b")], ids=["vision", "audio"]
+)
+def test_a_sense_is_a_condition(catalog: Catalog, sense: str, named: str) -> None:
+    found = select(catalog, Wish(8 * GB, task=sense), "cpu")
+    assert named in {choice.row.id for choice in found}
+    assert all(sense in choice.row.modality.split("+") for choice in found)
+    assert {choice.row.id for choice in found} < {choice.row.id for choice in select(catalog, Wish(8 * GB), "cpu")}
+
+
+def test_a_tower_is_counted_as_it_is_loaded(catalog: Catalog) -> None:
+    sees, reads = (make_plan(catalog, name, "cpu") for name in ("qwen2-vl-2b-instruct", "qwen2-1.5b-instruct"))
+    more = (bytes_needed(sees, 4096) or 0) - (bytes_needed(reads, 4096) or 0)
+    # 665 million weights in float32, and the table of embeddings beside the head
+    assert more == pytest.approx(4 * 0.665e9 + 2 * 151936 * 1536, rel=0.1)
+
+
 def test_more_memory_offers_no_less(catalog: Catalog) -> None:
     small, large = (select(catalog, Wish(ram * GB), "cpu") for ram in (2, 16))
     assert {choice.row.id for choice in small} < {choice.row.id for choice in large}
