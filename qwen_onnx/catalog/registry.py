@@ -71,7 +71,7 @@ class PassOptions(Record):
         return 0
 
     def widened(self, model: Dimensions) -> int:
-        """Bytes that a CPU's memory holds beyond what the step writes, since weights change their type when loaded."""
+        """Bytes that memory holds beyond what the step writes, where weights change their type when they are loaded."""
         return 0
 
     def memory(self, model: Dimensions, before: Stored) -> int:

@@ -165,8 +165,8 @@ class Wish:
 
     Attributes:
         ram: bytes that the served model may take.
-        task: ``general``, ``coding`` or ``math``, which a model may be made for; ``vision`` or ``audio``, which it can do
-            or not.
+        task: ``general``, ``coding`` or ``math``, for which a model may be made; ``vision`` or ``audio``, for which it
+            must be.
         context: tokens of prompt and answer together.
         language: ISO 639-1 code, or None.
         commercial: whether the licence has to allow commercial use.
@@ -224,7 +224,7 @@ def bytes_needed(plan: Plan, context: int) -> int | None:
     number = 2 if plan.readback.provider == "OpenVINO" else plan.readback.io_bits // 8
     cache = 2 * shape.layers * shape.kv_heads * head_dim * number * context
     found = dimensions(plan)
-    widened = sum(step.widened(found) for step in steps_of(plan)) if plan.readback.provider == "cpu" else 0
+    widened = sum(step.widened(found) for step in steps_of(plan))
     return graph_bytes(found, plan) + widened + cache + RUNTIME_BYTES
 
 

@@ -50,7 +50,7 @@ class TowerOptions(PassOptions):
         return min(self.weights, model.weights)
 
     def widened(self, model: Dimensions) -> int:
-        """Floats of the encoder become float32."""
+        """Floats of the encoder become float32, for every provider."""
         return 0 if self.bits else (4 - model.stored) * self.adopted(model)
 
     def scratch(self, model: Dimensions, before: Stored) -> int:
