@@ -28,8 +28,13 @@ MARKER_IDS = {
 }
 # first Foundry Local that takes packages of a profile: register_model() came with 2.1
 LEAST_VERSION = {"sdk2": "2.1.0", "cli1": "0.8.0"}
+# classes that onnxruntime-genai 0.18 knows, "Fast" behind them or not; with each it goes by tokenizer.json
+TOKENIZERS = ("Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend", "GPT2Tokenizer")
 PUBLISHER = "qwen-onnx"
 SEES = "vision-language-chat"
+# types of genai_config.json for which Foundry Local 2.2 takes pictures; it lacks a mixture's, whose loop is the same
+SEEING_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+TAKEN_AS = {"qwen3_5_moe": "qwen3_5"}
 UNVERIFIED = "unverified"
 
 
@@ -43,6 +48,7 @@ def write_foundry(folder: Path, record: PackageRecord) -> None:
     markers = markers_of(contents, record)
     _write(folder / GENAI_CONFIG, _genai_config(contents, record, markers))
     _keep_one_template(contents)
+    _name_known_tokenizer(contents)
     contents = Contents(folder)
     properties = {
         "model_id": record.id,
@@ -77,6 +83,8 @@ def _genai_config(contents: Contents, record: PackageRecord, markers: dict[str, 
     ids = {key: contents.tokenizer.added_tokens[markers[name]] for name, key in MARKER_IDS.items() if name in markers}
     found = contents.document(GENAI_CONFIG)
     kept = {key: value for key, value in found["model"].items() if key not in MARKER_IDS.values()}
+    if contents.sees:
+        kept["type"] = TAKEN_AS.get(kept["type"], kept["type"])
     return found | {
         "model": kept | {"context_length": context} | (ids if record.profile == "sdk2" else {}),
         "search": found["search"] | {"max_length": min(search.max_length, context)},
@@ -93,6 +101,18 @@ def _keep_one_template(contents: Contents) -> None:
     _write(contents.path / TOKENIZER_CONFIG, rest)
 
 
+def _name_known_tokenizer(contents: Contents) -> None:
+    """onnxruntime-genai refuses a class that it does not know, such as transformers' for a Qwen3.5."""
+    config = json.loads((contents.path / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    if (named := config.get("tokenizer_class")) and not is_known_tokenizer(named):
+        _write(contents.path / TOKENIZER_CONFIG, config | {"tokenizer_class": TOKENIZERS[0]})
+
+
+def is_known_tokenizer(name: object) -> bool:
+    """Whether onnxruntime-genai has a tokenizer for that class."""
+    return isinstance(name, str) and name.removesuffix("Fast") in TOKENIZERS
+
+
 def display_name(contents: Contents, record: PackageRecord) -> str:
     """What Foundry's users see; an artifact without a PASS says so."""
     name = f"{contents.manifest.plan.title} ({record.precision}, {record.target})"
@@ -107,6 +127,7 @@ def _strings(contents: Contents, record: PackageRecord, markers: dict[str, str])
         "publisher": PUBLISHER,
         "min_fl_version": LEAST_VERSION[record.profile],
         "capabilities": capabilities_of(markers),
+        **modalities_of(contents),
         "execution_provider": device.provider,
         "device_type": device.kind,
         **markers,
@@ -129,6 +150,11 @@ def task_of(contents: Contents, record: PackageRecord) -> str:
     if contents.sees:
         return SEES
     return "coding" if record.tasks == ("coding",) else "chat-completion"
+
+
+def modalities_of(contents: Contents) -> dict[str, str]:
+    """What goes in and comes out, in Foundry's words; it takes no videos."""
+    return {"input_modalities": "text,image" if contents.sees else "text", "output_modalities": "text"}
 
 
 def capabilities_of(markers: dict[str, str]) -> str:

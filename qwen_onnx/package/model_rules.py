@@ -8,7 +8,7 @@ from qwen_onnx.artifact.genai_config import ids_of
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.package.contents import CONTENT, INFERENCE, Contents
 from qwen_onnx.package.devices import DEVICES
-from qwen_onnx.package.foundry import MARKER_IDS, capabilities_of
+from qwen_onnx.package.foundry import MARKER_IDS, TOKENIZERS, capabilities_of, is_known_tokenizer
 from qwen_onnx.package.registry import rule
 
 # tokens that foundry-local-sdk 2.2 reserves for the answer when a request does not say how many
@@ -34,10 +34,14 @@ def _prompt_template(contents: Contents) -> Iterator[str]:
         yield f"PromptTemplate of {INFERENCE} is not what the chat template gives"
 
 
-@rule("tokenizer-class", "Without it onnxruntime-genai finds no tokenizer and reports an empty chat template.")
+@rule(
+    "tokenizer-class", "Without a class that it knows onnxruntime-genai has no tokenizer, and Foundry Local no model."
+)
 def _tokenizer_class(contents: Contents) -> Iterator[str]:
-    if not contents.tokenizer_config.get("tokenizer_class"):
+    if not (named := contents.tokenizer_config.get("tokenizer_class")):
         yield "tokenizer_config.json has no tokenizer_class"
+    elif not is_known_tokenizer(named):
+        yield f"tokenizer_class is {named!r}, none of {', '.join(TOKENIZERS)}"
 
 
 @rule("lengths", "Beyond the cache of rotary embeddings an answer ends in an error half-way.")

@@ -14,7 +14,7 @@ from qwen_onnx.errors import PackageError
 from qwen_onnx.package import model_rules  # noqa: F401 - registers its rules
 from qwen_onnx.package.contents import INFERENCE, SIDECAR, Contents, Unreadable
 from qwen_onnx.package.devices import DEVICES, NAME
-from qwen_onnx.package.foundry import SEES, UNVERIFIED, model_megabytes
+from qwen_onnx.package.foundry import SEEING_TYPES, SEES, UNVERIFIED, modalities_of, model_megabytes
 from qwen_onnx.package.registry import RULES, rule
 
 # a canonical version: no sign, no leading zero; Foundry keeps it in 32 bits
@@ -28,6 +28,8 @@ STRINGS = {
     "min_fl_version",
     "parent_uri",
     "capabilities",
+    "input_modalities",
+    "output_modalities",
     "execution_provider",
     "device_type",
     "tool_call_start",
@@ -120,13 +122,22 @@ def _folder_name(contents: Contents) -> Iterator[str]:
         yield f"the folder is called {contents.path.resolve().name}, its id asks for {wanted}"
 
 
-@rule("task", "Foundry Local opens a chat for these tasks only.")
+@rule("task", "Foundry Local opens a chat for these tasks only, and sends pictures to these types of models only.")
 def _task(contents: Contents) -> Iterator[str]:
     if contents.strings.get("task") not in TASKS:
         yield f"task is {contents.strings.get('task')!r}, none of {', '.join(TASKS)}"
     elif (contents.strings["task"] == SEES) != contents.sees:
         told = "reads" if contents.sees else "has no encoder for"
         yield f"task is {contents.strings['task']!r}, the model {told} pictures"
+    elif contents.sees and (kind := contents.genai.model.type) not in SEEING_TYPES:
+        yield f"type of genai_config.json is {kind!r}, none of {', '.join(SEEING_TYPES)}"
+
+
+@rule("modalities", "Programs choose a model that sees by these; without them Foundry Local goes by the task.")
+def _modalities(contents: Contents) -> Iterator[str]:
+    for key, wanted in modalities_of(contents).items():
+        if (found := contents.strings.get(key, wanted)) != wanted:
+            yield f"{key} is {found!r}, the model has {wanted!r}"
 
 
 @rule("properties", "A property of another name or type is ignored or refused.")

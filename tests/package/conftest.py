@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import run_cli
 from tests.fixtures.hearing import hearing_artifact
+from tests.fixtures.vision import STACKED, make_vision_checkpoint
 
 __all__ = ["hearing_artifact"]
 
@@ -28,6 +29,23 @@ def packaged(artifact: Path, output: Path, *options: str) -> Path:
 def tiny_package(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packaged by the command line for the profile sdk2; not to be changed."""
     return packaged(tiny_build, tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="session")
+def seeing_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL of random weights, not to be changed."""
+    folder = tmp_path_factory.mktemp("seeing")
+    checkpoint = make_vision_checkpoint(folder / "tiny-vl", STACKED, max_position_embeddings=4096)
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    done = run_cli("optimize", checkpoint, "--precision", "fp32", "--output", folder / "artifact", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    return folder / "artifact"
+
+
+@pytest.fixture(scope="session")
+def seeing_package(seeing_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its package, not to be changed."""
+    return packaged(seeing_build, tmp_path_factory.mktemp("packages"))
 
 
 @pytest.fixture

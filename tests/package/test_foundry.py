@@ -76,6 +76,8 @@ def test_its_properties_say_what_it_is(tiny_package: Path) -> None:
             "publisher": "qwen-onnx",
             "min_fl_version": "2.1.0",
             "capabilities": "chat",
+            "input_modalities": "text",
+            "output_modalities": "text",
             "execution_provider": "CPUExecutionProvider",
             "device_type": "CPU",
             "license": "Apache-2.0",
