@@ -21,6 +21,7 @@ from qwen_onnx.artifact.checksums import check_sums
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.errors import PackageError
 from qwen_onnx.package.contents import Contents
+from qwen_onnx.package.pictures import BLIND, CONVERSATION, asked_about
 from qwen_onnx.package.records import Package
 from qwen_onnx.package.sdk.job import Job
 from qwen_onnx.package.verify import verify_package
@@ -61,21 +62,22 @@ class Step:
     Attributes:
         found: what came of it, or what went wrong.
         seconds: that it took; None when it failed.
+        limit: Foundry Local itself stops here; ``found`` says where.
     """
 
     step: str
     ok: bool
     found: str
     seconds: float | None = None
+    limit: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All steps up to the first that failed; ``not_asked``: what the package can do and nothing tried."""
+    """All steps up to the first that failed."""
 
     package: Package
     steps: tuple[Step, ...]
-    not_asked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -102,12 +104,10 @@ def check_in_foundry(folder: Path, catalog: Catalog, cache: Path, *, seconds: fl
         {"name": name, "messages": messages, "tokens": tokens}
         for (name, messages), tokens in zip(PROMPTS.items(), expected_counts(folder, PROMPTS.values()), strict=True)
     ]
+    seeing = asked_about(contents, *expected_counts(folder, (CONVERSATION, BLIND))) if contents.sees else {}
     progress(f"{package.record.id} in the environment {environment}")
-    job = Job(backend, str(folder.resolve()), package.record.id, contents.strings, contents.ints, prompts)
-    steps = tuple(run_steps(job, interpreter, seconds))
-    if contents.sees:
-        progress("no picture is sent: Foundry Local is asked with text alone")
-    return Outcome(package, (*steps, _assets_kept(folder)), ("pictures",) if contents.sees else ())
+    job = Job(backend, str(folder.resolve()), package.record.id, contents.strings, contents.ints, prompts, seeing)
+    return Outcome(package, (*run_steps(job, interpreter, seconds), _assets_kept(folder)))
 
 
 def expected_counts(folder: Path, conversations: Any) -> list[int]:
@@ -221,16 +221,17 @@ def report(outcome: Outcome, out: Console) -> None:
     """
     table = Table("step", "", "found", "seconds")
     for step in outcome.steps:
-        mark = "[green]ok[/]" if step.ok else "[red]fault[/]"
+        mark = "[red]fault[/]" if not step.ok else "[yellow]limit[/]" if step.limit else "[green]ok[/]"
         table.add_row(step.step, mark, escape(step.found), "" if step.seconds is None else f"{step.seconds:.2f}")
     out.print(table)
     record = outcome.package.record
+    limits = {step.step: step.found for step in outcome.steps if step.limit}
     summary = {
         "id": record.id,
         "profile": record.profile,
         "passed": outcome.passed,
         "steps": {step.step: step.ok for step in outcome.steps},
-        **({"not_asked": outcome.not_asked} if outcome.not_asked else {}),
+        **({"limits": limits} if limits else {}),
     }
     out.file.write(json.dumps(summary) + "\n")
     for step in outcome.steps:

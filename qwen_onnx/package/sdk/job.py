@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -38,6 +38,10 @@ class StepError(Exception):
     """A step gave something else than it must."""
 
 
+class Limit(Exception):
+    """Foundry Local stops here by itself, whatever the package is."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is checked.
@@ -47,6 +51,7 @@ class Job:
         folder: the package; ``model_id`` its id.
         strings, ints: properties to register.
         prompts: each a name, messages of role and content, and the tokens that they must count.
+        seeing: what a model that sees is asked about pictures, as ``package.pictures`` makes it; else empty.
         state: the folder for all that Foundry writes; the child that gets the job makes it.
     """
 
@@ -56,6 +61,7 @@ class Job:
     strings: dict[str, str]
     ints: dict[str, int]
     prompts: list[dict[str, Any]]
+    seeing: dict[str, Any] = field(default_factory=dict)
     state: str = ""
 
 
@@ -136,8 +142,13 @@ def run_phase(name: str, say: Callable[[dict[str, Any]], None]) -> int:
     def step(title: str) -> Iterator[list[str]]:
         current[0], begin = title, time.perf_counter()
         notes: list[str] = []
-        yield notes
-        say({"step": title, "ok": True, "found": "; ".join(notes), "seconds": round(time.perf_counter() - begin, 3)})
+        told: dict[str, Any] = {"step": title, "ok": True}
+        try:
+            yield notes
+        except Limit as limit:
+            notes.append(str(limit))
+            told["limit"] = True
+        say({**told, "found": "; ".join(notes), "seconds": round(time.perf_counter() - begin, 3)})
 
     try:
         phases: dict[str, Phase] = importlib.import_module(f".{job.backend}", __package__).PHASES
@@ -219,7 +230,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    # as the module that the backends import: an exception of __main__ is another class than theirs
+    code = importlib.import_module("qwen_onnx.package.sdk.job").main(sys.argv[1:])
     sys.stdout.flush()
     # native threads of Foundry may still run; there is nothing left to wait for
     os._exit(code)

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qwen_onnx.package.sdk import seeing
 from qwen_onnx.package.sdk.job import Job, Phase, StepError, compared
 
 PHASE_NAMES = ("use", "again", "gone")
@@ -61,6 +62,8 @@ def use(job: Job, step: Callable[[str], Any]) -> None:
             if not model.is_loaded:
                 raise StepError("it says that it is not loaded")
         _chat(model, job, step)
+        if job.seeing:
+            seeing.in_session(model, job, step)
         _serve(manager, job, step)
         with step("unload"):
             model.unload()
@@ -161,6 +164,8 @@ def _serve(manager: Any, job: Job, step: Callable[[str], Any]) -> None:
         notes.append(f"{len(pieces)} pieces, the same text")
     with step("count tokens, web") as notes:
         notes.append(compared(job, [ask(prompt, 1).usage.prompt_tokens for prompt in job.prompts]))
+    if job.seeing:
+        seeing.over_http(client, job, step)
     with step("stop web service"):
         client.close()
         manager.stop_web_service()
