@@ -19,6 +19,7 @@ QUANTIZED = ("MatMulNBits", "QMoE")
 # bytes of folded values that are kept, the last ones, since a layer is read anew for every text; and how many are kept
 # at any size: codes, scales and zero points of the matrix that is read, some rows at a time
 KEPT_BYTES, KEPT = 1 << 28, 3
+COSINES = "cos_cache"
 # these read a few rows of their first input, which is a whole table
 READ_ROWS = ("Gather", "GatherBlockQuantized")
 
@@ -66,6 +67,12 @@ class Graph:
         """Whether activations, and floats that are stored, are float16; else they are float32."""
         logits = next(item for item in self.model.graph.output if item.name == "logits")
         return bool(logits.type.tensor_type.elem_type == FLOAT16)
+
+    @property
+    def half_tables(self) -> bool:
+        """Whether tables of rotary positions are float16; a Qwen2.5-VL's are float32 among float16 activations."""
+        kinds = [tensor.data_type for name, tensor in self._tensors.items() if name.endswith(COSINES)]
+        return FLOAT16 in kinds if kinds else self.half
 
     def tensor(self, name: str) -> Array:
         """A constant as its reader sees it; of INT4 the bytes, two codes in each.

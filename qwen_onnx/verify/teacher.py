@@ -50,7 +50,7 @@ class Teacher(Skeleton):
             super().__init__(checkpoint, Scratch(checkpoint))
         except (OSError, ValueError, KeyError) as error:
             raise VerificationError(f"PyTorch cannot load the checkpoint: {error}", where=str(checkpoint)) from error
-        self.number = torch.float32
+        self.number = self.tables = torch.float32
         self.replaced_by = ""
         self.replaced: Mapping[str, Matrix] = {}
         self.replaced_experts: Mapping[str, ExpertMatrices] = {}
@@ -104,11 +104,11 @@ class Teacher(Skeleton):
         return self.matrix(EMBEDDING if self.config.tie_word_embeddings or HEAD not in self.weights else HEAD)
 
     def arguments(self, hidden: torch.Tensor) -> list[dict[str, Any]]:
-        """See ``Skeleton``; tables of rotary positions in the type that the graph gives floats."""
+        """See ``Skeleton``; tables of rotary positions in the type that the graph gives them."""
         found = super().arguments(hidden)
         for arguments in found:
             tables = arguments["position_embeddings"]
-            arguments["position_embeddings"] = tuple(rounded(table, self.number) for table in tables)
+            arguments["position_embeddings"] = tuple(rounded(table, self.tables) for table in tables)
         return found
 
     def _empty(self, module: torch.nn.Module) -> None:
@@ -212,8 +212,9 @@ def student_of(checkpoint: Path, graph: Graph, threads: int) -> Teacher:
     """
     student = Teacher(checkpoint, threads)
     student.number = torch.float16 if graph.half else torch.float32
+    student.tables = torch.float16 if graph.half_tables else torch.float32
     found = Dequantized(graph, student.layers, student.config)
     files = sorted(path for path in graph.file.parent.iterdir() if path.name.startswith(graph.file.name))
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    student.replace(found.matrices, found.experts, digest_of(stats))
+    student.replace(found.matrices, found.experts, digest_of([*stats, str(student.tables)]))
     return student

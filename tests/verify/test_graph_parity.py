@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_letters, digits
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.passes.genai_builder.build import build
@@ -21,6 +23,7 @@ from qwen_onnx.verify import Verdict, VerifyOptions, corpus, verify_artifact
 from qwen_onnx.verify.graph import Graph
 from qwen_onnx.verify.records import CheckResult
 from qwen_onnx.verify.scoring import OnnxScorer
+from qwen_onnx.verify.teacher import student_of
 from tests.fixtures.architectures import MAKERS, make_checkpoint
 from tests.fixtures.faults import Change, flipped, lost, missing_norm, other_base, swapped, transposed, with_constants
 
@@ -230,3 +233,23 @@ def test_the_graph_in_float32_has_no_other_type_but_in_its_weights(
     # the file is as it was
     assert Graph(artifact / "model.onnx").half
     assert json.loads((artifact / "genai_config.json").read_text())["model"]["type"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_tables_of_positions_have_the_type_that_the_graph_gives_them(
+    whole: bool, built: Callable[[str, str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """genai's builder leaves those of a Qwen2.5-VL in float32 where activations are float16."""
+    artifact, checkpoint = built("Qwen3ForCausalLM", "cuda")
+    model = onnx.load(artifact / "model.onnx", load_external_data=False)
+    (cosines,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith("cos_cache")]
+    if whole:
+        cosines.data_type = onnx.TensorProto.FLOAT
+    onnx.save(model, tmp_path / "model.onnx")
+    shutil.copy(artifact / "model.onnx.data", tmp_path)
+    graph = Graph(tmp_path / "model.onnx")
+    assert graph.half
+    student = student_of(checkpoint, graph, 1)
+    hidden = torch.zeros(1, 9, student.config.hidden_size)
+    (table, *_) = student.arguments(hidden)[0]["position_embeddings"]
+    assert torch.equal(table, table.half().float()) is not whole
