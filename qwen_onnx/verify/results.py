@@ -10,7 +10,7 @@ from qwen_onnx.catalog.schema import Limits
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
 from qwen_onnx.verify.drift import Scorer, judge
 from qwen_onnx.verify.parity import Mismatch, batched_logits, decode_positions
 from qwen_onnx.verify.records import CheckResult, Estimate, worst

@@ -12,7 +12,8 @@ import numpy as np
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import TemplateError, VerificationError
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel, UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.model import EMBEDDED, BatchModel
 from qwen_onnx.runtime.engines.batch.sight import Hearing, Looked, Sense, Sight, Table
 from qwen_onnx.runtime.engines.batch.sight import sense_of as encoder_of
 from qwen_onnx.runtime.engines.interface import TokenRequest

@@ -13,7 +13,7 @@ from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.artifact.manifest import open_runnable
 from qwen_onnx.errors import ArtifactError, QwenOnnxError
 from qwen_onnx.files import sha256_of
-from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
 from qwen_onnx.runtime.engines.genai import Engine, Shape
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from tests.conftest import run_cli

@@ -15,7 +15,8 @@ from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.model import BatchModel, UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.verify import VerifyOptions, verify_artifact
 from qwen_onnx.verify.records import CheckResult
 from tests.fixtures.architectures import make_checkpoint

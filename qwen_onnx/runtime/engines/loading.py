@@ -11,7 +11,7 @@ from qwen_onnx.errors import ArtifactError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, KvCache, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.batch.engine import BatchEngine
-from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
 from qwen_onnx.runtime.engines.serial import SerialEngine
 
 log = logging.getLogger(__name__)

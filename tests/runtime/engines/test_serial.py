@@ -14,7 +14,7 @@ from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import OverloadedError, RequestError, ServiceError
 from qwen_onnx.runtime import Engine
 from qwen_onnx.runtime.engines.batch import BatchEngine
-from qwen_onnx.runtime.engines.batch.model import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.media import Picture

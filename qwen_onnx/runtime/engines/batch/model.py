@@ -8,9 +8,7 @@ own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,13 @@ import numpy as np
 import onnxruntime as ort
 
 from qwen_onnx.artifact.adapter_file import SlotAdapter, names_in_file
-from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
-from qwen_onnx.errors import ArtifactError, EnvironmentFault
-from qwen_onnx.processes.memory import free_memory, return_free_memory
+from qwen_onnx.artifact.genai_config import GenaiConfig
+from qwen_onnx.errors import ArtifactError
+from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.int8_cache import Scales, with_int8_cache
+from qwen_onnx.runtime.engines.batch.layout import KvLayout, UnsupportedGraphError, capacity_of, logits_of, zeros
 from qwen_onnx.runtime.engines.batch.session import open_with_slots
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
 from qwen_onnx.runtime.engines.batch.sight import TYPES, sense_of
@@ -34,59 +33,8 @@ from qwen_onnx.runtime.engines.media import Positions
 EMBEDDED = "inputs_embeds"
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 INT8: dict[str, type[np.generic]] = {"tensor(int8)": np.int8}
-# of the free memory, for the KV cache; pages are taken only when a conversation reaches them
-KV_SHARE = 0.5
-LEAST_TOKENS = 256
 # neighbours in a batch are rounded otherwise than a row alone, but the logits stay nearly parallel
 LEAST_COSINE = 0.98
-
-
-class UnsupportedGraphError(ArtifactError):
-    """The graph cannot be run by rows; the artifact is served one request at a time."""
-
-
-@dataclass(frozen=True)
-class KvLayout:
-    """Sizes of the KV cache: each of ``2 * layers`` buffers is [rows, heads, tokens, head_size]."""
-
-    layers: int
-    heads: int
-    head_size: int
-    names: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def read(cls, folder: Path) -> KvLayout:
-        """From ``genai_config.json``.
-
-        Raises:
-            ArtifactError: it lacks a name or a size. No other engine is asked then: every graph that we build with a
-                KV cache has them, and a file without them is not one that we wrote.
-        """
-        decoder = GenaiConfig.read(folder).model.decoder
-        inputs, outputs = decoder.inputs, decoder.outputs
-        kinds = (
-            (inputs.past_key_names, outputs.present_key_names),
-            (inputs.past_value_names, outputs.present_value_names),
-        )
-        layers, heads, size = decoder.num_hidden_layers, decoder.num_key_value_heads, decoder.head_size
-        if layers is None or heads is None or size is None:
-            raise _lacking("a size of the KV cache", folder)
-        names = []
-        for layer in range(layers):
-            for past, present in kinds:
-                if past is None or present is None:
-                    raise _lacking("a name of the KV cache", folder)
-                names.append((past % layer, present % layer))
-        return cls(layers, heads, size, tuple(names))
-
-    @property
-    def scales(self) -> tuple[int, int, int, int]:
-        """Sizes of the scales of an int8 cache, see ``kv_scales``."""
-        return self.layers, 2, self.heads, self.head_size
-
-    def bytes_per_token(self, item: int) -> int:
-        """Of one row."""
-        return len(self.names) * self.heads * self.head_size * item
 
 
 class BatchModel:
@@ -149,13 +97,13 @@ class BatchModel:
         if self.sense is not None:
             self.sense.require(self._inputs[EMBEDDED], folder)
         types = TYPES if kv_scales is None else INT8
-        logits = _logits_of(self._sessions[0], layout, shape, folder, types)
+        logits = logits_of(self._sessions[0], layout, shape, folder, types)
         self._type = types[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
-        self.capacity = _capacity(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
+        self.capacity = capacity_of(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
         self.rows, self._layout = rows, layout
         sizes = (rows, layout.heads, self.capacity, layout.head_size)
-        self._kv = [_zeros(sizes, self._type) for _ in layout.names]
+        self._kv = [zeros(sizes, self._type) for _ in layout.names]
         # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
@@ -317,47 +265,6 @@ class BatchModel:
                 raise UnsupportedGraphError(f"the rows of a batch are not independent (cosine {cosine:.3f})")
 
 
-def _logits_of(
-    session: ort.InferenceSession, layout: KvLayout, shape: Shape, folder: Path, cached: dict[str, type[np.generic]]
-) -> Any:
-    """The graph's logits, once it and the configuration agree on the memory that is handed to it, its type and sizes.
-
-    Raises:
-        ArtifactError: they do not; names the first place.
-    """
-    entries = {entry.name: entry for entry in [*session.get_inputs(), *session.get_outputs()]}
-    wanted = {"logits": (3, 2, shape.vocab_size, TYPES)}
-    cache = {name: (4, 1, layout.heads, cached) for pair in layout.names for name in pair}
-    for name, (dimensions, place, size, types) in (wanted | cache).items():
-        entry = entries.get(name)
-        if entry is None or entry.type not in types or len(entry.shape) != dimensions:
-            kinds = " or ".join(types)
-            raise ArtifactError(f"the graph has no {name}, a {kinds} of {dimensions} dimensions", where=str(folder))
-        # a dimension with a name is found when it runs
-        if isinstance(entry.shape[place], int) and entry.shape[place] != size:
-            raise ArtifactError(
-                f"{name} has {entry.shape[place]} where {GENAI_CONFIG} says {size}",
-                where=str(folder),
-                hint="get the artifact again, or build it",
-            )
-    return entries["logits"]
-
-
-def _lacking(what: str, folder: Path) -> ArtifactError:
-    return ArtifactError(f"{GENAI_CONFIG} lacks {what}", where=str(folder), hint="get the artifact again, or build it")
-
-
-def _zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, Any]:
-    """Zeroed memory whose pages are taken when they are first written.
-
-    numpy asks for pages of 2 MB, which a short conversation in each row would take whole: 3 GB instead of 0.2.
-    """
-    memory = mmap.mmap(-1, max(1, int(np.prod(sizes)) * np.dtype(kind).itemsize))
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, kind).reshape(sizes)
-
-
 def _sessions(
     folder: Path, threads: int | None, layout: KvLayout, kv_scales: Scales | None, filled: Collection[str] | None
 ) -> tuple[ort.InferenceSession, ort.InferenceSession]:
@@ -377,16 +284,3 @@ def _sessions(
     # what they folded meanwhile
     return_free_memory()
     return sessions
-
-
-def _capacity(context: int, asked: int | None, rows: int, layout: KvLayout, item: int) -> int:
-    if asked is not None:
-        return min(asked, context)
-    free = int(free_memory() * KV_SHARE)
-    fitting = free // (rows * layout.bytes_per_token(item)) // LEAST_TOKENS * LEAST_TOKENS
-    if fitting < min(LEAST_TOKENS, context):
-        raise EnvironmentFault(
-            f"{rows} streams of {LEAST_TOKENS} tokens do not fit into the free memory",
-            hint="serve with fewer --streams",
-        )
-    return min(context, fitting)

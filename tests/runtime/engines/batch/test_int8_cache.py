@@ -19,7 +19,8 @@ from qwen_onnx.errors import ArtifactError
 from qwen_onnx.export.passes.genai_builder.build import build
 from qwen_onnx.export.passes.genai_builder.options import GenAIModelBuilderOptions
 from qwen_onnx.runtime.engines.batch import BatchEngine
-from qwen_onnx.runtime.engines.batch.model import BatchModel, UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
+from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.speculation import Costs
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
