@@ -27,8 +27,8 @@ from rich.console import Console
 from benchmarks.figures import Bound, Figure, conclude
 from qwen_onnx.artifact.kv_scales import scales_of
 from qwen_onnx.errors import ConfigError, run
-from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.batch.steps import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.verify.kv_cache import reach
 

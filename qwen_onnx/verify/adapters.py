@@ -16,8 +16,8 @@ from qwen_onnx.artifact.manifest import Artifact
 from qwen_onnx.errors import VerificationError
 from qwen_onnx.records import digest_of
 from qwen_onnx.runtime.engines.adapters import AdapterSource
-from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.batch.steps import PREFILL_CHUNK
 from qwen_onnx.sources.adapter import Adapter
 from qwen_onnx.sources.slotted import host_of
 from qwen_onnx.sources.streamed import read_tensor

@@ -15,9 +15,9 @@ from qwen_onnx.artifact.kv_scales import Floats, scales_of
 from qwen_onnx.export.calibration import calibration_ids
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.records import Verdict
-from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.layout import UnsupportedGraphError
 from qwen_onnx.runtime.engines.batch.model import BatchModel
+from qwen_onnx.runtime.engines.batch.steps import PREFILL_CHUNK
 from qwen_onnx.verify.checks import TIMED, check
 from qwen_onnx.verify.context import Context
 from qwen_onnx.verify.drift import Scorer

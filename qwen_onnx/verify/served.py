@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.sight import Looked
+from qwen_onnx.runtime.engines.batch.steps import PREFILL_CHUNK
 from qwen_onnx.verify.softmax import Logits
 
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from qwen_onnx.errors import PromptTooLongError, RequestError
 from qwen_onnx.runtime.engines.batch import BatchEngine
-from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.rewritten import rewritten
+from qwen_onnx.runtime.engines.batch.steps import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.sampling import Sampling
 from qwen_onnx.runtime.engines.serial import SerialEngine

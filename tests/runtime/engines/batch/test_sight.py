@@ -12,8 +12,8 @@ import pytest
 
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.runtime.engines.batch import BatchEngine
-from qwen_onnx.runtime.engines.batch.engine import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.batch.sight import Floats, Sight
+from qwen_onnx.runtime.engines.batch.steps import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.interface import TokenEvent, TokenRequest
 from qwen_onnx.runtime.engines.media import Picture
 from qwen_onnx.runtime.engines.sampling import GREEDY, Sampling

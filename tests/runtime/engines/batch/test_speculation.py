@@ -154,7 +154,7 @@ def test_seeded_answers_guess_beside_others_alike(exact_artifact: Path, guessing
     every_position = guessing._model.every_position
 
     def noted(row: int, tokens: np.ndarray[Any, Any], past: int, **more: Any) -> Any:
-        if any(stream.seeded and stream.row == row for stream in guessing._active):
+        if any(stream.seeded and stream.row == row for stream in guessing._steps.active):
             widths[-1].append(len(tokens))
         return every_position(row, tokens, past, **more)
 
@@ -167,7 +167,7 @@ def test_seeded_answers_guess_beside_others_alike(exact_artifact: Path, guessing
             other.next()
         widths.append([])
         answers.append(Heard(guessing, request).tokens())
-        assert len(guessing._active) == load, "the others had finished"
+        assert len(guessing._steps.active) == load, "the others had finished"
         for other in others:
             other.handle.cancel()
             other.end()
@@ -179,16 +179,16 @@ def test_answers_that_share_a_step_guess_nothing(guessing: BatchEngine, plain: B
     """Each alone would take a step of its own, and the others would wait."""
     requests = [endless((*REPEATED, 60 + index), 150) for index in range(2)]
     expected = [Heard(plain, request).tokens() for request in requests]
-    guessing._verify = refuse_beside_others(guessing)  # type: ignore[method-assign]
+    guessing._steps._verify = refuse_beside_others(guessing)  # type: ignore[method-assign]
     heard = [Heard(guessing, request) for request in requests]
     assert [one.tokens() for one in heard] == expected
 
 
 def refuse_beside_others(engine: BatchEngine) -> Callable[[Any], bool]:
-    verify = engine._verify
+    verify = engine._steps._verify
 
     def checked(stream: Any) -> bool:
-        assert len(engine._active) == 1
+        assert len(engine._steps.active) == 1
         return verify(stream)
 
     return checked
