@@ -13,6 +13,7 @@ from qwen_onnx.sources.fetch import cache_root, fetch
 from tests.fixtures.adapters import adapters, slotted_artifact
 from tests.fixtures.models import (
     exact_artifact,
+    hybrid_artifact,
     long_artifact,
     make_tiny_checkpoint,
     pruned_artifact,
@@ -41,6 +42,7 @@ __all__ = [
     "edit_yaml",
     "exact_artifact",
     "fresh_cli",
+    "hybrid_artifact",
     "long_artifact",
     "make_tiny_checkpoint",
     "pruned_artifact",

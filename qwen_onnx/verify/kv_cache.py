@@ -52,9 +52,11 @@ def calibrated(folder: Path, texts: Sequence[Sequence[int]], threads: int) -> Fl
     """Scales by which no key and no value of ``texts`` is cut off.
 
     Raises:
-        UnsupportedGraphError: the artifact is not served in batches.
+        UnsupportedGraphError: the artifact is not served in batches, or has linear attention.
     """
     model = BatchModel(folder, rows=1, capacity=max(map(len, texts)), chunk=PREFILL_CHUNK, threads=threads)
+    if model.states:
+        raise UnsupportedGraphError("most layers keep states and no keys and values", where=str(folder))
     furthest = []
     for ids in texts:
         for begin in range(0, len(ids), PREFILL_CHUNK):

@@ -128,7 +128,8 @@ def batched_logits(folder: Path, texts: Sequence[Sequence[int]], threads: int | 
         tokens = np.zeros((last - first + 1, 1), np.int64)
         for row in joined:
             tokens[row - first] = texts[row][len(done[row])]
-        logits = model.extend(first, tokens, [len(rows) for rows in done[first : last + 1]])
+        idle = set(range(first, last + 1)) - set(joined)
+        logits = model.extend(first, tokens, [len(rows) for rows in done[first : last + 1]], idle=idle)
         for row in joined:
             done[row].append(logits[row - first].copy())
     return [np.stack(rows) for rows in done]

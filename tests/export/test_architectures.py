@@ -47,7 +47,6 @@ ASKED = {
     "accuracy_level": 1,
     "prune_lm_head": True,
 }
-LINEAR_ATTENTION = ("Qwen3Next", "Qwen3_5")
 EXPERTS = {"bits": 4, "block_size": 32, "symmetric": True}
 
 
@@ -140,10 +139,10 @@ def test_int4_equals_pytorch_with_the_dequantized_weights(case: Case) -> None:
 
 
 def test_a_batch_answers_as_lone_runs_do(case: Case) -> None:
-    """As it is served: by rows of one batch, or one after the other where layers keep other state than a KV cache."""
+    """As it is served: by rows of one batch, whatever its layers remember."""
     reference = Engine(case.int4, threads=1)
     served = load_engine(case.int4, EngineOptions(streams=3, capacity=512, threads=1))
-    assert served.stats().kind == ("serial" if case.architecture.startswith(LINEAR_ATTENTION) else "batch")
+    assert served.stats().kind == "batch"
     requests = [TokenRequest(tuple(PROMPT[start:]), 12, stop_on_eos=False) for start in (0, 90, 140)]
     heard = [Heard(served, request) for request in requests]
     for request, one in zip(requests, heard, strict=True):

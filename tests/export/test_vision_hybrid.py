@@ -1,4 +1,4 @@
-"""Qwen3.5 with its tower: linear attention, so one request at a time by genai, against PyTorch."""
+"""Qwen3.5 with its tower: linear attention, by genai and in batches, against PyTorch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.fixtures.pictures import as_file, chart
 from tests.fixtures.sight import prompt_of, prompts, seen, torch_greedy, torch_logits, words
 from tests.fixtures.tools import first
 from tests.fixtures.vision import HYBRIDS
+from tests.runtime.engines.batch.test_engine import Heard
 
 # each builds and loads two exports
 pytestmark = pytest.mark.slow
@@ -33,13 +34,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def assert_same(folder: Path, model: Any, limit: float) -> None:
-    """Behind every prompt and, through the states, behind tokens that follow it; then greedily, as it is served."""
+    """By genai behind every prompt and, through the states, behind tokens that follow it; then as it is served."""
     alone, asked, behind = Engine(folder, threads=1), prompts(folder), words(5, 9)
     for name, (ids, pictures) in asked.items():
         wanted = torch_logits(model, [*ids, *behind], pictures)[len(ids) - 1 :]
         assert 0.5 < wanted.std() < 2, name
         assert np.abs(alone.forced_logits(ids, behind, pictures) - wanted).max() <= limit, name
-    assert_served(folder, asked, torch_greedy, model, "serial")
+    assert_served(folder, asked, torch_greedy, model)
 
 
 def test_fp32_equals_pytorch(case: Case) -> None:
@@ -75,6 +76,23 @@ def test_a_service_answers_about_a_picture(case: Case) -> None:
     with QwenService(case.fp32, threads=1) as service:
         assert service.sees
         assert service.generate(prompt, GenerationConfig(max_new_tokens=4)).completion_tokens > 0
+
+
+def test_a_second_turn_goes_on_behind_the_picture(case: Case) -> None:
+    (picture,) = seen(case.fp32, (112, 112))
+    engine, ids = (
+        load_engine(case.fp32, EngineOptions(streams=2, capacity=512, threads=1)),
+        prompt_of(words(9, 0), picture),
+    )
+    model, count = case.model(), 6
+    for turn in range(2):
+        one = Heard(engine, TokenRequest(tuple(ids), count, stop_on_eos=False, media=(picture,)))
+        answer = one.tokens()
+        assert answer == torch_greedy(model, ids, [picture], count)
+        # all but what came behind the answer, and its last token, which was never put in
+        assert one.all[-1].cached_tokens == turn * (len(ids) - 6)
+        ids = [*ids, *answer, *words(5, 1)]
+    engine.close()
 
 
 def test_pictures_and_their_places_must_agree(case: Case) -> None:

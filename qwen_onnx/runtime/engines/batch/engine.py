@@ -141,7 +141,8 @@ class BatchEngine:
         if not self._speculates:
             return None
         costs = self._steps.costs if request.sampling.seed is None else Costs()
-        return Speculator(request.prompt_ids, costs, self._model.sense.token if self._model.sense else None)
+        barred = self._model.sense.token if self._model.sense else None
+        return Speculator(request.prompt_ids, costs, barred, again=self._model.states is not None)
 
     def stats(self) -> EngineStats:
         """See ``requests.TokenEngine``."""

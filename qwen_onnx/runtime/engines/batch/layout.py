@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class KvLayout:
                 names.append((past % layer, present % layer))
         return cls(layers, heads, size, tuple(names))
 
+    def within(self, inputs: Collection[str]) -> KvLayout:
+        """Of the layers that the graph keeps keys and values of; linear attention keeps others."""
+        names = tuple(pair for pair in self.names if pair[0] in inputs)
+        return replace(self, layers=len(names) // 2, names=names)
+
     @property
     def scales(self) -> tuple[int, int, int, int]:
         """Sizes of the scales of an int8 cache, see ``kv_scales``."""
@@ -110,10 +116,10 @@ def zeros(sizes: tuple[int, ...], kind: type[np.generic]) -> np.ndarray[Any, Any
     return np.frombuffer(memory, kind).reshape(sizes)
 
 
-def capacity_of(context: int, asked: int | None, rows: int, layout: KvLayout, item: int) -> int:
+def capacity_of(context: int, asked: int | None, rows: int, layout: KvLayout, item: int, states: int) -> int:
     if asked is not None:
         return min(asked, context)
-    free = int(free_memory() * KV_SHARE)
+    free = int((free_memory() - rows * states) * KV_SHARE)
     fitting = free // (rows * layout.bytes_per_token(item)) // LEAST_TOKENS * LEAST_TOKENS
     if fitting < min(LEAST_TOKENS, context):
         raise EnvironmentFault(

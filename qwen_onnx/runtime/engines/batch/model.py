@@ -3,7 +3,7 @@
 genai's static engine makes a late request wait until the batch has drained, and its dynamic engine needs a graph for
 paged attention, which the CPU lacks. The stock graph can do more than genai asks of it: GroupQueryAttention takes a
 length per row, and past and present may be the same memory. So each row of one large buffer is a conversation of its
-own, and any neighbouring rows make a batch. Figures: docs/lab-log.md.
+own, and any neighbouring rows make a batch. Linear attention has states beside it. Figures: docs/lab-log.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from qwen_onnx.runtime.engines.batch.layout import KvLayout, UnsupportedGraphErr
 from qwen_onnx.runtime.engines.batch.session import open_with_slots
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
 from qwen_onnx.runtime.engines.batch.sight import TYPES, sense_of
+from qwen_onnx.runtime.engines.batch.states import States, state_names
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.media import Positions
 
@@ -40,6 +41,9 @@ LEAST_COSINE = 0.98
 class BatchModel:
     """Rows that are filled and continued independently.
 
+    Attributes:
+        states: of linear attention; None: the graph has none.
+
     Args:
         folder: flat folder with ``genai_config.json`` and ``model.onnx``.
         rows: conversations at once.
@@ -51,8 +55,7 @@ class BatchModel:
         kv_scales: keeps keys and values in int8 by the scales that this gives; None: in the graph's own type.
 
     Raises:
-        UnsupportedGraphError: the graph has other inputs (linear attention), its rows are not independent, or it has no
-            int8 cache.
+        UnsupportedGraphError: the graph has other inputs, its rows are not independent, or it has no int8 cache.
         ArtifactError: the graph does not load, or an adapter does not fit it. EnvironmentFault: too little memory for
             the rows. Whatever ``kv_scales`` raises.
     """
@@ -85,13 +88,14 @@ class BatchModel:
         # with the slots, and for the model alone
         self._sessions = _sessions(folder, threads, layout, kv_scales, filled)
         self._inputs = {entry.name: entry for entry in self._sessions[0].get_inputs()}
-        past = {name for name, _ in layout.names}
+        states, layout = state_names(folder, self._inputs), layout.within(self._inputs)
+        past = {name for name, _ in (*layout.names, *states)}
         foreign = sorted(
             set(self._inputs) - past - {"input_ids", "attention_mask", "position_ids", POSITIONS, EMBEDDED}
         )
-        if foreign or not past <= set(self._inputs) or "attention_mask" not in self._inputs:
+        if foreign or not layout.names or "attention_mask" not in self._inputs:
             raise UnsupportedGraphError(
-                f"the graph keeps other state than keys and values: {foreign}", where=str(folder)
+                f"the graph keeps other state than keys and values and linear attention's: {foreign}", where=str(folder)
             )
         self.sense = sense_of(folder, threads) if EMBEDDED in self._inputs else None
         if self.sense is not None:
@@ -100,7 +104,10 @@ class BatchModel:
         logits = logits_of(self._sessions[0], layout, shape, folder, types)
         self._type = types[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
-        self.capacity = capacity_of(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize)
+        entries = self._inputs | {entry.name: entry for entry in self._sessions[0].get_outputs()}
+        self.states = States(rows, states, entries, folder) if states else None
+        fixed = 2 * self.states.row_bytes if self.states else 0
+        self.capacity = capacity_of(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize, fixed)
         self.rows, self._layout = rows, layout
         sizes = (rows, layout.heads, self.capacity, layout.head_size)
         self._kv = [zeros(sizes, self._type) for _ in layout.names]
@@ -130,6 +137,7 @@ class BatchModel:
         positions: Positions | None = None,
         features: Floats | None = None,
         adapter: str | None = None,
+        idle: Collection[int] = (),
     ) -> Floats:
         """Put tokens behind what neighbouring rows hold.
 
@@ -140,11 +148,13 @@ class BatchModel:
             positions: int64 [3, n, t], of a model that sees; None: those of text, one after the other.
             features: of the media's tokens among ``tokens``, [such tokens, width]; see ``Table``.
             adapter: one of ``adapters``, for all of these rows; None: the model alone.
+            idle: rows among them that are computed for nothing, and stay as they are.
 
         Returns:
             Logits after the last token of each row, float32 [n, vocab_size]; valid until the next call.
         """
-        found = self._run(first, tokens, past, positions, features, adapter, every=False)
+        found = self._run(first, tokens, past, positions, features, adapter, every=False, idle=idle)
+        self._take([row for row in range(first, first + len(tokens)) if row not in idle], first, past, tokens.shape[1])
         logits: Floats = found[:, -1].astype(np.float32, copy=False)
         return logits
 
@@ -157,18 +167,26 @@ class BatchModel:
         positions: Positions | None = None,
         features: Floats | None = None,
         adapter: str | None = None,
+        guessed: bool = False,
     ) -> Floats:
         """Put at most ``chunk`` tokens behind what one row holds.
 
         Args:
             tokens: int64 [t]; past: tokens that the row holds. Others: see ``extend``.
+            guessed: states stay behind ``past`` until ``settle``.
 
         Returns:
             Logits after each of the tokens, float32 [t, vocab_size]; valid until the next call.
         """
         found = self._run(row, tokens[None], [past], positions, features, adapter, every=True)
+        if not guessed:
+            self._take([row], row, [past], len(tokens))
         logits: Floats = found[0].astype(np.float32, copy=False)
         return logits
+
+    def _take(self, rows: Sequence[int], first: int, past: Sequence[int], new: int) -> None:
+        for row in rows:
+            self.settle(row, past[row - first] + new)
 
     def _run(
         self,
@@ -180,9 +198,14 @@ class BatchModel:
         adapter: str | None,
         *,
         every: bool,
+        idle: Collection[int] = (),
     ) -> np.ndarray[Any, Any]:
         """Logits [n, positions, vocab_size] after the last token, or those after each of them."""
         count, new = tokens.shape
+        if self.states:
+            for row, length in enumerate(past, first):
+                if row not in idle:
+                    self.states.require(row, length)
         mask = np.zeros((count, max(past) + new), np.int64)
         for row, length in enumerate(past):
             mask[row, : length + new] = 1
@@ -217,6 +240,8 @@ class BatchModel:
                 address = buffer[first:].ctypes.data
                 binding.bind_input(past, "cpu", 0, self._type, shape, address)
                 binding.bind_output(present, "cpu", 0, self._type, shape, address)
+            if self.states:
+                self.states.bind(binding, first, count)
             # bound by address: IOBinding knows no input that has a value of its own by its array
             for name, tensor in self.adapters[adapter].tensors.items() if adapter is not None else ():
                 binding.bind_input(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
@@ -238,6 +263,20 @@ class BatchModel:
         for key in [key for key in list(self._bindings) if key[2] == name]:
             del self._bindings[key]
 
+    def resumable(self, row: int, tokens: int) -> int:
+        """The most of the first ``tokens`` of a row that it can go on behind."""
+        return self.states.within(row, tokens) if self.states else tokens
+
+    def resume(self, row: int, tokens: int) -> None:
+        """Forget what a row holds behind ``tokens``, one of ``resumable``."""
+        if self.states:
+            self.states.rewind(row, tokens)
+
+    def settle(self, row: int, tokens: int) -> None:
+        """What the last step put into a row stays, which is behind ``tokens`` now."""
+        if self.states:
+            self.states.take(row, tokens)
+
     def held(self, row: int, tokens: int) -> np.ndarray[Any, Any]:
         """Keys and values of a row's first ``tokens``, [layers, 2, heads, tokens, head size]."""
         found = np.stack([buffer[row, :, :tokens] for buffer in self._kv])
@@ -245,6 +284,8 @@ class BatchModel:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first ``tokens`` of a row into another."""
+        if self.states:
+            self.states.copy(source, target, tokens)
         for buffer in self._kv:
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
@@ -257,7 +298,8 @@ class BatchModel:
             self.extend(row, np.array([prompt]), [0])
         lengths = [len(prompt) for prompt in prompts]
         next_tokens = np.array([[8], [9]])
-        alone = [self.extend(row, next_tokens[row : row + 1], lengths[row : row + 1])[0].copy() for row in (0, 1)]
+        pieces = [(row, next_tokens[row : row + 1], lengths[row : row + 1]) for row in (0, 1)]
+        alone = [self.extend(*piece, idle={piece[0]})[0].copy() for piece in pieces]
         together = self.extend(0, next_tokens, lengths)
         for one, both in zip(alone, together, strict=True):
             cosine = float(one @ both / (np.linalg.norm(one) * np.linalg.norm(both)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # a shorter common beginning is computed anew: copying saves nothing
 LEAST_PREFIX = 16
@@ -13,9 +13,14 @@ class Rows:
 
     ``histories[row]`` are the tokens whose keys and values stand in the row, and ``scopes[row]`` is whose they are:
     nobody finds a prefix that another scope left.
+
+    Args:
+        count: of the rows.
+        resumable: how much of a row's first so many tokens it can go on behind.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, resumable: Callable[[int, int], int] = lambda _, tokens: tokens) -> None:
+        self._resumable = resumable
         self.histories: list[list[int]] = [[] for _ in range(count)]
         self.scopes = [""] * count
         self._used_at = [0] * count
@@ -31,7 +36,7 @@ class Rows:
         candidates = self._candidates()
         if not candidates:
             return None
-        kept = {row: self._found(prompt, row, scope) if reuse else 0 for row in candidates}
+        kept = {row: self._kept(prompt, row, scope) if reuse else 0 for row in candidates}
         row = max(candidates, key=lambda row: (kept[row], -self._used_at[row]))
         del self.histories[row][kept[row] :]
         self.scopes[row] = scope
@@ -45,9 +50,16 @@ class Rows:
         0: copying saves nothing.
         """
         scope = self.scopes[row]
-        others = [(self._found(prompt, other, scope), other) for other in range(len(self.histories)) if other != row]
+        others = [(self._kept(prompt, other, scope), other) for other in range(len(self.histories)) if other != row]
         tokens, source = max(others, default=(0, row))
         return (source, tokens) if tokens >= len(self.histories[row]) + LEAST_PREFIX else (row, 0)
+
+    def shared(self, prompt: Sequence[int], scope: str = "") -> int:
+        """Tokens of ``prompt`` that stand in some row of its scope, whether or not one can go on behind them."""
+        return max(self._found(prompt, row, scope) for row in range(len(self.histories)))
+
+    def _kept(self, prompt: Sequence[int], row: int, scope: str) -> int:
+        return self._resumable(row, self._found(prompt, row, scope))
 
     def _found(self, prompt: Sequence[int], row: int, scope: str) -> int:
         """Tokens of ``prompt`` that stand in the row, if the row is of that scope."""

@@ -55,10 +55,11 @@ class Speculator:
         prompt: its token ids.
         costs: of the engine's steps.
         barred: a token that is never proposed, since the model cannot read it alone.
+        again: after a wrong guess the next step computes the right tokens once more, as linear attention's must.
     """
 
-    def __init__(self, prompt: Sequence[int], costs: Costs, barred: int | None = None) -> None:
-        self._drafts, self._costs, self._barred = Drafts(prompt), costs, barred
+    def __init__(self, prompt: Sequence[int], costs: Costs, barred: int | None = None, *, again: bool = False) -> None:
+        self._drafts, self._costs, self._barred, self._again = Drafts(prompt), costs, barred, again
         self._in_hand = ALLOWANCE
 
     def propose(self, most: int) -> list[int]:
@@ -69,18 +70,31 @@ class Speculator:
         gain = self._drafts.gain(len(guess))
         best, width = LEAST_GAIN, 1
         for wider in WIDTHS:
-            cost = self._costs.of(wider)
-            if wider <= len(gain) and cost - 1 <= self._in_hand and gain[wider - 1] / cost > best:
+            if wider > len(gain):
+                break
+            cost = self._costs.of(wider) + self._repeated(gain, wider)
+            if cost - 1 <= self._in_hand and gain[wider - 1] / cost > best:
                 best, width = gain[wider - 1] / cost, wider
         return guess[: width - 1]
+
+    def _repeated(self, gain: list[float], width: int) -> float:
+        """Plain steps that a step of ``width`` is expected to cost afterwards."""
+        if not self._again:
+            return 0.0
+        right = gain[width - 1] - gain[width - 2]
+        return (1 - right) * (self._costs.of(1 + round(gain[width - 1])) - 1)
 
     def hear(self, token: int) -> None:
         """The answer goes on with ``token``."""
         self._drafts.hear(token)
         self._in_hand = min(self._in_hand + ACCRUAL, MOST)
 
-    def settle(self, proposed: int, right: int) -> float:
-        """A step with ``proposed`` guessed tokens is done, of which so many were right; what it cost in plain steps."""
-        cost = self._costs.of(1 + proposed)
+    def settle(self, proposed: int, right: int, again: int = 0) -> float:
+        """A step with ``proposed`` guessed tokens is done, of which so many were right; what it cost in plain steps.
+
+        Args:
+            again: tokens that the next step computes once more.
+        """
+        cost = self._costs.of(1 + proposed) + self._costs.of(1 + again) - 1
         self._in_hand = min(self._in_hand + 1 + right - cost, MOST)
         return cost

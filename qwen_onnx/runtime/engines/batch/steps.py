@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_onnx.errors import QwenOnnxError
 from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
-from qwen_onnx.runtime.engines.batch.rows import Rows
+from qwen_onnx.runtime.engines.batch.rows import LEAST_PREFIX, Rows
 from qwen_onnx.runtime.engines.batch.speculation import Costs
 from qwen_onnx.runtime.engines.batch.stream import Stream
 from qwen_onnx.runtime.engines.interface import EngineFinish, TokenEvent, Top
@@ -36,7 +36,7 @@ class Steps:
 
     def __init__(self, model: BatchModel, streams: int, eos: frozenset[int]) -> None:
         self._model, self._eos = model, eos
-        self.rows = Rows(streams)
+        self.rows = Rows(streams, model.resumable)
         self.waiting: deque[Stream] = deque()
         self.active: list[Stream] = []
         self.changed = threading.Condition()
@@ -57,7 +57,8 @@ class Steps:
         decoding = [stream for stream in self.active if stream.token is not None]
         groups: dict[Stream | str | None, list[Stream]] = {}
         for stream in decoding:
-            groups.setdefault(stream if stream.seeded else stream.request.adapter, []).append(stream)
+            apart = stream.seeded or self._owed(stream)
+            groups.setdefault(stream if apart else stream.request.adapter, []).append(stream)
         alone = len(self.active) == 1
         for group in groups.values():
             first = group[0]
@@ -77,10 +78,12 @@ class Steps:
                     self.waiting.popleft()
                 stream.listener(TokenEvent(finish="cancelled"))
                 continue
+            shared = 0 if stream.fresh else self.rows.shared(stream.looked.keys, stream.scope)
             row = self.rows.admit(stream.looked.keys, stream.scope, reuse=not stream.fresh)
             if row is None:
                 return
-            stream.row = row
+            stream.row, stream.shared = row, shared
+            self._model.resume(row, len(self.rows.histories[row]))
             self._found(stream, len(self.rows.histories[row]))
             with self.changed:
                 self.active.append(self.waiting.popleft())
@@ -98,7 +101,8 @@ class Steps:
             self._model.copy(source, stream.row, common)
             history[:] = keys[:common]
             self._found(stream, common)
-        begin, end = stream.filled, min(stream.filled + PREFILL_CHUNK, len(prompt))
+        begin = stream.filled
+        end = self._end_of_piece(stream)
         piece, looked = np.array(prompt[begin:end], np.int64), stream.looked
         positions, features = looked.positions(begin, end), looked.features(begin, end)
         told: tuple[tuple[float, Top], ...] = ()
@@ -117,6 +121,7 @@ class Steps:
             )[0]
         history += keys[begin:end]
         stream.filled += len(piece)
+        self._keep_states(stream)
         self._clock += 1
         stream.served = self._clock
         self.counted["prompt_tokens"] += len(piece)
@@ -125,23 +130,40 @@ class Steps:
         if stream.filled == len(prompt):
             self._finish(stream, "length") if stream.request.max_new_tokens == 0 else self._draw(stream, logits)
 
+    def _end_of_piece(self, stream: Stream) -> int:
+        """Where another prompt went on otherwise, too, if states are to be kept there."""
+        end = min(stream.filled + PREFILL_CHUNK, len(stream.request.prompt_ids))
+        if self._model.states and stream.filled + LEAST_PREFIX <= stream.shared < end:
+            return stream.shared
+        return end
+
+    def _keep_states(self, stream: Stream) -> None:
+        """For prompts that share a beginning with this one, and for its next turn, whose template changes its end."""
+        left = len(stream.request.prompt_ids) - stream.filled
+        parts = stream.filled <= stream.shared < stream.filled + LEAST_PREFIX
+        if self._model.states and (parts or 0 < left <= PREFILL_CHUNK):
+            self._model.states.keep(stream.row)
+
     def _decode(self, streams: list[Stream]) -> None:
         """One token for each, with one adapter; rows between them are computed for nothing, behind what they hold."""
-        histories = self.rows.histories
+        histories, owed = self.rows.histories, self._owed(streams[0])
         first, last = min(stream.row for stream in streams), max(stream.row for stream in streams)
-        tokens = np.zeros((last - first + 1, 1), np.int64)
+        # a stream that owes tokens is alone
+        tokens = np.zeros((last - first + 1, len(owed) + 1), np.int64)
         past = [min(len(history), self._model.capacity - 1) for history in histories[first : last + 1]]
+        past[0] -= len(owed)
         for stream in streams:
-            tokens[stream.row - first] = cast("int", stream.token)
+            tokens[stream.row - first] = *owed, cast("int", stream.token)
         for row in range(first, last + 1):
-            del histories[row][past[row - first] :]
-        positions, adapter = self._positions(streams, first, past), streams[0].request.adapter
+            del histories[row][past[row - first] + len(owed) :]
+        positions, adapter = self._positions(streams, first, past, tokens.shape[1]), streams[0].request.adapter
+        idle = set(range(first, last + 1)) - {stream.row for stream in streams}
         begin = time.perf_counter()
-        logits = self._model.extend(first, tokens, past, positions=positions, adapter=adapter)
+        logits = self._model.extend(first, tokens, past, positions=positions, adapter=adapter, idle=idle)
         if len(self.active) == 1:
-            self.costs.note(1, time.perf_counter() - begin)
+            self.costs.note(tokens.shape[1], time.perf_counter() - begin)
         for stream in streams:
-            histories[stream.row].append(int(tokens[stream.row - first, 0]))
+            histories[stream.row].append(int(tokens[stream.row - first, -1]))
             self.rows.touch(stream.row)
         for stream, row in [(stream, stream.row) for stream in streams]:
             self._draw(stream, logits[row - first])
@@ -154,22 +176,33 @@ class Steps:
         several tokens of one row alone, so that the step is not shared.
         """
         most = stream.request.max_new_tokens - stream.drawn - 1
-        guess = stream.speculator.propose(most) if stream.speculator else []
+        guess = stream.speculator.propose(most) if stream.speculator and not self._owed(stream) else []
         if not guess or not stream.speculator:
             return False
         history, row = self.rows.histories[stream.row], stream.row
         tokens = [cast("int", stream.token), *guess]
         positions, ids = self._positions([stream], row, [len(history)], len(tokens)), np.array(tokens, np.int64)
         adapter, begin = stream.request.adapter, time.perf_counter()
-        logits = self._model.every_position(row, ids, len(history), positions=positions, adapter=adapter)
+        logits = self._model.every_position(row, ids, len(history), positions=positions, adapter=adapter, guessed=True)
         if len(self.active) == 1:
             self.costs.note(len(tokens), time.perf_counter() - begin)
         self.rows.touch(row)
+        behind = len(history) + len(tokens)
         right = self._drawn(stream, history, tokens, logits)
-        stream.rest += stream.speculator.settle(len(guess), right) - 1
+        # of an answer that has ended, another may have the row
+        goes_on = stream in self.active
+        if goes_on and right == len(guess):
+            self._model.settle(row, behind)
+        again = len(self._owed(stream)) if goes_on else 0
+        stream.rest += stream.speculator.settle(len(guess), right, again) - 1
         self.counted["drafted_tokens"] += len(guess)
         self.counted["accepted_tokens"] += right
         return True
+
+    def _owed(self, stream: Stream) -> list[int]:
+        """Tokens that stand in its row and not in its states, since wrong guesses stood behind them."""
+        history = self.rows.histories[stream.row]
+        return history[self._model.resumable(stream.row, len(history)) :]
 
     def _drawn(self, stream: Stream, history: list[int], tokens: list[int], logits: Floats) -> int:
         """Draw what follows each of ``tokens``, as long as it is the next of them; returns how often it was."""

@@ -15,7 +15,8 @@ from qwen_onnx.runtime.engines.interface import Listener, TokenRequest
 class Stream:
     """A request on its way: ``filled`` of its prompt's tokens are in its row; ``token`` waits to go in.
 
-    ``rest`` is how many steps of others it owes for wider ones of its own; ``scope`` whose prefixes it may find.
+    ``rest`` is how many steps of others it owes for wider ones of its own; ``scope`` whose prefixes it may find;
+    ``shared`` how much of its prompt stood in some row when it came.
     """
 
     request: TokenRequest
@@ -28,6 +29,7 @@ class Stream:
     row: int = -1
     filled: int = 0
     cached: int = 0
+    shared: int = 0
     token: int | None = None
     drawn: int = 0
     served: int = 0
