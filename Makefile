@@ -112,10 +112,10 @@ test: $(DEV)  ## the quick tests
 test-slow: $(DEV)  ## the tests that build or start something larger; CI runs them too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not release' -n 2 --dist loadfile --durations=20
 
-# one process, since some of these measure
+# one process, since some of these measure; threads of its own would be lost where a test forks (what measures sets its own)
 test-release: $(DEV) optimize environments  ## before a release, every night: the whole matrix, the wheel alone, every slow test
 	@$(MAKE) --no-print-directory release
-	@$(BIN)/python -m pytest -q -m 'slow or release' --durations=40
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow or release' --durations=40
 	@$(MAKE) --no-print-directory try-wheel
 
 lint: $(DEV)  ## linter, formatter and type checker
