@@ -47,8 +47,7 @@ def write_foundry(folder: Path, record: PackageRecord) -> None:
     contents = Contents(folder)
     markers = markers_of(contents, record)
     _write(folder / GENAI_CONFIG, _genai_config(contents, record, markers))
-    _keep_one_template(contents)
-    _name_known_tokenizer(contents)
+    _write_tokenizer_config(contents)
     contents = Contents(folder)
     properties = {
         "model_id": record.id,
@@ -91,21 +90,18 @@ def _genai_config(contents: Contents, record: PackageRecord, markers: dict[str, 
     }
 
 
-def _keep_one_template(contents: Contents) -> None:
-    """Foundry prefers the template of tokenizer_config.json, our runtime the file of its own: only that stays."""
-    if not contents.templates:
-        return
-    source = ChatTemplate(contents.path).source
-    (contents.path / TEMPLATE_FILE).write_text(source, encoding="utf-8")
-    rest = {key: value for key, value in contents.tokenizer_config.items() if key != "chat_template"}
-    _write(contents.path / TOKENIZER_CONFIG, rest)
+def _write_tokenizer_config(contents: Contents) -> None:
+    """Without a template, which Foundry prefers while our runtime takes the file of its own: only that stays.
 
-
-def _name_known_tokenizer(contents: Contents) -> None:
-    """onnxruntime-genai refuses a class that it does not know, such as transformers' for a Qwen3.5."""
-    config = json.loads((contents.path / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    With a class that onnxruntime-genai knows: it refuses others, such as transformers' for a Qwen3.5.
+    """
+    config = dict(contents.tokenizer_config)
+    if contents.templates:
+        (contents.path / TEMPLATE_FILE).write_text(ChatTemplate(contents.path).source, encoding="utf-8")
+        config.pop("chat_template", None)
     if (named := config.get("tokenizer_class")) and not is_known_tokenizer(named):
-        _write(contents.path / TOKENIZER_CONFIG, config | {"tokenizer_class": TOKENIZERS[0]})
+        config["tokenizer_class"] = TOKENIZERS[0]
+    _write(contents.path / TOKENIZER_CONFIG, config)
 
 
 def is_known_tokenizer(name: object) -> bool:
