@@ -85,7 +85,8 @@ class Teacher(Skeleton):
     def fingerprint(self) -> str:
         """What tells this checkpoint from others at no cost."""
         settings = read_json(self.weights.folder / "config.json")
-        return digest_of([settings, self.weights.fingerprint(), str(self.number), self.replaced_by])
+        kinds = [str(self.number), str(self.tables)]
+        return digest_of([settings, self.weights.fingerprint(), *kinds, self.replaced_by])
 
     def matrix(self, name: str, tensor: torch.Tensor | None = None) -> Matrix:
         """The matrix ``name``, which ``replaced`` may have instead of the checkpoint."""
@@ -216,5 +217,5 @@ def student_of(checkpoint: Path, graph: Graph, threads: int) -> Teacher:
     found = Dequantized(graph, student.layers, student.config)
     files = sorted(path for path in graph.file.parent.iterdir() if path.name.startswith(graph.file.name))
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    student.replace(found.matrices, found.experts, digest_of([*stats, str(student.tables)]))
+    student.replace(found.matrices, found.experts, digest_of(stats))
     return student
