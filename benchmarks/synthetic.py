@@ -1,6 +1,6 @@
 """Random checkpoints of any size: to measure how a build behaves where no real weights can be had.
 
-``python -m benchmarks.synthetic qwen3-0.6b FOLDER`` writes one of that model's shape.
+``python -m benchmarks.synthetic qwen3-0.6b FOLDER`` writes one of the shape that this model has in ``recipes/``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from qwen_onnx.catalog.load import load_catalog
+from qwen_onnx.errors import ConfigError
 from qwen_onnx.export.weights import create_safetensors
 from qwen_onnx.sources.checkpoint import INDEX_FILE
 
 SCALE = 0.02  # standard deviation of the weights
 SHARD = 1 << 30  # bytes
+KNOWN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,21 @@ class Size:
         return shapes | {"model.norm.weight": (self.hidden,)}
 
 
-# published shapes, by the rows of recipes/
-SHAPES = {
-    "qwen3-0.6b": Size(hidden=1024, intermediate=3072, layers=28, vocabulary=151936),
-    "qwen2.5-1.5b": Size(1536, 8960, layers=28, heads=12, kv_heads=2, vocabulary=151936, qwen2=True),
-}
+def size_of(model: str) -> Size:
+    """Of a row of ``recipes/``.
+
+    Raises:
+        ConfigError: there is no such row, or its model is no dense Qwen2 or Qwen3 with a tied head.
+    """
+    family, row = load_catalog(Path(__file__).parent.parent).row(model)
+    shape = row.shape
+    told = (shape.hidden_size, shape.intermediate_size, shape.layers, shape.heads, shape.kv_heads, shape.vocab_size)
+    sizes = [size or 0 for size in told]
+    if not (all(sizes) and shape.tied and family.architecture in KNOWN):
+        raise ConfigError([f"{model}: neither a Qwen2 nor a Qwen3 with a tied head, dense and of known shape"])
+    hidden, inner, layers, heads, kv_heads, vocabulary = sizes
+    head_dim, qwen2 = shape.head_dim or hidden // heads, family.architecture == KNOWN[0]
+    return Size(hidden, inner, layers, heads, kv_heads, vocabulary, head_dim, qwen2=qwen2)
 
 
 def write_checkpoint(folder: Path, size: Size, *, shard: int = SHARD, seed: int = 0) -> int:
@@ -174,10 +187,10 @@ def _write_tokenizer(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=__doc__)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("model", help="a row of recipes/, see qwen-onnx list")
     parser.add_argument("folder", type=Path, help="new")
     given = parser.parse_args(arguments)
-    print(f"{write_checkpoint(given.folder, SHAPES[given.shape]) / 1e9:.2f} GB in {given.folder}")
+    print(f"{write_checkpoint(given.folder, size_of(given.model)) / 1e9:.2f} GB in {given.folder}")
     return 0
 
 
