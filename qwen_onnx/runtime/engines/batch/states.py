@@ -22,7 +22,7 @@ from qwen_onnx.runtime.engines.batch.sight import TYPES
 
 Array = np.ndarray[Any, Any]
 # copies for each row, and the share of the free memory that they may have
-COPIES, COPIES_SHARE = 3, 0.1
+COPIES, COPIES_SHARE = 4, 0.1
 
 
 def state_names(folder: Path, inputs: Collection[str]) -> list[tuple[str, str]]:

@@ -19,6 +19,9 @@ from qwen_onnx.runtime.engines.media import Positions
 
 # more at once would hold up the others for longer, fewer read the prompt more slowly (docs/lab-log.md)
 PREFILL_CHUNK = 64
+# tokens from a prompt's end where its states are copied: one that shares all but the last message goes on from a copy,
+# after at most some four times as many tokens as that message has
+DISTANCES = (1, 256, 1024)
 
 
 class Steps:
@@ -141,7 +144,7 @@ class Steps:
         """For prompts that share a beginning with this one, and for its next turn, whose template changes its end."""
         left = len(stream.request.prompt_ids) - stream.filled
         parts = stream.filled <= stream.shared < stream.filled + LEAST_PREFIX
-        if self._model.states and (parts or 0 < left <= PREFILL_CHUNK):
+        if self._model.states and (parts or any(least <= left < least + PREFILL_CHUNK for least in DISTANCES)):
             self._model.states.keep(stream.row)
 
     def _decode(self, streams: list[Stream]) -> None:
