@@ -26,7 +26,7 @@ from qwen_onnx.runtime.engines.batch.layout import KvLayout, UnsupportedGraphErr
 from qwen_onnx.runtime.engines.batch.session import open_with_slots
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
 from qwen_onnx.runtime.engines.batch.sight import TYPES, sense_of
-from qwen_onnx.runtime.engines.batch.states import States, state_names
+from qwen_onnx.runtime.engines.batch.states import APART, States, Step, state_names
 from qwen_onnx.runtime.engines.genai import Shape
 from qwen_onnx.runtime.engines.media import Positions
 
@@ -106,7 +106,7 @@ class BatchModel:
         self.vocab_size = shape.vocab_size
         entries = self._inputs | {entry.name: entry for entry in self._sessions[0].get_outputs()}
         self.states = States(rows, states, entries, folder) if states else None
-        fixed = 2 * self.states.row_bytes if self.states else 0
+        fixed = (1 + APART) * self.states.row_bytes if self.states else 0
         self.capacity = capacity_of(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize, fixed)
         self.rows, self._layout = rows, layout
         sizes = (rows, layout.heads, self.capacity, layout.head_size)
@@ -115,7 +115,7 @@ class BatchModel:
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
         self.adapters = Shelf(folder, self._sessions[0], adapters, swapping, filled)
-        self._bindings: dict[tuple[int, int, str | None], Any] = {}
+        self._bindings: dict[tuple[int, int, str | None, Step | None], Any] = {}
         self._check_rows()
 
     @property
@@ -202,14 +202,11 @@ class BatchModel:
     ) -> np.ndarray[Any, Any]:
         """Logits [n, positions, vocab_size] after the last token, or those after each of them."""
         count, new = tokens.shape
-        if self.states:
-            for row, length in enumerate(past, first):
-                if row not in idle:
-                    self.states.require(row, length)
+        step = self.states.begin(first, past, idle) if self.states else None
         mask = np.zeros((count, max(past) + new), np.int64)
         for row, length in enumerate(past):
             mask[row, : length + new] = 1
-        binding = self._binding(first, count, adapter)
+        binding = self._binding(first, count, adapter, step)
         if self.sense is None:
             binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
         else:
@@ -231,22 +228,22 @@ class BatchModel:
         self._sessions[adapter is None].run_with_iobinding(binding)
         return logits
 
-    def _binding(self, first: int, count: int, adapter: str | None) -> Any:
+    def _binding(self, first: int, count: int, adapter: str | None, step: Step | None) -> Any:
         """Past and present of these rows are one memory, which GroupQueryAttention then writes in place."""
-        if (first, count, adapter) not in self._bindings:
+        if (first, count, adapter, step) not in self._bindings:
             binding = self._sessions[adapter is None].io_binding()
             shape = (count, self._layout.heads, self.capacity, self._layout.head_size)
             for (past, present), buffer in zip(self._layout.names, self._kv, strict=True):
                 address = buffer[first:].ctypes.data
                 binding.bind_input(past, "cpu", 0, self._type, shape, address)
                 binding.bind_output(present, "cpu", 0, self._type, shape, address)
-            if self.states:
-                self.states.bind(binding, first, count)
+            if self.states and step:
+                self.states.bind(binding, first, count, step)
             # bound by address: IOBinding knows no input that has a value of its own by its array
             for name, tensor in self.adapters[adapter].tensors.items() if adapter is not None else ():
                 binding.bind_input(name, "cpu", 0, tensor.dtype.type, tensor.shape, tensor.ctypes.data)
-            self._bindings[first, count, adapter] = binding
-        return self._bindings[first, count, adapter]
+            self._bindings[first, count, adapter, step] = binding
+        return self._bindings[first, count, adapter, step]
 
     def put_adapter(self, name: str, adapter: SlotAdapter, busy: Collection[str | None]) -> None:
         """See ``Shelf.put``; ``busy`` are those that rows are being computed with."""
