@@ -18,6 +18,7 @@ import numpy as np
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.processes.memory import free_memory
+from qwen_onnx.runtime.engines.batch.layout import zeros
 from qwen_onnx.runtime.engines.batch.sight import TYPES
 
 Array = np.ndarray[Any, Any]
@@ -66,8 +67,7 @@ class States:
                 text = f"{past} and {present} are no states of one size and type, as {GENAI_CONFIG} has it"
                 raise ArtifactError(text, where=str(folder), hint="get the artifact again, or build it")
             sizes.append(((rows, *size), kind))
-        # in pages of 2 MB, unlike keys and values: a step reads all of it
-        self._memory = tuple([np.zeros(*size) for size in sizes] for _ in range(1 + APART))
+        self._memory = tuple([zeros(*size, sparse=False) for size in sizes] for _ in range(1 + APART))
         self._side = [0] * rows
         self._step: Step = (0, 1)
         self.row_bytes = sum(array[0].nbytes for array in self._memory[0])
