@@ -53,7 +53,7 @@ def test_faults_of_options_and_of_data_are_told(data: Path, tmp_path: Path) -> N
     assert (tmp_path / "mine/notes.txt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_an_example_beyond_the_window_is_refused_cut_or_left_out_as_asked(
     data: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -59,12 +59,19 @@ def endless(ids: tuple[int, ...], count: int, **options: object) -> TokenRequest
 def test_whoever_joins_and_leaves_when_each_answer_is_that_of_a_lone_run(
     seed: int, exact_artifact: Path, reference: Engine
 ) -> None:
-    rng = random.Random(seed)
     engine = BatchEngine(exact_artifact, streams=3, queue_size=64, capacity=1024, threads=1)
-    shared = prompt(rng)
+    assert_each_as_alone(engine, reference, seed)
+    assert engine.stats().running == engine.stats().waiting == 0
+    engine.close()
+
+
+def assert_each_as_alone(engine: BatchEngine, reference: Engine, seed: int) -> None:
+    """Requests that come at any time, many with one of two beginnings, and some of which are cancelled."""
+    rng = random.Random(seed)
+    beginnings = [prompt(rng), prompt(rng)]
     heard = []
     for _ in range(14):
-        ids = (shared if rng.random() < 0.4 else ()) + prompt(rng)
+        ids = (rng.choice(beginnings) if rng.random() < 0.5 else ()) + prompt(rng)
         request = endless(ids, rng.randrange(1, 60))
         heard.append((request, Heard(engine, request), rng.random() < 0.25))
         time.sleep(rng.random() * 0.02)
@@ -76,8 +83,6 @@ def test_whoever_joins_and_leaves_when_each_answer_is_that_of_a_lone_run(
         expected = alone(reference, request)
         assert tokens == expected[: len(tokens)]
         assert cancelled or len(tokens) == len(expected)
-    assert engine.stats().running == engine.stats().waiting == 0
-    engine.close()
 
 
 def test_a_late_request_joins_and_finishes_while_others_run(engine: BatchEngine) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from qwen_onnx.runtime.engines.batch.steps import PREFILL_CHUNK
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.engines.sampling import Sampling
 from tests.conftest import rewrite_json
-from tests.runtime.engines.batch.test_engine import Heard, alone, endless, prompt
+from tests.runtime.engines.batch.test_engine import Heard, alone, assert_each_as_alone, endless
 
 STREAMS = 3
 
@@ -48,22 +47,7 @@ def told(seed: int, count: int) -> tuple[int, ...]:
 def test_whoever_joins_and_leaves_when_each_answer_is_that_of_a_lone_run(
     seed: int, engine: BatchEngine, reference: Engine
 ) -> None:
-    rng = random.Random(seed)
-    beginnings = [prompt(rng), prompt(rng)]
-    heard = []
-    for _ in range(14):
-        ids = (rng.choice(beginnings) if rng.random() < 0.6 else ()) + prompt(rng)
-        request = endless(ids, rng.randrange(1, 40))
-        heard.append((request, Heard(engine, request), rng.random() < 0.25))
-        time.sleep(rng.random() * 0.02)
-        for _, one, cancelled in heard:
-            if cancelled and rng.random() < 0.5:
-                one.handle.cancel()
-    for request, one, cancelled in heard:
-        tokens = one.tokens()
-        expected = alone(reference, request)
-        assert tokens == expected[: len(tokens)]
-        assert cancelled or len(tokens) == len(expected)
+    assert_each_as_alone(engine, reference, seed)
 
 
 def cached(engine: BatchEngine, reference: Engine, ids: tuple[int, ...], count: int = 8) -> int:
