@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from qwen_onnx.artifact.adapter_file import RECORD, write_adapter_file
 from qwen_onnx.errors import ConfigError
 from qwen_onnx.runtime import QwenService
-from qwen_onnx.runtime.engines.batch.engine import BatchEngine
+from qwen_onnx.runtime.engines.batch.steps import Steps
 from qwen_onnx.runtime.engines.batch.stream import Stream
 from qwen_onnx.runtime.server.app import create_app
 from qwen_onnx.runtime.server.keys import KeyRing, digest_of
@@ -135,13 +135,13 @@ def test_those_that_answer_are_not_dropped(
     slotted_artifact: Path, adapters: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its engine is in this process and waits behind the first token: a tiny model would be done before it is asked."""
-    goes, decode = threading.Event(), BatchEngine._decode
+    goes, decode = threading.Event(), Steps._decode
 
-    def held(engine: BatchEngine, streams: list[Stream]) -> None:
+    def held(steps: Steps, streams: list[Stream]) -> None:
         assert goes.wait(60)
-        decode(engine, streams)
+        decode(steps, streams)
 
-    monkeypatch.setattr(BatchEngine, "_decode", held)
+    monkeypatch.setattr(Steps, "_decode", held)
     settings = ServerSettings(adapter_folder=folder, adapter_budget=BUDGET)
     options = {"context": 2048, "isolated": False, "adapters": {"kept": adapters["all"]}, "adapter_budget": BUDGET}
     with guarded(slotted_artifact, settings, options=options, keys=KeyRing({digest_of(KEY): "alice"})) as client:
