@@ -134,7 +134,8 @@ class States:
 
     def rewind(self, row: int, tokens: int) -> None:
         """Back to behind ``tokens``, one of ``within``; what was behind more of them is forgotten."""
-        if tokens == 0:
+        # behind none they are zero already
+        if tokens == 0 and self.at[row]:
             for array in self._now(row):
                 array[...] = 0
         elif self.at[row] != tokens:
