@@ -21,11 +21,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.figures import Bound, Figure, conclude
+from benchmarks.peers.measure import Speeds
 from qwen_onnx.errors import run
 from qwen_onnx.processes.progress import progress
 from qwen_onnx.runtime.engines.batch import BatchEngine
@@ -88,11 +90,11 @@ class Bench:
 
     def _speed(self, name: str, prompts: Sequence[tuple[int, ...]]) -> float:
         """Of answers at once, while all of them are under way; of genai's, whose turn it is."""
-        answers = self._answers(name, prompts)
+        times = [one.times for one in self._answers(name, prompts)]
         if name == GENAI:
-            return sum(len(one.times) - 1 for one in answers) / sum(one.times[-1] - one.times[0] for one in answers)
-        begin, end = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
-        return sum(sum(begin < at <= end for at in one.times) for one in answers) / (end - begin)
+            # all of a length
+            return harmonic_mean(Speeds.of([each], SHORT).decode for each in times)
+        return Speeds.of(times, SHORT * len(times)).decode
 
     def _alone(self, name: str, prompt: tuple[int, ...]) -> Answer:
         return self._answers(name, [prompt])[0]
