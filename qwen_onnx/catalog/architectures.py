@@ -56,6 +56,8 @@ def of_kind(kind: Kind) -> frozenset[str]:
 DENSE, MIXTURES, HYBRIDS = of_kind("dense"), of_kind("mixture"), of_kind("hybrid")
 SEEING = frozenset(name for name, known in ARCHITECTURES.items() if known.sees)
 HEARING = frozenset(name for name, known in ARCHITECTURES.items() if known.hears)
+# whose checkpoints have a head for multi-token prediction
+DRAFTING = frozenset({"Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"})
 # with a tower beside the text model
 SENSING = SEEING | HEARING
 QWEN1 = "QWenLMHeadModel"

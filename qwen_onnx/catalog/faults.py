@@ -46,8 +46,8 @@ def further_faults(recipes: dict[str, Any], pipelines: dict[str, Any]) -> list[s
     faults, builds = [], {}
     for file, data in pipelines.items():
         precisions = _dict(_get(data, "precisions"))
-        towers = [*_list(_get(data, "vision")), *_list(_get(data, "audio"))]
-        builds[_get(data, "target")] = [_layers(build, towers) for build in precisions.values()]
+        beside = [step for key in ("vision", "audio", "drafts") for step in _list(_get(data, key))]
+        builds[_get(data, "target")] = [_layers(build, beside) for build in precisions.values()]
         for precision, build in precisions.items():
             for name, step in _layers(build, [])["steps"].items():
                 faults += step_faults(f"{file}: precisions.{precision}: steps.{name}", step)
@@ -109,9 +109,9 @@ def _dict(data: Any) -> dict[Any, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _layers(build: Any, towers: list[Any]) -> dict[str, Any]:
-    """What an override addresses, of a build and steps for towers of which nothing is known to be right."""
-    steps = [step for step in (*_list(_get(build, "steps")), *towers) if isinstance(step, dict)]
+def _layers(build: Any, beside: list[Any]) -> dict[str, Any]:
+    """What an override addresses, of a build and of steps ``beside`` it, of which nothing is known to be right."""
+    steps = [step for step in (*_list(_get(build, "steps")), *beside) if isinstance(step, dict)]
     return {
         "steps": {str(step.get("name")): {**_dict(step.get("config")), "type": step.get("type")} for step in steps},
         "readback": _dict(_get(build, "readback")),

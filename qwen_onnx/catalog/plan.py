@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qwen_onnx.catalog.architectures import senses
 from qwen_onnx.catalog.faults import describe, find, step_faults
 from qwen_onnx.catalog.load import Catalog
 from qwen_onnx.catalog.registry import options_of, passes
@@ -217,11 +216,11 @@ def _compose(
     faults: list[str] = []
     build = pipeline.precisions[precision]
     place = pipeline_file or f"pipelines/{pipeline.target}.yaml: precisions.{precision}"
-    tower = pipeline.tower(family.architecture) if senses(family.architecture, row.modality) else ()
-    layers = _layers(build, tower)
+    beside = pipeline.beside(family.architecture, row.modality)
+    layers = _layers(build, beside)
     steps: dict[str, dict[str, Any]] = layers["steps"]
     _apply_size(layers, row, build, place, faults)
-    _apply_override(layers, row, pipeline, precision, tower, file, faults)
+    _apply_override(layers, row, pipeline, precision, beside, file, faults)
     _check_steps(steps, pipeline.execution_provider, place, faults)
     _check_speeds(layers["limits"], pipeline.verification, place, faults)
     _check_quantiser(steps, family.architecture, f"{file}: sizes.{row.id}.targets.{pipeline.target}", faults)
@@ -302,10 +301,10 @@ def adapted(plan: Plan, adapter: Adapted) -> Plan:
     )
 
 
-def _layers(build: Build, tower: Sequence[Step]) -> dict[str, Any]:
+def _layers(build: Build, beside: Sequence[Step]) -> dict[str, Any]:
     """What an override addresses."""
     return {
-        "steps": {step.name: {"type": step.type, **step.config} for step in (*build.steps, *tower)},
+        "steps": {step.name: {"type": step.type, **step.config} for step in (*build.steps, *beside)},
         "readback": build.readback.model_dump(),
         "limits": build.limits.model_dump(),
     }
@@ -329,7 +328,7 @@ def _apply_override(
     row: Row,
     pipeline: Pipeline,
     precision: Precision,
-    tower: Sequence[Step],
+    beside: Sequence[Step],
     file: str,
     faults: list[str],
 ) -> None:
@@ -339,7 +338,7 @@ def _apply_override(
     builds = [build for name, build in pipeline.precisions.items() if name in override.precisions]
     for address, value in override.set.items():
         found = find(layers, address, value)
-        matching = [build for build in builds if find(_layers(build, tower), address, value)]
+        matching = [build for build in builds if find(_layers(build, beside), address, value)]
         # a build that has it, but no longer: the step was left out by an address before this one
         gone = found is None and pipeline.precisions[precision] in matching
         if not matching or gone:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, JsonValue, model_validator
 
-from qwen_onnx.catalog.architectures import ARCHITECTURES, HEARING, SEEING
+from qwen_onnx.catalog.architectures import ARCHITECTURES, DRAFTING, HEARING, SEEING, senses
 from qwen_onnx.catalog.sources import Source
 from qwen_onnx.processes.environments import Environment
 from qwen_onnx.records import Grown, Name, Reason, Record
@@ -221,12 +221,20 @@ class Pipeline(Record):
         default=(), description="steps that follow for an architecture with a vision tower; none: it is not built"
     )
     audio: tuple[Step, ...] = Field(default=(), description="likewise for one with an audio tower")
+    drafts: tuple[Step, ...] = Field(
+        default=(), description="likewise for one whose checkpoints have a head for multi-token prediction"
+    )
 
     def tower(self, architecture: str) -> tuple[Step, ...]:
         """The steps that follow for the tower of an architecture."""
         if architecture in SEEING:
             return self.vision
         return self.audio if architecture in HEARING else ()
+
+    def beside(self, architecture: str, modality: str) -> tuple[Step, ...]:
+        """The steps that write what a model has beside its decoder: a tower, a head for multi-token prediction."""
+        tower = self.tower(architecture) if senses(architecture, modality) else ()
+        return (*tower, *(self.drafts if architecture in DRAFTING else ()))
 
     @model_validator(mode="after")
     def _every_precision_is_built_or_says_why_not(self) -> Pipeline:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen_onnx.artifact.checksums import sums_of
+from qwen_onnx.artifact.draft_head import DRAFT_HEAD, has_draft_head
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig, Search
 from qwen_onnx.artifact.manifest import Manifest, read_manifest
 from qwen_onnx.bounded import read_bytes, read_object
@@ -186,8 +187,9 @@ class Contents:
 
     @property
     def graph_files(self) -> list[str]:
-        """The decoder's ONNX file, and those of encoder and embedding."""
-        return [name for name in self.genai.files if name.endswith(".onnx")]
+        """The decoder's ONNX file, those of encoder and embedding, and that of a head which guesses tokens."""
+        found = [name for name in self.genai.files if name.endswith(".onnx")]
+        return [*found, DRAFT_HEAD] if has_draft_head(self.path) else found
 
     @cached_property
     def model_files(self) -> list[str]:

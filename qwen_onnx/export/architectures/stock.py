@@ -10,22 +10,28 @@ from builders.qwen import (
     Qwen3Model,
     Qwen3VLTextModel,
     Qwen25VLTextModel,
+    Qwen35DenseMTPModel,
     Qwen35Model,
     Qwen35MoEModel,
     Qwen35MoETextModel,
+    Qwen35MTPModel,
     Qwen35TextModel,
     QwenModel,
 )
+from onnxruntime_genai.models.loaders.qwen import QwenMTPModel
 
 __all__ = [
     "Model",
     "Qwen3Model",
     "Qwen3VLTextModel",
     "Qwen25VLTextModel",
+    "Qwen35DenseMTPModel",
+    "Qwen35MTPModel",
     "Qwen35MoEModel",
     "Qwen35MoETextModel",
     "Qwen35Model",
     "Qwen35TextModel",
+    "QwenMTPModel",
     "QwenModel",
     "builder",
 ]
