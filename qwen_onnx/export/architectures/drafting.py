@@ -16,6 +16,7 @@ from qwen_onnx.artifact.draft_head import EMBEDDED, PLACES
 from qwen_onnx.errors import ExportError
 from qwen_onnx.export.architectures.moe import FloatRouting
 from qwen_onnx.export.architectures.stock import (
+    MTPModel,
     Qwen35DenseMTPModel,
     Qwen35Model,
     Qwen35MoEModel,
@@ -71,7 +72,7 @@ class _Alone:
 
     def make_mtp_init(self: Any, config: Any, extra_options: Any) -> Any:
         """genai's own base; its Qwen3.5 would give the decoder another output."""
-        options = super(Qwen35MoEModel, self).make_mtp_init(config, extra_options)
+        options = MTPModel.make_mtp_init(self, config, extra_options)
         self.mtp_attrs["build"] = True
         return options
 

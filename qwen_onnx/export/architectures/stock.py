@@ -6,6 +6,7 @@ the same files would be other classes.
 
 from onnxruntime_genai.models import builder  # isort: skip
 from builders.base import Model
+from builders.mtp import MTPModel
 from builders.qwen import (
     Qwen3Model,
     Qwen3VLTextModel,
@@ -21,6 +22,7 @@ from builders.qwen import (
 from onnxruntime_genai.models.loaders.qwen import QwenMTPModel
 
 __all__ = [
+    "MTPModel",
     "Model",
     "Qwen3Model",
     "Qwen3VLTextModel",

@@ -33,7 +33,7 @@ class EngineOptions:
     threads: int | None = None
     verify: bool = False
     expect: str | None = None
-    speculate: Speculate = "ngram"
+    speculate: Speculate = "auto"
     adapters: tuple[AdapterSource, ...] = ()
     swapping: Swapping | None = None
     kv_cache: KvCache = "float"

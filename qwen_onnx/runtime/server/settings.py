@@ -67,7 +67,8 @@ class ServerSettings(BaseModel):
     )
     queue_size: int = Field(default=QUEUE_SIZE, ge=0, description="requests that may wait beyond them")
     speculate: Speculate = Field(
-        default="ngram", description="how tokens are guessed where a text repeats itself, for a request that runs alone"
+        default="auto",
+        description="how tokens of a request that runs alone are guessed: where a text repeats itself, by the model",
     )
     kv_cache: KvCache = Field(
         default="float", description="int8 keeps a conversation in a quarter of the memory, if verification allows it"

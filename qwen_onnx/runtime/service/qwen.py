@@ -68,7 +68,7 @@ class QwenService(TextService):
         context: int | None = None,
         verify: bool = False,
         expect: str | None = None,
-        speculate: Speculate = "ngram",
+        speculate: Speculate = "auto",
         adapters: Mapping[str, Path] | None = None,
         adapter_budget: int | None = None,
         kv_cache: KvCache = "float",

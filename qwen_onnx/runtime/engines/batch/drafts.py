@@ -31,6 +31,11 @@ class Drafts:
             self._add(token)
         self._order, self._next = self._looked_up()
 
+    @property
+    def text(self) -> list[int]:
+        """All tokens so far; not to be changed."""
+        return self._text
+
     def hear(self, token: int) -> None:
         """The next token of the text, whoever chose it."""
         if self._order:

@@ -15,6 +15,7 @@ from qwen_onnx.artifact.kv_scales import read_kv_scales
 from qwen_onnx.errors import OverloadedError, RequestError, ServiceError
 from qwen_onnx.runtime.engines import QUEUE_SIZE, STREAMS, KvCache, Speculate
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Loaded, Swapping
+from qwen_onnx.runtime.engines.batch.draft_head import Ahead
 from qwen_onnx.runtime.engines.batch.guidance import Grammars
 from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.sampling import Sampler
@@ -44,7 +45,8 @@ class BatchEngine:
         queue_size: how many may wait.
         capacity: tokens of a stream, prompt and answer; None: the context, or what the memory allows.
         threads: threads of onnxruntime; None leaves it to onnxruntime.
-        speculate: ``ngram`` computes several tokens a step where a text repeats itself, see ``speculation``.
+        speculate: ``ngram`` computes several tokens a step where a text repeats itself, ``auto`` also those that the
+            model's head for multi-token prediction guesses, if it has one; see ``speculation``.
         adapters: that requests may name; swapping: others may be loaded and unloaded.
         kv_cache: ``int8`` keeps keys and values in a quarter of the memory, by the scales in the folder.
 
@@ -60,7 +62,7 @@ class BatchEngine:
         queue_size: int = QUEUE_SIZE,
         capacity: int | None = None,
         threads: int | None = None,
-        speculate: Speculate = "ngram",
+        speculate: Speculate = "auto",
         adapters: Sequence[AdapterSource] = (),
         swapping: Swapping | None = None,
         kv_cache: KvCache = "float",
@@ -74,6 +76,7 @@ class BatchEngine:
             adapters=adapters,
             swapping=swapping,
             kv_scales=partial(read_kv_scales, folder) if kv_cache == "int8" else None,
+            drafts=speculate == "auto",
         )
         self.features = BATCH_FEATURES if self._model.tells_every_position else BATCH_FEATURES - {"echo"}
         self.shape = replace(Shape.read(folder), context_length=self._model.capacity)
@@ -81,7 +84,7 @@ class BatchEngine:
         self._steps, self._queue_size = Steps(self._model, streams, self.shape.eos_token_ids), queue_size
         self._closing, self._failed = False, False
         # a graph that tells the last position alone cannot tell which guesses are right
-        self._speculates = speculate == "ngram" and self._model.tells_every_position
+        self._speculates = speculate != "off" and self._model.tells_every_position
         # called by the owner thread when all events of a step are told
         self.after_step: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="qwen-onnx engine", daemon=True)
@@ -142,7 +145,9 @@ class BatchEngine:
             return None
         costs = self._steps.costs if request.sampling.seed is None else Costs()
         barred = self._model.sense.token if self._model.sense else None
-        return Speculator(request.prompt_ids, costs, barred, again=self._model.states is not None)
+        head, unread = self._model.draft_head, self._model.sense.unspoken if self._model.sense else ()
+        ahead = Ahead(head, request.max_new_tokens, unread) if head else None
+        return Speculator(request.prompt_ids, costs, barred, again=self._model.states is not None, ahead=ahead)
 
     def stats(self) -> EngineStats:
         """See ``requests.TokenEngine``."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from qwen_onnx.artifact.genai_config import GENAI_CONFIG, GenaiConfig
 from qwen_onnx.errors import ArtifactError, EnvironmentFault
@@ -17,6 +16,7 @@ from qwen_onnx.processes.memory import free_memory
 from qwen_onnx.runtime.engines.batch.sight import TYPES
 from qwen_onnx.runtime.engines.genai import Shape
 
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 # of the free memory, for the KV cache; pages are taken only when a conversation reaches them
 KV_SHARE = 0.5
 LEAST_TOKENS = 256
@@ -76,14 +76,17 @@ class KvLayout:
 
 
 def logits_of(
-    session: ort.InferenceSession, layout: KvLayout, shape: Shape, folder: Path, cached: dict[str, type[np.generic]]
+    told: Sequence[Any], layout: KvLayout, shape: Shape, folder: Path, cached: dict[str, type[np.generic]]
 ) -> Any:
     """The graph's logits, once it and the configuration agree on the memory that is handed to it, its type and sizes.
+
+    Args:
+        told: its inputs and outputs.
 
     Raises:
         ArtifactError: they do not; names the first place.
     """
-    entries = {entry.name: entry for entry in [*session.get_inputs(), *session.get_outputs()]}
+    entries = {entry.name: entry for entry in told}
     wanted = {"logits": (3, 2, shape.vocab_size, TYPES)}
     cache = {name: (4, 1, layout.heads, cached) for pair in layout.names for name in pair}
     for name, (dimensions, place, size, types) in (wanted | cache).items():

@@ -16,13 +16,23 @@ import numpy as np
 import onnxruntime as ort
 
 from qwen_onnx.artifact.adapter_file import SlotAdapter, names_in_file
+from qwen_onnx.artifact.draft_head import has_draft_head
 from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
+from qwen_onnx.runtime.engines.batch.divided import HIDDEN, Head, without_head
+from qwen_onnx.runtime.engines.batch.draft_head import DraftHead
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.int8_cache import Scales, with_int8_cache
-from qwen_onnx.runtime.engines.batch.layout import KvLayout, UnsupportedGraphError, capacity_of, logits_of, zeros
+from qwen_onnx.runtime.engines.batch.layout import (
+    Floats,
+    KvLayout,
+    UnsupportedGraphError,
+    capacity_of,
+    logits_of,
+    zeros,
+)
 from qwen_onnx.runtime.engines.batch.session import open_with_slots
 from qwen_onnx.runtime.engines.batch.shelf import Shelf
 from qwen_onnx.runtime.engines.batch.sight import TYPES, sense_of
@@ -32,7 +42,6 @@ from qwen_onnx.runtime.engines.media import Positions
 
 # of a graph that has them made of token ids and media
 EMBEDDED = "inputs_embeds"
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 INT8: dict[str, type[np.generic]] = {"tensor(int8)": np.int8}
 # neighbours in a batch are rounded otherwise than a row alone, but the logits stay nearly parallel
 LEAST_COSINE = 0.98
@@ -43,6 +52,9 @@ class BatchModel:
 
     Attributes:
         states: of linear attention; None: the graph has none.
+        draft_head: for multi-token prediction; None: the artifact has none, or it was not asked for.
+        hidden: states of the last step behind each token, [n, t, width], where there is such a head; valid until the
+            next call.
 
     Args:
         folder: flat folder with ``genai_config.json`` and ``model.onnx``.
@@ -53,6 +65,7 @@ class BatchModel:
         adapters: that rows may be computed with.
         swapping: others may be put beside them later.
         kv_scales: keeps keys and values in int8 by the scales that this gives; None: in the graph's own type.
+        drafts: load the head for multi-token prediction, if the artifact has one.
 
     Raises:
         UnsupportedGraphError: the graph has other inputs, its rows are not independent, or it has no int8 cache.
@@ -71,6 +84,7 @@ class BatchModel:
         adapters: Sequence[AdapterSource] = (),
         swapping: Swapping | None = None,
         kv_scales: Scales | None = None,
+        drafts: bool = False,
     ) -> None:
         if (adapters or swapping) and kv_scales is not None:
             what = "an int8 KV cache has the scales of the model without adapters"
@@ -86,7 +100,9 @@ class BatchModel:
         # where others may come, any slot may be filled
         filled = None if swapping else {name for source in adapters for name in names_in_file(source.file)}
         # with the slots, and for the model alone
-        self._sessions = _sessions(folder, threads, layout, kv_scales, filled)
+        graph, divided = folder / GenaiConfig.read(folder).graph_file, drafts and has_draft_head(folder)
+        self._sessions = _sessions(graph, threads, layout, kv_scales, filled, divided=divided)
+        self._head = Head(graph, threads) if divided else None
         self._inputs = {entry.name: entry for entry in self._sessions[0].get_inputs()}
         states, layout = state_names(folder, self._inputs), layout.within(self._inputs)
         past = {name for name, _ in (*layout.names, *states)}
@@ -101,10 +117,11 @@ class BatchModel:
         if self.sense is not None:
             self.sense.require(self._inputs[EMBEDDED], folder)
         types = TYPES if kv_scales is None else INT8
-        logits = logits_of(self._sessions[0], layout, shape, folder, types)
+        outputs = [*self._sessions[0].get_outputs(), *([self._head.entry] if self._head else ())]
+        logits = logits_of([*self._inputs.values(), *outputs], layout, shape, folder, types)
         self._type = types[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
-        entries = self._inputs | {entry.name: entry for entry in self._sessions[0].get_outputs()}
+        entries = self._inputs | {entry.name: entry for entry in outputs}
         self.states = States(rows, states, entries, folder) if states else None
         fixed = (1 + APART) * self.states.row_bytes if self.states else 0
         self.capacity = capacity_of(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize, fixed)
@@ -114,6 +131,10 @@ class BatchModel:
         # a pruned head that could not be opened computes the logits of the last token alone
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
+        self.draft_head, self.hidden = None, np.zeros((0, 0, 0), np.float32)
+        if self._head:
+            self.draft_head = DraftHead(folder, graph, threads, layout, self.sense, self._head)
+            self._hidden = np.zeros((max(rows, chunk), self.draft_head.width), np.float32)
         self.adapters = Shelf(folder, self._sessions[0], adapters, swapping, filled)
         self._bindings: dict[tuple[int, int, str | None, Step | None], Any] = {}
         self._check_rows()
@@ -222,10 +243,16 @@ class BatchModel:
         if chosen:
             wanted = np.arange(new, dtype=np.int64) if every else np.array([-1], np.int64)
             binding.bind_cpu_input(POSITIONS, wanted)
-        kept = 1 if self._pruned or (chosen and not every) else new
+        kept = 1 if self._pruned or ((chosen or self._head) and not every) else new
         logits = self._logits[: count * kept].reshape(count, kept, self.vocab_size)
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        if self._head:
+            self.hidden = self._hidden[: count * new].reshape(count, new, -1)
+            binding.bind_output(HIDDEN, "cpu", 0, np.float32, self.hidden.shape, self.hidden.ctypes.data)
+        else:
+            binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._sessions[adapter is None].run_with_iobinding(binding)
+        if self._head:
+            self._head.logits(self.hidden[:, -kept:], logits)
         return logits
 
     def _binding(self, first: int, count: int, adapter: str | None, step: Step | None) -> Any:
@@ -305,9 +332,15 @@ class BatchModel:
 
 
 def _sessions(
-    folder: Path, threads: int | None, layout: KvLayout, kv_scales: Scales | None, filled: Collection[str] | None
+    graph: Path,
+    threads: int | None,
+    layout: KvLayout,
+    kv_scales: Scales | None,
+    filled: Collection[str] | None,
+    *,
+    divided: bool,
 ) -> tuple[ort.InferenceSession, ort.InferenceSession]:
-    """See ``open_with_slots``."""
+    """See ``open_with_slots``; ``divided`` leaves the head away."""
 
     def int8(graph: Any) -> bool:
         if kv_scales is None:
@@ -318,8 +351,8 @@ def _sessions(
             raise UnsupportedGraphError("not every layer keeps its keys and values in GroupQueryAttention")
         return True
 
-    graph = folder / GenaiConfig.read(folder).graph_file
-    sessions = open_with_slots(graph, threads, [with_positions, int8], filled)
+    changes = [without_head if divided else with_positions, int8]
+    sessions = open_with_slots(graph, threads, changes, filled, taking_turns=divided)
     # what they folded meanwhile
     return_free_memory()
     return sessions

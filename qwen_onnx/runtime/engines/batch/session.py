@@ -56,13 +56,19 @@ def open_session(
 
 
 def open_with_slots(
-    path: Path, threads: int | None, changes: Sequence[Callable[[Any], bool]], filled: Collection[str] | None
+    path: Path,
+    threads: int | None,
+    changes: Sequence[Callable[[Any], bool]],
+    filled: Collection[str] | None,
+    *,
+    taking_turns: bool = False,
 ) -> tuple[ort.InferenceSession, ort.InferenceSession]:
     """Load a graph that may have slots for adapters.
 
     Args:
         changes: of the graph, see ``rewritten``.
         filled: inputs whose slots are needed; None: any may be.
+        taking_turns: see ``open_session``; two graphs do anyway.
 
     Returns:
         The graph with these slots, and one for those whom no adapter answers: a small one has none, and its weights
@@ -77,7 +83,9 @@ def open_with_slots(
 
     def opened(kept: Collection[str] | None) -> ort.InferenceSession:
         taken = [] if kept is None else [lambda graph: without_slots(graph, kept)]
-        return open_session(path, threads, lambda file: rewritten(file, [*changes, *taken]), taking_turns=twice)
+        return open_session(
+            path, threads, lambda file: rewritten(file, [*changes, *taken]), taking_turns=twice or taking_turns
+        )
 
     session = opened(filled)
     return session, opened(()) if twice else session

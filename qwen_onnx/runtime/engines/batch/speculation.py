@@ -8,9 +8,13 @@ and how much an answer may lose is bounded here.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 
+from qwen_onnx.runtime.engines.batch.draft_head import Ahead
 from qwen_onnx.runtime.engines.batch.drafts import Drafts
+from qwen_onnx.runtime.engines.batch.layout import Floats
 
 # tokens of a step; few, so that what each costs is soon known
 WIDTHS = (2, 3, 4, 6, 8, 12, 16)
@@ -22,6 +26,11 @@ WEIGHT = 0.1
 LEAST_GAIN = 1.05
 # plain steps that an answer may lose in the beginning, gains for each token, and has in hand at most
 ALLOWANCE, ACCRUAL, MOST = 1.0, 0.02, 5.0
+# tokens that a head for multi-token prediction guesses at most; how often the first, second and third are taken to be
+# right before any was, and what each then weighs; plain steps that a guess costs, until it was timed
+DRAFTED, TRUST, TRUST_WEIGHT, DRAFT = 3, (0.7, 0.6, 0.5), 0.05, 0.3
+# plain steps in hand with which it is asked though it was not worth it
+TRIAL = 1.0
 
 
 class Costs:
@@ -30,6 +39,8 @@ class Costs:
     def __init__(self) -> None:
         self._plain: float | None = None
         self._found: dict[int, float] = {}
+        # of a guess by a head, in plain steps, and how often each of a few is right
+        self.draft, self.trust = DRAFT, list(TRUST)
 
     def of(self, width: int) -> float:
         """Plain steps that one of ``width`` tokens takes."""
@@ -47,6 +58,17 @@ class Costs:
             before = self.of(width)
             self._found[width] = max(1.0, before + WEIGHT * (min(seconds / self._plain, 2 * before) - before))
 
+    def note_draft(self, guesses: int, seconds: float) -> None:
+        """So many guesses by a head took so long."""
+        if self._plain:
+            each = seconds / guesses / self._plain
+            self.draft += WEIGHT * (min(each, 2 * self.draft) - self.draft)
+
+    def note_trust(self, guesses: int, right: int) -> None:
+        """Of so many guesses by a head, the first ``right`` were."""
+        for place in range(min(guesses, right + 1)):
+            self.trust[place] += TRUST_WEIGHT * ((place < right) - self.trust[place])
+
 
 class Speculator:
     """Proposes tokens for one answer.
@@ -56,26 +78,69 @@ class Speculator:
         costs: of the engine's steps.
         barred: a token that is never proposed, since the model cannot read it alone.
         again: after a wrong guess the next step computes the right tokens once more, as linear attention's must.
+        ahead: of the model's head for multi-token prediction, which guesses where the text does not repeat itself.
     """
 
-    def __init__(self, prompt: Sequence[int], costs: Costs, barred: int | None = None, *, again: bool = False) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        costs: Costs,
+        barred: int | None = None,
+        *,
+        again: bool = False,
+        ahead: Ahead | None = None,
+    ) -> None:
         self._drafts, self._costs, self._barred, self._again = Drafts(prompt), costs, barred, again
-        self._in_hand = ALLOWANCE
+        self._in_hand, self._ahead = ALLOWANCE, ahead
+        # what the guesses cost that a head made for the step that is under way
+        self._drafted = 0.0
 
     def propose(self, most: int) -> list[int]:
         """Tokens to compute beside the one that is due, ``most`` at most; none when a plain step is worth more."""
-        guess = self._drafts.guess(min(most, WIDTHS[-1] - 1))
-        if self._barred in guess:
-            guess = guess[: guess.index(self._barred)]
-        gain = self._drafts.gain(len(guess))
+        self._drafted = 0.0
+        guess = self._allowed(self._drafts.guess(min(most, WIDTHS[-1] - 1)))
+        width = self._width(self._drafts.gain(len(guess)))
+        return guess[: width - 1] if width > 1 else self._by_head(most)
+
+    def _allowed(self, guess: list[int]) -> list[int]:
+        return guess[: guess.index(self._barred)] if self._barred in guess else guess
+
+    def _width(self, gain: list[float], each: float = 0.0) -> int:
+        """Tokens of the step that gives most for its cost.
+
+        Args:
+            gain: see ``Drafts.gain``; each: plain steps that a guess costs.
+        """
         best, width = LEAST_GAIN, 1
         for wider in WIDTHS:
             if wider > len(gain):
                 break
-            cost = self._costs.of(wider) + self._repeated(gain, wider)
+            cost = self._costs.of(wider) + self._repeated(gain, wider) + each * (wider - 1)
             if cost - 1 <= self._in_hand and gain[wider - 1] / cost > best:
                 best, width = gain[wider - 1] / cost, wider
-        return guess[: width - 1]
+        return width
+
+    def _by_head(self, most: int) -> list[int]:
+        """What the head guesses; it is asked now and then where it was not worth it, since texts change."""
+        if self._ahead is None or most < 1:
+            return []
+        trust, gain = self._costs.trust, [1.0]
+        for place in range(min(most, DRAFTED)):
+            gain.append(gain[-1] + math.prod(trust[: place + 1]))
+        width = self._width(gain, self._costs.draft)
+        if width == 1 and self._in_hand < TRIAL:
+            return []
+        count, begin = max(width - 1, 1), time.perf_counter()
+        guess = self._ahead.guess(self._drafts.text, count)
+        if guess:
+            self._costs.note_draft(len(guess), time.perf_counter() - begin)
+            self._drafted = self._costs.draft * len(guess)
+        return self._allowed(guess)
+
+    def saw(self, position: int, hidden: Floats) -> None:
+        """See ``Ahead.saw``."""
+        if self._ahead is not None:
+            self._ahead.saw(position, hidden)
 
     def _repeated(self, gain: list[float], width: int) -> float:
         """Plain steps that a step of ``width`` is expected to cost afterwards."""
@@ -95,6 +160,8 @@ class Speculator:
         Args:
             again: tokens that the next step computes once more.
         """
-        cost = self._costs.of(1 + proposed) + self._costs.of(1 + again) - 1
+        cost = self._costs.of(1 + proposed) + self._costs.of(1 + again) - 1 + self._drafted
+        if self._drafted:
+            self._costs.note_trust(proposed, right)
         self._in_hand = min(self._in_hand + 1 + right - cost, MOST)
         return cost

@@ -10,7 +10,8 @@ from typing import cast
 import numpy as np
 
 from qwen_onnx.errors import QwenOnnxError
-from qwen_onnx.runtime.engines.batch.model import BatchModel, Floats
+from qwen_onnx.runtime.engines.batch.layout import Floats
+from qwen_onnx.runtime.engines.batch.model import BatchModel
 from qwen_onnx.runtime.engines.batch.rows import LEAST_PREFIX, Rows
 from qwen_onnx.runtime.engines.batch.speculation import Costs
 from qwen_onnx.runtime.engines.batch.stream import Stream
@@ -122,6 +123,7 @@ class Steps:
             logits = self._model.extend(
                 stream.row, piece[None], [begin], positions=positions, features=features, adapter=adapter
             )[0]
+        self._saw(stream, begin, self._model.hidden)
         history += keys[begin:end]
         stream.filled += len(piece)
         self._keep_states(stream)
@@ -168,6 +170,7 @@ class Steps:
         for stream in streams:
             histories[stream.row].append(int(tokens[stream.row - first, -1]))
             self.rows.touch(stream.row)
+            self._saw(stream, past[stream.row - first], self._model.hidden[stream.row - first :])
         for stream, row in [(stream, stream.row) for stream in streams]:
             self._draw(stream, logits[row - first])
 
@@ -190,8 +193,9 @@ class Steps:
         if len(self.active) == 1:
             self.costs.note(len(tokens), time.perf_counter() - begin)
         self.rows.touch(row)
-        behind = len(history) + len(tokens)
+        held, behind = len(history), len(history) + len(tokens)
         right = self._drawn(stream, history, tokens, logits)
+        self._saw(stream, held, self._model.hidden[:, : right + 1])
         # of an answer that has ended, another may have the row
         goes_on = stream in self.active
         if goes_on and right == len(guess):
@@ -201,6 +205,11 @@ class Steps:
         self.counted["drafted_tokens"] += len(guess)
         self.counted["accepted_tokens"] += right
         return True
+
+    def _saw(self, stream: Stream, position: int, hidden: Floats) -> None:
+        """A step computed hidden states [1 or more, t, width], of which the first row's are the stream's."""
+        if self._model.draft_head and stream.speculator:
+            stream.speculator.saw(position, hidden[0])
 
     def _owed(self, stream: Stream) -> list[int]:
         """Tokens that stand in its row and not in its states, since wrong guesses stood behind them."""
