@@ -150,7 +150,7 @@ def write_checkpoint(folder: Path, size: Size, *, shard: int = SHARD, seed: int 
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(size.config(), indent=1), encoding="utf-8")
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return total
 
 
@@ -170,7 +170,7 @@ def _values(
     return drawn[key]
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

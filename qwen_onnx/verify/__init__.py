@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen_onnx.artifact.draft_head import has_draft_head
 from qwen_onnx.artifact.kv_scales import write_kv_scales
 from qwen_onnx.catalog.schema import Limits, Verification
 from qwen_onnx.errors import VerificationError
@@ -16,6 +17,7 @@ from qwen_onnx.records import Verdict
 from qwen_onnx.verify import kv_cache, speed  # noqa: F401 - register their checks
 from qwen_onnx.verify.checks import ASKED, CHECKS, LEVELS, SIMULATED, beyond, run_check
 from qwen_onnx.verify.context import Context, Runner
+from qwen_onnx.verify.draft_head import CHECK as DRAFT_HEAD_CHECK
 from qwen_onnx.verify.hearing import AUDIBLE, hears
 from qwen_onnx.verify.keeping import Keep
 from qwen_onnx.verify.records import CheckResult, VerifyOptions, worst
@@ -68,6 +70,7 @@ def verify_artifact(
     asked = {name for name, asks in ASKED.items() if asks(options)}
     # what no text model could have is not missed in one
     lacking = (frozenset() if sees(artifact) else VISUAL) | (frozenset() if hears(artifact) else AUDIBLE)
+    lacking |= frozenset() if has_draft_head(artifact) else {DRAFT_HEAD_CHECK}
     lacking -= set(options.checks)
     left_out = {
         name: reason

@@ -66,16 +66,21 @@ class DraftHead:
         sizes = (1, self._layout.heads, places, self._layout.head_size)
         return [zeros(sizes, np.float32) for _ in PAST]
 
+    def embed(self, tokens: Sequence[int]) -> Floats:
+        """The model's embeddings of t tokens, [1, t, width]."""
+        found: Floats = self._table.embed(np.array([tokens], np.int64)).astype(np.float32, copy=False)
+        return found
+
     def step(self, tokens: Sequence[int], hidden: Floats, cache: list[Floats], past: int) -> Floats:
-        """Hidden state behind the last of ``tokens``, [width].
+        """Hidden states behind ``tokens``, [t, width].
 
         Args:
             tokens: t of them; hidden: of the model before each, [t, width].
             cache: their keys and values are put behind the ``past`` that it holds.
         """
-        ids, count = np.array([tokens], np.int64), len(tokens)
+        count = len(tokens)
         binding = self._session.io_binding()
-        binding.bind_cpu_input(EMBEDDED, self._table.embed(ids).astype(np.float32, copy=False))
+        binding.bind_cpu_input(EMBEDDED, self.embed(tokens))
         binding.bind_cpu_input(HIDDEN, np.ascontiguousarray(hidden[None]))
         binding.bind_cpu_input("attention_mask", np.ones((1, past + count), np.int64))
         places = np.arange(past, past + count, dtype=np.int64)
@@ -86,8 +91,8 @@ class DraftHead:
         found = np.empty((1, count, hidden.shape[-1]), np.float32)
         binding.bind_output(NEXT, "cpu", 0, np.float32, found.shape, found.ctypes.data)
         self._session.run_with_iobinding(binding)
-        behind: Floats = found[0, -1]
-        return behind
+        states: Floats = found[0]
+        return states
 
     def likeliest(self, hidden: Floats) -> int:
         """The token that most likely follows where ``hidden`` [width] is the state."""
@@ -140,13 +145,13 @@ class Ahead:
         if not tokens:
             return []
         self._cache = self._cache or self._head.cache(self._places)
-        state = self._head.step(tokens, np.stack(self._states), self._cache, self._read)
+        state = self._head.step(tokens, np.stack(self._states), self._cache, self._read)[-1]
         self._read, self._states = self._read + len(tokens), []
         guesses = [self._head.likeliest(state)]
         # what it reads of its own guesses is written over
         while len(guesses) < count:
             past = self._read + len(guesses) - 1
-            state = self._head.step(guesses[-1:], state[None], self._cache, past)
+            state = self._head.step(guesses[-1:], state[None], self._cache, past)[-1]
             guesses.append(self._head.likeliest(state))
         return guesses
 
