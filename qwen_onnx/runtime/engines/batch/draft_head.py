@@ -14,14 +14,14 @@ import numpy as np
 
 from qwen_onnx.artifact.draft_head import DRAFT_HEAD, EMBEDDED, HIDDEN, NEXT, PLACES
 from qwen_onnx.errors import ArtifactError
-from qwen_onnx.runtime.engines.batch.divided import Head, Table
+from qwen_onnx.runtime.engines.batch.ends import CommonHead, Table
 from qwen_onnx.runtime.engines.batch.layout import Floats, KvLayout, zeros
 from qwen_onnx.runtime.engines.batch.session import open_session
 from qwen_onnx.runtime.engines.batch.sight import Sense
 
 PAST, PRESENT = ("past_key_values.0.key", "past_key_values.0.value"), ("present.0.key", "present.0.value")
 # tokens before an answer that the head reads, one layer each: more would cost more than it tells
-WINDOW = 64
+WINDOW = 32
 FLOAT = "tensor(float)"
 
 
@@ -36,20 +36,17 @@ class DraftHead:
         threads: within an operator; None leaves it to onnxruntime.
         layout: of the model's keys and values, whose heads those of this head are like.
         sense: embeds tokens of a model that sees; None: the graph does.
-        head: of the model.
 
     Raises:
-        UnsupportedGraphError: the graph's embedding does not stand alone.
-        ArtifactError: it does not load, or has other inputs or outputs than our exporter gives it.
+        ArtifactError: it does not load, has other inputs or outputs than our exporter gives it, or does not fit the
+            decoder.
     """
 
-    def __init__(
-        self, folder: Path, graph: Path, threads: int | None, layout: KvLayout, sense: Sense | None, head: Head
-    ) -> None:
+    def __init__(self, folder: Path, graph: Path, threads: int | None, layout: KvLayout, sense: Sense | None) -> None:
         self._session = open_session(
             folder / DRAFT_HEAD, threads, called="the head for multi-token prediction", taking_turns=True
         )
-        self._layout, self._head = layout, head
+        self._layout, self._head = layout, CommonHead(graph, threads)
         self._table = sense or Table(graph, threads)
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         outputs = {entry.name: entry for entry in self._session.get_outputs()}

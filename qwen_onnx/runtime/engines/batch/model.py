@@ -21,8 +21,8 @@ from qwen_onnx.artifact.genai_config import GenaiConfig
 from qwen_onnx.errors import ArtifactError
 from qwen_onnx.processes.memory import return_free_memory
 from qwen_onnx.runtime.engines.adapters import AdapterSource, Swapping
-from qwen_onnx.runtime.engines.batch.divided import HIDDEN, Head, without_head
 from qwen_onnx.runtime.engines.batch.draft_head import DraftHead
+from qwen_onnx.runtime.engines.batch.ends import HIDDEN, with_hidden
 from qwen_onnx.runtime.engines.batch.head import POSITIONS, with_positions
 from qwen_onnx.runtime.engines.batch.int8_cache import Scales, with_int8_cache
 from qwen_onnx.runtime.engines.batch.layout import (
@@ -100,9 +100,8 @@ class BatchModel:
         # where others may come, any slot may be filled
         filled = None if swapping else {name for source in adapters for name in names_in_file(source.file)}
         # with the slots, and for the model alone
-        graph, divided = folder / GenaiConfig.read(folder).graph_file, drafts and has_draft_head(folder)
-        self._sessions = _sessions(graph, threads, layout, kv_scales, filled, divided=divided)
-        self._head = Head(graph, threads) if divided else None
+        graph, drafts = folder / GenaiConfig.read(folder).graph_file, drafts and has_draft_head(folder)
+        self._sessions = _sessions(graph, threads, layout, kv_scales, filled, hidden=drafts)
         self._inputs = {entry.name: entry for entry in self._sessions[0].get_inputs()}
         states, layout = state_names(folder, self._inputs), layout.within(self._inputs)
         past = {name for name, _ in (*layout.names, *states)}
@@ -117,11 +116,11 @@ class BatchModel:
         if self.sense is not None:
             self.sense.require(self._inputs[EMBEDDED], folder)
         types = TYPES if kv_scales is None else INT8
-        outputs = [*self._sessions[0].get_outputs(), *([self._head.entry] if self._head else ())]
-        logits = logits_of([*self._inputs.values(), *outputs], layout, shape, folder, types)
+        outputs = {entry.name: entry for entry in self._sessions[0].get_outputs()}
+        logits = logits_of([*self._inputs.values(), *outputs.values()], layout, shape, folder, types)
         self._type = types[self._inputs[layout.names[0][0]].type]
         self.vocab_size = shape.vocab_size
-        entries = self._inputs | {entry.name: entry for entry in outputs}
+        entries = self._inputs | outputs
         self.states = States(rows, states, entries, folder) if states else None
         fixed = (1 + APART) * self.states.row_bytes if self.states else 0
         self.capacity = capacity_of(shape.context_length, capacity, rows, layout, np.dtype(self._type).itemsize, fixed)
@@ -132,8 +131,8 @@ class BatchModel:
         self._pruned = logits.shape[1] == 1
         self._logits = np.zeros((max(rows, chunk), self.vocab_size), TYPES[logits.type])
         self.draft_head, self.hidden = None, np.zeros((0, 0, 0), np.float32)
-        if self._head:
-            self.draft_head = DraftHead(folder, graph, threads, layout, self.sense, self._head)
+        if drafts:
+            self.draft_head = DraftHead(folder, graph, threads, layout, self.sense)
             self._hidden = np.zeros((max(rows, chunk), self.draft_head.width), np.float32)
         self.adapters = Shelf(folder, self._sessions[0], adapters, swapping, filled)
         self._bindings: dict[tuple[int, int, str | None, Step | None], Any] = {}
@@ -243,16 +242,13 @@ class BatchModel:
         if chosen:
             wanted = np.arange(new, dtype=np.int64) if every else np.array([-1], np.int64)
             binding.bind_cpu_input(POSITIONS, wanted)
-        kept = 1 if self._pruned or ((chosen or self._head) and not every) else new
+        kept = 1 if self._pruned or (chosen and not every) else new
         logits = self._logits[: count * kept].reshape(count, kept, self.vocab_size)
-        if self._head:
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        if self.draft_head:
             self.hidden = self._hidden[: count * new].reshape(count, new, -1)
             binding.bind_output(HIDDEN, "cpu", 0, np.float32, self.hidden.shape, self.hidden.ctypes.data)
-        else:
-            binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._sessions[adapter is None].run_with_iobinding(binding)
-        if self._head:
-            self._head.logits(self.hidden[:, -kept:], logits)
         return logits
 
     def _binding(self, first: int, count: int, adapter: str | None, step: Step | None) -> Any:
@@ -338,9 +334,9 @@ def _sessions(
     kv_scales: Scales | None,
     filled: Collection[str] | None,
     *,
-    divided: bool,
+    hidden: bool,
 ) -> tuple[ort.InferenceSession, ort.InferenceSession]:
-    """See ``open_with_slots``; ``divided`` leaves the head away."""
+    """See ``open_with_slots``; ``hidden``: with hidden states among the outputs."""
 
     def int8(graph: Any) -> bool:
         if kv_scales is None:
@@ -351,8 +347,9 @@ def _sessions(
             raise UnsupportedGraphError("not every layer keeps its keys and values in GroupQueryAttention")
         return True
 
-    changes = [without_head if divided else with_positions, int8]
-    sessions = open_with_slots(graph, threads, changes, filled, taking_turns=divided)
+    changes = [*([with_hidden] if hidden else ()), with_positions, int8]
+    # a head's threads would wait for those of the decoder, which spin: 14 ms a guess in place of 5
+    sessions = open_with_slots(graph, threads, changes, filled, taking_turns=hidden)
     # what they folded meanwhile
     return_free_memory()
     return sessions

@@ -80,12 +80,11 @@ def open_with_slots(
 
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     twice = size <= MOST_TWICE and (filled is None or bool(filled))
+    turns = twice or taking_turns
 
     def opened(kept: Collection[str] | None) -> ort.InferenceSession:
         taken = [] if kept is None else [lambda graph: without_slots(graph, kept)]
-        return open_session(
-            path, threads, lambda file: rewritten(file, [*changes, *taken]), taking_turns=twice or taking_turns
-        )
+        return open_session(path, threads, lambda file: rewritten(file, [*changes, *taken]), taking_turns=turns)
 
     session = opened(filled)
     return session, opened(()) if twice else session
