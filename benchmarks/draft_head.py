@@ -60,6 +60,8 @@ class Size:
         """transformers' configuration of it, its head apart from the embedding: else every token followed itself."""
         import transformers
 
+        # a quarter of a head is turned, two by two, by three axes that are one for text
+        pairs = self.head_dim // 8
         text = {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -77,7 +79,7 @@ class Size:
                 "rope_type": "default",
                 "rope_theta": 1e7,
                 "partial_rotary_factor": 0.25,
-                "mrope_section": [11, 11, 10],
+                "mrope_section": [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3],
                 "mrope_interleaved": True,
             },
             "bos_token_id": 0,

@@ -12,6 +12,7 @@ from qwen_onnx.catalog.plan import make_plan
 from qwen_onnx.sources.fetch import cache_root, fetch
 from tests.fixtures.adapters import adapters, slotted_artifact
 from tests.fixtures.models import (
+    drafting_artifact,
     exact_artifact,
     hybrid_artifact,
     long_artifact,
@@ -38,6 +39,7 @@ __all__ = [
     "REPOSITORY",
     "adapters",
     "as_in_a_terminal",
+    "drafting_artifact",
     "edit_int4",
     "edit_yaml",
     "exact_artifact",

@@ -22,7 +22,7 @@ def test_every_folder_is_a_pass(repository: Path) -> None:
     folders = {path.parent.name for path in (repository / "qwen_onnx/export/passes").glob("*/__init__.py")}
     found = {options.__module__.split(".")[-2]: name for name, options in passes().items()}
     assert set(found) == folders
-    assert len(found) == 12
+    assert len(found) == 13
     assert found["gptq"] == "CalibratedGptq"
 
 

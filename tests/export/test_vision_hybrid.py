@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 from qwen_onnx.errors import RequestError
+from qwen_onnx.export.passes.draft_head.head import FLOAT, write_head
 from qwen_onnx.runtime import QwenService
+from qwen_onnx.runtime.engines.batch import BatchEngine
 from qwen_onnx.runtime.engines.genai import Engine
 from qwen_onnx.runtime.engines.interface import TokenRequest
 from qwen_onnx.runtime.engines.loading import EngineOptions, load_engine
 from qwen_onnx.runtime.service.generation import Attached, ChatPrompt, GenerationConfig
 from qwen_onnx.verify.tower import VisionTower
 from tests.export.test_vision import built
+from tests.fixtures.draft_heads import add_head
 from tests.fixtures.media import Case, assert_served, dequantized
 from tests.fixtures.pictures import as_file, chart
 from tests.fixtures.sight import prompt_of, prompts, seen, torch_greedy, torch_logits, words
@@ -106,3 +110,21 @@ def test_pictures_and_their_places_must_agree(case: Case) -> None:
         with pytest.raises(RequestError, match=message):
             engine.submit(TokenRequest(tuple(ids), 4, media=tuple(pictures)), lambda event: None)
     engine.close()
+
+
+def test_guesses_of_a_head_behind_a_picture_change_no_answer(case: Case, tmp_path: Path) -> None:
+    """It reads no further back than the last picture, whose embeddings are not the table's."""
+    checkpoint = add_head(Path(shutil.copytree(case.original, tmp_path / "checkpoint")))
+    folder = Path(shutil.copytree(case.fp32, tmp_path / "artifact"))
+    assert write_head(checkpoint, folder, FLOAT)
+    (picture,) = seen(case.fp32, (112, 112))
+    found = {}
+    for speculate in ("off", "auto"):
+        engine = BatchEngine(folder, streams=1, capacity=512, threads=1, speculate=speculate)
+        asked = [prompt_of(words(9, 0), picture), prompt_of(picture, words(40, 3))]
+        found[speculate] = [
+            Heard(engine, TokenRequest(tuple(ids), 40, stop_on_eos=False, media=(picture,))).tokens() for ids in asked
+        ]
+        engine.close()
+    assert found["auto"] == found["off"]
+    assert engine.stats().drafted_tokens > 0

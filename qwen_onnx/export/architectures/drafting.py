@@ -26,8 +26,9 @@ from qwen_onnx.export.architectures.stock import (
 )
 from qwen_onnx.export.weights import CheckpointWeights
 
-# what the names of its weights begin with
-HEAD = "mtp."
+# what the names of its weights begin with, and those of its only layer; its norms beside that
+HEAD, LAYER = "mtp.", "mtp.layers.0."
+NORMS = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
 
 
 class BetweenEmbeddingAndHead:
@@ -41,15 +42,16 @@ class BetweenEmbeddingAndHead:
 
     def load_mtp_weights(self: Any, input_path: str) -> None:
         """Those of the checkpoint whose names begin with ``HEAD``."""
-        weights = CheckpointWeights(Path(input_path))
+        weights, width = CheckpointWeights(Path(input_path)), self.hidden_size
         state = {name: tensor.float() for name, tensor in weights.tensors(weights.names(HEAD)).items()}
+        outer = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(LAYER)}
+        norms = dict.fromkeys((f"{HEAD}{name}.weight" for name in NORMS), (width,))
+        if outer != {**norms, f"{HEAD}fc.weight": (width, 2 * width)}:
+            raise _unfit(f"beside its layer it has {outer}", input_path)
         try:
-            found = QwenMTPModel.from_state(state, None, None, self.mtp_layer_config, self.is_moe_mtp)
-        except (KeyError, ValueError, RuntimeError) as error:
-            what = f"the head for multi-token prediction is not that of its architecture: {error}"
-            hint = "use the published checkpoint, or take the weights of mtp. away from a local copy"
-            raise ExportError(what[:500], where=input_path, hint=hint) from error
-        self.mtp_weights = found
+            self.mtp_weights = QwenMTPModel.from_state(state, None, None, self.mtp_layer_config, self.is_moe_mtp)
+        except (ValueError, RuntimeError) as error:
+            raise _unfit(str(error), input_path) from error
 
     def make_mtp_embedding(self, basename: str) -> str:
         """The embedding is an input."""
@@ -109,6 +111,12 @@ ALONE = {
     "Qwen3_5ForConditionalGeneration": ("Qwen35Model", DenseHeadAlone),
     "Qwen3_5MoeForConditionalGeneration": ("Qwen35MoEModel", SparseHeadAlone),
 }
+
+
+def _unfit(what: str, checkpoint: str) -> ExportError:
+    told = f"the head for multi-token prediction is not that of its architecture: {what}"
+    hint = "use the published checkpoint, or take the weights of mtp. away from a local copy"
+    return ExportError(told[:500], where=checkpoint, hint=hint)
 
 
 @contextmanager

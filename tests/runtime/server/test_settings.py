@@ -96,7 +96,7 @@ def test_only_loopback_goes_without_keys(host: str, loopback: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "usual", "other", "wrong"), [("speculate", "ngram", "off", "draft"), ("kv_cache", "float", "int8", "int4")]
+    ("name", "usual", "other", "wrong"), [("speculate", "auto", "off", "draft"), ("kv_cache", "float", "int8", "int4")]
 )
 def test_how_the_engine_works_can_be_said(
     name: str, usual: str, other: str, wrong: str, monkeypatch: pytest.MonkeyPatch
