@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from qwen_onnx.errors import VerificationError
-from qwen_onnx.export.weights import CheckpointWeights
 from qwen_onnx.runtime.engines.batch.draft_head import DraftHead
 from qwen_onnx.runtime.engines.batch.layout import Floats
 from qwen_onnx.runtime.engines.batch.model import BatchModel
@@ -49,6 +48,9 @@ class ReferenceHead:
         import torch
         import transformers
         from transformers.modeling_layers import MtpModel
+
+        # nothing of this package imports PyTorch before it is needed: the artifact's memory is measured without
+        from qwen_onnx.export.weights import CheckpointWeights
 
         config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         text = config.get_text_config()

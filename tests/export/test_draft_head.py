@@ -60,21 +60,46 @@ def test_a_checkpoint_without_one_gets_none(tmp_path: Path) -> None:
     assert not (tmp_path / DRAFT_HEAD).exists()
 
 
-@pytest.mark.parametrize("change", ["missing", "shape", "unknown"])
-def test_weights_of_another_head_are_refused(change: str, checkpoint: Path, tmp_path: Path) -> None:
+def altered(checkpoint: Path, folder: Path, name: str, shape: tuple[int, ...] | None) -> Path:
+    """A copy with one weight of another shape, or without it."""
     state = load_file(checkpoint / WEIGHTS)
-    if change == "missing":
-        del state["mtp.fc.weight"]
-    elif change == "shape":
-        state["mtp.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 64)
-    else:
-        state["mtp.layers.0.self_attn.z_proj.weight"] = torch.zeros(2, 2)
-    folder = tmp_path / "checkpoint"
+    state.pop(name, None)
+    if shape:
+        state[name] = torch.zeros(shape)
     folder.mkdir()
     for file in checkpoint.iterdir():
         if file.name != WEIGHTS:
             (folder / file.name).write_bytes(file.read_bytes())
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mtp.fc.weight", (64, 64)), ("mtp.layers.0.self_attn.k_proj.weight", (32, 64))]
+)
+def test_weights_of_other_shapes_are_refused(
+    name: str, shape: tuple[int, ...], checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = altered(checkpoint, tmp_path / "checkpoint", name, shape)
     with pytest.raises(ExportError, match="is not that of its architecture"):
         write_head(folder, tmp_path, 8)
+    assert not (tmp_path / DRAFT_HEAD).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mtp.fc.weight", None),
+        ("mtp.layers.0.self_attn.q_norm.weight", None),
+        ("mtp.layers.0.self_attn.z_proj.weight", (2, 2)),
+        ("mtp.layers.1.input_layernorm.weight", (64,)),
+        ("mtp.embed_tokens.weight", (288, 64)),
+    ],
+)
+def test_a_head_of_another_form_is_left_out_and_that_is_told(
+    name: str, shape: tuple[int, ...] | None, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = altered(checkpoint, tmp_path / "checkpoint", name, shape)
+    assert not write_head(folder, tmp_path, 8)
+    assert "left out the head for multi-token prediction" in capsys.readouterr().out
     assert not (tmp_path / DRAFT_HEAD).exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,9 @@ def test_four_gigabytes_are_proven_within_the_bound(kind: str, tmp_path: Path) -
     found = assert_keeps_to_bound(tmp_path, LARGE[kind], MEMORY)
     assert sum(path.stat().st_size for path in (tmp_path / "checkpoint").glob("*.safetensors")) > 4e9
     assert set(CHECKS) <= set(found["stages"])
+
+
+def test_the_process_that_is_measured_has_no_pytorch() -> None:
+    """It takes 200 MB, half of what the starter may have."""
+    code = "import sys, qwen_onnx.verify.latency_worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -31,6 +31,10 @@ HEAD, LAYER = "mtp.", "mtp.layers.0."
 NORMS = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
 
 
+class OtherHeadError(Exception):
+    """The head has other weights than those of Qwen3.5, which transformers and genai's builder know."""
+
+
 class BetweenEmbeddingAndHead:
     """Mixin: genai's graph of a head without the model's embedding before it and the model's head behind it."""
 
@@ -46,11 +50,18 @@ class BetweenEmbeddingAndHead:
         state = {name: tensor.float() for name, tensor in weights.tensors(weights.names(HEAD)).items()}
         outer = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(LAYER)}
         norms = dict.fromkeys((f"{HEAD}{name}.weight" for name in NORMS), (width,))
-        if outer != {**norms, f"{HEAD}fc.weight": (width, 2 * width)}:
+        known = {**norms, f"{HEAD}fc.weight": (width, 2 * width)}
+        if outer.keys() != known.keys():
+            raise OtherHeadError(f"{sorted(outer.keys() ^ known.keys())[0]} is there, or is not")
+        if outer != known:
             raise _unfit(f"beside its layer it has {outer}", input_path)
         try:
             self.mtp_weights = QwenMTPModel.from_state(state, None, None, self.mtp_layer_config, self.is_moe_mtp)
-        except (ValueError, RuntimeError) as error:
+        # of names
+        except ValueError as error:
+            raise OtherHeadError(str(error)[:300]) from error
+        # of shapes
+        except RuntimeError as error:
             raise _unfit(str(error), input_path) from error
 
     def make_mtp_embedding(self, basename: str) -> str:

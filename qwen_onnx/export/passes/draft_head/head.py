@@ -47,18 +47,18 @@ class DraftHead(Pass):  # type: ignore[misc]
 
 
 def write_head(checkpoint: Path, output: Path, bits: int) -> bool:
-    """Write the head of ``checkpoint`` into ``output``.
+    """Write the head of ``checkpoint`` into ``output``; one of another form than Qwen3.5's is left out, which is told.
 
     Args:
         bits: of its matrices; 32 rounds none.
 
     Returns:
-        Whether the checkpoint has one.
+        Whether the checkpoint has one that could be written.
 
     Raises:
-        ExportError: its weights are not those of its architecture.
+        ExportError: its weights have other shapes than those of its architecture.
     """
-    from qwen_onnx.export.architectures.drafting import HEAD, head_alone
+    from qwen_onnx.export.architectures.drafting import HEAD, OtherHeadError, head_alone
 
     if not CheckpointWeights(checkpoint).names(HEAD):
         progress("the checkpoint has no head for multi-token prediction")
@@ -75,8 +75,12 @@ def write_head(checkpoint: Path, output: Path, bits: int) -> bool:
         common = ("", str(checkpoint), folder, precision, "cpu", f"{folder}/cache")
         options: dict[str, Any] = builder.parse_extra_options(*common, [] if bits == FLOAT else rounded)
         options["hf_details"]["hf_config"].architectures = [architecture]
-        with head_alone(architecture), frequencies_of_transformers():
-            builder.create_model(*common, **options)
+        try:
+            with head_alone(architecture), frequencies_of_transformers():
+                builder.create_model(*common, **options)
+        except OtherHeadError as error:
+            progress(f"left out the head for multi-token prediction, which has another form than Qwen3.5's: {error}")
+            return False
         for file in (f"{DRAFT_HEAD}.data", DRAFT_HEAD):
             shutil.move(Path(folder, file), output / file)
     return True

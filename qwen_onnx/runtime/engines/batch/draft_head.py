@@ -56,6 +56,9 @@ class DraftHead:
         if not typed or any(inputs[name].shape[1] != layout.heads for name in PAST):
             text = f"{DRAFT_HEAD} is not the head of this model: {sorted(inputs)} to {sorted(outputs)}"
             raise ArtifactError(text, where=str(folder), hint="get the artifact again, or build it")
+        if self._table.embed(np.zeros((1, 1), np.int64)).shape[-1] != inputs[HIDDEN].shape[2]:
+            text = f"{DRAFT_HEAD} has states of {inputs[HIDDEN].shape[2]} numbers, the model has others"
+            raise ArtifactError(text, where=str(folder), hint="get the artifact again, or build it")
         self._axes, self.width = inputs["position_ids"].shape[0], inputs[HIDDEN].shape[2]
 
     def cache(self, places: int) -> list[Floats]:

@@ -58,11 +58,13 @@ class Costs:
             before = self.of(width)
             self._found[width] = max(1.0, before + WEIGHT * (min(seconds / self._plain, 2 * before) - before))
 
-    def note_draft(self, guesses: int, seconds: float) -> None:
-        """So many guesses by a head took so long."""
-        if self._plain:
-            each = seconds / guesses / self._plain
-            self.draft += WEIGHT * (min(each, 2 * self.draft) - self.draft)
+    def note_draft(self, guesses: int, seconds: float) -> float:
+        """So many guesses by a head took so long; how many plain steps that is."""
+        if not self._plain:
+            return self.draft * guesses
+        took = seconds / self._plain
+        self.draft += WEIGHT * (min(took / guesses, 2 * self.draft) - self.draft)
+        return took
 
     def note_trust(self, guesses: int, right: int) -> None:
         """Of so many guesses by a head, the first ``right`` were."""
@@ -133,8 +135,7 @@ class Speculator:
         count, begin = max(width - 1, 1), time.perf_counter()
         guess = self._ahead.guess(self._drafts.text, count)
         if guess:
-            self._costs.note_draft(len(guess), time.perf_counter() - begin)
-            self._drafted = self._costs.draft * len(guess)
+            self._drafted = self._costs.note_draft(len(guess), time.perf_counter() - begin)
         return self._allowed(guess)
 
     def saw(self, position: int, hidden: Floats) -> None:
