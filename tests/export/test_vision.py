@@ -107,7 +107,8 @@ def test_an_encoder_of_8_bits_equals_pytorch_with_its_matrices(case: Case, tmp_p
     served, before = Sight(tmp_path, 1).encode(large), Sight(case.fp32, 1).encode(whole)
     assert np.abs(exact - wanted).max() <= 2e-5
     assert np.abs(before - own).max() <= 2e-5
-    assert 1e-4 < np.abs(wanted - own).max() < np.abs(served - own).max() < 0.1 * own.std()
+    # .06 to .11 of a deviation: processors without VNNI round otherwise
+    assert 1e-4 < np.abs(wanted - own).max() < np.abs(served - own).max() < 0.15 * own.std()
 
 
 def test_an_answer_depends_on_the_picture(case: Case) -> None:
